@@ -1,0 +1,77 @@
+"""Publish a fine-tune as what it adds to its base, and get it back byte for byte."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .errors import (
+    BaseMismatchError,
+    CheckpointError,
+    DeltaError,
+    DeltaWeightsError,
+    DiskSpaceError,
+    FormatVersionError,
+    HeaderError,
+    ManifestError,
+    OutputError,
+    PayloadError,
+)
+
+if TYPE_CHECKING:
+    from .diff import make_delta
+    from .manifest import Manifest
+    from .patch import ApplyReport, apply_delta
+    from .target import Target, TensorView, open_target
+    from .verify import Problem, VerifyReport, verify_delta
+
+__all__ = [
+    "ApplyReport",
+    "BaseMismatchError",
+    "CheckpointError",
+    "DeltaError",
+    "DeltaWeightsError",
+    "DiskSpaceError",
+    "FormatVersionError",
+    "HeaderError",
+    "Manifest",
+    "ManifestError",
+    "OutputError",
+    "PayloadError",
+    "Problem",
+    "Target",
+    "TensorView",
+    "VerifyReport",
+    "__version__",
+    "apply_delta",
+    "make_delta",
+    "open_target",
+    "verify_delta",
+]
+
+#: Imported on first use, so that ``import deltaweights`` stays quick.
+_LAZY = {
+    "ApplyReport": "patch",
+    "Manifest": "manifest",
+    "Problem": "verify",
+    "Target": "target",
+    "TensorView": "target",
+    "VerifyReport": "verify",
+    "apply_delta": "patch",
+    "make_delta": "diff",
+    "open_target": "target",
+    "verify_delta": "verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,196 @@
+"""An output folder in which a file appears under its name only when it is whole.
+
+Files are written inside ``OUT/.deltaweights/`` and renamed into place. That folder is removed in the end;
+where it is found at the start, an earlier run was interrupted, and its half-made files are cleared.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from ..errors import DiskSpaceError, OutputError
+from .source import LocalFile, file_blocks, sha256_of
+
+_WORKSPACE = ".deltaweights"
+_BLOCK_BYTES = 1 << 20
+
+
+class PartialFile:
+    """A file under a temporary name, deleted on leaving its ``with`` block unless it was committed.
+    Threads may write at different positions at once."""
+
+    def __init__(self, path: str, temporary: Path, final: Path) -> None:
+        self.path = path
+        self._temporary = temporary
+        self._final = final
+        self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        """Write all of ``data`` at byte ``offset``."""
+        view = memoryview(data)
+        with _full_disk_explained(self.path):
+            while view:
+                done = os.pwrite(self._fd, view, offset)
+                view, offset = view[done:], offset + done
+
+    def write_blocks(self, blocks: Iterable[bytes]) -> None:
+        """Write the blocks one after the other, from the start of the file."""
+        position = 0
+        for block in blocks:
+            self.write_at(position, block)
+            position += len(block)
+
+    def digest(self) -> tuple[int, str]:
+        """The size in bytes and the SHA-256 (hex) of what was written."""
+        size = os.fstat(self._fd).st_size
+        starts = range(0, size, _BLOCK_BYTES)
+        return size, sha256_of(os.pread(self._fd, _BLOCK_BYTES, start) for start in starts)
+
+    def commit(self) -> None:
+        """Flush to the device and give the file its final name, replacing what stands there."""
+        with _full_disk_explained(self.path):
+            os.fsync(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+        os.replace(self._temporary, self._final)
+        _sync_folder(self._final.parent)
+
+    def __enter__(self) -> PartialFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self._temporary.unlink(missing_ok=True)
+
+
+class OutputFolder:
+    """The folder ``root``, made if need be and locked against a second writer; a context manager.
+
+    Raises:
+        OutputError: it cannot be made or written to, or another process is writing to it.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root).expanduser()
+        self._workspace = self.root / _WORKSPACE
+        self._lock: IO[bytes] | None = None
+        self.is_interrupted = self._workspace.exists()
+
+    def __enter__(self) -> OutputFolder:
+        try:
+            if self._workspace.is_symlink():
+                raise OutputError(f"{self._workspace} is a symbolic link", fix="Remove it.")
+            self._workspace.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self._workspace / "lock", "wb")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"{self.root} is being written to by another deltaweights process",
+                fix="Wait for it, or choose another folder.",
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOLCK):  # a file system without locks
+                raise OutputError(f"Cannot write to {self.root}", f"{error.strerror}.") from error
+        for left_over in self._workspace.glob("*.partial"):
+            left_over.unlink()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if exc[0] is None or not any(_all_files(self.root)):
+            shutil.rmtree(self._workspace, ignore_errors=True)
+        if exc[0] is not None:
+            with suppress(OSError):  # it is not empty: some files are finished
+                self.root.rmdir()
+        if self._lock:
+            self._lock.close()
+
+    def create(self, path: str) -> PartialFile:
+        """A new file that :meth:`PartialFile.commit` will place at the relative ``path``.
+
+        Raises:
+            OutputError: a folder on the way is a symbolic link or a file.
+        """
+        final = self.root / path
+        for parent in list(Path(path).parents)[-2::-1]:
+            folder = self.root / parent
+            if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+                raise OutputError(
+                    f"Cannot write {path} in {self.root}",
+                    f"{folder} is a symbolic link or a file, not a folder.",
+                    "Remove it, or choose another output folder.",
+                )
+            folder.mkdir(exist_ok=True)
+        if final.is_dir() and not final.is_symlink():
+            raise OutputError(f"Cannot write {final}", "A folder has that name.", "Remove it.")
+        temporary = hashlib.sha256(path.encode()).hexdigest()[:32] + ".partial"
+        with _full_disk_explained(path):
+            return PartialFile(path, self._workspace / temporary, final)
+
+    def is_regular(self, path: str) -> bool:
+        """Whether ``path`` is a real file, reached without symbolic links."""
+        full = self.root / path
+        links = any((self.root / p).is_symlink() for p in [Path(path), *Path(path).parents][:-1])
+        return not links and full.is_file()
+
+    def digest(self, path: str) -> tuple[int, str]:
+        """The size in bytes and the SHA-256 (hex) of the file at ``path``."""
+        file = LocalFile(path, self.root / path)
+        try:
+            return file.size, sha256_of(file_blocks(file))
+        finally:
+            file.close()
+
+    def foreign(self, expected: Collection[str]) -> list[str]:
+        """The files that stand in the folder though ``expected`` does not name them, sorted."""
+        return sorted(path for path in _all_files(self.root) if path not in expected)
+
+    def require_space(self, nbytes: int) -> None:
+        """Raise :class:`DiskSpaceError` where fewer than ``nbytes`` bytes are free."""
+        free = shutil.disk_usage(self.root).free
+        if nbytes > free:
+            raise DiskSpaceError(
+                f"Not enough free space for {self.root}",
+                f"{nbytes:,} bytes are needed, {free:,} are free.",
+                "Free some space, or choose a folder on another disk.",
+            )
+
+
+def _all_files(root: Path) -> Iterator[str]:
+    for folder, subfolders, names in os.walk(root):
+        if Path(folder) == root and _WORKSPACE in subfolders:
+            subfolders.remove(_WORKSPACE)
+        links = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
+        for name in names + links:
+            yield os.path.relpath(os.path.join(folder, name), root)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _full_disk_explained(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(f"Cannot write {path}", f"{error.strerror}.") from error
+        raise DiskSpaceError(
+            f"The disk filled up while writing {path}",
+            f"{error.strerror}.",
+            "Free some space and run the same command again: files that are finished are kept.",
+        ) from error

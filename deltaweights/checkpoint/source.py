@@ -1,0 +1,198 @@
+"""Where a checkpoint's (or a delta's) files come from: a set of relative paths, read by position.
+
+:class:`LocalSource` reads a folder or a single file. Anything else with the same three members
+(``where``, ``sizes``, ``open``) can stand in its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CheckpointError
+
+_BLOCK_BYTES = 1 << 20
+
+#: Folders and files that belong to tools, not to the checkpoint.
+_LEFT_OUT = re.compile(r"\.git|\.cache|\.deltaweights|.*\.(incomplete|crdownload|part|aria2)")
+
+
+class ReadableFile(Protocol):
+    """A file that several threads may read at once, each at its own position."""
+
+    path: str
+    size: int
+
+    def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
+        """Fill ``out`` (uint8, any length) from byte ``offset`` on."""
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Return ``nbytes`` bytes from byte ``offset`` on."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubId:
+    """A repository of the Hub and a commit of it, where they are known."""
+
+    repo_id: str | None = None
+    revision: str | None = None
+
+
+class Source(Protocol):
+    """A set of files. ``where`` names it in messages; ``sizes`` maps each relative POSIX path to its
+    size in bytes; ``left_out`` lists what stands there but does not count."""
+
+    where: str
+    hub_id: HubId
+    sizes: Mapping[str, int]
+    left_out: tuple[str, ...]
+
+    def open(self, path: str) -> ReadableFile: ...
+
+    def close(self) -> None: ...
+
+
+class LocalFile:
+    """A :class:`ReadableFile` on disk. Uses pread, so memory holds only what was asked for."""
+
+    def __init__(self, path: str, full_path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(full_path, os.O_RDONLY | os.O_CLOEXEC)
+            self.size = os.fstat(self._fd).st_size
+        except OSError as error:
+            raise CheckpointError(f"Cannot open {full_path}", f"{error.strerror}.") from error
+
+    def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
+        view = out.data
+        while view:
+            try:
+                done = os.preadv(self._fd, [view], offset)
+            except OSError as error:
+                raise CheckpointError(f"Cannot read {self.path}", f"{error.strerror}.") from error
+            if not done:
+                raise CheckpointError(
+                    f"{self.path} ends too early",
+                    f"It has fewer than {offset + len(view)} bytes: it was cut or changed.",
+                    "Get the file again.",
+                )
+            view, offset = view[done:], offset + done
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        # Checked first, so that a hostile number cannot make us allocate more than the file holds.
+        if offset + nbytes > self.size:
+            raise CheckpointError(
+                f"{self.path} ends too early",
+                f"It has {self.size} bytes; {offset + nbytes} are needed.",
+                "Get the file again.",
+            )
+        out = np.empty(nbytes, np.uint8)
+        self.read_into(offset, out)
+        return out.tobytes()
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def file_blocks(file: ReadableFile) -> Iterator[bytes]:
+    """A file's bytes in order, in blocks of at most 1 MiB."""
+    for start in range(0, file.size, _BLOCK_BYTES):
+        yield file.read(start, min(_BLOCK_BYTES, file.size - start))
+
+
+def sha256_of(blocks: Iterable[bytes]) -> str:
+    """The SHA-256 of the blocks' concatenation, in hex."""
+    sha256 = hashlib.sha256()
+    for block in blocks:
+        sha256.update(block)
+    return sha256.hexdigest()
+
+
+class LocalSource:
+    """A folder with everything in it, or one file. Symbolic links to files are followed (a Hub cache
+    consists of them); linked folders and special files are left out.
+
+    Raises:
+        CheckpointError: there is nothing at ``root``, or a file's name is not valid UTF-8.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+        self.where = str(root)
+        self.hub_id = _hub_id(self.root)
+        sizes: dict[str, int] = {}
+        self._opened: dict[str, LocalFile] = {}
+        left_out: list[str] = []
+        if self.root.is_file():
+            self._folder = self.root.parent
+            sizes[self.root.name] = self.root.stat().st_size
+        elif self.root.is_dir():
+            self._folder = self.root
+            for path in sorted(_walk(self.root, left_out)):
+                sizes[path] = (self.root / path).stat().st_size
+        else:
+            raise CheckpointError(f"There is no file or folder {self.where}")
+        self.sizes: Mapping[str, int] = sizes
+        self.left_out = tuple(sorted(left_out))
+
+    def open(self, path: str) -> LocalFile:
+        """The file at ``path``; kept open until :meth:`close`."""
+        if path not in self._opened:
+            self._opened[path] = LocalFile(path, self._folder / path)
+        return self._opened[path]
+
+    def close(self) -> None:
+        while self._opened:
+            self._opened.popitem()[1].close()
+
+
+def _hub_id(path: Path) -> HubId:
+    """What the Hub cache's layout tells: ``models--org--name/snapshots/<commit>``."""
+    match = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})(/|$)", path.absolute().as_posix())
+    return HubId(match[1].replace("--", "/"), match[2]) if match else HubId()
+
+
+def _walk(root: Path, left_out: list[str]) -> list[str]:
+    paths = []
+    for folder, subfolders, names in os.walk(root):
+        here = Path(folder)
+        for name in list(subfolders):
+            if _LEFT_OUT.fullmatch(name) or (here / name).is_symlink():
+                subfolders.remove(name)
+                left_out.append(_relative(here / name, root) + "/")
+        for name in names:
+            path = _relative(here / name, root)
+            if _LEFT_OUT.fullmatch(name) or not _is_regular(here / name):
+                left_out.append(path)
+            else:
+                paths.append(path)
+    return paths
+
+
+def _is_regular(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot read {path}", f"{error.strerror}.", "Mend or remove the link or file."
+        ) from error
+
+
+def _relative(path: Path, root: Path) -> str:
+    relative = path.relative_to(root).as_posix()
+    try:
+        relative.encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            f"A file name in {root} is not valid UTF-8: {relative!r}", fix="Rename the file."
+        ) from None
+    return relative

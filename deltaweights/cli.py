@@ -1,0 +1,332 @@
+"""The command line: the only place that prints, prompts or exits.
+
+Exit codes: 0 done, 1 it failed or differs, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ._version import __version__
+from .errors import DeltaWeightsError
+
+if TYPE_CHECKING:
+    from .pipeline import ProgressCallback
+
+app = typer.Typer(
+    name="deltaweights",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Publish a fine-tune as what it adds to its base, and get it back byte for byte.",
+    epilog="BASE, TARGET and DELTA: a folder, one .safetensors file, or a Hub id org/name[@revision] "
+    "that is in the local Hub cache.",
+)
+
+Base = Annotated[str, typer.Argument(metavar="BASE", help="The checkpoint it was fine-tuned from.")]
+Delta = Annotated[str, typer.Argument(metavar="DELTA", help="The delta.")]
+BaseOption = Annotated[
+    str | None,
+    typer.Option("--base", metavar="BASE", help="The base, where the delta's own word for it is not enough."),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
+Force = Annotated[bool, typer.Option("--force", help="Write there even if it holds other files.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="How many threads; all cores by default.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"deltaweights {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def diff(
+    base: Base,
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The fine-tune.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DELTA", help="The folder to write.")],
+    rename: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX=REPLACEMENT",
+            help="Turn target tensor names into base tensor names. May be given several times.",
+        ),
+    ] = None,
+    base_repo: Annotated[str | None, typer.Option(help="The base's Hub id.")] = None,
+    base_revision: Annotated[str | None, typer.Option(help="The base's commit on the Hub.")] = None,
+    base_license: Annotated[str | None, typer.Option(help="The base's license id.")] = None,
+    target_repo: Annotated[str | None, typer.Option(help="The target's Hub id.")] = None,
+    target_license: Annotated[str | None, typer.Option(help="The target's license id.")] = None,
+    force: Force = False,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write what TARGET adds to BASE."""
+    rules = []
+    for rule in rename or ():
+        pattern, equals, replacement = rule.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{rule!r} has no '='.", param_hint="--rename")
+        rules.append((pattern, replacement))
+    with _errors_explained(debug, as_json), _progress(quiet) as progress:
+        from .diff import make_delta
+        from .summary import summarise
+
+        manifest = make_delta(
+            base,
+            target,
+            output,
+            rename=rules,
+            base_repo=base_repo,
+            base_revision=base_revision,
+            base_license=base_license,
+            target_repo=target_repo,
+            target_license=target_license,
+            force=force,
+            threads=threads,
+            progress=progress,
+        )
+        summary = summarise(manifest)
+    if as_json:
+        _print_json(summary)
+    elif not quiet:
+        size = summary["size"]
+        counts = ", ".join(f"{count} {status}" for status, count in summary["counts"].items())
+        typer.echo(
+            f"{output}: {_bytes(size['delta_bytes'])}, {size['ratio']:.2%} of the target's "
+            f"{_bytes(size['target_bytes'])}; tensors: {counts or 'none'}"
+        )
+        if manifest.target.left_out:
+            typer.echo(f"Left out: {', '.join(manifest.target.left_out)}")
+
+
+@app.command()
+def apply(
+    delta: Delta,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")],
+    base: BaseOption = None,
+    force: Force = False,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Rebuild the target from DELTA and its base. Run it again to go on after an interruption."""
+    with _errors_explained(debug, as_json), _progress(quiet) as progress:
+        from .patch import apply_delta
+        from .summary import inspect_delta
+
+        if not quiet:
+            _show_license(inspect_delta(delta))
+        report = apply_delta(delta, output, base=base, force=force, threads=threads, progress=progress)
+    if as_json:
+        _print_json(asdict(report))
+    elif not quiet:
+        kept = f", {len(report.kept)} were already there" if report.kept else ""
+        typer.echo(
+            f"{output}: {len(report.rebuilt)} files rebuilt and checked, {_bytes(report.nbytes)}{kept}"
+        )
+
+
+@app.command()
+def verify(
+    delta: Delta,
+    base: BaseOption = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Compare this folder with the manifest.")
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Check DELTA's own files; with --base rebuild the target in memory; with --target check a folder."""
+    with _errors_explained(debug, as_json), _progress(quiet) as progress:
+        from .verify import verify_delta
+
+        report = verify_delta(delta, base=base, target=target, threads=threads, progress=progress)
+    if as_json:
+        _print_json({"ok": report.ok, **asdict(report)})
+    else:
+        for problem in report.problems:
+            typer.echo(f"{problem.place}: {problem.path}: {problem.kind}: {problem.detail}")
+        if not quiet:
+            verdict = f"{len(report.problems)} problems" if report.problems else "all as published"
+            typer.echo(f"{report.checked} files checked: {verdict}")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    delta: Delta,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show what DELTA says of itself: base, target, license, sizes, tensors."""
+    with _errors_explained(debug, as_json):
+        from .summary import inspect_delta
+
+        summary = inspect_delta(delta)
+    if as_json:
+        _print_json(summary)
+    elif not quiet:
+        _show_summary(summary, every_tensor=tensors)
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the files here instead of a temporary folder.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Make a small base, really fine-tune it, and run diff, inspect, apply and verify. Needs torch."""
+    with _errors_explained(debug, as_json=False):
+        from .demo import run_demo
+
+        run_demo(folder)
+
+
+def _show_summary(summary: dict[str, Any], *, every_tensor: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .summary import display_name
+
+    size = summary["size"]
+    facts = Table.grid(padding=(0, 2))
+    for side in ("base", "target"):
+        record = summary[side]
+        name = display_name(record, "(a local folder)")
+        facts.add_row(side, f"{name}, {len(record['files'])} files")
+    for side in ("base", "target"):
+        facts.add_row(f"{side} license", _license_line(summary["license"][side]))
+    ratio = f"{size['ratio']:.2%} of the target's {_bytes(size['target_bytes'])}"
+    facts.add_row("delta", f"{_bytes(size['delta_bytes'])}, {ratio}")
+    facts.add_row("tensors", ", ".join(f"{n} {status}" for status, n in summary["counts"].items()))
+    rows = summary["tensors"]
+    if not every_tensor:
+        rows = sorted(rows, key=lambda row: -row["payload_bytes"])[:10]
+    table = Table(title=None if every_tensor else "largest payloads", title_justify="left", box=None)
+    for heading in ("tensor", "dtype", "shape", "status", "changed", "payload"):
+        table.add_column(heading, justify="right" if heading in ("changed", "payload") else "left")
+    for row in rows:
+        changed = row["changed_fraction"]
+        table.add_row(
+            row["name"],
+            row["dtype"],
+            " x ".join(map(str, row["shape"])) or "scalar",
+            row["status"],
+            "" if changed is None else f"{changed:.1%}",
+            _bytes(row["payload_bytes"]),
+        )
+    console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+    console.print(facts)
+    console.print()
+    console.print(table)
+
+
+def _show_license(summary: dict[str, Any]) -> None:
+    from .summary import display_name
+
+    name = display_name(summary["base"], "a local folder")
+    typer.echo(f"Base: {name}, license: {_license_line(summary['license']['base'])}", err=True)
+
+
+def _license_line(license: dict[str, Any]) -> str:
+    known = [license["name"] or license["id"] or "not stated", license["link"]]
+    return ", ".join(filter(None, known))
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+@contextmanager
+def _errors_explained(debug: bool, as_json: bool) -> Iterator[None]:
+    try:
+        yield
+    except DeltaWeightsError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        if as_json:
+            _print_json({"error": {"what": error.what, "why": error.why, "fix": error.fix}})
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. Run the same command again to go on.", err=True)
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[ProgressCallback | None]:
+    """A bar for each phase on a terminal, a line now and then in a log."""
+    if quiet:
+        yield None
+    elif not sys.stderr.isatty():
+        yield _LogLines()
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description:14}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+            tasks: dict[str, Any] = {}
+
+            def show(phase: str, done: int, total: int) -> None:
+                if phase not in tasks:
+                    tasks[phase] = bars.add_task(phase, total=total)
+                bars.update(tasks[phase], completed=done)
+
+            yield show
+
+
+class _LogLines:
+    """Progress as lines: the start and the end of each phase, and every ten seconds in between."""
+
+    def __init__(self) -> None:
+        self._shown = 0.0
+        self._phase = ""
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if phase != self._phase or now - self._shown > 10:
+            self._phase, self._shown = phase, now
+            typer.echo(f"{phase}: {done / max(1, total):.0%}", err=True)
+
+
+def main() -> None:
+    """The console script's entry point."""
+    app()

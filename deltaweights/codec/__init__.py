@@ -1,0 +1,43 @@
+"""Bytes to bytes, no input or output: one tensor's bytes, given its base's, to a payload and back.
+
+The law, for any bytes: ``decode(base, encode(base, target, dtype), dtype) == target``.
+
+A payload is a table of chunk records and then the chunks' data; chunks are coded independently
+(docs/format.md). :func:`encode` and :func:`decode` do a whole tensor in memory. The streaming
+layers use the same pieces a chunk at a time: :class:`ChunkPlan`, :func:`encode_chunk`,
+:func:`decode_chunk`, :func:`check_records`.
+"""
+
+from .chunk import Method, decode_chunk, element_bytes, encode_chunk
+from .convert import convert, is_convertible, rescale
+from .opaque import compress_blocks, decompress_blocks
+from .payload import (
+    CHUNK_BYTES,
+    RECORD,
+    ChunkPlan,
+    check_records,
+    checksum,
+    count_changed,
+    decode,
+    encode,
+)
+
+__all__ = [
+    "CHUNK_BYTES",
+    "RECORD",
+    "ChunkPlan",
+    "Method",
+    "check_records",
+    "checksum",
+    "compress_blocks",
+    "convert",
+    "count_changed",
+    "decode",
+    "decode_chunk",
+    "decompress_blocks",
+    "element_bytes",
+    "encode",
+    "encode_chunk",
+    "is_convertible",
+    "rescale",
+]

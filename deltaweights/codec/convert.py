@@ -1,0 +1,51 @@
+"""The base in the target's dtype, where the two differ: an exact, portable rule, since base bytes
+that are off by one bit would decode to garbage.
+
+Widen to F32 (F64: round to nearest even), then round to nearest even. Every NaN becomes the one quiet NaN of
+its sign without payload, because processors disagree on the others.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+_FLOATS = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+
+
+def is_convertible(source: str, target: str) -> bool:
+    """Whether :func:`convert` knows this pair of dtype codes."""
+    return source in _FLOATS and target in _FLOATS
+
+
+def rescale(nbytes: int, source: str, target: str) -> int:
+    """How many bytes the elements in ``nbytes`` bytes of dtype ``source`` take up as ``target``."""
+    return nbytes if source == target else nbytes // _FLOATS[source] * _FLOATS[target]
+
+
+def convert(data: NDArray[np.uint8], source: str, target: str) -> NDArray[np.uint8]:
+    """The elements ``data`` (uint8, little-endian, whole elements) of dtype ``source`` as ``target``."""
+    if source == target:
+        return data
+    if not is_convertible(source, target):
+        raise ValueError(f"no rule to convert {source} to {target}")
+    if source == "BF16":
+        single = (data.view("<u2").astype("<u4") << 16).view("<f4")
+    else:
+        with np.errstate(over="ignore", invalid="ignore"):
+            single = data.view({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[source]).astype("<f4")
+    bits = single.view("<u4")
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    if nan.any():
+        bits = np.where(nan, (bits & 0x80000000) | 0x7FC00000, bits)
+        single = bits.view("<f4")
+    if target == "BF16":
+        rounded = bits + (((bits >> 16) & 1) + 0x7FFF)
+        rounded[nan] = bits[nan]
+        result = (rounded >> 16).astype("<u2")
+    elif target == "F32":
+        result = single
+    else:
+        with np.errstate(over="ignore", invalid="ignore"):
+            result = single.astype({"F16": "<f2", "F64": "<f8"}[target])
+    return np.frombuffer(result.data, np.uint8)

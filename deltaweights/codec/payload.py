@@ -1,0 +1,183 @@
+"""A payload: how one tensor is cut into chunks, and the table of records that describes them.
+
+::
+
+    record 0 | record 1 | … | data of chunk 0 | data of chunk 1 | …
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ..errors import PayloadError
+from .chunk import decode_chunk, element_bytes, encode_chunk
+
+#: Bytes of target tensor in a chunk. Small enough that a chunk, its base and the work on them stay in a
+#: core's cache and that a sample of chunks is read in seconds; large enough that the 24-byte record is
+#: nothing.
+CHUNK_BYTES = 1 << 20
+
+#: One chunk's record: its method, its data's length in bytes, XXH3-64 of its base bytes (0 where it
+#: has none) and of its target bytes.
+RECORD = np.dtype(
+    [("method", "u1"), ("reserved", "u1", 3), ("length", "<u4"), ("base", "<u8"), ("target", "<u8")]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPlan:
+    """How a tensor of ``nbytes`` is cut: its first ``shared`` bytes have a base, the rest has none, and
+    no chunk is longer than ``chunk_bytes`` or lies on both sides."""
+
+    nbytes: int
+    shared: int
+    chunk_bytes: int = CHUNK_BYTES
+
+    @property
+    def count(self) -> int:
+        """How many chunks there are."""
+        return self.shared_count - (self.shared - self.nbytes) // self.chunk_bytes
+
+    @property
+    def shared_count(self) -> int:
+        """How many chunks, the first ones, have a base."""
+        return -(-self.shared // self.chunk_bytes)
+
+    def span(self, index: int) -> tuple[int, int]:
+        """First byte and end of chunk ``index`` in the tensor."""
+        if index < self.shared_count:
+            start, end = index * self.chunk_bytes, self.shared
+        else:
+            start = self.shared + (index - self.shared_count) * self.chunk_bytes
+            end = self.nbytes
+        return start, min(start + self.chunk_bytes, end)
+
+    def has_base(self, index: int) -> bool:
+        """Whether chunk ``index`` is coded against the base."""
+        return index < self.shared_count
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return (self.span(index) for index in range(self.count))
+
+
+def checksum(data: NDArray[np.uint8]) -> int:
+    """XXH3-64 of the bytes: finds damage early. SHA-256 of the whole file is the guarantee."""
+    return xxhash.xxh3_64_intdigest(data.data)
+
+
+def count_changed(base: NDArray[np.uint8], target: NDArray[np.uint8], dtype: str) -> int:
+    """How many elements of ``dtype`` differ between two uint8 arrays of one length (bytes, where an
+    element is not a whole number of them)."""
+    word = np.dtype(f"u{element_bytes(dtype, target.size)}")
+    base, target = base.view(word), target.view(word)
+    return int(np.count_nonzero(base != target))
+
+
+def check_records(
+    table: bytes, plan: ChunkPlan, payload_bytes: int
+) -> tuple[NDArray[np.void], NDArray[np.int64]]:
+    """A payload's chunk records, and where each chunk's data starts in the payload.
+
+    Args:
+        table: the payload's first ``plan.count * RECORD.itemsize`` bytes.
+        payload_bytes: the whole payload's length.
+
+    Raises:
+        PayloadError: the lengths do not add up to the payload.
+    """
+    if len(table) != plan.count * RECORD.itemsize:
+        raise PayloadError("A payload is too short for its chunk records")
+    records = np.frombuffer(table, RECORD)
+    ends = len(table) + np.cumsum(records["length"], dtype=np.int64)
+    if (int(ends[-1]) if ends.size else 0) != payload_bytes:
+        raise PayloadError("A payload's chunk lengths do not add up to its size")
+    return records, ends - records["length"]
+
+
+def encode(
+    base: NDArray[np.uint8] | bytes | None,
+    target: NDArray[np.uint8] | bytes,
+    dtype: str,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> bytes:
+    """Encode a whole tensor.
+
+    Args:
+        base: the base's bytes (uint8 array or any buffer), of the same length and dtype as ``target``;
+            None codes the target alone.
+        target: the tensor's bytes, little-endian, row-major.
+        dtype: its safetensors dtype code.
+
+    Returns:
+        The payload.
+
+    Raises:
+        ValueError: base and target differ in length.
+    """
+    new = np.frombuffer(target, np.uint8)
+    old = None if base is None else np.frombuffer(base, np.uint8)
+    if old is not None and old.size != new.size:
+        raise ValueError(f"base has {old.size} bytes, target {new.size}")
+    plan = ChunkPlan(new.size, 0 if old is None else new.size, chunk_bytes)
+    records = np.zeros(plan.count, RECORD)
+    chunks = []
+    for record, (start, end) in zip(records, plan, strict=True):
+        reference = None if old is None else old[start:end]
+        method, data = encode_chunk(reference, new[start:end], dtype)
+        record["method"], record["length"] = method, len(data)
+        record["base"] = 0 if reference is None else checksum(reference)
+        record["target"] = checksum(new[start:end])
+        chunks.append(data)
+    return records.tobytes() + b"".join(chunks)
+
+
+def decode(
+    base: NDArray[np.uint8] | bytes | None,
+    payload: bytes,
+    dtype: str,
+    out: NDArray[np.uint8] | None = None,
+    *,
+    nbytes: int | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> NDArray[np.uint8]:
+    """Decode what :func:`encode` returned; the inverse in every bit.
+
+    Args:
+        base: the same base bytes, or None if there were none.
+        payload: the payload.
+        dtype: the tensor's safetensors dtype code.
+        out: uint8, 1-D, contiguous, of the tensor's length; allocated if None, and then ``nbytes``
+            says how long where there is no base.
+
+    Returns:
+        ``out``, filled.
+
+    Raises:
+        PayloadError: the payload is damaged, or the base is not the one that it was encoded against.
+        ValueError: the tensor's length is not known, or the base's is another.
+    """
+    old = None if base is None else np.frombuffer(base, np.uint8)
+    if out is None:
+        if nbytes is None and old is None:
+            raise ValueError("pass out= or nbytes= where there is no base")
+        out = np.empty(old.size if nbytes is None and old is not None else nbytes, np.uint8)  # type: ignore[arg-type]
+    if old is not None and old.size != out.size:
+        raise ValueError(f"base has {old.size} bytes, target {out.size}")
+    plan = ChunkPlan(out.size, 0 if old is None else out.size, chunk_bytes)
+    table = payload[: plan.count * RECORD.itemsize]
+    records, starts = check_records(table, plan, len(payload))
+    for record, position, (start, end) in zip(records, starts, plan, strict=True):
+        reference = None if old is None else old[start:end]
+        if reference is not None and checksum(reference) != record["base"]:
+            raise PayloadError(f"Bytes {start} to {end} of the base are not those it was coded against")
+        data = payload[position : position + record["length"]]
+        decode_chunk(record["method"], data, reference, dtype, out[start:end])
+        if checksum(out[start:end]) != record["target"]:
+            raise PayloadError(f"Bytes {start} to {end} do not decode to what was encoded")
+    return out

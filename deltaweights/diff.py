@@ -1,0 +1,405 @@
+"""Base and target to a delta: the mirror image of patch.py.
+
+checkpoint → codec → delta, shard by shard, chunk by chunk, so memory does not grow with either checkpoint.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from . import card, codec
+from ._version import __version__
+from .checkpoint import (
+    Checkpoint,
+    Location,
+    OutputFolder,
+    PartialFile,
+    ReadableFile,
+    Shard,
+    TensorInfo,
+    build_header,
+    file_blocks,
+    open_checkpoint,
+    sha256_of,
+)
+from .errors import OutputError
+from .manifest import (
+    MANIFEST_NAME,
+    BaseRecord,
+    BaseTensor,
+    FileRecord,
+    License,
+    Manifest,
+    Status,
+    TargetFile,
+    TargetRecord,
+    TensorEntry,
+    Tool,
+    check_path,
+)
+from .match import Match, RenameRule, match_tensors
+from .pipeline import Meter, ProgressCallback, Workers
+
+#: Compressing a file pays if it saves this share of it; small ones stay readable on the Hub.
+_WORTH_COMPRESSING = 64 << 10
+_WORTH_SAVING = 0.9
+
+
+def make_delta(
+    base: Location,
+    target: Location,
+    delta: Location,
+    *,
+    rename: Sequence[RenameRule] = (),
+    base_repo: str | None = None,
+    base_revision: str | None = None,
+    base_license: str | None = None,
+    target_repo: str | None = None,
+    target_license: str | None = None,
+    chunk_bytes: int = codec.CHUNK_BYTES,
+    force: bool = False,
+    threads: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> Manifest:
+    """Write to the folder ``delta`` what ``target`` adds to ``base``.
+
+    Args:
+        base, target: a folder, one .safetensors file, or a Hub id that is in the local cache.
+        delta: the folder to write; new or empty, or an interrupted run's.
+        rename: pairs (regular expression, replacement) that turn target tensor names into base tensor
+            names, for what automatic matching does not find.
+        base_repo, base_revision: the base's Hub id and commit; taken from the Hub cache's layout if None.
+        base_license, target_license: license ids; taken from the model cards if None.
+        target_repo: the Hub id that the target is or will be published under.
+        chunk_bytes: bytes of a tensor that are coded independently; a multiple of 4096.
+        force: write even if ``delta`` holds other files; the delta's own files are replaced.
+        threads: how many; the number of usable cores if None.
+        progress: called with a phase ("diff"), bytes done, bytes in all.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be read.
+        OutputError: the folder cannot be used, or its disk is full.
+    """
+    with open_checkpoint(base) as old, open_checkpoint(target) as new:
+        for path in new.source.sizes:
+            check_path(path)
+        root = Path(delta).expanduser()
+        _check_apart(root, old, new)
+        matches = match_tensors(old, new, rename)
+        with Workers(threads) as workers, OutputFolder(root) as folder:
+            _check_vacant(folder, force)
+            writer = _DeltaWriter(old, new, folder, workers, chunk_bytes, progress)
+            hashing = ThreadPoolExecutor(1)
+            try:
+                base_files = hashing.submit(_digest_files, old, workers)
+                shards, entries = writer.write_shards(matches)
+                others = writer.write_other_files(base_files.result())
+                licenses = {
+                    "base": writer.write_license(old, base_license),
+                    "target": writer.write_license(new, target_license),
+                }
+            finally:
+                workers.stop()
+                hashing.shutdown()
+            hub = old.source.hub_id
+            manifest = Manifest(
+                base=BaseRecord(
+                    base_repo or hub.repo_id,
+                    base_revision or hub.revision,
+                    licenses["base"],
+                    base_files.result(),
+                ),
+                target=TargetRecord(
+                    target_repo or new.source.hub_id.repo_id,
+                    None if target_repo else new.source.hub_id.revision,
+                    licenses["target"],
+                    tuple(sorted([*shards, *others], key=lambda file: file.path)),
+                    new.source.left_out,
+                ),
+                tensors=tuple(entries + _removed(old, matches)),
+                files=tuple(sorted(writer.files, key=lambda file: file.path)),
+                tool=Tool("deltaweights", __version__),
+                chunk_bytes=chunk_bytes,
+            )
+            writer.write_manifest(manifest)
+            return manifest
+
+
+def _check_apart(root: Path, old: Checkpoint, new: Checkpoint) -> None:
+    """The delta must not become part of what it is made from."""
+    for source in (old.source, new.source):
+        place = Path(source.where).resolve()
+        if place == root.resolve() or place in root.resolve().parents:
+            raise OutputError(
+                f"The delta cannot be written to {root}",
+                f"That is inside {source.where}, which it is made from.",
+                "Choose a folder outside the base and the target.",
+            )
+
+
+def _check_vacant(folder: OutputFolder, force: bool) -> None:
+    others = folder.foreign(())
+    if others and not force and not folder.is_interrupted:
+        raise OutputError(
+            f"{folder.root} is not empty",
+            f"It holds {others[0]}{f' and {len(others) - 1} more' if others[1:] else ''}.",
+            "Choose a new folder, or pass --force to write over a delta there.",
+        )
+    (folder.root / MANIFEST_NAME).unlink(missing_ok=True)  # from here on, it is no whole delta
+
+
+def _digest_files(checkpoint: Checkpoint, workers: Workers) -> tuple[FileRecord, ...]:
+    """Size and SHA-256 of every file of the checkpoint."""
+    return tuple(
+        FileRecord(path, size, sha256_of(workers.watch(file_blocks(checkpoint.source.open(path)))))
+        for path, size in checkpoint.source.sizes.items()
+    )
+
+
+def _removed(old: Checkpoint, matches: Iterable[Match]) -> list[TensorEntry]:
+    """Entries for the base tensors that no target tensor is compared with."""
+    used = {match.base for match in matches}
+    return [
+        TensorEntry(t.info.name, None, t.info.dtype, t.info.shape, "removed", None, 0, 0, 0)
+        for t in old.tensors
+        if t not in used
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Coded:
+    """One chunk, encoded: its record, its data, its target bytes and how many elements changed."""
+
+    record: tuple[int, int, int, int]
+    data: bytes
+    target: NDArray[np.uint8]
+    changed: int
+
+
+class _DeltaWriter:
+    """Writes the parts of one delta and keeps the record of its files."""
+
+    def __init__(
+        self,
+        old: Checkpoint,
+        new: Checkpoint,
+        folder: OutputFolder,
+        workers: Workers,
+        chunk_bytes: int,
+        progress: ProgressCallback | None,
+    ) -> None:
+        self.files: list[FileRecord] = []
+        self._old = old
+        self._new = new
+        self._folder = folder
+        self._workers = workers
+        self._chunk_bytes = chunk_bytes
+        self._meter = Meter(progress, "diff", sum(new.source.sizes.values()))
+
+    def write_shards(self, matches: Sequence[Match]) -> tuple[list[TargetFile], list[TensorEntry]]:
+        """One delta shard for each shard of the target."""
+        by_shard: dict[str, list[Match]] = {path: [] for path in self._new.shards}
+        for match in matches:
+            by_shard[match.target.shard.path].append(match)
+        count = len(by_shard)
+        names = (f"delta-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count))
+        written = self._workers.each(self._write_shard, zip(by_shard.items(), names, strict=True))
+        return [file for file, _ in written], [entry for _, entries in written for entry in entries]
+
+    def _write_shard(self, job: tuple[tuple[str, list[Match]], str]) -> tuple[TargetFile, list[TensorEntry]]:
+        (path, matches), name = job
+        shard = self._new.shards[path]
+        sha256 = hashlib.sha256(shard.header.raw)
+        with self._folder.create(name) as file:
+            room = _header_room(shard, self._plans(matches))
+            entries, payloads, position = [], [], 0
+            for match, plan in zip(matches, self._plans(matches), strict=True):
+                length, changed, is_same = self._write_payload(
+                    file, room + position, match, plan, sha256.update
+                )
+                entries.append(_entry(match, is_same, changed, length, self._old))
+                payloads.append(
+                    TensorInfo(match.target.info.name, "U8", (length,), position, position + length)
+                )
+                position += length
+            header = build_header(payloads, _shard_metadata(shard), room)
+            assert len(header) == room
+            file.write_at(0, header)
+            self._finish(file)
+        self._meter.add(shard.header.data_start)
+        record = TargetFile(path, shard.file.size, sha256.hexdigest(), "tensors", name)
+        return record, entries
+
+    def _plans(self, matches: Sequence[Match]) -> list[codec.ChunkPlan]:
+        return [codec.ChunkPlan(m.target.info.nbytes, m.shared_bytes, self._chunk_bytes) for m in matches]
+
+    def _write_payload(
+        self,
+        file: PartialFile,
+        offset: int,
+        match: Match,
+        plan: codec.ChunkPlan,
+        hash_target: Callable[[memoryview], None],
+    ) -> tuple[int, int, bool]:
+        """Encode one tensor to ``offset``. Returns the payload's length, how many elements changed, and
+        whether all bytes are the base's."""
+        records = np.zeros(plan.count, codec.RECORD)
+        position, changed = records.nbytes, 0
+
+        def encode(index: int) -> _Coded:
+            return _encode(match, plan, index)
+
+        for index, coded in enumerate(self._workers.map(encode, range(plan.count))):
+            hash_target(coded.target.data)
+            file.write_at(offset + position, coded.data)
+            for key, value in zip(("method", "length", "base", "target"), coded.record, strict=True):
+                records[key][index] = value
+            position += len(coded.data)
+            changed += coded.changed
+            self._meter.add(coded.target.nbytes)
+        file.write_at(offset, records.tobytes())
+        is_same = plan.shared == plan.nbytes and not records["method"].any()
+        return position, changed, is_same
+
+    def write_other_files(self, base_files: Sequence[FileRecord]) -> list[TargetFile]:
+        """Store every file that is not a shard: by reference where the base has the same bytes."""
+        in_base = {(record.size, record.sha256): record.path for record in reversed(base_files)}
+        written = []
+        for path in self._new.other_files:
+            file = self._new.source.open(path)
+            digest = sha256_of(self._workers.watch(file_blocks(file), self._meter))
+            source = in_base.get((file.size, digest))
+            if source is not None:
+                written.append(TargetFile(path, file.size, digest, "base", source))
+            else:
+                written.append(self._store(file, digest))
+        return written
+
+    def _store(self, file: ReadableFile, digest: str) -> TargetFile:
+        """Copy one file into the delta, compressed if that is worth it."""
+        stored = f"files/{file.path}"
+        if file.size >= _WORTH_COMPRESSING and f"{file.path}.zst" not in self._new.source.sizes:
+            level = 9 if file.size < (64 << 20) else 3
+            blocks = codec.compress_blocks(file_blocks(file), level)
+            if self._write_blocks(f"{stored}.zst", blocks, limit=int(file.size * _WORTH_SAVING)):
+                return TargetFile(file.path, file.size, digest, "zstd", f"{stored}.zst")
+        self._write_blocks(stored, file_blocks(file))
+        return TargetFile(file.path, file.size, digest, "verbatim", stored)
+
+    def write_license(self, checkpoint: Checkpoint, override: str | None) -> License:
+        """Copy a checkpoint's license texts into the delta."""
+        found = card.read_license(checkpoint, override)
+        for path, content in found.texts.items():
+            if path not in {record.path for record in self.files}:
+                self._write_blocks(path, [content])
+        return found.license
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """The model card and, last of all, the manifest: with it the delta is whole."""
+        for path, content in (
+            (card.CARD_NAME, card.write_card(manifest)),
+            (MANIFEST_NAME, manifest.to_json()),
+        ):
+            with self._folder.create(path) as file:
+                file.write_at(0, content)
+                file.commit()
+
+    def _write_blocks(self, path: str, blocks: Iterable[bytes], limit: float = float("inf")) -> bool:
+        """Write a file of the delta, unless it grows beyond ``limit`` bytes. Returns whether it stands."""
+        with self._folder.create(path) as file:
+            position = 0
+            for block in self._workers.watch(blocks):
+                if position + len(block) > limit:
+                    return False
+                file.write_at(position, block)
+                position += len(block)
+            self._finish(file)
+        return True
+
+    def _finish(self, file: PartialFile) -> FileRecord:
+        record = FileRecord(file.path, *file.digest())
+        file.commit()
+        self.files.append(record)
+        return record
+
+
+def _encode(match: Match, plan: codec.ChunkPlan, index: int) -> _Coded:
+    """Read and encode one chunk."""
+    start, end = plan.span(index)
+    info = match.target.info
+    target = np.empty(end - start, np.uint8)
+    match.target.read_into(start, target)
+    base, base_sum, changed = None, 0, 0
+    if plan.has_base(index):
+        assert match.base is not None
+        source = match.base.info.dtype
+        first, last = (codec.rescale(n, info.dtype, source) for n in (start, end))
+        base = np.empty(last - first, np.uint8)
+        match.base.read_into(first, base)
+        base_sum = codec.checksum(base)
+        base = codec.convert(base, source, info.dtype)
+        changed = codec.count_changed(base, target, info.dtype)
+    method, data = codec.encode_chunk(base, target, info.dtype)
+    is_same = method == codec.Method.SAME and source == info.dtype
+    target_sum = base_sum if is_same else codec.checksum(target)
+    return _Coded((method, len(data), base_sum, target_sum), data, target, changed)
+
+
+def _entry(match: Match, is_same: bool, changed: int, payload_bytes: int, old: Checkpoint) -> TensorEntry:
+    new = match.target.info
+    reference = None
+    if match.base and match.shared_bytes:
+        twins = old.named(match.base.info.name)
+        file = match.base.shard.path if len(twins) > 1 else None
+        reference = BaseTensor(match.base.info.name, match.base.info.dtype, match.base.info.shape, file)
+    return TensorEntry(
+        name=new.name,
+        file=match.target.shard.path,
+        dtype=new.dtype,
+        shape=new.shape,
+        status=_status(match, is_same),
+        base=reference,
+        shared_bytes=match.shared_bytes,
+        changed=changed,
+        payload_bytes=payload_bytes,
+    )
+
+
+def _status(match: Match, is_same: bool) -> Status:
+    if match.base is None:
+        return "added"
+    if match.base.info.shape != match.target.info.shape:
+        return "resized"
+    if match.base.info.name != match.target.info.name:
+        return "renamed"
+    if not match.shared_bytes and match.target.info.nbytes:
+        return "changed"  # a dtype without a rule to convert
+    return "same" if is_same else "changed"
+
+
+def _header_room(shard: Shard, plans: Sequence[codec.ChunkPlan]) -> int:
+    """Bytes that the delta shard's header may need: its payloads' sizes are known only after it."""
+    largest, position = [], 0
+    for info, plan in zip(shard.header.tensors, plans, strict=True):
+        length = plan.nbytes + plan.count * codec.RECORD.itemsize
+        largest.append(TensorInfo(info.name, "U8", (length,), position, position + length))
+        position += length
+    return len(build_header(largest, _shard_metadata(shard)))
+
+
+def _shard_metadata(shard: Shard) -> dict[str, str]:
+    """The target shard's own header, byte for byte, for the delta shard's metadata."""
+    packed = zstandard.ZstdCompressor(level=19).compress(shard.header.raw)
+    return {"format": "deltaweights", "header": base64.b64encode(packed).decode()}

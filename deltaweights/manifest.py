@@ -1,0 +1,280 @@
+"""The manifest, ``deltaweights.json``: what a delta says of itself.
+
+Frozen dataclasses and their canonical JSON. Laws: ``Manifest.from_json(m.to_json()) == m``, and
+``Manifest.from_json(data).to_json() == data`` for every ``data`` that is accepted. docs/format.md gives the
+meaning of every field; everything in a manifest is untrusted until :meth:`Manifest.from_json` returned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+
+from .errors import FormatVersionError, ManifestError
+
+MANIFEST_NAME = "deltaweights.json"
+FORMAT_VERSION = 1
+
+#: Far above any real manifest (about 250 bytes a tensor).
+MAX_MANIFEST_BYTES = 1 << 28
+
+Size: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+Dim: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+Sha256: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Shape: TypeAlias = Annotated[tuple[Dim, ...], msgspec.Meta(max_length=64)]
+ChunkBytes: TypeAlias = Annotated[int, msgspec.Meta(ge=4096, le=1 << 22, multiple_of=4096)]
+Status: TypeAlias = Literal["same", "changed", "added", "removed", "renamed", "resized"]
+
+STATUSES: tuple[Status, ...] = ("same", "changed", "added", "removed", "renamed", "resized")
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file: relative POSIX path, size in bytes, SHA-256 in hex (the one that the Hub publishes)."""
+
+    path: str
+    size: Size
+    sha256: Sha256
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFile:
+    """A file of the target, and where its bytes come from.
+
+    ``stored`` is how: ``tensors`` (rebuilt from the delta shard ``source`` and the base), ``verbatim`` or
+    ``zstd`` (the delta's file ``source``, or its decompression), ``base`` (the base's file ``source``).
+    """
+
+    path: str
+    size: Size
+    sha256: Sha256
+    stored: Literal["tensors", "verbatim", "zstd", "base"]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class License:
+    """A license: ``id`` as its model card gives it, and its texts, which lie in the delta."""
+
+    id: str | None = None
+    name: str | None = None
+    link: str | None = None
+    files: tuple[FileRecord, ...] = ()
+    obligations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BaseRecord:
+    """The base: its Hub id and commit where they are known, its license, its files."""
+
+    repo_id: str | None
+    revision: str | None
+    license: License
+    files: tuple[FileRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRecord:
+    """The target, likewise. ``left_out`` lists what stood in its folder and is not part of it."""
+
+    repo_id: str | None
+    revision: str | None
+    license: License
+    files: tuple[TargetFile, ...]
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BaseTensor:
+    """The base tensor that a target tensor is coded against. ``file`` tells apart two base tensors of
+    one name; else it is None, since a base may be sharded in any way."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    file: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of the target, or (status ``removed``, without a ``file``) one that only the base has.
+
+    ``shared_bytes`` of its bytes, from the first on, are coded against ``base``; ``changed`` of those
+    bytes' elements differ from it. ``payload_bytes`` is what it takes up in the delta shard.
+    """
+
+    name: str
+    file: str | None
+    dtype: str
+    shape: Shape
+    status: Status
+    base: BaseTensor | None
+    shared_bytes: Size
+    changed: Size
+    payload_bytes: Size
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """The program that wrote the manifest."""
+
+    name: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """All of it. ``files`` are the delta's own files, but for the manifest and the model card."""
+
+    base: BaseRecord
+    target: TargetRecord
+    tensors: tuple[TensorEntry, ...]
+    files: tuple[FileRecord, ...]
+    tool: Tool
+    chunk_bytes: ChunkBytes
+    format: Literal["deltaweights"] = "deltaweights"
+    format_version: int = FORMAT_VERSION
+    #: SHA-256 of the canonical JSON in which this value is empty; filled in by ``to_json``.
+    checksum: str = field(default="", compare=False)
+
+    @property
+    def target_bytes(self) -> int:
+        return sum(file.size for file in self.target.files)
+
+    @property
+    def delta_bytes(self) -> int:
+        """Size of the delta: its files and the manifest itself (the model card is not counted)."""
+        return sum(file.size for file in self.files) + len(self.to_json())
+
+    def to_json(self) -> bytes:
+        """Canonical JSON: UTF-8, keys sorted, no white space, one line feed at the end."""
+        return _encode(
+            replace(self, checksum=hashlib.sha256(_encode(replace(self, checksum=""))).hexdigest())
+        )
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Manifest:
+        """Read and check a manifest.
+
+        Raises:
+            FormatVersionError: its format version is not known here.
+            ManifestError: it is damaged, not canonical, or contradicts itself.
+        """
+        _check_version(data)
+        try:
+            manifest = msgspec.json.decode(data, type=cls)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            raise _damaged(f"{error}") from error
+        if manifest.to_json() != data:
+            raise _damaged("Its checksum is wrong, or its JSON is not in canonical form")
+        _validate(manifest)
+        return manifest
+
+
+class _Version(msgspec.Struct):
+    format: str
+    format_version: int
+
+
+def _check_version(data: bytes) -> None:
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise _damaged(f"It has {len(data)} bytes, more than any manifest")
+    try:
+        version = msgspec.json.decode(data, type=_Version)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise _damaged(f"{error}") from error
+    if version.format != "deltaweights":
+        raise _damaged(f"Its format is {version.format!r}")
+    if version.format_version != FORMAT_VERSION:
+        raise FormatVersionError(
+            f"This delta has format version {version.format_version}",
+            f"This version of deltaweights reads version {FORMAT_VERSION}.",
+            "Upgrade it: pip install -U deltaweights",
+        )
+
+
+def _encode(manifest: Manifest) -> bytes:
+    return msgspec.json.encode(manifest, order="sorted") + b"\n"
+
+
+def _damaged(why: str) -> ManifestError:
+    return ManifestError(f"{MANIFEST_NAME} is damaged", f"{why}.", "Get the delta again.")
+
+
+def check_path(path: str) -> None:
+    """Refuse a path that could leave the folder it is meant for, or that a tool could run.
+
+    Raises:
+        ManifestError: it is not a plain relative POSIX path.
+    """
+    parts = path.split("/")
+    if (
+        any(part in ("", ".", "..") for part in parts)
+        or any(part.lower() in (".git", ".deltaweights") for part in parts)
+        or re.search(r"[\x00-\x1f\x7f\\]|^[A-Za-z]:", path)
+        or max(len(part.encode()) for part in parts) > 255
+    ):
+        raise _damaged(f"{path!r} is not a safe relative path")
+
+
+def _check_paths(paths: Iterable[str]) -> set[str]:
+    seen: set[str] = set()
+    for path in paths:
+        check_path(path)
+        if path in seen:
+            raise _damaged(f"It names {path!r} twice")
+        seen.add(path)
+    for path in seen:
+        parent = path
+        while "/" in parent:
+            parent = parent.rpartition("/")[0]
+            if parent in seen:
+                raise _damaged(f"{parent!r} is both a file and a folder")
+    return seen
+
+
+def _validate(manifest: Manifest) -> None:
+    """The rules that types cannot tell."""
+    own = _check_paths(file.path for file in manifest.files)
+    if own & {MANIFEST_NAME, "README.md"}:
+        raise _damaged("It lists itself or the model card among the delta's files")
+    base = {file.path: file for file in manifest.base.files}
+    if len(base) != len(manifest.base.files):
+        raise _damaged("It names a file of the base twice")
+    _check_paths(file.path for file in manifest.target.files)
+    for file in manifest.target.files:
+        _validate_target_file(file, own, base)
+    for license in (manifest.base.license, manifest.target.license):
+        if not {file.path for file in license.files} <= own:
+            raise _damaged("A license text is missing from the delta's files")
+    shards = {file.path for file in manifest.target.files if file.stored == "tensors"}
+    seen: set[tuple[str | None, str]] = set()
+    for entry in manifest.tensors:
+        _validate_entry(entry, shards)
+        if (entry.file, entry.name) in seen and entry.file is not None:
+            raise _damaged(f"It names tensor {entry.name!r} of {entry.file!r} twice")
+        seen.add((entry.file, entry.name))
+
+
+def _validate_target_file(file: TargetFile, own: Collection[str], base: dict[str, FileRecord]) -> None:
+    if file.stored != "base":
+        if file.source not in own:
+            raise _damaged(f"{file.path!r} comes from {file.source!r}, which the delta does not have")
+        return
+    source = base.get(file.source)
+    if not source or (source.size, source.sha256) != (file.size, file.sha256):
+        raise _damaged(f"{file.path!r} comes from {file.source!r}, which the base does not have")
+
+
+def _validate_entry(entry: TensorEntry, shards: Collection[str]) -> None:
+    if (entry.status == "removed") != (entry.file is None):
+        raise _damaged(f"Tensor {entry.name!r} is {entry.status} but in file {entry.file!r}")
+    if entry.file is not None and entry.file not in shards:
+        raise _damaged(f"Tensor {entry.name!r} is in {entry.file!r}, which is not a shard")
+    if entry.shared_bytes and not entry.base:
+        raise _damaged(f"Tensor {entry.name!r} shares bytes with no base tensor")

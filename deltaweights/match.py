@@ -1,0 +1,159 @@
+"""Which base tensor each target tensor is compared with: by name, by rename rule, by a prefix that all
+names share, by equal bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .checkpoint import DTYPE_BITS, Checkpoint, Tensor
+from .codec import is_convertible
+from .errors import DeltaWeightsError
+
+_BLOCK_BYTES = 1 << 20
+
+#: A rename rule: a regular expression, searched in a target tensor's name, and what to put in its place
+#: (``re.sub``) to get the base tensor's name.
+RenameRule = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A target tensor and the base tensor to code it against, if any. The first ``shared_bytes`` of the
+    target tensor's bytes have counterparts in the base tensor."""
+
+    target: Tensor
+    base: Tensor | None
+    shared_bytes: int
+
+
+def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameRule] = ()) -> list[Match]:
+    """A match for every tensor of ``target``, in the order of ``target.tensors``.
+
+    Raises:
+        DeltaWeightsError: a rename rule is not a valid regular expression or replacement.
+    """
+    renames = _compile(rename)
+    found: dict[Tensor, Tensor] = {}
+    for tensor in target.tensors:
+        name = tensor.info.name
+        for pattern, replacement in renames:
+            name = pattern.sub(replacement, name)
+        if candidate := base.find(name, tensor.shard.path):
+            found[tensor] = candidate
+    used = set(found.values())
+    unmatched = [tensor for tensor in target.tensors if tensor not in found]
+    free = [tensor for tensor in base.tensors if tensor not in used]
+    found.update(_match_prefixes(unmatched, free))
+    unmatched = [tensor for tensor in unmatched if tensor not in found]
+    found.update(_match_bytes(unmatched, base))
+    return [_match(tensor, found.get(tensor)) for tensor in target.tensors]
+
+
+def _compile(rename: Sequence[RenameRule]) -> list[tuple[re.Pattern[str], str]]:
+    compiled = []
+    for pattern, replacement in rename:
+        try:
+            compiled.append((re.compile(pattern), replacement))
+            compiled[-1][0].sub(replacement, "")
+        except (re.error, IndexError) as error:
+            raise DeltaWeightsError(
+                f"The rename rule {pattern}={replacement} is not valid",
+                f"{error}.".capitalize(),
+                r"Rules look like '^model\.=language_model.model.' (target's name = base's name).",
+            ) from error
+    return compiled
+
+
+def _match(target: Tensor, base: Tensor | None) -> Match:
+    shared = _shared_bytes(target, base) if base else 0
+    return Match(target, base, shared)
+
+
+def _shared_bytes(target: Tensor, base: Tensor) -> int:
+    """How many leading bytes of ``target`` have a counterpart in ``base``: all of them, or whole rows
+    where only the number of rows differs (a vocabulary that grew or shrank)."""
+    new, old = target.info, base.info
+    if new.dtype != old.dtype and not is_convertible(old.dtype, new.dtype):
+        return 0
+    if new.shape == old.shape or new.numel == old.numel:
+        same_size = new.dtype != old.dtype or new.nbytes == old.nbytes
+        return new.nbytes if same_size else 0
+    if not new.shape or new.shape[1:] != old.shape[1:] or not DTYPE_BITS.get(new.dtype):
+        return 0
+    rows = min(new.shape[0], old.shape[0])
+    return rows * new.nbytes // new.shape[0] if new.shape[0] else 0
+
+
+def _match_prefixes(unmatched: Iterable[Tensor], free: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+    """Match names that differ in a leading part only, such as ``model.`` against ``language_model.model.``.
+
+    The pair of prefixes that explains most tensors wins, then the next, until a pair explains but one tensor.
+    """
+    by_name = {tensor.info.name: tensor for tensor in free}
+    left = {tensor.info.name: tensor for tensor in unmatched}
+    by_suffix: dict[str, list[str]] = {}
+    for name in by_name:
+        for suffix in _suffixes(name):
+            by_suffix.setdefault(suffix, []).append(name)
+    votes: Counter[tuple[str, str]] = Counter()
+    for name, tensor in left.items():
+        for suffix in _suffixes(name):
+            for other in by_suffix.get(suffix, [])[:64]:  # ".weight" ends every name
+                if by_name[other].info.shape == tensor.info.shape:
+                    votes[name.removesuffix(suffix), other.removesuffix(suffix)] += 1
+    found: dict[Tensor, Tensor] = {}
+    for (new, old), count in votes.most_common():
+        if count < 2:
+            break
+        for name in [name for name in left if name.startswith(new)]:
+            other = old + name.removeprefix(new)
+            if other in by_name and by_name[other].info.shape == left[name].info.shape:
+                found[left.pop(name)] = by_name.pop(other)
+    return found
+
+
+def _suffixes(name: str) -> list[str]:
+    """``a.b.c`` → ``a.b.c``, ``b.c``, ``c``; no more than eight, the longest."""
+    parts = name.split(".")
+    return [".".join(parts[k:]) for k in range(min(len(parts), 8))]
+
+
+def _match_bytes(unmatched: Sequence[Tensor], base: Checkpoint) -> dict[Tensor, Tensor]:
+    """Match tensors that the base has bit for bit under another name (an untied output layer, say)."""
+    kinds = {(tensor.info.dtype, tensor.info.shape) for tensor in unmatched if tensor.info.nbytes}
+    by_start: dict[tuple[str, bytes], list[Tensor]] = {}
+    for tensor in base.tensors:
+        if (tensor.info.dtype, tensor.info.shape) in kinds:
+            by_start.setdefault(_start(tensor), []).append(tensor)
+    found = {}
+    for tensor in unmatched:
+        candidates = by_start.get(_start(tensor), []) if tensor.info.nbytes else []
+        if match := next((other for other in candidates if _equal(tensor, other)), None):
+            found[tensor] = match
+    return found
+
+
+def _start(tensor: Tensor) -> tuple[str, bytes]:
+    """What tells most tensors apart at the cost of one small read: dtype, shape, first bytes."""
+    first = np.empty(min(tensor.info.nbytes, 4096), np.uint8)
+    tensor.read_into(0, first)
+    return f"{tensor.info.dtype}{tensor.info.shape}", hashlib.sha256(first.data).digest()
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one size hold the same bytes; reads no further than the first difference."""
+    if one.info.nbytes != other.info.nbytes:
+        return False
+    for start in range(0, one.info.nbytes, _BLOCK_BYTES):
+        first, second = (np.empty(min(_BLOCK_BYTES, one.info.nbytes - start), np.uint8) for _ in "ab")
+        one.read_into(start, first)
+        other.read_into(start, second)
+        if not np.array_equal(first, second):
+            return False
+    return True

@@ -1,0 +1,121 @@
+"""Threads for diff and apply: work runs ahead, results come back in order, memory stays bounded."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+#: Called with the name of a phase, the bytes done and the bytes to do in all; from any thread, one at a time.
+ProgressCallback = Callable[[str, int, int], None]
+
+
+class Stopped(Exception):  # noqa: N818
+    """Another thread failed first; its error is the one to report."""
+
+
+class Workers:
+    """A pool of threads; a context manager. Any error inside it stops all the work.
+
+    Args:
+        threads: how many; the number of usable cores if None.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.threads = threads or len(os.sched_getaffinity(0))
+        self._pool = ThreadPoolExecutor(self.threads)
+        self._stopped = threading.Event()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+        self._pool.shutdown(cancel_futures=True)
+
+    def stop(self) -> None:
+        """Make all work that goes on end with :class:`Stopped`."""
+        self._stopped.set()
+
+    def check(self) -> None:
+        """Raise :class:`Stopped` where the work is to end."""
+        if self._stopped.is_set():
+            raise Stopped
+
+    def watch(self, blocks: Iterable[bytes], meter: Meter | None = None) -> Iterator[bytes]:
+        """The blocks, counted, until the work is to end."""
+        for block in blocks:
+            self.check()
+            yield block
+            if meter:
+                meter.add(len(block))
+
+    @property
+    def window(self) -> int:
+        """How many items :meth:`map` works on or holds at once."""
+        return 2 * self.threads + 2
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """``function`` of each item, in order, at most ``window`` of them ahead of the consumer."""
+        ahead: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                self.check()
+                ahead.append(self._pool.submit(function, item))
+                if len(ahead) >= self.window:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:  # nothing may still use the consumer's files when its error is handled
+            for future in ahead:
+                future.cancel()
+            wait(ahead)
+
+    def each(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """``function`` of each item, in order, where the function itself uses :meth:`map`: several items
+        at once, so that one core's sequential work (SHA-256 of a shard) does not hold up the others."""
+        with ThreadPoolExecutor(min(self.threads, 4)) as lanes:
+            futures = [lanes.submit(function, item) for item in items]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                self.stop()
+                for future in futures:
+                    future.cancel()
+                wait(futures)
+                _raise_first(futures)
+                raise
+        return [future.result() for future in futures]
+
+
+def _raise_first(futures: list[Future[Result]]) -> None:
+    """Raise the first error that is not merely the echo of another."""
+    for future in futures:
+        error = None if future.cancelled() else future.exception()
+        if error and not isinstance(error, Stopped):
+            raise error
+
+
+class Meter:
+    """Counts bytes done from any thread and passes the sum on to a callback."""
+
+    def __init__(self, callback: ProgressCallback | None, phase: str, total: int) -> None:
+        self._callback = callback
+        self._phase = phase
+        self._total = total
+        self._done = 0
+        self._lock = threading.Lock()
+        self.add(0)
+
+    def add(self, nbytes: int) -> None:
+        if self._callback:
+            with self._lock:
+                self._done += nbytes
+                self._callback(self._phase, self._done, self._total)

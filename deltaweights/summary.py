@@ -1,0 +1,69 @@
+"""What ``inspect`` tells of a delta, as plain data."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from typing import Any
+
+import msgspec
+
+from . import codec
+from .checkpoint import Location, open_source
+from .manifest import STATUSES, Manifest, TensorEntry
+from .target import read_manifest
+
+
+def inspect_delta(delta: Location) -> dict[str, Any]:
+    """Summarise a delta from its manifest alone, ready for JSON.
+
+    Returns:
+        ``base`` and ``target`` (repo_id, revision, files), ``license`` (of both), ``size`` (target_bytes,
+        delta_bytes, ratio), ``counts`` (tensors by status), ``tensors`` (one object each, with
+        ``changed_fraction`` of the elements that have a base; None where none has), ``format_version``
+        and ``tool``.
+
+    Raises:
+        ManifestError: there is no manifest, or it is damaged.
+    """
+    source = open_source(delta)
+    try:
+        return summarise(read_manifest(source))
+    finally:
+        source.close()
+
+
+def summarise(manifest: Manifest) -> dict[str, Any]:
+    """:func:`inspect_delta` for a manifest in memory."""
+    fields = msgspec.to_builtins(manifest)
+    licenses = {side: fields[side].pop("license") for side in ("base", "target")}
+    counts = Counter(entry.status for entry in manifest.tensors)
+    delta_bytes = manifest.delta_bytes
+    return {
+        "base": fields["base"],
+        "target": fields["target"],
+        "license": licenses,
+        "size": {
+            "target_bytes": manifest.target_bytes,
+            "delta_bytes": delta_bytes,
+            "ratio": delta_bytes / max(1, manifest.target_bytes),
+        },
+        "counts": {status: counts[status] for status in STATUSES if counts[status]},
+        "tensors": [
+            entry | {"changed_fraction": _changed_fraction(record)}
+            for entry, record in zip(fields["tensors"], manifest.tensors, strict=True)
+        ],
+        "format_version": manifest.format_version,
+        "tool": fields["tool"],
+    }
+
+
+def _changed_fraction(entry: TensorEntry) -> float | None:
+    elements = entry.shared_bytes // codec.element_bytes(entry.dtype, entry.shared_bytes)
+    return entry.changed / elements if elements else None
+
+
+def display_name(record: dict[str, Any], fallback: str) -> str:
+    """A base or target for people: its Hub id and the start of its commit."""
+    name = record["repo_id"] or fallback
+    return f"{name}@{record['revision'][:12]}" if record["revision"] else os.fspath(name)

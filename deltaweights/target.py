@@ -1,0 +1,453 @@
+"""The target as base and delta describe it: every tensor and file readable, nothing on disk.
+
+:func:`open_target` gives the lazy view; ``apply`` and ``verify`` (patch.py) read it chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from . import codec
+from .checkpoint import (
+    DTYPE_BITS,
+    MAX_HEADER_BYTES,
+    Checkpoint,
+    Header,
+    Location,
+    Shard,
+    Source,
+    Tensor,
+    TensorInfo,
+    file_blocks,
+    open_checkpoint,
+    open_source,
+    parse_header,
+    read_shard,
+    sha256_of,
+)
+from .errors import (
+    BaseMismatchError,
+    CheckpointError,
+    DeltaError,
+    DeltaWeightsError,
+    HeaderError,
+    ManifestError,
+    PayloadError,
+)
+from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, TargetFile, TensorEntry
+
+
+def open_target(delta: Location, base: Location | None = None) -> Target:
+    """Open the target that ``delta`` and ``base`` make together, without writing files.
+
+    Args:
+        delta: a folder or a Hub id in the local cache.
+        base: likewise; if None, the repository that the manifest names, from the local cache.
+
+    Returns:
+        A lazy, read-only view; use it in a ``with`` block.
+
+    Raises:
+        DeltaError: the delta is incomplete or damaged.
+        CheckpointError: the base cannot be found or read.
+        BaseMismatchError: its tensors' names, dtypes or shapes are not those of the delta's base.
+    """
+    source = open_source(delta)
+    manifest = read_manifest(source)
+    _check_whole(source, manifest)
+    return Target(source, manifest, open_base(manifest, base))
+
+
+def read_manifest(source: Source) -> Manifest:
+    """Read and check the manifest of the delta at ``source``.
+
+    Raises:
+        ManifestError: there is none, or it is damaged.
+    """
+    size = source.sizes.get(MANIFEST_NAME)
+    if size is None:
+        raise ManifestError(
+            f"{source.where} is not a delta",
+            f"It has no {MANIFEST_NAME}: something else, or a diff that was interrupted.",
+            "Check the path, or run the diff again.",
+        )
+    return Manifest.from_json(source.open(MANIFEST_NAME).read(0, min(size, MAX_MANIFEST_BYTES + 1)))
+
+
+def _check_whole(source: Source, manifest: Manifest) -> None:
+    """Raise :class:`DeltaError` where a file of the delta is missing or cut (a broken download)."""
+    wrong = [file.path for file in manifest.files if source.sizes.get(file.path) != file.size]
+    if wrong:
+        raise DeltaError(
+            f"{source.where} is not a whole delta",
+            f"{_some(wrong)} missing or not of the size in the manifest.",
+            "Get the delta again.",
+        )
+
+
+def open_base(manifest: Manifest, base: Location | None) -> Checkpoint | None:
+    """The base given, or the one that the manifest names; None where the delta needs none.
+
+    Raises:
+        CheckpointError: it cannot be found or read.
+    """
+    needs_base = any(entry.shared_bytes for entry in manifest.tensors) or any(
+        file.stored == "base" for file in manifest.target.files
+    )
+    if base is None and manifest.base.repo_id:
+        revision = f"@{manifest.base.revision}" if manifest.base.revision else ""
+        base = manifest.base.repo_id + revision
+    if base is not None:
+        return open_checkpoint(base)
+    if needs_base:
+        raise CheckpointError(
+            "This delta needs its base",
+            "The delta does not say where on the Hub it is.",
+            "Pass its folder: --base PATH",
+        )
+    return None
+
+
+def _some(names: list[str]) -> str:
+    """The first name, and how many more there are."""
+    return (
+        repr(names[0])
+        + (f" and {len(names) - 1} more" if names[1:] else "")
+        + (" are" if names[1:] else " is")
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TensorView:
+    """One tensor of the target: ``data`` is its bytes (uint8, little-endian, row-major)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
+
+
+class Target(Mapping[str, TensorView]):
+    """The target, lazily: a mapping from tensor names to :class:`TensorView`, decoded on access.
+
+    Where two shards hold a tensor of one name, the first shard's counts; :meth:`shard` gives all.
+    """
+
+    def __init__(self, source: Source, manifest: Manifest, base: Checkpoint | None) -> None:
+        self.source = source
+        self.manifest = manifest
+        self.base = base
+        self._entries: dict[str, dict[str, TensorEntry]] = {
+            file.path: {} for file in manifest.target.files if file.stored == "tensors"
+        }
+        self._shards: dict[str, ShardRecipe] = {}
+        self._first: dict[str, TensorEntry] = {}
+        for entry in manifest.tensors:
+            if entry.file is not None:
+                self._entries[entry.file][entry.name] = entry
+                self._first.setdefault(entry.name, entry)
+        self._bases = self._find_bases()
+
+    def __enter__(self) -> Target:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files of delta and base."""
+        self.source.close()
+        if self.base:
+            self.base.source.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._first)
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def dtype(self, name: str) -> str:
+        """The tensor's safetensors dtype code; reads nothing."""
+        return self._first[name].dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape; reads nothing."""
+        return self._first[name].shape
+
+    def __getitem__(self, name: str) -> TensorView:
+        """Decode one whole tensor.
+
+        Raises:
+            KeyError: the target has no such tensor.
+            BaseMismatchError, DeltaError: base or delta are not what the manifest says.
+        """
+        entry = self._first[name]
+        assert entry.file is not None
+        recipe = self.shard(entry.file).tensors[name]
+        data = np.empty(recipe.info.nbytes, np.uint8)
+        for index in range(recipe.plan.count):
+            start, end = recipe.plan.span(index)
+            recipe.decode(index, data[start:end])
+        return TensorView(name, entry.dtype, entry.shape, data)
+
+    def shard(self, path: str) -> ShardRecipe:
+        """How to rebuild the target shard at ``path``; its headers are read and checked once.
+
+        Raises:
+            DeltaError: the delta shard contradicts the manifest.
+        """
+        if path not in self._shards:
+            file = next(file for file in self.manifest.target.files if file.path == path)
+            self._shards[path] = self._read_shard(file)
+        return self._shards[path]
+
+    def _read_shard(self, file: TargetFile) -> ShardRecipe:
+        try:
+            delta_shard = read_shard(self.source, file.source)
+            header = _target_header(delta_shard, file)
+        except HeaderError as error:
+            raise DeltaError(
+                f"{file.source} in the delta is damaged", error.why, "Get the delta again."
+            ) from error
+        payloads = {info.name: Tensor(info, delta_shard) for info in delta_shard.header.tensors}
+        entries = self._entries[file.path]
+        tensors = {}
+        for info in header.tensors:
+            entry = entries.get(info.name)
+            payload = payloads.get(info.name)
+            if not entry or not payload or (entry.dtype, entry.shape) != (info.dtype, info.shape):
+                raise PayloadError(
+                    f"{file.source} in the delta contradicts the manifest",
+                    f"They describe tensor {info.name!r} differently.",
+                    "Get the delta again.",
+                )
+            base = self._bases.get((file.path, info.name))
+            tensors[info.name] = TensorRecipe(info, entry, payload, base, self)
+        if len(tensors) != len(entries):
+            raise PayloadError(
+                f"{file.source} in the delta contradicts the manifest",
+                f"{len(entries)} tensors are promised, {len(tensors)} are there.",
+                "Get the delta again.",
+            )
+        return ShardRecipe(file, header, tensors, self.manifest.chunk_bytes)
+
+    def _find_bases(self) -> dict[tuple[str, str], Tensor]:
+        """The base tensor of every entry that has one.
+
+        Raises:
+            BaseMismatchError: the base lacks it, or it has another dtype or shape.
+        """
+        found, wrong = {}, []
+        for entry in self.manifest.tensors:
+            if not entry.base or not entry.shared_bytes or entry.file is None:
+                continue
+            reference = entry.base
+            tensor = self.base and self.base.find(reference.name, reference.file or entry.file)
+            if not tensor:
+                wrong.append(f"it has no tensor {reference.name!r}")
+            elif (tensor.info.dtype, tensor.info.shape) != (reference.dtype, reference.shape):
+                wrong.append(
+                    f"tensor {reference.name!r} is {tensor.info.dtype} {list(tensor.info.shape)}, "
+                    f"not {reference.dtype} {list(reference.shape)}"
+                )
+            else:
+                found[entry.file, entry.name] = tensor
+        if wrong:
+            more = f" ({len(wrong) - 1} more tensors are missing or differ)" if wrong[1:] else ""
+            raise self.wrong_base(wrong[0] + more)
+        return found
+
+    def wrong_base(self, why: str) -> BaseMismatchError:
+        """The error to raise where the base is not the right one."""
+        record = self.manifest.base
+        revision = f" --revision {record.revision}" if record.revision else ""
+        fix = (
+            f"Get the right one: hf download {record.repo_id}{revision}"
+            if record.repo_id
+            else "`deltaweights inspect --json` lists the files of the right one, with their SHA-256."
+        )
+        where = self.base.source.where if self.base else "Nothing"
+        return BaseMismatchError(
+            f"{where} is not the base that this delta was made from", f"{why[0].upper()}{why[1:]}.", fix
+        )
+
+    def is_damaged(self, path: str) -> bool:
+        """Whether the delta's own file at ``path`` has another SHA-256 than the manifest says."""
+        record = next(record for record in self.manifest.files if record.path == path)
+        return sha256_of(file_blocks(self.source.open(path))) != record.sha256
+
+    def blocks(self, file: TargetFile) -> Iterator[bytes]:
+        """The bytes of a file that is not a shard, in blocks of at most 1 MiB.
+
+        Raises:
+            BaseMismatchError: it comes from the base, and the base does not have it.
+            PayloadError: it does not decompress, or to more than the manifest says.
+        """
+        if file.stored == "base":
+            if not self.base or self.base.source.sizes.get(file.source) != file.size:
+                raise self.wrong_base(f"its file {file.source!r} is missing or of another size")
+            yield from file_blocks(self.base.source.open(file.source))
+            return
+        blocks = file_blocks(self.source.open(file.source))
+        if file.stored == "zstd":
+            blocks = codec.decompress_blocks(blocks)
+        left = file.size
+        for block in blocks:
+            left -= len(block)
+            if left < 0:
+                break
+            yield block
+        if left:
+            raise PayloadError(
+                f"{file.source} in the delta is damaged",
+                f"It does not hold the {file.size} bytes of {file.path}.",
+                "Get the delta again.",
+            )
+
+
+def _target_header(delta_shard: Shard, file: TargetFile) -> Header:
+    """The target shard's own header, out of the delta shard's metadata."""
+    try:
+        packed = base64.b64decode(delta_shard.header.metadata.get("header", ""), validate=True)
+        size = zstandard.frame_content_size(packed)
+        if not 8 <= size <= min(file.size, 8 + MAX_HEADER_BYTES):
+            raise ValueError(f"a header of {size} bytes")
+        raw = zstandard.ZstdDecompressor().decompress(packed)
+    except (ValueError, zstandard.ZstdError) as error:
+        raise HeaderError("", f"Its copy of the target's header is broken: {error}.") from error
+    if int.from_bytes(raw[:8], "little") != len(raw) - 8:
+        raise HeaderError("", "Its copy of the target's header has another length than it says.")
+    return parse_header(raw, file.size, file.path)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecipe:
+    """How to rebuild one target shard: its header, and its tensors in the order of their bytes."""
+
+    file: TargetFile
+    header: Header
+    tensors: dict[str, TensorRecipe]
+    chunk_bytes: int
+
+    def chunks(self) -> Iterator[tuple[TensorRecipe, int]]:
+        """Every chunk of the shard, in order."""
+        for recipe in self.tensors.values():
+            for index in range(recipe.plan.count):
+                yield recipe, index
+
+
+class TensorRecipe:
+    """How to rebuild one tensor, chunk by chunk."""
+
+    def __init__(
+        self, info: TensorInfo, entry: TensorEntry, payload: Tensor, base: Tensor | None, target: Target
+    ) -> None:
+        self.info = info
+        self.base = base
+        self._payload = payload
+        self._target = target
+        chunk_bytes = target.manifest.chunk_bytes
+        self.plan = codec.ChunkPlan(info.nbytes, entry.shared_bytes, chunk_bytes)
+        if not _is_consistent(info, entry, base):
+            raise ManifestError(
+                f"{MANIFEST_NAME} is damaged",
+                f"Tensor {info.name!r} cannot share {entry.shared_bytes} bytes with its base tensor.",
+                "Get the delta again.",
+            )
+
+    @property
+    def source(self) -> str:
+        """The delta's file that holds the payload."""
+        return self._payload.shard.path
+
+    @cached_property
+    def _table(self) -> tuple[NDArray[np.void], NDArray[np.int64]]:
+        length = self.plan.count * codec.RECORD.itemsize
+        if length > self._payload.info.nbytes:
+            raise PayloadError(
+                f"The payload of tensor {self.info.name!r} is damaged",
+                f"It has {self._payload.info.nbytes} bytes, fewer than its chunk records.",
+                "Get the delta again.",
+            )
+        table = np.empty(length, np.uint8)
+        self._payload.read_into(0, table)
+        return codec.check_records(table.tobytes(), self.plan, self._payload.info.nbytes)
+
+    def _read_base(self, index: int) -> NDArray[np.uint8]:
+        """The base's bytes for chunk ``index``, in the base's own dtype."""
+        assert self.base is not None
+        dtype = self.base.info.dtype
+        start, end = (codec.rescale(n, self.info.dtype, dtype) for n in self.plan.span(index))
+        data = np.empty(end - start, np.uint8)
+        self.base.read_into(start, data)
+        return data
+
+    def matches_base(self, index: int) -> bool:
+        """Whether the base's bytes for chunk ``index`` are those that the delta was made from."""
+        return codec.checksum(self._read_base(index)) == int(self._table[0]["base"][index])
+
+    def decode(self, index: int, out: NDArray[np.uint8]) -> None:
+        """Rebuild chunk ``index`` into ``out`` (uint8, the chunk's length).
+
+        Raises:
+            BaseMismatchError: the base's bytes are not those that the delta was made from.
+            PayloadError: the delta is damaged.
+        """
+        records, starts = self._table
+        base = None
+        if self.plan.has_base(index):
+            assert self.base is not None
+            base = self._read_base(index)
+            if codec.checksum(base) != int(records["base"][index]):
+                raise self._wrong_base(index)
+            base = codec.convert(base, self.base.info.dtype, self.info.dtype)
+        length = int(records["length"][index])
+        if length > out.size:
+            raise self._damaged(f"A chunk of {out.size} bytes is coded in {length}")
+        data = np.empty(length, np.uint8)
+        self._payload.read_into(int(starts[index]), data)
+        try:
+            codec.decode_chunk(int(records["method"][index]), data.data, base, self.info.dtype, out)
+        except PayloadError as error:
+            raise self._damaged(error.what) from error
+        if codec.checksum(out) != int(records["target"][index]):
+            raise self._damaged(f"Chunk {index} does not decode to what was encoded")
+
+    def _wrong_base(self, index: int) -> DeltaWeightsError:
+        """The error where the base's bytes and their checksum differ: the one or the other is wrong."""
+        if self._target.is_damaged(self.source):
+            return self._damaged("Its chunk records are not those that were written")
+        name = self.base.info.name if self.base else ""
+        start, end = self.plan.span(index)
+        return self._target.wrong_base(f"its tensor {name!r} differs in bytes {start} to {end}")
+
+    def _damaged(self, why: str) -> PayloadError:
+        return PayloadError(
+            f"{self.source} in the delta is damaged",
+            f"Tensor {self.info.name!r}: {why}.",
+            "Get the delta again.",
+        )
+
+
+def _is_consistent(info: TensorInfo, entry: TensorEntry, base: Tensor | None) -> bool:
+    """Whether the bytes that target and base are said to share exist in both."""
+    shared = entry.shared_bytes
+    if not shared:
+        return True
+    if base is None or shared > info.nbytes:
+        return False
+    source = base.info.dtype
+    if source == info.dtype:
+        return shared <= base.info.nbytes
+    return (
+        codec.is_convertible(source, info.dtype)
+        and shared % (DTYPE_BITS[info.dtype] // 8) == 0
+        and codec.rescale(shared, info.dtype, source) <= base.info.nbytes
+    )
