@@ -238,7 +238,8 @@ def _show_summary(summary: dict[str, Any], *, every_tensor: bool) -> None:
             "" if changed is None else f"{changed:.1%}",
             _bytes(row["payload_bytes"]),
         )
-    console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+    # In a pipe or a log, long names are worth more than 80 columns.
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
     console.print(facts)
     console.print()
     console.print(table)

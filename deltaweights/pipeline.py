@@ -28,7 +28,7 @@ class Workers:
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or usable_cores()
         self._pool = ThreadPoolExecutor(self.threads)
         self._stopped = threading.Event()
 
@@ -101,6 +101,13 @@ def _raise_first(futures: list[Future[Result]]) -> None:
         error = None if future.cancelled() else future.exception()
         if error and not isinstance(error, Stopped):
             raise error
+
+
+def usable_cores() -> int:
+    """How many cores this process may use (a container's or batch job's share, where the system tells)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Meter:

@@ -76,7 +76,7 @@ class LocalFile:
         view = out.data
         while view:
             try:
-                done = os.preadv(self._fd, [view], offset)
+                done = _pread_into(self._fd, view, offset)
             except OSError as error:
                 raise CheckpointError(f"Cannot read {self.path}", f"{error.strerror}.") from error
             if not done:
@@ -101,6 +101,14 @@ class LocalFile:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def _pread_into(fd: int, view: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [view], offset)
+    data = os.pread(fd, len(view), offset)  # macOS: one copy more
+    view[: len(data)] = data
+    return len(data)
 
 
 def file_blocks(file: ReadableFile) -> Iterator[bytes]:

@@ -1,0 +1,60 @@
+"""Processes run and measured, and plain tables: what the benchmarks share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one child process took, from its start to its end, the interpreter's own share included."""
+
+    wall: float  #: seconds
+    cpu: float  #: seconds, user and system, of all its threads
+    peak: int  #: bytes of resident memory at most
+
+
+def run_measured(command: Sequence[str | os.PathLike[str]]) -> Usage:
+    """Run a program to its end; its output is dropped, its errors are not.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    start = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    wall = time.perf_counter() - start
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(f"failed with status {child.returncode}: {' '.join(map(str, command))}")
+    return Usage(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def deltaweights(*arguments: str | os.PathLike[str]) -> list[str | os.PathLike[str]]:
+    """The command line of ``deltaweights``, run by this interpreter."""
+    return [sys.executable, "-m", "deltaweights", *arguments]
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """The rows in columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *rest in rows:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]))
+    print(flush=True)
+
+
+def finish(missed: Sequence[str]) -> None:
+    """Say whether the figures hold, and exit with 1 where one does not."""
+    for line in missed:
+        print(f"MISSED: {line}")
+    if missed:
+        raise SystemExit(1)
+    print("All figures hold.")
