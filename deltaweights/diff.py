@@ -9,9 +9,11 @@ import base64
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
@@ -20,6 +22,7 @@ from . import card, codec
 from ._version import __version__
 from .checkpoint import (
     Checkpoint,
+    LocalSource,
     Location,
     OutputFolder,
     PartialFile,
@@ -31,9 +34,10 @@ from .checkpoint import (
     open_checkpoint,
     sha256_of,
 )
-from .errors import OutputError
+from .errors import CheckpointError, DeltaError, OutputError
 from .manifest import (
     MANIFEST_NAME,
+    MAX_CHUNK_BYTES,
     BaseRecord,
     BaseTensor,
     FileRecord,
@@ -48,6 +52,7 @@ from .manifest import (
 )
 from .match import Match, RenameRule, match_tensors
 from .pipeline import Meter, ProgressCallback, Workers
+from .target import read_manifest
 
 #: Compressing a file pays if it saves this share of it; small ones stay readable on the Hub.
 _WORTH_COMPRESSING = 64 << 10
@@ -91,7 +96,10 @@ def make_delta(
     Raises:
         CheckpointError: a checkpoint cannot be read.
         OutputError: the folder cannot be used, or its disk is full.
+        ValueError: ``chunk_bytes`` is out of range.
     """
+    if not 4096 <= chunk_bytes <= MAX_CHUNK_BYTES or chunk_bytes % 4096:
+        raise ValueError(f"chunk_bytes is {chunk_bytes}, not a multiple of 4096 up to {MAX_CHUNK_BYTES}")
     with open_checkpoint(base) as old, open_checkpoint(target) as new:
         for path in new.source.sizes:
             check_path(path)
@@ -100,35 +108,24 @@ def make_delta(
         matches = match_tensors(old, new, rename)
         with Workers(threads) as workers, OutputFolder(root) as folder:
             _check_vacant(folder, force)
-            writer = _DeltaWriter(old, new, folder, workers, chunk_bytes, progress)
-            hashing = ThreadPoolExecutor(1)
-            try:
-                base_files = hashing.submit(_digest_files, old, workers)
-                shards, entries = writer.write_shards(matches)
-                others = writer.write_other_files(base_files.result())
-                licenses = {
-                    "base": writer.write_license(old, base_license),
-                    "target": writer.write_license(new, target_license),
-                }
-            finally:
-                workers.stop()
-                hashing.shutdown()
-            hub = old.source.hub_id
+            writer = _DeltaWriter(old, new, folder, workers, chunk_bytes, rename, progress)
+            base_files, target_files, entries = writer.write_files(matches)
+            old_id, new_id = old.source.hub_id, new.source.hub_id
             manifest = Manifest(
                 base=BaseRecord(
-                    base_repo or hub.repo_id,
-                    base_revision or hub.revision,
-                    licenses["base"],
-                    base_files.result(),
+                    base_repo or old_id.repo_id,
+                    base_revision or old_id.revision,
+                    writer.write_license(old, base_license),
+                    base_files,
                 ),
                 target=TargetRecord(
-                    target_repo or new.source.hub_id.repo_id,
-                    None if target_repo else new.source.hub_id.revision,
-                    licenses["target"],
-                    tuple(sorted([*shards, *others], key=lambda file: file.path)),
+                    target_repo or new_id.repo_id,
+                    None if target_repo else new_id.revision,
+                    writer.write_license(new, target_license),
+                    target_files,
                     new.source.left_out,
                 ),
-                tensors=tuple(entries + _removed(old, matches)),
+                tensors=(*entries, *_removed(old, matches)),
                 files=tuple(sorted(writer.files, key=lambda file: file.path)),
                 tool=Tool("deltaweights", __version__),
                 chunk_bytes=chunk_bytes,
@@ -150,22 +147,18 @@ def _check_apart(root: Path, old: Checkpoint, new: Checkpoint) -> None:
 
 
 def _check_vacant(folder: OutputFolder, force: bool) -> None:
-    others = folder.foreign(())
-    if others and not force and not folder.is_interrupted:
+    others = folder.foreign(folder.claims)
+    if others and not force:
         raise OutputError(
             f"{folder.root} is not empty",
             f"It holds {others[0]}{f' and {len(others) - 1} more' if others[1:] else ''}.",
-            "Choose a new folder, or pass --force to write over a delta there.",
+            "Choose a new folder, or pass --force to write there; an earlier delta is replaced.",
         )
-    (folder.root / MANIFEST_NAME).unlink(missing_ok=True)  # from here on, it is no whole delta
-
-
-def _digest_files(checkpoint: Checkpoint, workers: Workers) -> tuple[FileRecord, ...]:
-    """Size and SHA-256 of every file of the checkpoint."""
-    return tuple(
-        FileRecord(path, size, sha256_of(workers.watch(file_blocks(checkpoint.source.open(path)))))
-        for path, size in checkpoint.source.sizes.items()
-    )
+    if MANIFEST_NAME in others:
+        folder.claim([MANIFEST_NAME, card.CARD_NAME])
+        with suppress(DeltaError, CheckpointError):
+            folder.claim(file.path for file in read_manifest(LocalSource(folder.root)).files)
+        (folder.root / MANIFEST_NAME).unlink()  # from here on, it is no whole delta
 
 
 def _removed(old: Checkpoint, matches: Iterable[Match]) -> list[TensorEntry]:
@@ -188,6 +181,16 @@ class _Coded:
     changed: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """A delta shard that is done, for a run after an interruption. ``inputs`` tells what it was made of."""
+
+    inputs: str
+    file: FileRecord
+    target: TargetFile
+    entries: tuple[TensorEntry, ...]
+
+
 class _DeltaWriter:
     """Writes the parts of one delta and keeps the record of its files."""
 
@@ -198,6 +201,7 @@ class _DeltaWriter:
         folder: OutputFolder,
         workers: Workers,
         chunk_bytes: int,
+        rename: Sequence[RenameRule],
         progress: ProgressCallback | None,
     ) -> None:
         self.files: list[FileRecord] = []
@@ -206,9 +210,34 @@ class _DeltaWriter:
         self._folder = folder
         self._workers = workers
         self._chunk_bytes = chunk_bytes
+        inputs = [source.fingerprint(path) for source in (old.source, new.source) for path in source.sizes]
+        inputs += [__version__, str(chunk_bytes), *(f"{p}={r}" for p, r in rename)]
+        self._inputs = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
         self._meter = Meter(progress, "diff", sum(new.source.sizes.values()))
 
-    def write_shards(self, matches: Sequence[Match]) -> tuple[list[TargetFile], list[TensorEntry]]:
+    def write_files(
+        self, matches: Sequence[Match]
+    ) -> tuple[tuple[FileRecord, ...], tuple[TargetFile, ...], list[TensorEntry]]:
+        """All but licenses and manifest. Returns the base's files, the target's files, and its tensors."""
+        with ThreadPoolExecutor(1) as aside:
+            try:
+                base_files = aside.submit(self._digest_base)
+                shards, entries = self._write_shards(matches)
+                others = self._write_other_files(base_files.result())
+            except BaseException:
+                self._workers.stop()
+                raise
+        files = sorted([*shards, *others], key=lambda file: file.path)
+        return base_files.result(), tuple(files), entries
+
+    def _digest_base(self) -> tuple[FileRecord, ...]:
+        source = self._old.source
+        return tuple(
+            FileRecord(path, size, sha256_of(self._workers.watch(file_blocks(source.open(path)))))
+            for path, size in source.sizes.items()
+        )
+
+    def _write_shards(self, matches: Sequence[Match]) -> tuple[list[TargetFile], list[TensorEntry]]:
         """One delta shard for each shard of the target."""
         by_shard: dict[str, list[Match]] = {path: [] for path in self._new.shards}
         for match in matches:
@@ -220,6 +249,10 @@ class _DeltaWriter:
 
     def _write_shard(self, job: tuple[tuple[str, list[Match]], str]) -> tuple[TargetFile, list[TensorEntry]]:
         (path, matches), name = job
+        if done := self._finished_before(name):
+            self.files.append(done.file)
+            self._meter.add(done.target.size)
+            return done.target, list(done.entries)
         shard = self._new.shards[path]
         sha256 = hashlib.sha256(shard.header.raw)
         with self._folder.create(name) as file:
@@ -237,10 +270,21 @@ class _DeltaWriter:
             header = build_header(payloads, _shard_metadata(shard), room)
             assert len(header) == room
             file.write_at(0, header)
-            self._finish(file)
+            stored = self._finish(file)
         self._meter.add(shard.header.data_start)
         record = TargetFile(path, shard.file.size, sha256.hexdigest(), "tensors", name)
+        finished = _Finished(self._inputs, stored, record, tuple(entries))
+        self._folder.remember(name, msgspec.json.encode(finished))
         return record, entries
+
+    def _finished_before(self, name: str) -> _Finished | None:
+        """What an interrupted run made of the delta shard ``name``, if it was from the same inputs."""
+        try:
+            done = msgspec.json.decode(self._folder.recall(name), type=_Finished)
+        except msgspec.MsgspecError:
+            return None
+        stands = self._folder.is_regular(name) and self._folder.digest(name)
+        return done if done.inputs == self._inputs and stands == (done.file.size, done.file.sha256) else None
 
     def _plans(self, matches: Sequence[Match]) -> list[codec.ChunkPlan]:
         return [codec.ChunkPlan(m.target.info.nbytes, m.shared_bytes, self._chunk_bytes) for m in matches]
@@ -273,7 +317,7 @@ class _DeltaWriter:
         is_same = plan.shared == plan.nbytes and not records["method"].any()
         return position, changed, is_same
 
-    def write_other_files(self, base_files: Sequence[FileRecord]) -> list[TargetFile]:
+    def _write_other_files(self, base_files: Sequence[FileRecord]) -> list[TargetFile]:
         """Store every file that is not a shard: by reference where the base has the same bytes."""
         in_base = {(record.size, record.sha256): record.path for record in reversed(base_files)}
         written = []
@@ -308,9 +352,11 @@ class _DeltaWriter:
 
     def write_manifest(self, manifest: Manifest) -> None:
         """The model card and, last of all, the manifest: with it the delta is whole."""
+        self._folder.remove_claims(keep=[file.path for file in manifest.files])
+        self._folder.claim([card.CARD_NAME, MANIFEST_NAME])
         for path, content in (
             (card.CARD_NAME, card.write_card(manifest)),
-            (MANIFEST_NAME, manifest.to_json()),
+            (MANIFEST_NAME, Manifest.from_json(manifest.to_json()).to_json()),  # checked as a reader would
         ):
             with self._folder.create(path) as file:
                 file.write_at(0, content)
@@ -330,6 +376,7 @@ class _DeltaWriter:
 
     def _finish(self, file: PartialFile) -> FileRecord:
         record = FileRecord(file.path, *file.digest())
+        self._folder.claim([file.path])
         file.commit()
         self.files.append(record)
         return record

@@ -23,11 +23,14 @@ FORMAT_VERSION = 1
 #: Far above any real manifest (about 250 bytes a tensor).
 MAX_MANIFEST_BYTES = 1 << 28
 
+#: A reader holds several chunks for each of its threads.
+MAX_CHUNK_BYTES = 1 << 22
+
 Size: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 Dim: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 Sha256: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Shape: TypeAlias = Annotated[tuple[Dim, ...], msgspec.Meta(max_length=64)]
-ChunkBytes: TypeAlias = Annotated[int, msgspec.Meta(ge=4096, le=1 << 22, multiple_of=4096)]
+ChunkBytes: TypeAlias = Annotated[int, msgspec.Meta(ge=4096, le=MAX_CHUNK_BYTES, multiple_of=4096)]
 Status: TypeAlias = Literal["same", "changed", "added", "removed", "renamed", "resized"]
 
 STATUSES: tuple[Status, ...] = ("same", "changed", "added", "removed", "renamed", "resized")

@@ -1,7 +1,8 @@
 """An output folder in which a file appears under its name only when it is whole.
 
-Files are written inside ``OUT/.deltaweights/`` and renamed into place. That folder is removed in the end;
-where it is found at the start, an earlier run was interrupted, and its half-made files are cleared.
+Files are written inside ``OUT/.deltaweights/`` and renamed into place. That folder is removed in the end,
+unless an error leaves something for the next run to know; where a run is killed it stays, and the next
+run clears its half-made files.
 """
 
 from __future__ import annotations
@@ -84,7 +85,6 @@ class OutputFolder:
         self.root = Path(root).expanduser()
         self._workspace = self.root / _WORKSPACE
         self._lock: IO[bytes] | None = None
-        self.is_interrupted = self._workspace.exists()
 
     def __enter__(self) -> OutputFolder:
         try:
@@ -106,13 +106,45 @@ class OutputFolder:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if exc[0] is None or not any(_all_files(self.root)):
+        if exc[0] is None or not self.claims:
             shutil.rmtree(self._workspace, ignore_errors=True)
         if exc[0] is not None:
             with suppress(OSError):  # it is not empty: some files are finished
                 self.root.rmdir()
         if self._lock:
             self._lock.close()
+
+    @property
+    def claims(self) -> set[str]:
+        """The paths that :meth:`claim` noted, in this run and in interrupted ones before it."""
+        try:
+            return set((self._workspace / "claims").read_text(encoding="utf-8").splitlines())
+        except FileNotFoundError:
+            return set()
+
+    def claim(self, paths: Iterable[str]) -> None:
+        """Note that files are this program's own, to be replaced or removed as it sees fit."""
+        with open(self._workspace / "claims", "a", encoding="utf-8") as file:
+            file.writelines(f"{path}\n" for path in paths)
+
+    def remove_claims(self, keep: Collection[str]) -> None:
+        """Delete the claimed files that are not among ``keep``: an earlier run's."""
+        for path in self.claims - set(keep):
+            if self.is_regular(path):
+                (self.root / path).unlink()
+
+    def remember(self, name: str, data: bytes) -> None:
+        """Keep ``data`` for a later run in case that this one is interrupted."""
+        temporary = self._workspace / f"{name}.partial"
+        temporary.write_bytes(data)
+        temporary.replace(self._workspace / f"{name}.memory")
+
+    def recall(self, name: str) -> bytes:
+        """What an interrupted run remembered under ``name``; empty if nothing."""
+        try:
+            return (self._workspace / f"{name}.memory").read_bytes()
+        except FileNotFoundError:
+            return b""
 
     def create(self, path: str) -> PartialFile:
         """A new file that :meth:`PartialFile.commit` will place at the relative ``path``.

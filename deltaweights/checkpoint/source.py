@@ -58,6 +58,9 @@ class Source(Protocol):
 
     def open(self, path: str) -> ReadableFile: ...
 
+    def fingerprint(self, path: str) -> str:
+        """A cheap text that is another one whenever the file was changed."""
+
     def close(self) -> None: ...
 
 
@@ -157,6 +160,11 @@ class LocalSource:
         if path not in self._opened:
             self._opened[path] = LocalFile(path, self._folder / path)
         return self._opened[path]
+
+    def fingerprint(self, path: str) -> str:
+        """Size, time of change and inode of the file."""
+        info = (self._folder / path).stat()
+        return f"{path}:{info.st_size}:{info.st_mtime_ns}:{info.st_ino}"
 
     def close(self) -> None:
         while self._opened:
