@@ -1,0 +1,127 @@
+"""The house: which names are public, who may import whom, and what importing costs."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import deltaweights
+
+PACKAGE = Path(deltaweights.__file__).parent
+
+#: A module may import from its own room and from rooms of a lower rank, never up or sideways.
+RANKS = {
+    "errors": 0,
+    "_version": 0,
+    "checkpoint": 1,
+    "codec": 1,
+    "manifest": 1,
+    "pipeline": 1,
+    "card": 2,
+    "match": 2,
+    "target": 3,
+    "diff": 4,
+    "patch": 4,
+    "summary": 4,
+    "verify": 5,
+    "demo": 5,
+    "cli": 6,
+    "__main__": 7,
+    "__init__": 7,
+}
+
+
+def test_public_names_are_these() -> None:
+    assert deltaweights.__all__ == [
+        "ApplyReport",
+        "BaseMismatchError",
+        "CheckpointError",
+        "DeltaError",
+        "DeltaWeightsError",
+        "DiskSpaceError",
+        "FormatVersionError",
+        "HeaderError",
+        "Manifest",
+        "ManifestError",
+        "OutputError",
+        "PayloadError",
+        "Problem",
+        "Target",
+        "TensorView",
+        "VerifyReport",
+        "__version__",
+        "apply_delta",
+        "make_delta",
+        "open_target",
+        "verify_delta",
+    ]
+
+
+def test_public_names_exist() -> None:
+    assert all(getattr(deltaweights, name) is not None for name in deltaweights.__all__)
+    assert dir(deltaweights) == sorted(deltaweights.__all__)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        deltaweights.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_imports_go_one_way(path: Path) -> None:
+    room = _room(path)
+    for imported in _imported_rooms(path):
+        assert imported == room or RANKS[imported] < RANKS[room], f"{room} imports {imported}"
+
+
+def test_every_module_has_a_rank() -> None:
+    assert {_room(path) for path in PACKAGE.rglob("*.py")} == set(RANKS)
+
+
+@pytest.mark.parametrize(
+    ("code", "unwanted"),
+    [
+        ("import deltaweights", ["numpy", "torch", "huggingface_hub", "rich", "msgspec", "zstandard"]),
+        ("import deltaweights.cli", ["numpy", "torch", "huggingface_hub"]),
+        ("from deltaweights import apply_delta, verify_delta, open_target", ["torch", "huggingface_hub"]),
+        ("from deltaweights import make_delta", ["torch", "huggingface_hub"]),
+    ],
+)
+def test_heavy_imports_are_lazy(code: str, unwanted: list[str]) -> None:
+    script = f"{code}; import sys, json; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert not set(unwanted) & set(json.loads(done.stdout))
+
+
+def test_only_the_command_line_prints() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if _room(path) not in ("cli", "demo"):
+            calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+            assert not [c for c in calls if isinstance(c.func, ast.Name) and c.func.id in ("print", "exit")]
+
+
+def _room(path: Path) -> str:
+    return Path(path.relative_to(PACKAGE).parts[0]).stem
+
+
+def _imported_rooms(path: Path) -> Iterator[str]:
+    """The rooms that a module imports from at run time, relative imports resolved."""
+    here = path.relative_to(PACKAGE).parts[:-1]
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level and id(node) not in typing_only:
+            folder = here[: len(here) - node.level + 1]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            for name in names:
+                yield [*folder, *name.split(".")][0]
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("deltaweights") for alias in node.names)
