@@ -283,8 +283,9 @@ class _DeltaWriter:
             done = msgspec.json.decode(self._folder.recall(name), type=_Finished)
         except msgspec.MsgspecError:
             return None
-        stands = self._folder.is_regular(name) and self._folder.digest(name)
-        return done if done.inputs == self._inputs and stands == (done.file.size, done.file.sha256) else None
+        if done.inputs != self._inputs or not self._folder.is_regular(name):
+            return None
+        return done if sha256_of(self._folder.blocks(name)) == done.file.sha256 else None
 
     def _plans(self, matches: Sequence[Match]) -> list[codec.ChunkPlan]:
         return [codec.ChunkPlan(m.target.info.nbytes, m.shared_bytes, self._chunk_bytes) for m in matches]

@@ -72,7 +72,7 @@ def apply_delta(
         _check_apart(root, target)
         check_base(target, workers, progress)
         with OutputFolder(root) as folder:
-            kept = _finished(target.manifest, folder, force)
+            kept = _finished(target.manifest, folder, workers, force, progress)
             missing = [file for file in target.manifest.target.files if file.path not in kept]
             nbytes = sum(file.size for file in missing)
             folder.require_space(nbytes)
@@ -94,27 +94,37 @@ def _check_apart(root: Path, target: Target) -> None:
             )
 
 
-def _finished(manifest: Manifest, folder: OutputFolder, force: bool) -> set[str]:
+def _finished(
+    manifest: Manifest,
+    folder: OutputFolder,
+    workers: Workers,
+    force: bool,
+    progress: ProgressCallback | None,
+) -> set[str]:
     """The target's files that already stand in the folder, whole.
 
     Raises:
         OutputError: there are other files, or files of the right name and other content, without ``force``.
     """
     files = {file.path: file for file in manifest.target.files}
-    others = folder.foreign(files)
-    kept = set()
-    for path, file in files.items():
-        full = folder.root / path
-        if not os.path.lexists(full):
-            continue
-        if folder.is_regular(path) and folder.digest(path) == (file.size, file.sha256):
-            kept.add(path)
-        else:
-            others.append(path)
+    there = [file for file in files.values() if os.path.lexists(folder.root / file.path)]
+    meter = Meter(progress, "check files there", sum(file.size for file in there)) if there else None
+
+    def is_whole(file: TargetFile) -> bool:
+        return (
+            folder.is_regular(file.path)
+            and folder.size(file.path) == file.size
+            and (sha256_of(workers.watch(folder.blocks(file.path), meter)) == file.sha256)
+        )
+
+    whole = workers.each(is_whole, there)
+    kept = {file.path for file, ok in zip(there, whole, strict=True) if ok}
+    others = folder.foreign(files) + [file.path for file in there if file.path not in kept]
     if others and not force:
+        more = f", nor are {len(others) - 1} more" if others[1:] else ""
         raise OutputError(
             f"{folder.root} holds other files",
-            f"{others[0]!r} is not the target's{f', nor are {len(others) - 1} more' if others[1:] else ''}.",
+            f"{others[0]!r} is not the target's{more}.",
             "Choose a new folder, or pass --force to write there; files of other names stay as they are.",
         )
     return kept

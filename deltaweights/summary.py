@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from contextlib import closing
 from typing import Any
 
 import msgspec
@@ -26,11 +27,8 @@ def inspect_delta(delta: Location) -> dict[str, Any]:
     Raises:
         ManifestError: there is no manifest, or it is damaged.
     """
-    source = open_source(delta)
-    try:
+    with closing(open_source(delta)) as source:
         return summarise(read_manifest(source))
-    finally:
-        source.close()
 
 
 def summarise(manifest: Manifest) -> dict[str, Any]:

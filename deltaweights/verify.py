@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,21 +64,18 @@ def verify_delta(
         ManifestError: the manifest itself is damaged.
         BaseMismatchError: ``base`` is not the right one.
     """
-    source = open_source(delta)
-    manifest = read_manifest(source)
-    with Workers(threads) as workers:
+    with closing(open_source(delta)) as source, Workers(threads) as workers:
+        manifest = read_manifest(source)
         problems = _compare("delta", source, manifest.files, workers, progress)
         checked = len(manifest.files)
         if target is not None:
-            folder = open_source(target)
-            problems += _compare("target", folder, manifest.target.files, workers, progress)
+            with closing(open_source(target)) as folder:
+                problems += _compare("target", folder, manifest.target.files, workers, progress)
             checked += len(manifest.target.files)
-            folder.close()
         if base is not None:
             with Target(source, manifest, open_base(manifest, base)) as view:
                 problems += _compare_rebuilt(view, workers, progress)
             checked += len(manifest.target.files)
-    source.close()
     return VerifyReport(checked, tuple(sorted(problems)))
 
 

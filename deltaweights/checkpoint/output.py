@@ -174,11 +174,15 @@ class OutputFolder:
         links = any((self.root / p).is_symlink() for p in [Path(path), *Path(path).parents][:-1])
         return not links and full.is_file()
 
-    def digest(self, path: str) -> tuple[int, str]:
-        """The size in bytes and the SHA-256 (hex) of the file at ``path``."""
+    def size(self, path: str) -> int:
+        """The size of the file at ``path``, in bytes."""
+        return (self.root / path).stat().st_size
+
+    def blocks(self, path: str) -> Iterator[bytes]:
+        """The bytes of the file at ``path``, in blocks."""
         file = LocalFile(path, self.root / path)
         try:
-            return file.size, sha256_of(file_blocks(file))
+            yield from file_blocks(file)
         finally:
             file.close()
 
