@@ -48,7 +48,7 @@ from .manifest import (
     TargetRecord,
     TensorEntry,
     Tool,
-    check_path,
+    is_safe_path,
 )
 from .match import Match, RenameRule, match_tensors
 from .pipeline import Meter, ProgressCallback, Workers
@@ -101,8 +101,7 @@ def make_delta(
     if not 4096 <= chunk_bytes <= MAX_CHUNK_BYTES or chunk_bytes % 4096:
         raise ValueError(f"chunk_bytes is {chunk_bytes}, not a multiple of 4096 up to {MAX_CHUNK_BYTES}")
     with open_checkpoint(base) as old, open_checkpoint(target) as new:
-        for path in new.source.sizes:
-            check_path(path)
+        _check_names(new)
         root = Path(delta).expanduser()
         _check_apart(root, old, new)
         matches = match_tensors(old, new, rename)
@@ -132,6 +131,16 @@ def make_delta(
             )
             writer.write_manifest(manifest)
             return manifest
+
+
+def _check_names(new: Checkpoint) -> None:
+    for path in new.source.sizes:
+        if not is_safe_path(path):
+            raise CheckpointError(
+                f"{new.source.where} holds a file that a delta cannot name",
+                f"{path!r} has control characters, a backslash, a drive letter or an over-long part.",
+                "Rename it.",
+            )
 
 
 def _check_apart(root: Path, old: Checkpoint, new: Checkpoint) -> None:

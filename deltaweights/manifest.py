@@ -209,26 +209,22 @@ def _damaged(why: str) -> ManifestError:
     return ManifestError(f"{MANIFEST_NAME} is damaged", f"{why}.", "Get the delta again.")
 
 
-def check_path(path: str) -> None:
-    """Refuse a path that could leave the folder it is meant for, or that a tool could run.
-
-    Raises:
-        ManifestError: it is not a plain relative POSIX path.
-    """
+def is_safe_path(path: str) -> bool:
+    """Whether ``path`` is a plain relative POSIX path, below the folder that it is meant for on any
+    system, and not a place from which a tool would run something (``.git``)."""
     parts = path.split("/")
-    if (
-        any(part in ("", ".", "..") for part in parts)
-        or any(part.lower() in (".git", ".deltaweights") for part in parts)
+    return not (
+        any(part in ("", ".", "..") or part.lower() in (".git", ".deltaweights") for part in parts)
         or re.search(r"[\x00-\x1f\x7f\\]|^[A-Za-z]:", path)
         or max(len(part.encode()) for part in parts) > 255
-    ):
-        raise _damaged(f"{path!r} is not a safe relative path")
+    )
 
 
 def _check_paths(paths: Iterable[str]) -> set[str]:
     seen: set[str] = set()
     for path in paths:
-        check_path(path)
+        if not is_safe_path(path):
+            raise _damaged(f"{path!r} is not a safe relative path")
         if path in seen:
             raise _damaged(f"It names {path!r} twice")
         seen.add(path)

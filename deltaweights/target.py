@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -59,10 +60,16 @@ def open_target(delta: Location, base: Location | None = None) -> Target:
         CheckpointError: the base cannot be found or read.
         BaseMismatchError: its tensors' names, dtypes or shapes are not those of the delta's base.
     """
-    source = open_source(delta)
-    manifest = read_manifest(source)
-    _check_whole(source, manifest)
-    return Target(source, manifest, open_base(manifest, base))
+    with ExitStack() as on_error:
+        source = on_error.enter_context(closing(open_source(delta)))
+        manifest = read_manifest(source)
+        _check_whole(source, manifest)
+        opened = open_base(manifest, base)
+        if opened:
+            on_error.enter_context(opened)
+        target = Target(source, manifest, opened)
+        on_error.pop_all()
+        return target
 
 
 def read_manifest(source: Source) -> Manifest:

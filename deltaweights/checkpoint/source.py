@@ -178,8 +178,11 @@ def _hub_id(path: Path) -> HubId:
 
 
 def _walk(root: Path, left_out: list[str]) -> list[str]:
+    def unreadable(error: OSError) -> None:
+        raise CheckpointError(f"Cannot read {error.filename}", f"{error.strerror}.") from error
+
     paths = []
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=unreadable):
         here = Path(folder)
         for name in list(subfolders):
             if _LEFT_OUT.fullmatch(name) or (here / name).is_symlink():
