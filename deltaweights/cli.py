@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 it failed or differs, 2 wrong usage, 130 interrupted.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -27,8 +28,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Publish a fine-tune as what it adds to its base, and get it back byte for byte.",
-    epilog="BASE, TARGET and DELTA: a folder, one .safetensors file, or a Hub id org/name[@revision] "
-    "that is in the local Hub cache.",
+    epilog="BASE and TARGET: a folder, one .safetensors file, or a Hub id org/name\\[@revision] that is in "
+    "the local Hub cache. DELTA: a folder, or such a Hub id.",
 )
 
 Base = Annotated[str, typer.Argument(metavar="BASE", help="The checkpoint it was fine-tuned from.")]
@@ -79,11 +80,11 @@ def diff(
     """Write what TARGET adds to BASE."""
     rules = []
     for rule in rename or ():
-        pattern, equals, replacement = rule.partition("=")
+        pattern, equals, replacement = rule.rpartition("=")  # lookaheads have one too
         if not equals:
             raise typer.BadParameter(f"{rule!r} has no '='.", param_hint="--rename")
         rules.append((pattern, replacement))
-    with _errors_explained(debug, as_json), _progress(quiet) as progress:
+    with _errors_explained(debug, as_json, resumes=True), _progress(quiet) as progress:
         from .diff import make_delta
         from .summary import summarise
 
@@ -112,7 +113,7 @@ def diff(
             f"{_bytes(size['target_bytes'])}; tensors: {counts or 'none'}"
         )
         if manifest.target.left_out:
-            typer.echo(f"Left out: {', '.join(manifest.target.left_out)}")
+            typer.echo(_plain(f"Left out: {', '.join(manifest.target.left_out)}"))
 
 
 @app.command()
@@ -127,7 +128,7 @@ def apply(
     debug: Debug = False,
 ) -> None:
     """Rebuild the target from DELTA and its base. Run it again to go on after an interruption."""
-    with _errors_explained(debug, as_json), _progress(quiet) as progress:
+    with _errors_explained(debug, as_json, resumes=True), _progress(quiet) as progress:
         from .patch import apply_delta
         from .summary import inspect_delta
 
@@ -164,7 +165,7 @@ def verify(
         _print_json({"ok": report.ok, **asdict(report)})
     else:
         for problem in report.problems:
-            typer.echo(f"{problem.place}: {problem.path}: {problem.kind}: {problem.detail}")
+            typer.echo(_plain(f"{problem.place}: {problem.path}: {problem.kind}: {problem.detail}"))
         if not quiet:
             verdict = f"{len(report.problems)} problems" if report.problems else "all as published"
             typer.echo(f"{report.checked} files checked: {verdict}")
@@ -216,7 +217,7 @@ def _show_summary(summary: dict[str, Any], *, every_tensor: bool) -> None:
     for side in ("base", "target"):
         record = summary[side]
         name = display_name(record, "(a local folder)")
-        facts.add_row(side, f"{name}, {len(record['files'])} files")
+        facts.add_row(side, f"{_plain(name)}, {len(record['files'])} files")
     for side in ("base", "target"):
         facts.add_row(f"{side} license", _license_line(summary["license"][side]))
     ratio = f"{size['ratio']:.2%} of the target's {_bytes(size['target_bytes'])}"
@@ -231,8 +232,8 @@ def _show_summary(summary: dict[str, Any], *, every_tensor: bool) -> None:
     for row in rows:
         changed = row["changed_fraction"]
         table.add_row(
-            row["name"],
-            row["dtype"],
+            _plain(row["name"]),
+            _plain(row["dtype"]),
             " x ".join(map(str, row["shape"])) or "scalar",
             row["status"],
             "" if changed is None else f"{changed:.1%}",
@@ -249,12 +250,12 @@ def _show_license(summary: dict[str, Any]) -> None:
     from .summary import display_name
 
     name = display_name(summary["base"], "a local folder")
-    typer.echo(f"Base: {name}, license: {_license_line(summary['license']['base'])}", err=True)
+    typer.echo(f"Base: {_plain(name)}, license: {_license_line(summary['license']['base'])}", err=True)
 
 
 def _license_line(license: dict[str, Any]) -> str:
     known = [license["name"] or license["id"] or "not stated", license["link"]]
-    return ", ".join(filter(None, known))
+    return _plain(", ".join(filter(None, known)))
 
 
 def _bytes(count: int) -> str:
@@ -266,23 +267,29 @@ def _bytes(count: int) -> str:
     return f"{size:.3g} TB"
 
 
+def _plain(text: str) -> str:
+    """Names come from files that anybody may have made: none may control the terminal."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def _print_json(value: dict[str, Any]) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False))
 
 
 @contextmanager
-def _errors_explained(debug: bool, as_json: bool) -> Iterator[None]:
+def _errors_explained(debug: bool, as_json: bool, *, resumes: bool = False) -> Iterator[None]:
+    hint = " Run the same command again to go on." if resumes else ""
     try:
         yield
     except DeltaWeightsError as error:
         if debug:
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo("\n".join(map(_plain, f"error: {error}".splitlines())), err=True)
         if as_json:
             _print_json({"error": {"what": error.what, "why": error.why, "fix": error.fix}})
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
-        typer.echo("Interrupted. Run the same command again to go on.", err=True)
+        typer.echo(f"Interrupted.{hint}", err=True)
         raise typer.Exit(130) from None
 
 
@@ -323,7 +330,7 @@ class _LogLines:
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if phase != self._phase or now - self._shown > 10:
+        if phase != self._phase or now - self._shown > 10 or done >= total > 0:
             self._phase, self._shown = phase, now
             typer.echo(f"{phase}: {done / max(1, total):.0%}", err=True)
 

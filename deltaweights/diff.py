@@ -147,7 +147,8 @@ def _check_apart(root: Path, old: Checkpoint, new: Checkpoint) -> None:
     """The delta must not become part of what it is made from."""
     for source in (old.source, new.source):
         place = Path(source.where).resolve()
-        if place == root.resolve() or place in root.resolve().parents:
+        folder = place.parent if place.is_file() else place
+        if folder == root.resolve() or place in root.resolve().parents:
             raise OutputError(
                 f"The delta cannot be written to {root}",
                 f"That is inside {source.where}, which it is made from.",
@@ -344,13 +345,19 @@ class _DeltaWriter:
     def _store(self, file: ReadableFile, digest: str) -> TargetFile:
         """Copy one file into the delta, compressed if that is worth it."""
         stored = f"files/{file.path}"
-        if file.size >= _WORTH_COMPRESSING and f"{file.path}.zst" not in self._new.source.sizes:
+        if file.size >= _WORTH_COMPRESSING and self._may_be_compressed(file.path):
             level = 9 if file.size < (64 << 20) else 3
             blocks = codec.compress_blocks(file_blocks(file), level)
             if self._write_blocks(f"{stored}.zst", blocks, limit=int(file.size * _WORTH_SAVING)):
                 return TargetFile(file.path, file.size, digest, "zstd", f"{stored}.zst")
         self._write_blocks(stored, file_blocks(file))
         return TargetFile(file.path, file.size, digest, "verbatim", stored)
+
+    def _may_be_compressed(self, path: str) -> bool:
+        """Whether ``path`` with .zst is a name of its own: no other file's or folder's, and not too long."""
+        packed = f"{path}.zst"
+        taken = any(other == packed or other.startswith(f"{packed}/") for other in self._new.source.sizes)
+        return not taken and is_safe_path(packed)
 
     def write_license(self, checkpoint: Checkpoint, override: str | None) -> License:
         """Copy a checkpoint's license texts into the delta."""

@@ -60,7 +60,8 @@ def apply_delta(
         base: the base's folder or file; if None, the repository that the manifest names, from the cache.
         force: write even if ``out`` holds other files. They stay, unless the target has a file of that name.
         threads: how many; the number of usable cores if None.
-        progress: called with a phase ("check base", "apply"), bytes done, bytes in all.
+        progress: called with a phase, what is done, what there is to do: "check base" (in chunks),
+            "check files there" and "apply" (in bytes).
 
     Raises:
         BaseMismatchError: the base is not the right one. Nothing was written, or no file got its name.
@@ -70,8 +71,11 @@ def apply_delta(
     with open_target(delta, base) as target, Workers(threads) as workers:
         root = Path(out).expanduser()
         _check_apart(root, target)
+        _check_licenses(target)
         check_base(target, workers, progress)
         with OutputFolder(root) as folder:
+            sources = [target.source, *([target.base.source] if target.base else [])]
+            folder.require_apart((file.path for file in target.manifest.target.files), sources)
             kept = _finished(target.manifest, folder, workers, force, progress)
             missing = [file for file in target.manifest.target.files if file.path not in kept]
             nbytes = sum(file.size for file in missing)
@@ -92,6 +96,14 @@ def _check_apart(root: Path, target: Target) -> None:
                 f"That is in {place}, which it is made from.",
                 "Choose another folder.",
             )
+
+
+def _check_licenses(target: Target) -> None:
+    """The texts that travel with the delta must be the ones that were published with it."""
+    for side in (target.manifest.base, target.manifest.target):
+        for record in side.license.files:
+            if target.is_damaged(record.path):
+                raise DeltaError(f"{record.path} in the delta is damaged", fix="Get the delta again.")
 
 
 def _finished(

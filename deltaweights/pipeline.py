@@ -12,7 +12,8 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-#: Called with the name of a phase, the bytes done and the bytes to do in all; from any thread, one at a time.
+#: Called with the name of a phase, how much is done and how much there is (bytes, or chunks where a phase
+#: says so); from any thread, one at a time.
 ProgressCallback = Callable[[str, int, int], None]
 
 
@@ -111,7 +112,7 @@ def usable_cores() -> int:
 
 
 class Meter:
-    """Counts bytes done from any thread and passes the sum on to a callback."""
+    """Counts what is done, from any thread, and passes the sum on to a callback."""
 
     def __init__(self, callback: ProgressCallback | None, phase: str, total: int) -> None:
         self._callback = callback
@@ -121,8 +122,8 @@ class Meter:
         self._lock = threading.Lock()
         self.add(0)
 
-    def add(self, nbytes: int) -> None:
+    def add(self, count: int) -> None:
         if self._callback:
             with self._lock:
-                self._done += nbytes
+                self._done += count
                 self._callback(self._phase, self._done, self._total)

@@ -108,7 +108,7 @@ def open_base(manifest: Manifest, base: Location | None) -> Checkpoint | None:
     needs_base = any(entry.shared_bytes for entry in manifest.tensors) or any(
         file.stored == "base" for file in manifest.target.files
     )
-    if base is None and manifest.base.repo_id:
+    if base is None and needs_base and manifest.base.repo_id:
         revision = f"@{manifest.base.revision}" if manifest.base.revision else ""
         base = manifest.base.repo_id + revision
     if base is not None:
@@ -298,8 +298,12 @@ class Target(Mapping[str, TensorView]):
             PayloadError: it does not decompress, or to more than the manifest says.
         """
         if file.stored == "base":
-            if not self.base or self.base.source.sizes.get(file.source) != file.size:
-                raise self.wrong_base(f"its file {file.source!r} is missing or of another size")
+            if not self.base or file.source not in self.base.source.sizes:
+                raise self.wrong_base(
+                    f"it lacks {file.source!r}, a file that the target has in common with it"
+                )
+            if self.base.source.sizes[file.source] != file.size:
+                raise self.wrong_base(f"its file {file.source!r} has another size")
             yield from file_blocks(self.base.source.open(file.source))
             return
         blocks = file_blocks(self.source.open(file.source))
@@ -321,6 +325,8 @@ class Target(Mapping[str, TensorView]):
 
 def _target_header(delta_shard: Shard, file: TargetFile) -> Header:
     """The target shard's own header, out of the delta shard's metadata."""
+    if delta_shard.header.metadata.get("format") != "deltaweights":
+        raise HeaderError("", "Its metadata does not call it a deltaweights shard.")
     try:
         packed = base64.b64decode(delta_shard.header.metadata.get("header", ""), validate=True)
         size = zstandard.frame_content_size(packed)

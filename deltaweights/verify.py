@@ -58,7 +58,8 @@ def verify_delta(
         base: if given, the target is rebuilt from it in memory, and every file's SHA-256 compared.
         target: if given, a folder (or single file) whose files are compared with the target's.
         threads: how many; the number of usable cores if None.
-        progress: called with a phase ("verify delta", "verify target", "rebuild"), bytes done, bytes in all.
+        progress: called with a phase, what is done, what there is to do: "verify delta", "verify target",
+            "rebuild" (in bytes), "check base" (in chunks).
 
     Raises:
         ManifestError: the manifest itself is damaged.
@@ -74,6 +75,8 @@ def verify_delta(
             checked += len(manifest.target.files)
         if base is not None:
             with Target(source, manifest, open_base(manifest, base)) as view:
+                if not any(problem.place == "delta" for problem in problems):
+                    check_base(view, workers, progress)
                 problems += _compare_rebuilt(view, workers, progress)
             checked += len(manifest.target.files)
     return VerifyReport(checked, tuple(sorted(problems)))
@@ -109,7 +112,6 @@ def _compare(
 
 def _compare_rebuilt(view: Target, workers: Workers, progress: ProgressCallback | None) -> list[Problem]:
     """Every file of the target, rebuilt in memory, against its record."""
-    check_base(view, workers, progress)
     meter = Meter(progress, "rebuild", view.manifest.target_bytes)
 
     def compare(file: TargetFile) -> Problem | None:

@@ -120,7 +120,8 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
         raise bad(f"It is not valid JSON: {error}.") from None
     if not isinstance(fields, dict):
         raise bad("Its JSON is not an object.")
-    metadata = fields.pop("__metadata__", None) or {}
+    metadata = fields.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise bad("Its __metadata__ is not a map from strings to strings.")
     tensors = []

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import DiskSpaceError, OutputError
-from .source import LocalFile, file_blocks, sha256_of
+from .source import LocalFile, Source, file_blocks, sha256_of
 
 _WORKSPACE = ".deltaweights"
 _BLOCK_BYTES = 1 << 20
@@ -132,6 +132,9 @@ class OutputFolder:
         for path in self.claims - set(keep):
             if self.is_regular(path):
                 (self.root / path).unlink()
+                with suppress(OSError):  # a folder that is not empty stays
+                    for parent in list(Path(path).parents)[:-1]:
+                        (self.root / parent).rmdir()
 
     def remember(self, name: str, data: bytes) -> None:
         """Keep ``data`` for a later run in case that this one is interrupted."""
@@ -189,6 +192,17 @@ class OutputFolder:
     def foreign(self, expected: Collection[str]) -> list[str]:
         """The files that stand in the folder though ``expected`` does not name them, sorted."""
         return sorted(path for path in _all_files(self.root) if path not in expected)
+
+    def require_apart(self, paths: Iterable[str], sources: Iterable[Source]) -> None:
+        """Raise :class:`OutputError` where writing ``paths`` would replace a file of ``sources``."""
+        inputs = {source.full_path(path): source for source in sources for path in source.sizes}
+        for path in paths:
+            if source := inputs.get((self.root / path).resolve()):
+                raise OutputError(
+                    f"{self.root / path} cannot be written",
+                    f"It is a file of {source.where}, which the result is made from.",
+                    "Choose another folder.",
+                )
 
     def require_space(self, nbytes: int) -> None:
         """Raise :class:`DiskSpaceError` where fewer than ``nbytes`` bytes are free."""

@@ -61,6 +61,9 @@ class Source(Protocol):
     def fingerprint(self, path: str) -> str:
         """A cheap text that is another one whenever the file was changed."""
 
+    def full_path(self, path: str) -> Path | None:
+        """Where the file lies on this machine, if it does."""
+
     def close(self) -> None: ...
 
 
@@ -160,6 +163,10 @@ class LocalSource:
         if path not in self._opened:
             self._opened[path] = LocalFile(path, self._folder / path)
         return self._opened[path]
+
+    def full_path(self, path: str) -> Path:
+        """Where the file really lies, links resolved."""
+        return (self._folder / path).resolve()
 
     def fingerprint(self, path: str) -> str:
         """Size, time of change and inode of the file."""

@@ -93,6 +93,8 @@ def check_records(
     if len(table) != plan.count * RECORD.itemsize:
         raise PayloadError("A payload is too short for its chunk records")
     records = np.frombuffer(table, RECORD)
+    if records["reserved"].any():
+        raise PayloadError("A payload's chunk records hold values where there must be none")
     ends = len(table) + np.cumsum(records["length"], dtype=np.int64)
     if (int(ends[-1]) if ends.size else 0) != payload_bytes:
         raise PayloadError("A payload's chunk lengths do not add up to its size")

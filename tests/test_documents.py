@@ -1,0 +1,196 @@
+"""The documents are true: examples run, the README's and the guide's commands print what is shown, links
+lead somewhere, and another reader, written from docs/format.md alone, rebuilds the target."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer.main
+from typer.core import TyperGroup
+
+from deltaweights import make_delta
+from deltaweights.cli import app
+from deltaweights.codec import convert
+from deltaweights.manifest import FORMAT_VERSION
+
+from . import independent_reader
+from .checkpoints import Array, contents, random_array, weights, write_pair, write_safetensors
+from .conftest import Trio
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+EXAMPLES = sorted(ROOT.glob("examples/*.py"))
+
+#: Progress in a log, on stderr.
+PROGRESS = re.compile(r"[a-z ]+: \d+%")
+
+
+def run(command: list[str], folder: Path) -> tuple[int, str]:
+    """Exit code, and stdout with stderr in the order of their writing, progress left out."""
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "COLUMNS": "120",
+    }
+    done = subprocess.run(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, check=False,
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if not PROGRESS.fullmatch(line)]
+    return done.returncode, "\n".join(lines)
+
+
+def blocks(document: str) -> list[tuple[str, str]]:
+    """The fenced blocks of a document: language, text."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def normal(output: str) -> list[str]:
+    """Output without what may differ from one machine to the next: numbers, digests and white space."""
+    output = re.sub(r"\b[0-9a-f]{12,64}\b|[\d.,]*\d", "0", output)
+    output = re.sub(r"\b0 (bytes|KB|MB)\b", "0 KB", output)
+    return [" ".join(line.split()) for line in output.splitlines() if line.strip()]
+
+
+def check_blocks(document: str, folder: Path) -> None:
+    """Run the python and console blocks of a document in order, and compare what the latter print.
+
+    Other blocks (``sh``, ``json``, …) are not run. Where ``…`` stands in shown output, anything may stand.
+    """
+    for language, text in blocks(document):
+        if language == "python":
+            code, output = run([sys.executable, "-c", text], folder)
+            assert code == 0, output
+        elif language == "console":
+            for command, _, shown in (
+                part.partition("\n") for part in re.split(r"^\$ ", text, flags=re.M)[1:]
+            ):
+                code, output = run(["bash", "-c", command], folder)
+                pattern = "\n".join(map(re.escape, normal(shown))).replace("…", ".*")
+                assert re.fullmatch(pattern, "\n".join(normal(output)), re.DOTALL), f"$ {command}\n{output}"
+                failed = re.search(r"^error: |: (missing|extra|different): ", shown, re.M)
+                assert code == (1 if failed else 0), f"$ {command}\n{output}"
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_example_runs(path: Path, tmp_path: Path) -> None:
+    code, output = run([sys.executable, str(path)], tmp_path)
+    assert code == 0, output
+    assert output
+
+
+def test_readme_shows_what_happens(tmp_path: Path) -> None:
+    check_blocks("README.md", tmp_path)
+
+
+def test_guide_shows_what_happens(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    shutil.copytree(tmp_path / "base", tmp_path / "other")
+    shard = tmp_path / "other" / "model-00001-of-00002.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1000] ^= 1
+    shard.write_bytes(data)
+    check_blocks("docs/guide.md", tmp_path)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        target, _, anchor = link.partition("#")
+        if re.match(r"\w+:", link):
+            continue
+        linked = (path.parent / target).resolve() if target else path
+        assert linked.exists(), link
+        if anchor:
+            assert anchor in anchors(linked), link
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that a Markdown document's headings make."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_option_is_in_the_guide() -> None:
+    guide = (ROOT / "docs" / "guide.md").read_text()
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    assert len(group.commands) >= 5
+    for command in [group, *group.commands.values()]:
+        options = [option for parameter in command.params for option in parameter.opts]
+        for option in ["--help", *options]:
+            if option.startswith("-"):
+                assert f"`{option}" in guide, f"{command.name} {option}"
+    for name in group.commands:
+        assert f"deltaweights {name}" in guide
+
+
+def test_test_modules_named_in_documents_exist() -> None:
+    for path in DOCUMENTS:
+        for module in re.findall(r"tests/\w+\.py", path.read_text()):
+            assert (ROOT / module).exists(), f"{path.name}: {module}"
+
+
+def test_format_document_describes_this_version() -> None:
+    text = (ROOT / "docs" / "format.md").read_text()
+    versions = re.search(r"^## Versions\n(.*?)^## ", text, re.DOTALL | re.MULTILINE)
+    assert versions
+    assert re.search(rf"^\| {FORMAT_VERSION} \|", versions[1], re.MULTILINE)
+
+
+def test_independent_reader_rebuilds_the_target(trio: Trio, tmp_path: Path) -> None:
+    independent_reader.rebuild(trio.delta, trio.base, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(trio.target)
+
+
+def test_independent_reader_agrees_on_odd_checkpoints(tmp_path: Path) -> None:
+    """Every conversion of the base (NaNs, infinities, subnormals), every dtype, cut rows, reshaped and
+    repeated tensors, headers with white space, names with every kind of character."""
+    base, target = tmp_path / "base", tmp_path / "target"
+    floats = ("BF16", "F16", "F32", "F64")
+    old, new = {}, {}
+    for dtype in sorted(independent_reader.BITS):
+        old[f"in.{dtype}"] = array = random_array(dtype, (24, 700), seed=1)
+        data = np.frombuffer(array.data, np.uint8).copy()
+        data[::1000] ^= 1
+        new[f"in.{dtype}"] = Array(dtype, (24, 700), data.tobytes())
+        new[f"rows.{dtype}"] = random_array(dtype, (32, 8), seed=2)
+        old[f"rows.{dtype}"] = Array(
+            dtype, (16, 8), new[f"rows.{dtype}"].data[: -(-len(new[f"rows.{dtype}"].data) // 2)]
+        )
+    for source in floats:
+        for dtype in floats:
+            name = f'{source}\t"{dtype}\\\u007f é😀'
+            old[name] = random_array(source, (5000,), seed=3)
+            reference = convert(np.frombuffer(old[name].data, np.uint8), source, dtype)
+            new[name] = Array(dtype, (50, 100), reference.tobytes())
+    twin = Array("F32", (300, 100), weights((300, 100), 4).tobytes())
+    old["twin"] = new["twin"] = twin
+    write_safetensors(base / "a.safetensors", old)
+    write_safetensors(base / "v" / "b.safetensors", {"twin": new["rows.F32"]})
+    write_safetensors(target / "a.safetensors", new, indent=2, padding="   ", metadata={"é": '"'})
+    write_safetensors(target / "v" / "b.safetensors", {"twin": new["rows.F32"]})
+    write_safetensors(target / "none.safetensors", {})
+    manifest = make_delta(base, target, tmp_path / "delta", chunk_bytes=4096)
+    conversions = [entry for entry in manifest.tensors if "é" in entry.name]
+    assert len(conversions) == 16
+    assert all(entry.shared_bytes and not entry.changed for entry in conversions)
+    independent_reader.rebuild(tmp_path / "delta", base, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(target)
+
+
+@pytest.mark.parametrize("name", ["deltaweights.json", "delta-00001-of-00003.safetensors"])
+def test_independent_reader_finds_damage(trio: Trio, tmp_path: Path, name: str) -> None:
+    shutil.copytree(trio.delta, tmp_path / "delta")
+    data = bytearray((trio.delta / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "delta" / name).write_bytes(data)
+    with pytest.raises((independent_reader.BadDeltaError, ValueError)):
+        independent_reader.rebuild(tmp_path / "delta", trio.base, tmp_path / "out")
