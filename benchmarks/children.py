@@ -8,8 +8,11 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 MIB = 1 << 20
+
+Command: TypeAlias = "Sequence[str | os.PathLike[str]]"
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Usage:
     peak: int  #: bytes of resident memory at most
 
 
-def run_measured(command: Sequence[str | os.PathLike[str]]) -> Usage:
+def run_measured(command: Command) -> Usage:
     """Run a program to its end; its output is dropped, its errors are not.
 
     Raises:
@@ -37,7 +40,7 @@ def run_measured(command: Sequence[str | os.PathLike[str]]) -> Usage:
     return Usage(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
-def deltaweights(*arguments: str | os.PathLike[str]) -> list[str | os.PathLike[str]]:
+def deltaweights(*arguments: str | os.PathLike[str]) -> Command:
     """The command line of ``deltaweights``, run by this interpreter."""
     return [sys.executable, "-m", "deltaweights", *arguments]
 

@@ -136,9 +136,7 @@ def _header(tensors: Sequence[_Tensor]) -> tuple[bytes, list[int]]:
     return len(text).to_bytes(8, "little") + text, starts
 
 
-def draw(
-    seed: Sequence[int], weights: int, update: float
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def draw(seed: Sequence[int], weights: int, update: float) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """The bytes of so many bf16 weights and of the updated ones; the same for the same ``seed``."""
     import numpy as np
 

@@ -11,6 +11,7 @@ from .manifest import FileRecord, License, Manifest
 
 CARD_NAME = "README.md"
 _MAX_CARD_BYTES = 1 << 22
+_MAX_FIELD = 1000  # characters
 _LICENSE_FILE = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)([._-].*)?", re.IGNORECASE)
 
 
@@ -36,7 +37,8 @@ def read_license(checkpoint: Checkpoint, override: str | None = None) -> License
         if _LICENSE_FILE.fullmatch(path) and checkpoint.source.sizes[path] <= _MAX_CARD_BYTES:
             content = _content(checkpoint.source, path)
             digest = hashlib.sha256(content).hexdigest()
-            stored = f"licenses/{digest[:16]}-{path}"
+            # The base's names are anyone's: only plain characters, and not too many.
+            stored = f"licenses/{digest[:16]}-{re.sub(r'[^A-Za-z0-9._-]', '_', path)[:100]}"
             texts[stored] = content
             records.append(FileRecord(stored, len(content), digest))
     license = License(text["license"], text["license_name"], text["license_link"], tuple(records))
@@ -46,28 +48,31 @@ def read_license(checkpoint: Checkpoint, override: str | None = None) -> License
 
 
 def _content(source: Source, path: str) -> bytes:
-    return source.open(path).read(0, source.sizes[path])
+    return b"".join(source.blocks(path))
 
 
 def _card_fields(source: Source) -> dict[str, object]:
     if source.sizes.get(CARD_NAME, _MAX_CARD_BYTES + 1) > _MAX_CARD_BYTES:
         return {}
-    from huggingface_hub import ModelCard
-    from yaml import YAMLError  # type: ignore[import-untyped]
+    import yaml  # type: ignore[import-untyped]
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-    content = _content(source, CARD_NAME).decode("utf-8", errors="replace")
+    block = REGEX_YAML_BLOCK.search(_content(source, CARD_NAME).decode("utf-8", errors="replace"))
     try:
-        data: dict[str, object] = ModelCard(content, ignore_metadata_errors=True).data.__dict__
-        return data
-    except (ValueError, TypeError, YAMLError):
+        # Not ModelCard: one odd field would hide all. BaseLoader makes nothing but text, lists and maps.
+        fields = yaml.load(block[2], Loader=yaml.BaseLoader) if block else None  # noqa: S506
+    except (yaml.YAMLError, RecursionError, TypeError):
         return {}  # a card that nobody can read states no license; the license files still count
+    return fields if isinstance(fields, dict) else {}
 
 
 def _text(value: object) -> str | None:
     """A card field as text: some cards give a list where one value is meant."""
-    if isinstance(value, list | tuple):
-        return " AND ".join(map(str, value)) or None
-    return None if value is None else str(value)
+    values = value if isinstance(value, list) else [value]
+    texts = [one for one in values if isinstance(one, str) and one not in ("", "~", "null")]
+    if len(texts) < len(values):
+        return None  # nothing, or something nested, which no license is
+    return " AND ".join(texts)[:_MAX_FIELD].encode("utf-8", "replace").decode() or None
 
 
 def write_card(manifest: Manifest) -> bytes:

@@ -9,7 +9,7 @@ import base64
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,15 +26,14 @@ from .checkpoint import (
     Location,
     OutputFolder,
     PartialFile,
-    ReadableFile,
     Shard,
     TensorInfo,
     build_header,
-    file_blocks,
+    local_path,
     open_checkpoint,
     sha256_of,
 )
-from .errors import CheckpointError, DeltaError, OutputError
+from .errors import CheckpointError, DeltaError, DeltaWeightsError, OutputError
 from .manifest import (
     MANIFEST_NAME,
     MAX_CHUNK_BYTES,
@@ -43,6 +42,8 @@ from .manifest import (
     FileRecord,
     License,
     Manifest,
+    RepoId,
+    Revision,
     Status,
     TargetFile,
     TargetRecord,
@@ -102,7 +103,8 @@ def make_delta(
         raise ValueError(f"chunk_bytes is {chunk_bytes}, not a multiple of 4096 up to {MAX_CHUNK_BYTES}")
     with open_checkpoint(base) as old, open_checkpoint(target) as new:
         _check_names(new)
-        root = Path(delta).expanduser()
+        _check_hub_ids(base_repo, target_repo, base_revision)
+        root = local_path(delta)
         _check_apart(root, old, new)
         matches = match_tensors(old, new, rename)
         with Workers(threads) as workers, OutputFolder(root) as folder:
@@ -131,6 +133,16 @@ def make_delta(
             )
             writer.write_manifest(manifest)
             return manifest
+
+
+def _check_hub_ids(base_repo: str | None, target_repo: str | None, revision: str | None) -> None:
+    for value, kind in ((base_repo, RepoId), (target_repo, RepoId), (revision, Revision)):
+        try:
+            msgspec.convert(value, kind | None)
+        except msgspec.ValidationError as error:
+            raise DeltaWeightsError(
+                f"{value!r} is not a Hub id or revision", f"{error}.", "Write it like org/name, or like main."
+            ) from error
 
 
 def _check_names(new: Checkpoint) -> None:
@@ -166,8 +178,8 @@ def _check_vacant(folder: OutputFolder, force: bool) -> None:
         )
     if MANIFEST_NAME in others:
         folder.claim([MANIFEST_NAME, card.CARD_NAME])
-        with suppress(DeltaError, CheckpointError):
-            folder.claim(file.path for file in read_manifest(LocalSource(folder.root)).files)
+        with suppress(DeltaError, CheckpointError), closing(LocalSource(folder.root)) as earlier:
+            folder.claim(file.path for file in read_manifest(earlier).files)
         (folder.root / MANIFEST_NAME).unlink()  # from here on, it is no whole delta
 
 
@@ -222,7 +234,7 @@ class _DeltaWriter:
         self._chunk_bytes = chunk_bytes
         inputs = [source.fingerprint(path) for source in (old.source, new.source) for path in source.sizes]
         inputs += [__version__, str(chunk_bytes), *(f"{p}={r}" for p, r in rename)]
-        self._inputs = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
+        self._inputs = hashlib.sha256("\n".join(inputs).encode(errors="backslashreplace")).hexdigest()
         self._meter = Meter(progress, "diff", sum(new.source.sizes.values()))
 
     def write_files(
@@ -243,7 +255,7 @@ class _DeltaWriter:
     def _digest_base(self) -> tuple[FileRecord, ...]:
         source = self._old.source
         return tuple(
-            FileRecord(path, size, sha256_of(self._workers.watch(file_blocks(source.open(path)))))
+            FileRecord(path, size, sha256_of(self._workers.watch(source.blocks(path))))
             for path, size in source.sizes.items()
         )
 
@@ -333,25 +345,25 @@ class _DeltaWriter:
         in_base = {(record.size, record.sha256): record.path for record in reversed(base_files)}
         written = []
         for path in self._new.other_files:
-            file = self._new.source.open(path)
-            digest = sha256_of(self._workers.watch(file_blocks(file), self._meter))
-            source = in_base.get((file.size, digest))
+            size = self._new.source.sizes[path]
+            digest = sha256_of(self._workers.watch(self._new.source.blocks(path), self._meter))
+            source = in_base.get((size, digest))
             if source is not None:
-                written.append(TargetFile(path, file.size, digest, "base", source))
+                written.append(TargetFile(path, size, digest, "base", source))
             else:
-                written.append(self._store(file, digest))
+                written.append(self._store(path, size, digest))
         return written
 
-    def _store(self, file: ReadableFile, digest: str) -> TargetFile:
+    def _store(self, path: str, size: int, digest: str) -> TargetFile:
         """Copy one file into the delta, compressed if that is worth it."""
-        stored = f"files/{file.path}"
-        if file.size >= _WORTH_COMPRESSING and self._may_be_compressed(file.path):
-            level = 9 if file.size < (64 << 20) else 3
-            blocks = codec.compress_blocks(file_blocks(file), level)
-            if self._write_blocks(f"{stored}.zst", blocks, limit=int(file.size * _WORTH_SAVING)):
-                return TargetFile(file.path, file.size, digest, "zstd", f"{stored}.zst")
-        self._write_blocks(stored, file_blocks(file))
-        return TargetFile(file.path, file.size, digest, "verbatim", stored)
+        stored = f"files/{path}"
+        if size >= _WORTH_COMPRESSING and self._may_be_compressed(path):
+            level = 9 if size < (64 << 20) else 3
+            blocks = codec.compress_blocks(self._new.source.blocks(path), level)
+            if self._write_blocks(f"{stored}.zst", blocks, limit=int(size * _WORTH_SAVING)):
+                return TargetFile(path, size, digest, "zstd", f"{stored}.zst")
+        self._write_blocks(stored, self._new.source.blocks(path))
+        return TargetFile(path, size, digest, "verbatim", stored)
 
     def _may_be_compressed(self, path: str) -> bool:
         """Whether ``path`` with .zst is a name of its own: no other file's or folder's, and not too long."""

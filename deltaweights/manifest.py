@@ -21,14 +21,19 @@ MANIFEST_NAME = "deltaweights.json"
 FORMAT_VERSION = 1
 
 #: Far above any real manifest (about 250 bytes a tensor).
-MAX_MANIFEST_BYTES = 1 << 28
+MAX_MANIFEST_BYTES = 1 << 27
 
 #: A reader holds several chunks for each of its threads.
 MAX_CHUNK_BYTES = 1 << 22
 
 Size: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 Dim: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
-Sha256: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Sha256: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+RepoId: TypeAlias = Annotated[
+    str,
+    msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?\Z", max_length=200),
+]
+Revision: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*\Z", max_length=200)]
 Shape: TypeAlias = Annotated[tuple[Dim, ...], msgspec.Meta(max_length=64)]
 ChunkBytes: TypeAlias = Annotated[int, msgspec.Meta(ge=4096, le=MAX_CHUNK_BYTES, multiple_of=4096)]
 Status: TypeAlias = Literal["same", "changed", "added", "removed", "renamed", "resized"]
@@ -75,8 +80,8 @@ class License:
 class BaseRecord:
     """The base: its Hub id and commit where they are known, its license, its files."""
 
-    repo_id: str | None
-    revision: str | None
+    repo_id: RepoId | None
+    revision: Revision | None
     license: License
     files: tuple[FileRecord, ...]
 
@@ -85,8 +90,8 @@ class BaseRecord:
 class TargetRecord:
     """The target, likewise. ``left_out`` lists what stood in its folder and is not part of it."""
 
-    repo_id: str | None
-    revision: str | None
+    repo_id: RepoId | None
+    revision: Revision | None
     license: License
     files: tuple[TargetFile, ...]
     left_out: tuple[str, ...] = ()
@@ -212,11 +217,12 @@ def _damaged(why: str) -> ManifestError:
 def is_safe_path(path: str) -> bool:
     """Whether ``path`` is a plain relative POSIX path, below the folder that it is meant for on any
     system, and not a place from which a tool would run something (``.git``)."""
-    parts = path.split("/")
+    parts = path.split("/", 512)
     return not (
         any(part in ("", ".", "..") or part.lower() in (".git", ".deltaweights") for part in parts)
         or re.search(r"[\x00-\x1f\x7f\\]|^[A-Za-z]:", path)
         or max(len(part.encode()) for part in parts) > 255
+        or len(path.encode()) > 1024
     )
 
 
@@ -275,5 +281,7 @@ def _validate_entry(entry: TensorEntry, shards: Collection[str]) -> None:
         raise _damaged(f"Tensor {entry.name!r} is {entry.status} but in file {entry.file!r}")
     if entry.file is not None and entry.file not in shards:
         raise _damaged(f"Tensor {entry.name!r} is in {entry.file!r}, which is not a shard")
+    if entry.changed > entry.shared_bytes:
+        raise _damaged(f"Tensor {entry.name!r} has more changed elements than shared bytes")
     if entry.shared_bytes and not entry.base:
         raise _damaged(f"Tensor {entry.name!r} shares bytes with no base tensor")

@@ -61,7 +61,7 @@ def _compile(rename: Sequence[RenameRule]) -> list[tuple[re.Pattern[str], str]]:
         try:
             compiled.append((re.compile(pattern), replacement))
             compiled[-1][0].sub(replacement, "")
-        except (re.error, IndexError) as error:
+        except (re.error, IndexError, OverflowError, RecursionError) as error:
             raise DeltaWeightsError(
                 f"The rename rule {pattern}={replacement} is not valid",
                 f"{error}.".capitalize(),
@@ -84,7 +84,7 @@ def _shared_bytes(target: Tensor, base: Tensor) -> int:
     if new.shape == old.shape or new.numel == old.numel:
         same_size = new.dtype != old.dtype or new.nbytes == old.nbytes
         return new.nbytes if same_size else 0
-    if not new.shape or new.shape[1:] != old.shape[1:] or not DTYPE_BITS.get(new.dtype):
+    if not new.shape or not old.shape or new.shape[1:] != old.shape[1:] or not DTYPE_BITS.get(new.dtype):
         return 0
     rows = min(new.shape[0], old.shape[0])
     return rows * new.nbytes // new.shape[0] if new.shape[0] else 0

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 import numpy as np
 from numpy.typing import NDArray
 
-from .checkpoint import Location, OutputFolder, sha256_of
+from .checkpoint import Location, OutputFolder, local_path, sha256_of
 from .errors import DeltaError, OutputError
 from .manifest import Manifest, TargetFile
 from .pipeline import Meter, ProgressCallback, Workers
@@ -69,7 +69,7 @@ def apply_delta(
         OutputError: ``out`` holds other files, or its disk is too small.
     """
     with open_target(delta, base) as target, Workers(threads) as workers:
-        root = Path(out).expanduser()
+        root = local_path(out)
         _check_apart(root, target)
         _check_licenses(target)
         check_base(target, workers, progress)
@@ -103,7 +103,13 @@ def _check_licenses(target: Target) -> None:
     for side in (target.manifest.base, target.manifest.target):
         for record in side.license.files:
             if target.is_damaged(record.path):
-                raise DeltaError(f"{record.path} in the delta is damaged", fix="Get the delta again.")
+                raise _damaged(record.path)
+
+
+def _damaged(path: str) -> DeltaError:
+    return DeltaError(
+        f"{path} in the delta is damaged", "Its SHA-256 is not the manifest's.", "Get the delta again."
+    )
 
 
 def _finished(
@@ -159,19 +165,19 @@ def check_base(target: Target, workers: Workers, progress: ProgressCallback | No
     ]
     sample = _sample(recipes)
     meter = Meter(progress, "check base", len(sample))
-    wrong: set[str] = set()
+    wrong: set[TensorRecipe] = set()
     results = workers.map(lambda chunk: chunk[0].matches_base(chunk[1]), sample)
     for (recipe, _), matches in zip(sample, results, strict=True):
         meter.add(1)
         if not matches:
-            wrong.add(recipe.info.name)
+            wrong.add(recipe)
     if wrong:
-        for source in sorted({recipe.source for recipe in recipes if recipe.info.name in wrong}):
+        for source in sorted({recipe.source for recipe in recipes if recipe in wrong}):
             if target.is_damaged(source):
-                raise DeltaError(f"{source} in the delta is damaged", fix="Get the delta again.")
-        raise target.wrong_base(
-            f"of {len(recipes)} tensors sampled, {len(wrong)} differ, such as {min(wrong)!r}"
-        )
+                raise _damaged(source)
+        names = sorted({recipe.base_name for recipe in wrong})
+        count = len({recipe.base_name for recipe in recipes})
+        raise target.wrong_base(f"of {count} tensors sampled, {len(names)} differ, such as {names[0]!r}")
     for file in target.manifest.target.files:
         if file.stored == "base" and sha256_of(target.blocks(file)) != file.sha256:
             raise target.wrong_base(f"its file {file.source!r} differs")

@@ -6,7 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -74,9 +74,7 @@ class Workers:
             while ahead:
                 yield ahead.popleft().result()
         finally:  # nothing may still use the consumer's files when its error is handled
-            for future in ahead:
-                future.cancel()
-            wait(ahead)
+            _cancel(ahead)
 
     def each(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """``function`` of each item, in order, where the function itself uses :meth:`map`: several items
@@ -84,16 +82,21 @@ class Workers:
         with ThreadPoolExecutor(min(self.threads, 4)) as lanes:
             futures = [lanes.submit(function, item) for item in items]
             try:
-                for future in futures:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in done:
                     future.result()
             except BaseException:
                 self.stop()
-                for future in futures:
-                    future.cancel()
-                wait(futures)
+                _cancel(futures)
                 _raise_first(futures)
                 raise
         return [future.result() for future in futures]
+
+
+def _cancel(futures: Iterable[Future[Result]]) -> None:
+    """Cancel what has not begun, wait for what has. (To wait for a cancelled one may take for ever: a pool
+    that was shut down never says so.)"""
+    wait([future for future in futures if not future.cancel()])
 
 
 def _raise_first(futures: list[Future[Result]]) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from .checkpoint import (
     Source,
     Tensor,
     TensorInfo,
-    file_blocks,
+    open_cached,
     open_checkpoint,
     open_source,
     parse_header,
@@ -85,7 +86,13 @@ def read_manifest(source: Source) -> Manifest:
             f"It has no {MANIFEST_NAME}: something else, or a diff that was interrupted.",
             "Check the path, or run the diff again.",
         )
-    return Manifest.from_json(source.open(MANIFEST_NAME).read(0, min(size, MAX_MANIFEST_BYTES + 1)))
+    if size > MAX_MANIFEST_BYTES:
+        raise ManifestError(
+            f"{MANIFEST_NAME} is damaged",
+            f"It has {size} bytes, more than any manifest.",
+            "Get the delta again.",
+        )
+    return Manifest.from_json(source.open(MANIFEST_NAME).read(0, size))
 
 
 def _check_whole(source: Source, manifest: Manifest) -> None:
@@ -108,11 +115,10 @@ def open_base(manifest: Manifest, base: Location | None) -> Checkpoint | None:
     needs_base = any(entry.shared_bytes for entry in manifest.tensors) or any(
         file.stored == "base" for file in manifest.target.files
     )
-    if base is None and needs_base and manifest.base.repo_id:
-        revision = f"@{manifest.base.revision}" if manifest.base.revision else ""
-        base = manifest.base.repo_id + revision
     if base is not None:
         return open_checkpoint(base)
+    if needs_base and manifest.base.repo_id:  # from the cache alone: a manifest must not name our folders
+        return Checkpoint(open_cached(manifest.base.repo_id, manifest.base.revision))
     if needs_base:
         raise CheckpointError(
             "This delta needs its base",
@@ -180,6 +186,9 @@ class Target(Mapping[str, TensorView]):
     def __len__(self) -> int:
         return len(self._first)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._first  # the inherited one would decode the tensor
+
     def dtype(self, name: str) -> str:
         """The tensor's safetensors dtype code; reads nothing."""
         return self._first[name].dtype
@@ -197,11 +206,7 @@ class Target(Mapping[str, TensorView]):
         """
         entry = self._first[name]
         assert entry.file is not None
-        recipe = self.shard(entry.file).tensors[name]
-        data = np.empty(recipe.info.nbytes, np.uint8)
-        for index in range(recipe.plan.count):
-            start, end = recipe.plan.span(index)
-            recipe.decode(index, data[start:end])
+        data = self.shard(entry.file).tensors[name].read()
         return TensorView(name, entry.dtype, entry.shape, data)
 
     def shard(self, path: str) -> ShardRecipe:
@@ -229,7 +234,8 @@ class Target(Mapping[str, TensorView]):
         for info in header.tensors:
             entry = entries.get(info.name)
             payload = payloads.get(info.name)
-            if not entry or not payload or (entry.dtype, entry.shape) != (info.dtype, info.shape):
+            promised = entry and (entry.dtype, entry.shape, entry.payload_bytes)
+            if not entry or not payload or promised != (info.dtype, info.shape, payload.info.nbytes):
                 raise PayloadError(
                     f"{file.source} in the delta contradicts the manifest",
                     f"They describe tensor {info.name!r} differently.",
@@ -288,7 +294,7 @@ class Target(Mapping[str, TensorView]):
     def is_damaged(self, path: str) -> bool:
         """Whether the delta's own file at ``path`` has another SHA-256 than the manifest says."""
         record = next(record for record in self.manifest.files if record.path == path)
-        return sha256_of(file_blocks(self.source.open(path))) != record.sha256
+        return sha256_of(self.source.blocks(path)) != record.sha256
 
     def blocks(self, file: TargetFile) -> Iterator[bytes]:
         """The bytes of a file that is not a shard, in blocks of at most 1 MiB.
@@ -304,23 +310,23 @@ class Target(Mapping[str, TensorView]):
                 )
             if self.base.source.sizes[file.source] != file.size:
                 raise self.wrong_base(f"its file {file.source!r} has another size")
-            yield from file_blocks(self.base.source.open(file.source))
+            yield from self.base.source.blocks(file.source)
             return
-        blocks = file_blocks(self.source.open(file.source))
+        blocks = self.source.blocks(file.source)
         if file.stored == "zstd":
             blocks = codec.decompress_blocks(blocks)
         left = file.size
-        for block in blocks:
-            left -= len(block)
-            if left < 0:
-                break
-            yield block
+        why = f"It does not hold the {file.size} bytes of {file.path}."
+        try:
+            for block in blocks:
+                left -= len(block)
+                if left < 0:
+                    break
+                yield block
+        except PayloadError as error:
+            left, why = -1, f"{error.what}."
         if left:
-            raise PayloadError(
-                f"{file.source} in the delta is damaged",
-                f"It does not hold the {file.size} bytes of {file.path}.",
-                "Get the delta again.",
-            )
+            raise PayloadError(f"{file.source} in the delta is damaged", why, "Get the delta again.")
 
 
 def _target_header(delta_shard: Shard, file: TargetFile) -> Header:
@@ -356,6 +362,24 @@ class ShardRecipe:
                 yield recipe, index
 
 
+class _Scratch(threading.local):
+    """Buffers of each thread, used again for every chunk: memory that is given back to the system and
+    asked for again costs a page fault for each 4 KiB."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, NDArray[np.uint8]] = {}
+
+    def take(self, use: str, nbytes: int) -> NDArray[np.uint8]:
+        """``nbytes`` bytes, valid until this thread asks for the same ``use`` again."""
+        buffer = self._buffers.get(use)
+        if buffer is None or buffer.size < nbytes:
+            self._buffers[use] = buffer = np.empty(nbytes, np.uint8)
+        return buffer[:nbytes]
+
+
+_scratch = _Scratch()
+
+
 class TensorRecipe:
     """How to rebuild one tensor, chunk by chunk."""
 
@@ -380,31 +404,43 @@ class TensorRecipe:
         """The delta's file that holds the payload."""
         return self._payload.shard.path
 
+    @property
+    def base_name(self) -> str:
+        """The base tensor's name."""
+        return self.base.info.name if self.base else ""
+
     @cached_property
     def _table(self) -> tuple[NDArray[np.void], NDArray[np.int64]]:
         length = self.plan.count * codec.RECORD.itemsize
         if length > self._payload.info.nbytes:
-            raise PayloadError(
-                f"The payload of tensor {self.info.name!r} is damaged",
-                f"It has {self._payload.info.nbytes} bytes, fewer than its chunk records.",
-                "Get the delta again.",
-            )
+            raise self._damaged(f"Its payload of {self._payload.info.nbytes} bytes is too short")
         table = np.empty(length, np.uint8)
         self._payload.read_into(0, table)
-        return codec.check_records(table.tobytes(), self.plan, self._payload.info.nbytes)
+        try:
+            return codec.check_records(table.tobytes(), self.plan, self._payload.info.nbytes)
+        except PayloadError as error:
+            raise self._damaged(error.what) from error
 
     def _read_base(self, index: int) -> NDArray[np.uint8]:
-        """The base's bytes for chunk ``index``, in the base's own dtype."""
+        """The base's bytes for chunk ``index``, in its own dtype; valid until this thread reads more."""
         assert self.base is not None
         dtype = self.base.info.dtype
         start, end = (codec.rescale(n, self.info.dtype, dtype) for n in self.plan.span(index))
-        data = np.empty(end - start, np.uint8)
+        data = _scratch.take("base", end - start)
         self.base.read_into(start, data)
         return data
 
     def matches_base(self, index: int) -> bool:
         """Whether the base's bytes for chunk ``index`` are those that the delta was made from."""
         return codec.checksum(self._read_base(index)) == int(self._table[0]["base"][index])
+
+    def read(self) -> NDArray[np.uint8]:
+        """The whole tensor's bytes; raises as :meth:`decode` does."""
+        self._table  # noqa: B018  # a payload that long must exist before so much memory is taken
+        data = np.empty(self.info.nbytes, np.uint8)
+        for index, (start, end) in enumerate(self.plan):
+            self.decode(index, data[start:end])
+        return data
 
     def decode(self, index: int, out: NDArray[np.uint8]) -> None:
         """Rebuild chunk ``index`` into ``out`` (uint8, the chunk's length).
@@ -424,7 +460,7 @@ class TensorRecipe:
         length = int(records["length"][index])
         if length > out.size:
             raise self._damaged(f"A chunk of {out.size} bytes is coded in {length}")
-        data = np.empty(length, np.uint8)
+        data = _scratch.take("payload", length)
         self._payload.read_into(int(starts[index]), data)
         try:
             codec.decode_chunk(int(records["method"][index]), data.data, base, self.info.dtype, out)
@@ -437,9 +473,8 @@ class TensorRecipe:
         """The error where the base's bytes and their checksum differ: the one or the other is wrong."""
         if self._target.is_damaged(self.source):
             return self._damaged("Its chunk records are not those that were written")
-        name = self.base.info.name if self.base else ""
         start, end = self.plan.span(index)
-        return self._target.wrong_base(f"its tensor {name!r} differs in bytes {start} to {end}")
+        return self._target.wrong_base(f"its tensor {self.base_name!r} differs in bytes {start} to {end}")
 
     def _damaged(self, why: str) -> PayloadError:
         return PayloadError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .card import CARD_NAME
-from .checkpoint import Location, Source, file_blocks, open_source, sha256_of
+from .checkpoint import Location, Source, open_source, sha256_of
 from .errors import DeltaWeightsError
 from .manifest import MANIFEST_NAME, FileRecord, TargetFile
 from .patch import check_base, rebuild_shard
@@ -101,7 +101,7 @@ def _compare(
             return Problem(place, record.path, "missing", f"{record.size} bytes are expected")
         if size != record.size:
             return Problem(place, record.path, "different", f"has {size} bytes, not {record.size}")
-        digest = sha256_of(workers.watch(file_blocks(source.open(record.path)), meter))
+        digest = sha256_of(workers.watch(source.blocks(record.path), meter))
         if digest != record.sha256:
             detail = f"SHA-256 is {digest}, not {record.sha256}"
             return Problem(place, record.path, "different", detail)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import CheckpointError
 from .header import Header, TensorInfo, header_length, parse_header
-from .source import LocalSource, ReadableFile, Source
+from .source import LocalSource, ReadableFile, Source, local_path
 
 #: What every verb takes: a folder, one .safetensors file, or a Hub id ``org/name[@revision]``.
 Location: TypeAlias = "str | os.PathLike[str]"
@@ -100,7 +99,7 @@ def read_shard(source: Source, path: str) -> Shard:
         HeaderError: it breaks the format's rules.
     """
     file = source.open(path)
-    where = f"{source.where}/{path}"
+    where = source.name(path)
     length = header_length(file.read(0, min(8, file.size)), file.size, where)
     return Shard(path, file, parse_header(file.read(0, length), file.size, where))
 
@@ -113,11 +112,10 @@ def open_source(location: Location) -> LocalSource:
     Raises:
         CheckpointError: there is nothing at ``location``.
     """
-    path = Path(location).expanduser()
     hub_id = _HUB_ID.fullmatch(os.fspath(location))
-    if path.exists() or not hub_id:
-        return LocalSource(path)
-    return LocalSource(_cached_snapshot(hub_id["repo"], hub_id["revision"]))
+    if not hub_id or local_path(location).exists():
+        return LocalSource(location)
+    return open_cached(hub_id["repo"], hub_id["revision"])
 
 
 def open_checkpoint(location: Location) -> Checkpoint:
@@ -129,16 +127,22 @@ def open_checkpoint(location: Location) -> Checkpoint:
     return Checkpoint(open_source(location))
 
 
-def _cached_snapshot(repo_id: str, revision: str | None) -> str:
+def open_cached(repo_id: str, revision: str | None) -> LocalSource:
+    """The snapshot of a Hub repository in the local cache.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
     # Imported here: it costs more start-up time than everything else together.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return snapshot_download(repo_id, revision=revision, local_files_only=True)
+        return LocalSource(snapshot_download(repo_id, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError) as error:
         at = f" --revision {revision}" if revision else ""
         raise CheckpointError(
-            f"There is no file or folder {repo_id}, nor is it in the local Hub cache",
-            fix=f"Check the path, or download it: hf download {repo_id}{at}",
+            f"{repo_id} is not here",
+            "There is neither a file or folder of that name nor a repository in the local Hub cache.",
+            f"Check the path, or download it: hf download {repo_id}{at}",
         ) from error

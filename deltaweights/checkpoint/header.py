@@ -104,16 +104,17 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
         where: the file's name for error messages.
 
     Raises:
-        HeaderError: for anything that the safetensors library would refuse too (bad JSON, offsets
-            that overlap, leave a gap or leave the file, sizes that contradict dtype and shape), and
-            for a name that occurs twice, which that library resolves silently.
+        HeaderError: as the safetensors library refuses it (bad JSON, offsets that overlap, leave a gap
+            or leave the file, sizes that contradict dtype and shape), or a name occurs twice, which
+            that library resolves silently.
     """
 
     def bad(why: str) -> HeaderError:
         return HeaderError(f"{where} has a broken safetensors header", why, "Get the file again.")
 
     try:
-        fields = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=_unique_keys)
+        text = raw[8:].decode("utf-8")
+        fields = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constants)
     except RecursionError:
         raise bad("Its JSON is nested too deeply.") from None
     except ValueError as error:  # bad UTF-8, bad JSON, a key twice
@@ -122,14 +123,13 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
         raise bad("Its JSON is not an object.")
     metadata = fields.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
         raise bad("Its __metadata__ is not a map from strings to strings.")
     tensors = []
     for name, field in fields.items():
         try:
-            name.encode()
             tensors.append(_tensor(name, field))
-        except ValueError as error:  # UnicodeEncodeError too
+        except ValueError as error:
             raise bad(f"Tensor {name!r}: {error}.") from None
     tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
     end = 0
@@ -161,6 +161,15 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
+def _no_constants(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")  # Python's parser takes NaN and Infinity
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a JSON value is a string of whole characters."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
 def _tensor(name: str, field: Any) -> TensorInfo:
     if not isinstance(field, dict):
         raise ValueError("its entry is not an object")
@@ -170,6 +179,7 @@ def _tensor(name: str, field: Any) -> TensorInfo:
     dtype, shape, offsets = (field.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str):
         raise ValueError("its dtype is not a string")
+    (name + dtype).encode()  # a lone surrogate is a ValueError
     if not _is_sizes(shape):
         raise ValueError("its shape is not a list of sizes")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import DiskSpaceError, OutputError
-from .source import LocalFile, Source, file_blocks, sha256_of
+from .source import LocalFile, Source, file_blocks, local_path, sha256_of
 
 _WORKSPACE = ".deltaweights"
 _BLOCK_BYTES = 1 << 20
@@ -59,10 +59,10 @@ class PartialFile:
         """Flush to the device and give the file its final name, replacing what stands there."""
         with _full_disk_explained(self.path):
             os.fsync(self._fd)
+            os.replace(self._temporary, self._final)
+            _sync_folder(self._final.parent)
         os.close(self._fd)
         self._fd = -1
-        os.replace(self._temporary, self._final)
-        _sync_folder(self._final.parent)
 
     def __enter__(self) -> PartialFile:
         return self
@@ -82,24 +82,32 @@ class OutputFolder:
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root).expanduser()
+        self.root = local_path(root)
+        self._made: list[Path] = []
         self._workspace = self.root / _WORKSPACE
         self._lock: IO[bytes] | None = None
 
     def __enter__(self) -> OutputFolder:
         try:
-            if self._workspace.is_symlink():
-                raise OutputError(f"{self._workspace} is a symbolic link", fix="Remove it.")
-            self._workspace.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self._workspace / "lock", "wb")
+            with _full_disk_explained(f"to {self.root}"):
+                self._make(self._workspace)
+                self._check_workspace()
+                self._lock = open(self._workspace / "lock", "wb")
+        except OutputError:
+            self._remove_made()
+            raise
+        try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            self._lock.close()
             raise OutputError(
                 f"{self.root} is being written to by another deltaweights process",
-                fix="Wait for it, or choose another folder.",
+                f"It holds {self._workspace / 'lock'}.",
+                "Wait for it, or choose another folder.",
             ) from error
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.ENOLCK):  # a file system without locks
+                self._lock.close()
                 raise OutputError(f"Cannot write to {self.root}", f"{error.strerror}.") from error
         for left_over in self._workspace.glob("*.partial"):
             left_over.unlink()
@@ -109,22 +117,54 @@ class OutputFolder:
         if exc[0] is None or not self.claims:
             shutil.rmtree(self._workspace, ignore_errors=True)
         if exc[0] is not None:
-            with suppress(OSError):  # it is not empty: some files are finished
-                self.root.rmdir()
+            self._remove_made()
         if self._lock:
             self._lock.close()
+
+    def _make(self, folder: Path) -> None:
+        """Make a folder and those above it, to be removed again if an error leaves them empty."""
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)
+            self._made.append(path)
+            _sync_folder(path.parent)
+
+    def _remove_made(self) -> None:
+        for folder in reversed(self._made):
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+    def _check_workspace(self) -> None:
+        """A workspace may have come with a download: nothing in it may lead elsewhere."""
+        entries = [self._workspace, *self._workspace.iterdir()]
+        odd = [
+            entry
+            for entry in entries
+            if (entry.is_symlink() and entry.suffix != ".partial")  # those are removed, not opened
+            or not (entry.is_file() or entry.is_symlink() or entry == self._workspace)
+        ]
+        if odd:
+            raise OutputError(
+                f"Cannot write to {self.root}",
+                f"{odd[0]} is not what deltaweights puts there.",
+                f"Remove {self._workspace}, or choose another folder.",
+            )
 
     @property
     def claims(self) -> set[str]:
         """The paths that :meth:`claim` noted, in this run and in interrupted ones before it."""
         try:
-            return set((self._workspace / "claims").read_text(encoding="utf-8").splitlines())
+            text = (self._workspace / "claims").read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return set()
+        return set(filter(_stays_inside, text.split("\n")))
 
     def claim(self, paths: Iterable[str]) -> None:
         """Note that files are this program's own, to be replaced or removed as it sees fit."""
-        with open(self._workspace / "claims", "a", encoding="utf-8") as file:
+        with (
+            _full_disk_explained(f"to {self.root}"),
+            open(self._workspace / "claims", "a", encoding="utf-8") as file,
+        ):
             file.writelines(f"{path}\n" for path in paths)
 
     def remove_claims(self, keep: Collection[str]) -> None:
@@ -139,8 +179,9 @@ class OutputFolder:
     def remember(self, name: str, data: bytes) -> None:
         """Keep ``data`` for a later run in case that this one is interrupted."""
         temporary = self._workspace / f"{name}.partial"
-        temporary.write_bytes(data)
-        temporary.replace(self._workspace / f"{name}.memory")
+        with _full_disk_explained(f"to {self.root}"):
+            temporary.write_bytes(data)
+            temporary.replace(self._workspace / f"{name}.memory")
 
     def recall(self, name: str) -> bytes:
         """What an interrupted run remembered under ``name``; empty if nothing."""
@@ -156,19 +197,19 @@ class OutputFolder:
             OutputError: a folder on the way is a symbolic link or a file.
         """
         final = self.root / path
-        for parent in list(Path(path).parents)[-2::-1]:
-            folder = self.root / parent
-            if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-                raise OutputError(
-                    f"Cannot write {path} in {self.root}",
-                    f"{folder} is a symbolic link or a file, not a folder.",
-                    "Remove it, or choose another output folder.",
-                )
-            folder.mkdir(exist_ok=True)
-        if final.is_dir() and not final.is_symlink():
-            raise OutputError(f"Cannot write {final}", "A folder has that name.", "Remove it.")
         temporary = hashlib.sha256(path.encode()).hexdigest()[:32] + ".partial"
         with _full_disk_explained(path):
+            for parent in list(Path(path).parents)[-2::-1]:
+                folder = self.root / parent
+                if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+                    raise OutputError(
+                        f"Cannot write {path} in {self.root}",
+                        f"{folder} is a symbolic link or a file, not a folder.",
+                        "Remove it, or choose another output folder.",
+                    )
+                self._make(folder)
+            if final.is_dir() and not final.is_symlink():
+                raise OutputError(f"Cannot write {final}", "A folder has that name.", "Remove it.")
             return PartialFile(path, self._workspace / temporary, final)
 
     def is_regular(self, path: str) -> bool:
@@ -213,6 +254,10 @@ class OutputFolder:
                 f"{nbytes:,} bytes are needed, {free:,} are free.",
                 "Free some space, or choose a folder on another disk.",
             )
+
+
+def _stays_inside(path: str) -> bool:
+    return not any(part in ("", ".", "..") or "\0" in part or len(part) > 255 for part in path.split("/"))
 
 
 def _all_files(root: Path) -> Iterator[str]:

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -61,8 +62,14 @@ class Source(Protocol):
     def fingerprint(self, path: str) -> str:
         """A cheap text that is another one whenever the file was changed."""
 
+    def name(self, path: str) -> str:
+        """The file's name for messages."""
+
     def full_path(self, path: str) -> Path | None:
         """Where the file lies on this machine, if it does."""
+
+    def blocks(self, path: str) -> Iterator[bytes]:
+        """The file's bytes in blocks, without keeping it open: there may be thousands."""
 
     def close(self) -> None: ...
 
@@ -117,6 +124,25 @@ def _pread_into(fd: int, view: memoryview, offset: int) -> int:
     return len(data)
 
 
+def local_path(location: str | os.PathLike[str]) -> Path:
+    """The location as a path, ``~`` resolved.
+
+    Raises:
+        CheckpointError: no path can look like this.
+    """
+    try:
+        path = Path(location).expanduser()
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (RuntimeError, ValueError, OSError) as error:  # no such user, a NUL in it, too long
+        why = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(
+            f"{os.fspath(location)[:200]!r} cannot be opened", f"{why}.".capitalize(), "Check the path."
+        ) from error
+    return path
+
+
 def file_blocks(file: ReadableFile) -> Iterator[bytes]:
     """A file's bytes in order, in blocks of at most 1 MiB."""
     for start in range(0, file.size, _BLOCK_BYTES):
@@ -140,7 +166,7 @@ class LocalSource:
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root)
+        self.root = local_path(root)
         self.where = str(root)
         self.hub_id = _hub_id(self.root)
         sizes: dict[str, int] = {}
@@ -154,7 +180,9 @@ class LocalSource:
             for path in sorted(_walk(self.root, left_out)):
                 sizes[path] = (self.root / path).stat().st_size
         else:
-            raise CheckpointError(f"There is no file or folder {self.where}")
+            raise CheckpointError(
+                f"There is no file or folder {self.where}", "Nothing has that name.", "Check the path."
+            )
         self.sizes: Mapping[str, int] = sizes
         self.left_out = tuple(sorted(left_out))
 
@@ -164,9 +192,18 @@ class LocalSource:
             self._opened[path] = LocalFile(path, self._folder / path)
         return self._opened[path]
 
+    def name(self, path: str) -> str:
+        """The file's path as the user would give it."""
+        return str(self._folder / path)
+
     def full_path(self, path: str) -> Path:
         """Where the file really lies, links resolved."""
         return (self._folder / path).resolve()
+
+    def blocks(self, path: str) -> Iterator[bytes]:
+        """The file's bytes in order, in blocks of at most 1 MiB; it is closed in the end."""
+        with closing(LocalFile(path, self._folder / path)) as file:
+            yield from file_blocks(file)
 
     def fingerprint(self, path: str) -> str:
         """Size, time of change and inode of the file."""

@@ -29,7 +29,7 @@ def decompress_blocks(blocks: Iterable[bytes]) -> Iterator[bytes]:
     """The inverse, in blocks of at most 1 MiB however much a frame expands.
 
     Raises:
-        PayloadError: the frame is damaged or cut.
+        PayloadError: the frame is damaged. One that is cut short may just end early: compare the length.
     """
     decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
     try:

@@ -1,0 +1,265 @@
+"""Threads: results in order, a bounded number ahead; the first error ends it all and is the one raised."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deltaweights.pipeline import Meter, Stopped, Workers, usable_cores
+
+#: Far longer than anything here takes: a test that waits so long has failed.
+PATIENCE = 5
+
+
+@pytest.fixture(params=[1, 2, 7])
+def workers(request: pytest.FixtureRequest) -> Iterator[Workers]:
+    with Workers(request.param) as workers:
+        yield workers
+
+
+# map -------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(), max_size=60), st.integers(1, 5))
+def test_results_come_in_the_order_of_the_items(items: list[int], threads: int) -> None:
+    with Workers(threads) as workers:
+        assert list(workers.map(lambda item: -item, items)) == [-item for item in items]
+        assert workers.each(lambda item: -item, items) == [-item for item in items]
+
+
+def test_results_keep_their_order_where_the_first_item_is_last_to_be_done() -> None:
+    others_done = threading.Semaphore(0)
+
+    def work(item: int) -> int:
+        if item == 0:
+            for _ in range(3):
+                assert others_done.acquire(timeout=PATIENCE)
+        else:
+            others_done.release()
+        return item
+
+    with Workers(4) as workers:
+        assert list(workers.map(work, range(4))) == [0, 1, 2, 3]
+
+
+def test_no_more_than_a_window_of_items_is_ahead(workers: Workers) -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        while True:
+            taken.append(len(taken))
+            yield taken[-1]
+
+    results = workers.map(lambda item: item, items())
+    for received in range(50):
+        assert next(results) == received
+        assert len(taken) <= received + workers.window
+    results.close()  # type: ignore[attr-defined]
+
+
+def test_all_threads_work_at_once(workers: Workers) -> None:
+    together = threading.Barrier(workers.threads)
+    for _ in workers.map(lambda _: together.wait(PATIENCE), range(workers.threads)):
+        pass
+    assert not together.broken
+
+
+def test_an_items_error_comes_at_its_place(workers: Workers) -> None:
+    def work(item: int) -> int:
+        if item == 5:
+            raise KeyError(item)
+        return item
+
+    results = workers.map(work, range(1000))
+    assert [next(results) for _ in range(5)] == list(range(5))
+    with pytest.raises(KeyError, match="5"):
+        next(results)
+
+
+def test_an_error_of_the_items_themselves_is_raised(workers: Workers) -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise KeyError("source")
+
+    with pytest.raises(KeyError, match="source"):
+        list(workers.map(lambda item: item, items()))
+
+
+def test_closing_early_waits_for_the_work_in_progress() -> None:
+    """The consumer may close its files then."""
+    begun, go_on, done = threading.Event(), threading.Event(), threading.Event()
+
+    def work(item: int) -> int:
+        if item == 1:
+            begun.set()
+            assert go_on.wait(PATIENCE)
+            done.set()
+        return item
+
+    with Workers(2) as workers:
+        results = workers.map(work, range(100))
+        assert next(results) == 0
+        assert begun.wait(PATIENCE)
+        threading.Timer(0.02, go_on.set).start()
+        results.close()  # type: ignore[attr-defined]
+        assert done.is_set()
+
+
+def test_no_new_work_begins_after_closing() -> None:
+    begun: list[int] = []
+    with Workers(1) as workers:
+        results = workers.map(begun.append, itertools.count())
+        next(results)
+        results.close()  # type: ignore[attr-defined]
+        count = len(begun)
+        assert list(workers.map(lambda item: item, range(3))) == [0, 1, 2]
+        assert len(begun) == count <= 1 + workers.window
+
+
+def test_stopped_workers_take_no_more(workers: Workers) -> None:
+    workers.stop()
+    with pytest.raises(Stopped):
+        workers.check()
+    with pytest.raises(Stopped):
+        list(workers.map(lambda item: item, range(3)))
+    with pytest.raises(Stopped):
+        list(workers.watch([b"block"]))
+    assert list(workers.map(lambda item: item, [])) == []
+
+
+# each ------------------------------------------------------------------------------------------------
+
+
+def test_items_of_each_may_use_map(workers: Workers) -> None:
+    def work(item: int) -> int:
+        return sum(workers.map(lambda k: item * k, range(20)))
+
+    assert workers.each(work, range(10)) == [item * 190 for item in range(10)]
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2, 3])
+def test_the_first_error_stops_the_others_and_is_the_one_raised(failing: int) -> None:
+    """Wherever it stands in the order, and though the others then end with Stopped."""
+    running = threading.Barrier(4)
+
+    def work(item: int) -> None:
+        running.wait(PATIENCE)
+        if item == failing:
+            raise KeyError(item)
+        for _ in _until_patience_ends():
+            pool.check()
+
+    with Workers(4) as pool, pytest.raises(KeyError, match=str(failing)):
+        pool.each(work, range(4))
+
+
+def test_an_error_stops_the_map_of_another_item() -> None:
+    running = threading.Event()
+
+    def work(item: int) -> None:
+        if item == 1:
+            assert running.wait(PATIENCE)
+            raise KeyError(item)
+        for _ in pool.map(lambda _: running.set(), _until_patience_ends()):
+            pass
+
+    with Workers(2) as pool, pytest.raises(KeyError, match="1"):
+        pool.each(work, range(2))
+
+
+def test_items_that_have_not_begun_never_do() -> None:
+    begun: list[int] = []
+
+    def work(item: int) -> None:
+        begun.append(item)
+        raise KeyError(item)
+
+    with Workers(1) as workers, pytest.raises(KeyError, match="0"):
+        workers.each(work, range(1000))
+    assert len(begun) < 1000
+
+
+def test_workers_stop_when_their_block_is_left_with_an_error() -> None:
+    seen = threading.Event()
+
+    def work(_: int) -> None:
+        seen.set()
+
+    def consume() -> None:
+        with Workers(2) as workers:
+            for _ in workers.map(work, itertools.count()):
+                raise KeyError("consumer")
+
+    with pytest.raises(KeyError, match="consumer"):
+        consume()
+    assert seen.is_set()
+
+
+# watch and Meter -------------------------------------------------------------------------------------
+
+
+def test_watched_blocks_pass_and_are_counted(workers: Workers) -> None:
+    steps: list[tuple[str, int, int]] = []
+    meter = Meter(lambda *step: steps.append(step), "phase", 6)
+    assert list(workers.watch([b"a", b"", b"bcdef"], meter)) == [b"a", b"", b"bcdef"]
+    assert steps == [("phase", 0, 6), ("phase", 1, 6), ("phase", 1, 6), ("phase", 6, 6)]
+
+
+def test_a_meter_counts_from_many_threads_one_call_at_a_time() -> None:
+    inside = threading.Lock()
+    done: list[int] = []
+
+    def callback(_phase: str, so_far: int, _total: int) -> None:
+        assert inside.acquire(blocking=False), "two calls at once"
+        done.append(so_far)
+        inside.release()
+
+    meter = Meter(callback, "phase", 800)
+
+    def count(_: int) -> None:
+        for _ in range(100):
+            meter.add(1)
+
+    with Workers(8) as workers:
+        workers.each(count, range(8))
+    assert done == list(range(801))
+
+
+def test_a_meter_without_a_callback_does_nothing() -> None:
+    Meter(None, "phase", 1).add(1)
+
+
+def test_an_error_of_the_callback_is_raised() -> None:
+    """So that a callback can stop the work."""
+
+    def callback(_phase: str, done: int, _total: int) -> None:
+        if done:
+            raise KeyError("enough")
+
+    meter = Meter(callback, "phase", 1)
+    with Workers(2) as workers, pytest.raises(KeyError, match="enough"):
+        workers.each(meter.add, [1, 1, 1])
+
+
+def test_as_many_threads_as_cores_unless_told() -> None:
+    with Workers() as workers:
+        assert workers.threads == usable_cores() >= 1
+    with Workers(3) as workers:
+        assert workers.threads == 3
+
+
+# Helpers ---------------------------------------------------------------------------------------------
+
+
+def _until_patience_ends() -> Iterator[None]:
+    """Endless, but for a test that fails."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        yield
+    raise TimeoutError("nobody stopped this")
