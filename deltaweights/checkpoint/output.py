@@ -179,9 +179,12 @@ class OutputFolder:
     def remember(self, name: str, data: bytes) -> None:
         """Keep ``data`` for a later run in case that this one is interrupted."""
         temporary = self._workspace / f"{name}.partial"
-        with _full_disk_explained(f"to {self.root}"):
-            temporary.write_bytes(data)
-            temporary.replace(self._workspace / f"{name}.memory")
+        try:
+            with _full_disk_explained(f"to {self.root}"):
+                temporary.write_bytes(data)
+                temporary.replace(self._workspace / f"{name}.memory")
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def recall(self, name: str) -> bytes:
         """What an interrupted run remembered under ``name``; empty if nothing."""
