@@ -1,156 +1,148 @@
-"""One chunk to bytes and back: XOR with the base, byte planes, zstd, whichever is smallest.
+"""One chunk of a tensor, coded against the same chunk of its base, exactly.
 
-Byte planes: all first bytes of the elements, then all second bytes, and so on. The bytes of one plane are
-alike (signs and exponents in one, noise in another), so each compresses as well as it can.
+::
+
+    method, data = encode_chunk(base, target, dtype)
+    decode_chunk(method, data, base, dtype, out)          # out == target, byte for byte
+
+Chunks know nothing of each other; both functions may be called from many threads and spend nearly all their
+time without the interpreter's lock. How chunks are coded is told in docs/format.md.
 """
 
 from __future__ import annotations
 
-import struct
-import threading
 from enum import IntEnum
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
 from ..errors import PayloadError
+from . import floats, generic, planes, sparse
+from .ulp import FORMATS, FloatFormat
 
-_ITEMSIZE = {
-    "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4,
-    "I64": 8, "U64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
-_LEVEL = 3
-_WORD = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_RAW_PLANE = 1 << 31
+__all__ = ["MAX_CHUNK", "Method", "decode_chunk", "encode_chunk"]
+
+Bytes = NDArray[np.uint8]
+
+MAX_CHUNK = 64 << 20  # bytes; longer chunks are refused
+_WORTH_A_LOOK = 0.55  # a delta this long, as a part of the target, makes us look at other ways
 
 
 class Method(IntEnum):
-    """How a chunk is coded (docs/format.md)."""
+    """How a chunk is coded. The numbers are part of the format."""
 
-    SAME = 0  #: the base's bytes; no data
-    RAW = 1  #: the chunk's own bytes
-    PLANES = 2  #: byte planes, each compressed or raw
-    XOR_PLANES = 3  #: byte planes of target XOR base
-
-
-class _Zstd(threading.local):
-    """A compressor and a decompressor for each thread: their contexts are not thread-safe."""
-
-    def __init__(self) -> None:
-        self.compressor = zstandard.ZstdCompressor(level=_LEVEL)
-        self.decompressor = zstandard.ZstdDecompressor()
+    SAME = 0  # equal to the base's chunk; no data
+    RAW = 1  # the bytes themselves
+    DELTA = 2  # floats against the base's
+    ALONE = 3  # floats by themselves
+    PLANES = 4  # words of any type in byte planes, against the base where there is one
+    ZSTD = 5  # one zstd frame
+    SPARSE = 6  # floats of which few moved, against the base's
 
 
-_zstd = _Zstd()
+def encode_chunk(base: Bytes | None, target: Bytes, dtype: str) -> tuple[Method, bytes]:
+    """Code one chunk; the shortest of the ways that are worth trying.
 
+    base     uint8[n] of the same dtype, or None for a chunk that has no counterpart
+    target   uint8[n], a tensor's little-endian bytes; n is free, at most MAX_CHUNK
+    dtype    safetensors' code, such as "BF16"; unknown ones are taken as bytes
 
-def encode_chunk(
-    base: NDArray[np.uint8] | None, target: NDArray[np.uint8], dtype: str
-) -> tuple[Method, bytes]:
-    """Encode one chunk of a tensor.
-
-    Args:
-        base: the chunk's base bytes, uint8 of the same length, already in ``dtype``; None: standalone.
-        target: the chunk's bytes, uint8, 1-D, any length.
-        dtype: the safetensors dtype code, which only guides the coding: any bytes are coded exactly.
-
-    Returns:
-        The method and its data: never longer than ``target``.
+    Raises ValueError where the lengths differ or exceed MAX_CHUNK.
     """
-    if base is not None and np.array_equal(base, target):
-        return Method.SAME, b""
-    size = element_bytes(dtype, target.size)
-    best = Method.RAW, target.tobytes()
+    _check(base, target)
+    if len(target) == 0 or (base is not None and np.array_equal(base, target)):
+        return (Method.RAW if base is None else Method.SAME), b""
+    form = FORMATS.get(dtype)
+    if form is None or len(target) % form.itemsize:
+        return _shortest(target, _encode_generic(base, target, dtype))
+    return _shortest(target, _encode_float(base, target, form))
+
+
+Candidates = list[tuple[Method, bytes | None]]
+
+
+def _shortest(target: Bytes, candidates: Candidates) -> tuple[Method, bytes]:
+    found = [(method, data) for method, data in candidates if data is not None]
+    method, data = min(found, key=lambda pair: len(pair[1]), default=(Method.RAW, b""))
+    if not found or len(data) >= len(target):
+        return Method.RAW, target.tobytes()
+    return method, data
+
+
+def _encode_float(base: Bytes | None, target: Bytes, form: FloatFormat) -> Candidates:
+    candidates: Candidates = []
+    limit = float(len(target))
     if base is not None:
-        data = _encode_planes(np.bitwise_xor(base, target), size)
-        best = min(best, (Method.XOR_PLANES, data), key=lambda coded: len(coded[1]))
-    # A base that helps nothing shows itself: then the target alone may be the smaller.
-    if base is None or len(best[1]) > 0.6 * target.size:
-        data = _encode_planes(target, size)
-        best = min(best, (Method.PLANES, data), key=lambda coded: len(coded[1]))
-    return best
+        method, data = Method.SPARSE, sparse.encode_sparse(base, target, form)
+        if data is None:
+            method, data = Method.DELTA, floats.encode_delta(base, target, form)
+        candidates.append((method, data))
+        limit = len(target) if data is None else len(data)
+        if limit < _WORTH_A_LOOK * len(target):
+            return candidates
+    alone = floats.alone_bits(target, form) / 8
+    if _repeats(target, min(alone, limit)):
+        candidates.append((Method.ZSTD, planes.compress(target)))
+    if alone < limit:
+        candidates.append((Method.ALONE, floats.encode_alone(target, form)))
+    return candidates
+
+
+_PROBE = 1 << 15
+
+
+def _repeats(target: Bytes, size: float) -> bool:
+    """Whether zstd makes a sample of the target shorter than `size` promises for the whole."""
+    start = max((len(target) - _PROBE) // 2, 0)
+    probe = target[start : start + _PROBE]
+    return len(planes.compress(probe, level=1)) / len(probe) < size / len(target)
+
+
+def _encode_generic(base: Bytes | None, target: Bytes, dtype: str) -> Candidates:
+    itemsize = generic.ITEMSIZES.get(dtype, 1)
+    candidates: Candidates = [(Method.PLANES, generic.encode_planes(base, target, itemsize))]
+    if _repeats(target, len(target)):
+        candidates.append((Method.ZSTD, planes.compress(target)))
+    return candidates
 
 
 def decode_chunk(
-    method: int,
-    data: bytes | memoryview,
-    base: NDArray[np.uint8] | None,
-    dtype: str,
-    out: NDArray[np.uint8],
+    method: int, data: bytes | memoryview | Bytes, base: Bytes | None, dtype: str, out: Bytes
 ) -> None:
-    """Decode one chunk into ``out`` (uint8, 1-D, contiguous, the chunk's length).
+    """Fill `out` with the chunk that `encode_chunk` made `(method, data)` of.
 
-    Raises:
-        PayloadError: the data is not what :func:`encode_chunk` makes. Damage that still decodes is
-            for the caller's checksum to find.
+    base   uint8[n], the same bytes as when encoding (None then, None now)
+    out    uint8[n], writable, filled in full
+
+    Raises PayloadError where the data cannot be an encoder's; damaged data that happens to decode
+    gives wrong bytes, which is why the caller keeps a digest of each chunk. Raises ValueError where
+    the lengths of base and out differ or exceed MAX_CHUNK.
     """
-    if method == Method.SAME and base is not None and not data:
+    _check(base, out)
+    source = np.frombuffer(data, np.uint8)
+    form = FORMATS.get(dtype)
+    if form is not None and len(out) % form.itemsize:
+        form = None
+    if method == Method.SAME and base is not None and len(source) == 0:
         out[:] = base
-    elif method == Method.RAW and len(data) == out.size:
-        out[:] = np.frombuffer(data, np.uint8)
+    elif method == Method.RAW and len(source) == len(out):
+        out[:] = source
+    elif method == Method.DELTA and form is not None and base is not None:
+        floats.decode_delta(source, base, form, out)
+    elif method == Method.SPARSE and form is not None and base is not None:
+        sparse.decode_sparse(source, base, form, out)
+    elif method == Method.ALONE and form is not None:
+        floats.decode_alone(source, form, out)
     elif method == Method.PLANES:
-        _decode_planes(memoryview(data), element_bytes(dtype, out.size), out)
-    elif method == Method.XOR_PLANES and base is not None:
-        _decode_planes(memoryview(data), element_bytes(dtype, out.size), out)
-        np.bitwise_xor(out, base, out=out)
+        generic.decode_planes(source, base, generic.ITEMSIZES.get(dtype, 1), out)
+    elif method == Method.ZSTD:
+        out[:] = planes.expand(source, len(out))
     else:
-        raise PayloadError(
-            f"A chunk of {out.size} bytes {'without' if base is None else 'with'} a base "
-            f"cannot be coded by method {method} in {len(data)} bytes"
-        )
+        raise PayloadError(f"method {method} cannot have {len(source)} bytes for this {dtype} chunk")
 
 
-def element_bytes(dtype: str, nbytes: int) -> int:
-    """Bytes of one element of ``dtype``; 1 where that is unknown, less, or does not divide ``nbytes``."""
-    size = _ITEMSIZE.get(dtype, 1)
-    return size if nbytes % size == 0 else 1
-
-
-def _encode_planes(data: NDArray[np.uint8], size: int) -> bytes:
-    sizes, planes = [], []
-    for k in range(size):
-        plane = np.ascontiguousarray(data[k::size])
-        packed = _zstd.compressor.compress(plane.data)
-        if len(packed) < plane.size:
-            sizes.append(len(packed))
-            planes.append(packed)
-        else:
-            sizes.append(plane.size | _RAW_PLANE)
-            planes.append(plane.tobytes())
-    return struct.pack(f"<{size}I", *sizes) + b"".join(planes)
-
-
-def _decode_planes(data: memoryview, size: int, out: NDArray[np.uint8]) -> None:
-    if len(data) < 4 * size:
-        raise PayloadError("A chunk's data ends too early")
-    words = out.view(_WORD[size])
-    position = 4 * size
-    for k, length in enumerate(struct.unpack(f"<{size}I", data[:position])):
-        end = position + (length & ~_RAW_PLANE)
-        packed = data[position:end]
-        plane = _plane(packed, bool(length & _RAW_PLANE), words.size)
-        position = end
-        # Whole-word arithmetic: several times faster than strided byte copies.
-        if k == 0:
-            np.copyto(words, plane)
-        else:
-            np.bitwise_or(words, np.left_shift(plane, 8 * k, dtype=words.dtype), out=words)
-    if position != len(data):
-        raise PayloadError("A chunk's data is longer or shorter than its planes")
-
-
-def _plane(packed: memoryview, is_raw: bool, length: int) -> NDArray[np.uint8]:
-    if is_raw:
-        plane = packed
-    else:
-        # Checked first: the decompressor allocates what the frame says.
-        try:
-            if zstandard.frame_content_size(packed) != length:
-                raise PayloadError("A byte plane does not have its chunk's length")
-            plane = memoryview(_zstd.decompressor.decompress(packed))
-        except zstandard.ZstdError as error:
-            raise PayloadError(f"A byte plane does not decompress: {error}") from error
-    if len(plane) != length:
-        raise PayloadError("A byte plane does not have its chunk's length")
-    return np.frombuffer(plane, np.uint8)
+def _check(base: Bytes | None, chunk: Bytes) -> None:
+    if len(chunk) > MAX_CHUNK:
+        raise ValueError(f"a chunk of {len(chunk)} bytes is longer than {MAX_CHUNK}")
+    if base is not None and len(base) != len(chunk):
+        raise ValueError(f"the base has {len(base)} bytes, the chunk {len(chunk)}")

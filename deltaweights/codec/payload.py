@@ -15,7 +15,11 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..errors import PayloadError
-from .chunk import decode_chunk, element_bytes, encode_chunk
+from .chunk import decode_chunk, encode_chunk
+from .generic import ITEMSIZES
+from .ulp import FORMATS
+
+_ELEMENT_BYTES = ITEMSIZES | {dtype: form.itemsize for dtype, form in FORMATS.items()} | {"C64": 8}
 
 #: Bytes of target tensor in a chunk. Small enough that a chunk, its base and the work on them stay in a
 #: core's cache and that a sample of chunks is read in seconds; large enough that the 24-byte record is
@@ -68,6 +72,12 @@ class ChunkPlan:
 def checksum(data: NDArray[np.uint8]) -> int:
     """XXH3-64 of the bytes: finds damage early. SHA-256 of the whole file is the guarantee."""
     return xxhash.xxh3_64_intdigest(data.data)
+
+
+def element_bytes(dtype: str, nbytes: int) -> int:
+    """Bytes of one element of ``dtype``; 1 where that is unknown, less, or does not divide ``nbytes``."""
+    size = _ELEMENT_BYTES.get(dtype, 1)
+    return size if nbytes % size == 0 else 1
 
 
 def count_changed(base: NDArray[np.uint8], target: NDArray[np.uint8], dtype: str) -> int:

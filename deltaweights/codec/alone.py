@@ -1,0 +1,83 @@
+# mypy: ignore-errors
+# Numba and LLVM type what is in here.
+"""Floats without a base, compiled: the leading byte entropy-coded, the others as byte planes.
+
+Rotated so that the sign comes last, a float's leading byte is its exponent (all of it in BF16 and
+F32, with three mantissa bits in F16), which is where nearly all that can be saved lies.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from . import runs
+from .runs import BLOCK
+
+
+@njit(nogil=True, cache=True)
+def rotated_byte(bits, place, out):
+    """Byte `place` (0 = lowest) of each element, rotated so that its sign comes last, into out."""
+    # One shift takes the byte from above the sign's new place, the sign itself being byte 0's.
+    top, shift = 8 * bits.itemsize - 1, 8 * place - 1
+    if place == 0:
+        for i in range(len(bits)):
+            value = np.int64(bits[i])
+            out[i] = ((value << 1) | ((value >> top) & 1)) & 255
+    else:
+        for i in range(len(bits)):
+            out[i] = (np.int64(bits[i]) >> shift) & 255
+
+
+@njit(nogil=True, cache=True)
+def join(leading, planes, out):
+    """The elements with these leading bytes (uint32[n]) and planes (uint8[itemsize - 1, n])."""
+    size = out.itemsize
+    if size <= 4:
+        for p in range(size - 2, -1, -1):
+            plane = planes[p]
+            for i in range(len(out)):
+                leading[i] = (leading[i] << np.uint32(8)) | np.uint32(plane[i])
+        top = 8 * size - 1
+        for i in range(len(out)):
+            value = np.int64(leading[i])
+            out[i] = (value >> 1) | ((value & 1) << top)
+    else:
+        for i in range(len(out)):
+            whole = np.uint64(leading[i])
+            for p in range(size - 2, -1, -1):
+                whole = whole << np.uint64(8) | np.uint64(planes[p, i])
+            out[i] = (whole >> np.uint64(1)) | (whole << np.uint64(63))
+
+
+@njit(nogil=True, cache=True)
+def decode_joined(words, slots, settings, states, rest, planes, out):
+    """Fill out (unsigned[n]) from an open run of leading bytes and the other planes; False: bad.
+
+    planes: uint8[itemsize - 1, n]
+    """
+    contexts, values = np.zeros(BLOCK, np.uint8), np.empty(BLOCK, np.uint32)
+    cursor = 0
+    for first in range(0, len(out), BLOCK):
+        stop = min(first + BLOCK, len(out))
+        block = contexts[: stop - first]
+        cursor = runs.decode_values(words, cursor, slots, block, values, settings, states, rest)
+        if cursor > len(words) - runs.GUARD:
+            return False
+        join(values, planes[:, first:stop], out[first:stop])
+    return runs.ended_well(words, cursor, settings[runs.LANES], states)
+
+
+@njit(nogil=True, cache=True)
+def byte_bits(values, stride):
+    """The order-0 entropy of bytes in bits each, from every `stride`-th run of 256."""
+    counts = np.zeros(256, np.int64)
+    for first in range(0, len(values), 256 * stride):
+        for i in range(first, min(first + 256, len(values))):
+            counts[values[i] & 255] += 1
+    total, bits = 0.0, 0.0
+    for t in range(256):
+        if counts[t] > 0:
+            total += counts[t]
+            bits -= counts[t] * np.log2(np.float64(counts[t]))
+    return (bits + total * np.log2(total)) / total if total > 0.0 else 0.0

@@ -1,0 +1,144 @@
+"""Runs of tokens as bytes: choosing tables, writing, reading (layout: see :mod:`.runs`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import PayloadError
+from . import runs
+from .scratch import scratch
+from .tables import DIRECT_BITS, TOKENS, laplace_family, raw_bits_of
+
+Bytes = NDArray[np.uint8]
+Values = NDArray[np.uint32]
+BYTE_BITS = 8  # direct bits of runs of bytes: every byte is its own token
+
+_family = laplace_family()
+_raw_bits = {
+    bits: np.array([raw_bits_of(t, bits) for t in range(TOKENS)], np.float64)
+    for bits in (DIRECT_BITS, BYTE_BITS)
+}
+_lone_member = np.zeros(1, np.int64)
+PRECISION = 11  # bits of a probability; the encoder's division relies on it (simd._divide)
+_SMALL = 1 << 14  # values below which tables weigh enough to search the family
+_SPREADS = (0, 2, 4)
+_TWEAKS = range(-4, 5)
+_USUAL_SPREAD = 2
+# Sizes in bytes from which a run has 4, 16, 64 lanes: a lane wastes two bytes.
+_LANES_FROM = ((256, 4), (1000, 16), (6000, 64))
+
+
+def encode_run(
+    contexts: Bytes,
+    values: Values,
+    members: NDArray[np.int64],
+    direct_bits: int = DIRECT_BITS,
+    limit: float = np.inf,
+) -> tuple[int, bytes] | None:
+    """(tweak, run): the values, each under its context, with the cheapest tables found.
+
+    contexts   uint8[n], each below len(members)
+    values     uint32[n]
+    members    each context's member of the family, before the tweak is added
+    limit      bytes; None is returned where the run would be longer
+    """
+    counts = runs.count_tokens(contexts, values, len(members), direct_bits)
+    totals = counts.sum(axis=0)
+    highest = int(np.flatnonzero(totals).max(initial=0))
+    tweak, spread = _fit_family(counts, members, len(values), highest)
+    explicit = np.empty(len(members), np.bool_)
+    weights = np.empty_like(counts)
+    frequencies = np.empty_like(counts)
+    bits = runs.choose_tables(
+        counts, members + tweak, _family, spread, PRECISION, highest, explicit, weights, frequencies
+    )
+    size = (bits + float(totals @ _raw_bits[direct_bits])) / 8
+    if size > limit:
+        return None
+    tables = np.zeros(runs.write_tables(np.empty(0, np.uint8), explicit, weights), np.uint8)
+    runs.write_tables(tables, explicit, weights)
+    code = sum(size >= least and len(values) >= 4 * lanes for least, lanes in _LANES_FROM)
+    states, words = np.empty(64, np.uint32), scratch("words", 3 * len(values), np.uint16)
+    first = runs.encode_words(
+        words, frequencies, contexts, values, 1 << 2 * code, PRECISION, direct_bits, states
+    )
+    head = bytes([PRECISION - 8 | code << 3 | spread << 5, highest])
+    body = (tables.tobytes(), states[: 1 << 2 * code].tobytes(), words[first:].tobytes())
+    return tweak, b"".join([head, *body])
+
+
+def _fit_family(
+    counts: NDArray[np.uint32],
+    members: NDArray[np.int64],
+    values: int,
+    highest: int,
+) -> tuple[int, int]:
+    """The tweak and spread under which the family fits best, searched for in small runs only."""
+    if values > _SMALL or len(members) == 1:
+        return 0, _USUAL_SPREAD
+
+    def cost(pair: tuple[int, int]) -> float:
+        bits: float = runs.family_cost(counts, members + pair[0], _family, pair[1], PRECISION, highest)
+        return bits
+
+    return min(((tweak, spread) for tweak in _TWEAKS for spread in _SPREADS), key=cost)
+
+
+@dataclass
+class OpenRun:
+    """A run whose head has been read: what `runs.decode_values` needs.
+
+    Words and slots are the thread's scratch: only the last run opened can be decoded.
+    """
+
+    words: NDArray[np.uint16]
+    slots: NDArray[np.uint32]
+    settings: NDArray[np.int64]
+    states: NDArray[np.uint32]
+    rest: NDArray[np.int64]
+
+
+def open_run(data: Bytes, members: NDArray[np.int64], direct_bits: int = DIRECT_BITS) -> OpenRun:
+    """Read the head of a run that takes up all of `data`; PayloadError where it cannot be one."""
+    if len(data) < 2:
+        raise PayloadError("a run of tokens is cut short")
+    precision, code, spread = 8 + (int(data[0]) & 7), int(data[0]) >> 3 & 3, int(data[0]) >> 5
+    highest, lanes = int(data[1]), 1 << 2 * code
+    if precision > PRECISION:
+        raise PayloadError(f"a run of tokens has probabilities of {precision} bits")
+    frequencies = np.empty((len(members), TOKENS), np.uint32)
+    size = runs.read_tables(data[2:], members, _family, spread, precision, highest, frequencies)
+    at = 2 + size
+    body = len(data) - at - 4 * lanes
+    if size == runs.BAD or body < 0 or body & 1:
+        raise PayloadError("the tables of a run of tokens are damaged")
+    slots = scratch("slots", len(members) << precision, np.uint32)
+    direct = runs.fill_slots(frequencies, precision, slots) < 1 << direct_bits
+    words = scratch("words", body // 2 + runs.GUARD, np.uint16)
+    words.view(np.uint8)[:body] = data[at + 4 * lanes :]
+    words[body // 2 :] = 0
+    states = np.empty(64, np.uint32)
+    states[:lanes].view(np.uint8)[:] = data[at : at + 4 * lanes]
+    settings = np.array([lanes, precision, direct_bits, direct], np.int64)
+    return OpenRun(words, slots, settings, states, np.zeros(64, np.int64))
+
+
+def encode_list(values: Values, direct_bits: int = DIRECT_BITS) -> bytes:
+    """Numbers as a run of one context."""
+    found = encode_run(np.zeros(len(values), np.uint8), values, _lone_member, direct_bits)
+    assert found is not None  # no limit was set
+    return found[1]
+
+
+def decode_list(data: Bytes, count: int, direct_bits: int = DIRECT_BITS) -> Values:
+    """The `count` numbers that `encode_list` made data of; PayloadError where it did not."""
+    run = open_run(data, _lone_member, direct_bits)
+    values = np.empty(count, np.uint32)
+    contexts = np.zeros(count, np.uint8)
+    at = runs.decode_values(run.words, 0, run.slots, contexts, values, run.settings, run.states, run.rest)
+    if not runs.ended_well(run.words, at, int(run.settings[0]), run.states):
+        raise PayloadError("a list of numbers is damaged")
+    return values

@@ -1,0 +1,453 @@
+# mypy: ignore-errors
+# Numba and LLVM type what is in here.
+"""A chunk of floats against its base, compiled: distances, contexts and what to choose.
+
+`2 * exponent - scale` is the worth of one ULP against the neighbourhood's mean update, in half
+octaves; a context is that number less the lowest, in steps of one or two half octaves, clamped.
+:mod:`.floats` calls these kernels; :mod:`.reference` says the same in NumPy. Those that see the
+elements of a chunk are compiled for each width when first used.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, types
+
+from . import runs, simd
+from .runs import BLOCK
+from .tables import DIRECT_BITS, TOKENS
+
+UNIT = 64  # the shortest segment
+SPARE = 16  # bytes that `split_bytes` may write beyond the last of a plane
+MAX_TABLES = 40  # that the encoder uses
+# layout of a delta: int64[4]
+LOG_SEGMENT, STEP, LOWEST, TABLES = 0, 1, 2, 3
+_OFFSET = 100  # histogram row of a ULP that is worth the mean update
+_ROWS = 128
+_TABLE_BITS = 70.0  # what one more table costs, about
+_STILL = 8  # how many half octaves below all others a segment is put that did not move
+_LENGTHS = (0, 7, 9)  # logarithms of the segment lengths tried; 0 is one scale for all
+_SAMPLED = 1 << 14  # elements looked at to choose parameters,
+_PATCH = 512  # so many in a row
+
+
+# -------------------------------------------------------------------------------- transforms
+
+
+@njit(nogil=True, cache=True)
+def distances(base, target, values):
+    """The zigzagged ULP distance of each element into values (see ulp.distance)."""
+    done = simd.distance_vectors(len(values), base, target, values)
+    top = 8 * base.itemsize - 1
+    magnitude = (1 << top) - 1
+    for i in range(done, len(values)):
+        b, t = np.int64(base[i]), np.int64(target[i])
+        sign = (b >> top) & 1
+        ordered_b = b ^ (-sign & magnitude)
+        ordered_t = t ^ (-((t >> top) & 1) & magnitude)
+        distance = ((ordered_t - ordered_b) ^ -sign) + sign
+        values[i] = ((distance << 1) ^ -((distance >> top) & 1)) & ((magnitude << 1) | 1)
+
+
+@njit(nogil=True, cache=True)
+def restore(base, values, out):
+    """The inverse of `distances`: the target's elements into out."""
+    done = simd.restore_vectors(len(out), base, values, out)
+    top = 8 * base.itemsize - 1
+    magnitude = (1 << top) - 1
+    for i in range(done, len(out)):
+        b, value = np.int64(base[i]), np.int64(values[i])
+        sign = (b >> top) & 1
+        half = (value >> 1) & magnitude
+        distance = ((half ^ -(value & 1)) ^ -sign) + sign
+        ordered = (b ^ (-sign & magnitude)) + distance
+        out[i] = (ordered ^ (-((ordered >> top) & 1) & magnitude)) & ((magnitude << 1) | 1)
+
+
+@njit(nogil=True, cache=True)
+def contexts_of(base, shift, mask, offset, step, last, contexts):
+    """clamp((2 * exponent - offset) >> step, 0, last) of each element into contexts."""
+    done = simd.context_vectors(len(contexts), base, contexts, shift, mask, offset, step, last)
+    for i in range(done, len(contexts)):
+        exponent = (np.int64(base[i]) >> shift) & mask
+        contexts[i] = min(max((2 * exponent - offset) >> step, 0), last)
+
+
+@njit(nogil=True, cache=True, fastmath=True)
+def _sum(values):
+    total = np.float32(0)
+    for i in range(len(values)):
+        total += values[i]
+    return total
+
+
+@njit(nogil=True, cache=True)
+def rebias_of(mask):
+    """What to take off an exponent to see it as one of eight bits (F64; others have no more)."""
+    return 1023 - 127 if mask > 255 else 0
+
+
+@njit(nogil=True, cache=True)
+def unit_moves(base, values, shift, mask, sums):
+    """Sum of |distance| * 2**exponent over each `UNIT` elements (the last may be short)."""
+    buffer = np.empty(BLOCK, np.float32)
+    rebias = rebias_of(mask)
+    count = len(values)
+    for first in range(0, count, BLOCK):
+        last = min(first + BLOCK, count)
+        part = base[first:last]
+        done = simd.move_vectors(last - first, part, values[first:last], buffer, shift, mask)
+        for i in range(done, last - first):
+            exponent = max(((np.int64(part[i]) >> shift) & mask) - rebias, 0)
+            steps = np.float32((np.int64(values[first + i]) + 1) >> 1)
+            buffer[i] = steps * np.float32(2.0 ** (min(exponent, 190) - 127))
+        for unit in range(first, last, UNIT):
+            sums[unit // UNIT] = _sum(buffer[unit - first : min(unit + UNIT, last) - first])
+
+
+# -------------------------------------------------------------------------------- parameters
+
+
+@njit(nogil=True, cache=True)
+def scales_from(sums, count, log_segment, mask, scales):
+    """The scale of each segment: 2 * log2(mean |distance| * 2**exponent), rounded.
+
+    Segments that did not move get a scale far below the lowest of the others, so that their
+    contexts are clamped to the surest. Returns the lowest scale. With `log_segment` 0 there is one.
+    """
+    units = (1 << log_segment) // UNIT if log_segment else len(sums)
+    lowest = np.int64(1 << 20)
+    for s in range(len(scales)):
+        total = np.float64(0)
+        for u in range(s * units, min((s + 1) * units, len(sums))):
+            total += sums[u]
+        size = min((s + 1) * units * UNIT, count) - s * units * UNIT
+        if total > 0.0:
+            scale = np.int64(np.floor(2.0 * np.log2(total / size) + 0.5)) + 2 * (127 + rebias_of(mask))
+            lowest = min(lowest, scale)
+        else:
+            scale = np.int64(-(1 << 20))
+        scales[s] = scale
+    if lowest == 1 << 20:
+        lowest = 0
+    base_scale = np.int64(1 << 20)
+    for s in range(len(scales)):
+        scales[s] = max(scales[s], lowest - _STILL)
+        if log_segment == 0:
+            scales[s] &= ~1  # keeps all contexts even, to be two half octaves wide
+        base_scale = min(base_scale, scales[s])
+    return base_scale
+
+
+@njit(nogil=True, cache=True)
+def chunk_contexts(base, first, shift, mask, scales, log_segment, lowest, step, last, contexts):
+    """Contexts of the elements first..first+len(contexts); `first` begins a segment."""
+    count = len(contexts)
+    if log_segment == 0:
+        contexts_of(base[first : first + count], shift, mask, scales[0] + lowest, step, last, contexts)
+        return
+    size = 1 << log_segment
+    size = min(size, BLOCK)
+    for at in range(0, count, size):
+        stop = min(at + size, count)
+        offset = scales[(first + at) >> log_segment] + lowest
+        contexts_of(base[first + at : first + stop], shift, mask, offset, step, last, contexts[at:stop])
+
+
+@njit(nogil=True, cache=True)
+def low_bytes(lowest, step, context):
+    """How many low bytes of a wide element's distance go to planes in a context.
+
+    The rest keeps a mean of 4 to 1024, which tokens resolve well.
+    """
+    octaves = -(lowest + (context << step)) >> 1
+    return min(max((octaves - 2) >> 3, 0), 3)
+
+
+@njit(nogil=True, cache=True)
+def sample_rows(base, values, shift, mask, scales, log_segment, stride, wide, counts, rows):
+    """Histogram of (row, token) over every `stride`-th patch, rows being contexts + _OFFSET.
+
+    counts   uint32[4, _ROWS * TOKENS], scratch, all zeros before and after
+    rows     uint32[_ROWS, TOKENS], written between the lowest and the highest row met
+    Returns (lowest row, highest row).
+    """
+    contexts, keys = np.empty(_PATCH, np.uint8), np.empty(_PATCH, np.uint16)
+    buffer = np.empty(_PATCH, np.uint32)
+    low, high = _ROWS, 0
+    for first in range(0, len(values), _PATCH * stride):
+        last = min(first + _PATCH, len(values))
+        block, part = contexts[: last - first], values[first:last]
+        chunk_contexts(base, first, shift, mask, scales, log_segment, -_OFFSET, 0, _ROWS - 2, block)
+        for i in range(len(block)):
+            low, high = min(low, np.int64(block[i])), max(high, np.int64(block[i]))
+        if wide:
+            for i in range(len(block)):
+                off = 8 * low_bytes(-_OFFSET, 0, np.int64(block[i]))
+                buffer[i] = np.int64(part[i]) >> off
+            part = buffer[: last - first]
+        runs.keys_of(part, block, DIRECT_BITS, keys[: last - first])
+        runs.add_keys(keys[: last - first], counts)
+    for r in range(low, high + 1):
+        for t in range(TOKENS):
+            at = r * TOKENS + t
+            rows[r, t] = counts[0, at] + counts[1, at] + counts[2, at] + counts[3, at]
+        counts[:, r * TOKENS : (r + 1) * TOKENS] = 0
+    return low, high
+
+
+@njit(nogil=True, cache=True)
+def entropy(row):
+    """Bits of the tokens counted in a row under their own frequencies, as a sample shows it.
+
+    A sample's entropy falls short of the source's by half a nat for each token it has met but one.
+    """
+    total, bits, met = 0.0, 0.0, 0
+    for t in range(len(row)):
+        if row[t] > 0:
+            count = np.float64(row[t])
+            total += count
+            bits -= count * np.log2(count)
+            met += 1
+    return bits + total * np.log2(total) + 0.72 * (met - 1) if met > 0 else 0.0
+
+
+@njit(nogil=True, cache=True)
+def trim_rows(rows, low, high, step, scale_up):
+    """The span of rows worth a table each: rows beyond are clamped to the nearest.
+
+    Merges the outermost rows inwards as long as that costs less than a table, `scale_up` being
+    how many elements each counted one stands for. Rows are `step` apart. Destroys `rows`. Returns
+    (lowest row, highest row, bits in all).
+    """
+    costs, merged = np.zeros(_ROWS), np.empty(TOKENS, np.uint32)
+    bits = 0.0
+    for r in range(low, high + 1, step):
+        costs[r] = entropy(rows[r])
+        bits += costs[r]
+    while low < high:
+        best, from_row, to_row = np.inf, 0, 0
+        for a, b in ((high, high - step), (low, low + step)):
+            for t in range(TOKENS):
+                merged[t] = rows[a, t] + rows[b, t]
+            extra = entropy(merged) - costs[a] - costs[b]
+            if extra < best:
+                best, from_row, to_row = extra, a, b
+        if best * scale_up > _TABLE_BITS and high - low < MAX_TABLES * step:
+            break
+        for t in range(TOKENS):
+            rows[to_row, t] += rows[from_row, t]
+        costs[to_row] += costs[from_row] + best
+        bits += best
+        if from_row == high:
+            high -= step
+        else:
+            low += step
+    return low, high, bits
+
+
+@njit(nogil=True, cache=True)
+def segments_of(count, log_segment):
+    """How many scales `count` elements have."""
+    return 1 if log_segment == 0 else (count + (1 << log_segment) - 1) >> log_segment
+
+
+@njit(nogil=True, cache=True)
+def list_bits(scales, base_scale):
+    """About what the list of scales costs: its entropy, its table and its states."""
+    counts = np.zeros(TOKENS, np.uint32)
+    for s in range(len(scales)):
+        counts[min(scales[s] - base_scale, TOKENS - 1)] += 1
+    distinct = 0
+    for t in range(TOKENS):
+        distinct += counts[t] > 0
+    return entropy(counts) + 100.0 + 6.0 * distinct
+
+
+@njit(nogil=True, cache=True)
+def choose_contexts(base, values, shift, mask, wide, sums):
+    """The cheapest segment length and span of contexts, from a sample.
+
+    Returns (log_segment, step, lowest, tables, bits in all).
+    """
+    count = len(values)
+    stride = max(count // _SAMPLED, 1)
+    sampled = np.int64(0)
+    for first in range(0, count, _PATCH * stride):
+        sampled += min(_PATCH, count - first)
+    scale_up = count / max(sampled, 1)
+    counts = np.zeros((4, _ROWS * TOKENS), np.uint32)
+    rows = np.empty((_ROWS, TOKENS), np.uint32)
+    best = (0, 1, 0, 1, np.inf)
+    for log_segment in _LENGTHS:
+        if log_segment and count < 4 << log_segment:
+            continue
+        scales = np.empty(segments_of(count, log_segment), np.int64)
+        base_scale = scales_from(sums, count, log_segment, mask, scales)
+        low, high = sample_rows(base, values, shift, mask, scales, log_segment, stride, wide, counts, rows)
+        step = 0 if log_segment else 1
+        low, high, bits = trim_rows(rows, low, high, 1 << step, scale_up)
+        tables = ((high - low) >> step) + 1
+        bits = bits * scale_up + _TABLE_BITS * tables
+        if log_segment:
+            bits += list_bits(scales, base_scale)
+        if bits < best[4]:
+            best = (log_segment, step, low - _OFFSET, tables, bits)
+    return best
+
+
+# -------------------------------------------------------------------------------- encoding
+
+
+@njit(types.int64[::1](types.int64[::1]), nogil=True, cache=True)
+def bytes_taken(layout):
+    """How many low bytes of a wide distance go to planes, for each context: never rising."""
+    take = np.empty(layout[TABLES], np.int64)
+    for c in range(layout[TABLES]):
+        take[c] = low_bytes(layout[LOWEST], layout[STEP], c)
+    return take
+
+
+@njit(types.int64[::1](types.int64[::1]), nogil=True, cache=True)
+def plane_limits(layout):
+    """For each of planes 0..2 how many contexts, from the lowest on, put a byte into it."""
+    limits = np.zeros(3, np.int64)
+    for take in bytes_taken(layout):
+        for p in range(take):
+            limits[p] += 1
+    return limits
+
+
+_u8 = types.Array(types.uint8, 1, "C", readonly=True)
+
+
+@njit(
+    types.void(types.uint32[::1], _u8, types.int64[::1], types.uint8[:, ::1], types.int64[::1]),
+    nogil=True,
+    cache=True,
+)
+def split_bytes(values, contexts, layout, planes, sizes):
+    """Move the low bytes of wide distances to planes 0..2; sizes: how many there are.
+
+    planes: uint8[.., count + SPARE]
+    """
+    limits = plane_limits(layout)
+    for p in range(3):
+        limit = limits[p]
+        at = simd.pop_bytes(values, contexts, limit, planes[p], 0)
+        for i in range(len(values) & ~15, len(values)):
+            if contexts[i] < limit:
+                planes[p, at] = values[i] & np.uint32(255)
+                values[i] >>= np.uint32(8)
+                at += 1
+        sizes[p] = at
+
+
+@njit(
+    types.boolean(types.uint32[::1], _u8, types.int64[::1], _u8, types.int64[::1], types.int64[::1]),
+    nogil=True,
+    cache=True,
+)
+def append_bytes(values, contexts, limits, planes, cursors, starts):
+    """Put the low bytes back behind the values of a block; False where the planes lack them."""
+    for p in range(2, -1, -1):
+        limit, need = np.uint8(limits[p]), 0
+        for i in range(len(contexts)):
+            need += contexts[i] < limit
+        if cursors[p] + need > starts[p + 1]:
+            return False
+        part = values[: len(contexts)]
+        at = simd.push_bytes(part, contexts, limits[p], planes, cursors[p])
+        for i in range(len(part) & ~15, len(part)):
+            if contexts[i] < limit:
+                part[i] = part[i] << np.uint32(8) | np.uint32(planes[at])
+                at += 1
+        cursors[p] = at
+    return True
+
+
+@njit(nogil=True, cache=True)
+def measure(base, target, shift, mask, values, sums, planes, sizes):
+    """Distances of a whole chunk as uint32, and how much each unit moved (see `unit_moves`).
+
+    base, target   uint8, uint16, uint32 or uint64[n]
+    shift, mask    where the exponent is: (bits >> shift) & mask
+    planes         uint8[0 or 3 or 7, n]; rows 3..6 get the low halves of 64-bit distances
+    sizes          int64[7]: how much of each plane is filled
+    """
+    _all_distances(base, target, values, planes, sizes)
+    unit_moves(base, values, shift, mask, sums)
+
+
+@njit(nogil=True, cache=True)
+def _all_distances(base, target, values, planes, sizes):
+    if base.itemsize < 8:
+        distances(base, target, values)
+        return
+    buffer = np.empty(BLOCK, np.uint64)
+    for first in range(0, len(values), BLOCK):
+        last = min(first + BLOCK, len(values))
+        distances(base[first:last], target[first:last], buffer[: last - first])
+        for i in range(first, last):
+            value = buffer[i - first]
+            values[i] = np.uint32(value >> np.uint64(32))
+            for p in range(4):
+                planes[3 + p, i] = np.uint8((value >> np.uint64(8 * p)) & np.uint64(255))
+    sizes[3:7] = len(values)
+
+
+# -------------------------------------------------------------------------------- decoding
+
+
+@njit(nogil=True, cache=True)
+def decode_elements(
+    base, shift, mask, scales, layout, words, slots, settings, states, rest, planes, starts, out
+):
+    """Fill out from an open run; False where the run or the planes do not fit.
+
+    base, out    uint8, uint16, uint32 or uint64[n]
+    scales       int64, one a segment
+    layout       int64[4]: log2 of the segment length, context step, lowest context, tables
+    words ... rest   of a coder.OpenRun
+    planes       uint8: the planes one behind the other, plane p from starts[p] to starts[p + 1]
+    starts       int64[8]
+    """
+    log_segment, step = layout[LOG_SEGMENT], layout[STEP]
+    lowest, last = layout[LOWEST], layout[TABLES] - 1
+    contexts, values = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.uint32)
+    cursor, cursors, limits = 0, starts[:7].copy(), plane_limits(layout)
+    for first in range(0, len(out), BLOCK):
+        stop = min(first + BLOCK, len(out))
+        block, part = contexts[: stop - first], out[first:stop]
+        chunk_contexts(base, first, shift, mask, scales, log_segment, lowest, step, last, block)
+        cursor = runs.decode_values(words, cursor, slots, block, values, settings, states, rest)
+        if cursor > len(words) - runs.GUARD:
+            return False
+        if base.itemsize >= 4 and not append_bytes(values, block, limits, planes, cursors, starts):
+            return False
+        if base.itemsize < 8:
+            restore(base[first:stop], values, part)
+        elif not _restore_long(base[first:stop], values, planes, cursors, starts, part):
+            return False
+    for p in range(7):
+        if cursors[p] != starts[p + 1]:
+            return False
+    return runs.ended_well(words, cursor, settings[runs.LANES], states)
+
+
+@njit(nogil=True, cache=True)
+def _restore_long(base, values, planes, cursors, starts, out):
+    """Restore a block of 64-bit elements, the low halves of whose distances fill planes 3..6."""
+    for p in range(3, 7):
+        if cursors[p] + len(out) > starts[p + 1]:
+            return False
+    full = np.empty(len(out), np.uint64)
+    for i in range(len(out)):
+        value = np.uint64(values[i])
+        for p in range(6, 2, -1):
+            value = value << np.uint64(8) | np.uint64(planes[cursors[p] + i])
+        full[i] = value
+    for p in range(3, 7):
+        cursors[p] += len(out)
+    restore(base, full, out)
+    return True

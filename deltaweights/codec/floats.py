@@ -1,0 +1,206 @@
+"""Chunks of floats, with a base or without: what the kernels write, put together as payloads.
+
+A delta, little-endian:
+
+    u8      log2 of the segment length, 0 = one scale for all
+    u8      context step: contexts are 1 << step half octaves wide
+    u8      number of contexts
+    i16     lowest context
+    i16     base scale
+    i8      tweak: how many half octaves the members of the family are shifted
+    u32, list    one number a segment: its scale above the base scale (only with segments)
+    u32, run     the values (the u32 length only for elements of 32 and 64 bits)
+    planes       three for elements of 32 bits, seven for 64
+
+A standalone chunk:
+
+    u32, run     the leading bytes
+    planes       itemsize - 1
+
+All functions take and return uint8 arrays whose length is a multiple of the format's item size.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import PayloadError
+from .planes import get_planes, put_plane
+from .scratch import scratch
+from .tables import ZERO_SCALE
+from .ulp import FloatFormat
+
+Bytes = NDArray[np.uint8]
+_HEAD = struct.Struct("<BBBhhb")
+_GLANCE = 1 << 15  # elements whose bytes are counted to foresee a standalone size
+
+
+def elements(data: Bytes, form: FloatFormat) -> NDArray[Any]:
+    """The bit patterns in data: a view where the memory is aligned, else a copy."""
+    if data.ctypes.data % form.itemsize:
+        data = data.copy()
+    return data.view(form.dtype)
+
+
+def _delta_planes(itemsize: int) -> int:
+    """How many planes stand behind a dense delta."""
+    return {4: 3, 8: 7}.get(itemsize, 0)
+
+
+def encode_delta(base: Bytes, target: Bytes, form: FloatFormat) -> bytes | None:
+    """The target's delta against the base; None where it would be longer than the target."""
+    from .compiled import coder, delta, frozen
+
+    before, after = frozen(elements(base, form)), frozen(elements(target, form))
+    count, rows = len(after), _delta_planes(form.itemsize)
+    planes = scratch("planes", rows * (count + delta.SPARE), np.uint8).reshape(rows, -1 if rows else 0)
+    sizes = np.zeros(7, np.int64)
+    values = scratch("values", count, np.uint32)
+    sums = np.empty(-(-count // delta.UNIT), np.float32)
+    delta.measure(before, after, form.shift, form.mask, values, sums, planes, sizes)
+    log_segment, step, lowest, tables, bits = delta.choose_contexts(
+        before, values, form.shift, form.mask, rows > 0, sums
+    )
+    if bits > 8 * len(target):
+        return None
+    layout = np.array([log_segment, step, lowest, tables], np.int64)
+    scales = np.empty(delta.segments_of(count, log_segment), np.int64)
+    base_scale = delta.scales_from(sums, count, log_segment, form.mask, scales)
+    contexts = scratch("contexts", count, np.uint8)
+    delta.chunk_contexts(
+        before, 0, form.shift, form.mask, scales, log_segment, lowest, step, tables - 1, contexts
+    )
+    if rows:
+        delta.split_bytes(values, contexts, layout, planes, sizes)
+    found = coder.encode_run(contexts, values, _members(layout, rows > 0), limit=len(target))
+    if found is None:
+        return None
+    tweak, run = found
+    parts = [_HEAD.pack(log_segment, step, tables, lowest, base_scale, tweak)]
+    if log_segment:
+        parts.append(sized(coder.encode_list((scales - base_scale).astype(np.uint32))))
+    parts.append(sized(run) if rows else run)
+    parts += [put_plane(planes[p, : sizes[p]]) for p in range(rows)]
+    return b"".join(parts)
+
+
+def _members(layout: NDArray[np.int64], wide: bool) -> NDArray[np.int64]:
+    """Each context's member of the family: its mean distance is 2**(-context / 2) ULPs."""
+    from .compiled import delta
+
+    _, step, lowest, tables = layout
+    members: NDArray[np.int64] = ZERO_SCALE - (lowest + (np.arange(tables) << step))
+    if wide:
+        members -= 16 * delta.bytes_taken(layout)
+    return members
+
+
+def sized(data: bytes) -> bytes:
+    """Data behind its u32 length."""
+    return len(data).to_bytes(4, "little") + data
+
+
+def decode_delta(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> None:
+    """Fill out with the target; PayloadError where data is no delta of that many elements."""
+    from .compiled import coder, delta, frozen
+
+    before, result = frozen(elements(base, form)), elements(out, form)
+    layout, base_scale, tweak = _open_head(data)
+    data, rows = data[_HEAD.size :], _delta_planes(form.itemsize)
+    scales = np.full(delta.segments_of(len(result), layout[0]), base_scale, np.int64)
+    if layout[0]:
+        section, data = take_section(data)
+        scales += coder.decode_list(section, len(scales)) & 0xFFFF
+    joined, starts = np.empty(0, np.uint8), np.zeros(8, np.int64)
+    if rows:
+        section, data = take_section(data)
+        planes = get_planes(data, rows, len(result))
+        starts[1 : rows + 1] = np.cumsum([len(plane) for plane in planes])
+        starts[rows + 1 :] = starts[rows]
+        joined, data = np.concatenate(planes), section
+    run = coder.open_run(data, _members(layout, rows > 0) + tweak)
+    if not delta.decode_elements(
+        before, form.shift, form.mask, scales, layout, run.words, run.slots, run.settings,
+        run.states, run.rest, frozen(joined), starts, result,
+    ):  # fmt: skip
+        raise PayloadError("the delta of a chunk is damaged")
+    deliver(result, out)
+
+
+def _open_head(data: Bytes) -> tuple[NDArray[np.int64], int, int]:
+    """(layout, base scale, tweak) from a delta's first bytes, every one of them checked."""
+    if len(data) < _HEAD.size:
+        raise PayloadError("the payload of a chunk is cut short")
+    log_segment, step, tables, lowest, base_scale, tweak = _HEAD.unpack(data[: _HEAD.size].tobytes())
+    if not (log_segment == 0 or 6 <= log_segment <= 26) or step > 1 or not 1 <= tables <= 64:
+        raise PayloadError("the head of a delta is damaged")
+    return np.array([log_segment, step, lowest, tables], np.int64), base_scale, tweak
+
+
+def take_section(data: Bytes) -> tuple[Bytes, Bytes]:
+    """(section, what follows) of data that begins with the section's u32 length."""
+    size = int.from_bytes(data[:4].tobytes(), "little")
+    if len(data) < 4 or 4 + size > len(data):
+        raise PayloadError("the payload of a chunk is cut short")
+    return data[4 : 4 + size], data[4 + size :]
+
+
+def deliver(result: NDArray[Any], out: Bytes) -> None:
+    """Copy a result that had to be decoded beside an unaligned `out`."""
+    if result.ctypes.data != out.ctypes.data:
+        out[:] = result.view(np.uint8)
+
+
+def encode_alone(target: Bytes, form: FloatFormat) -> bytes:
+    """The target by itself."""
+    from .compiled import alone, coder, frozen
+
+    patterns = frozen(elements(target, form))
+    leading = scratch("values", len(patterns), np.uint32)
+    planes = scratch("planes", (form.itemsize - 1) * len(patterns), np.uint8)
+    planes = planes.reshape(form.itemsize - 1, len(patterns))
+    alone.rotated_byte(patterns, form.itemsize - 1, leading)
+    for p, plane in enumerate(planes):
+        alone.rotated_byte(patterns, p, plane)
+    found = sized(coder.encode_list(leading, coder.BYTE_BITS))
+    return b"".join([found, *(put_plane(plane) for plane in planes)])
+
+
+def decode_alone(data: Bytes, form: FloatFormat, out: Bytes) -> None:
+    """Fill out with the target; PayloadError where data does not code that many elements."""
+    from .compiled import alone, coder, frozen
+
+    result = elements(out, form)
+    section, behind = take_section(data)
+    planes = get_planes(behind, form.itemsize - 1, len(result))
+    if any(len(plane) != len(result) for plane in planes):
+        raise PayloadError("a plane of a standalone chunk has the wrong length")
+    stacked = scratch("planes", (form.itemsize - 1) * len(result), np.uint8)
+    stacked = stacked.reshape(form.itemsize - 1, len(result))
+    for row, plane in zip(stacked, planes, strict=True):
+        row[:] = plane
+    run = coder.open_run(section, np.zeros(1, np.int64), coder.BYTE_BITS)
+    if not alone.decode_joined(
+        run.words, run.slots, run.settings, run.states, run.rest, frozen(stacked), result
+    ):
+        raise PayloadError("a standalone chunk is damaged")
+    deliver(result, out)
+
+
+def alone_bits(target: Bytes, form: FloatFormat) -> float:
+    """About how many bits `encode_alone` would need, from the entropies of a sample of bytes."""
+    from .compiled import alone, frozen
+
+    patterns = frozen(elements(target, form))
+    start = max((len(patterns) - _GLANCE) // 2, 0)
+    part = patterns[start : start + _GLANCE]
+    byte = np.empty(len(part), np.uint8)
+    bits = 0.0
+    for p in range(form.itemsize):
+        alone.rotated_byte(part, p, byte)
+        bits += alone.byte_bits(byte, 1)
+    return bits * len(patterns)

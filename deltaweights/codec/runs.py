@@ -1,0 +1,589 @@
+# mypy: ignore-errors
+# Numba and LLVM type what is in here.
+"""Runs of tokens, compiled: the tables, then the rANS stream of many lanes.
+
+A *run* codes `n` values (uint32), each under one of a few contexts (uint8) that both sides know.
+Layout, little-endian:
+
+    u8        precision - 8 | lane code << 3 | spread << 5
+    u8        highest token that tables of the family provide for
+    bits      one table a context: 0 = of the family, 1 = explicit (`put_table`), in whole bytes
+    u32 * lanes   the lanes' states
+    u16 ...   the words, in the order in which the decoder needs them, to the end of the run
+
+Value `i` belongs to lane `i % lanes`. All functions here are Numba kernels that release the GIL;
+:mod:`.coder` calls them and :mod:`.reference` says the same in NumPy. Their signatures are spelled
+out so that each is compiled once, whatever constants it is called with.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, types
+
+from . import simd
+from .tables import SCALES, TOKENS
+
+GUARD = 3 * 64 + 64  # words that a vector step may look at beyond the end of a stream
+STATE_FLOOR = 1 << 16  # a lane's state lies in [2**16, 2**32) between values
+MAX_CONTEXTS = 64
+BLOCK = 4096  # values worked at a time, so that all they need stays in the first-level cache
+_WEIGHT_TOTAL = 1 << 14  # explicit tables: weights add up to about this
+_MANTISSA = 3  # explicit tables: bits kept after a weight's highest bit
+BAD = -1  # what the readers return for a run that no encoder wrote
+
+_i = types.int64
+_flag = types.boolean
+_real = types.float64
+
+
+def _read(element, dimensions=1):
+    """The type of an array that is only read: writable ones pass as well."""
+    return types.Array(element, dimensions, "C", readonly=True)
+
+
+def _write(element, dimensions=1):
+    return types.Array(element, dimensions, "C")
+
+
+_bytes, _out = _read(types.uint8), _write(types.uint8)
+_longs = _read(types.int64)
+_numbers, _numbers_out = _read(types.uint32), _write(types.uint32)
+_words, _words_out = _read(types.uint16), _write(types.uint16)
+_tables, _tables_out = _read(types.uint32, 2), _write(types.uint32, 2)
+
+
+@njit(nogil=True, cache=True, inline="always")
+def token_of(value, direct_bits):
+    """The token of a value (see tables.token_of)."""
+    if value < (1 << direct_bits):
+        return np.int64(value)
+    octave = floor_log2(value)
+    return (
+        (1 << direct_bits)
+        + ((octave - direct_bits) << 2)
+        + np.int64((value >> np.uint32(octave - 2)) & np.uint32(3))
+    )
+
+
+@njit(nogil=True, cache=True, inline="always")
+def floor_log2(value):
+    """The place of the highest set bit of a positive uint32."""
+    return np.int64(simd.bit_length(np.uint32(value))) - 1
+
+
+@njit(nogil=True, cache=True, inline="always")
+def raw_bits_of(token, direct_bits):
+    """How many low bits of the value follow a token (see tables.raw_bits_of)."""
+    direct = 1 << direct_bits
+    return 0 if token < direct else ((token - direct) >> 2) + direct_bits - 2
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+
+@njit(types.void(_numbers, _i, _numbers_out), nogil=True, cache=True)
+def fit_frequencies(weights, precision, frequencies):
+    """Frequencies adding up to 2**precision: each present token gets 1 and its share of the rest.
+
+    `weights` and `frequencies` are uint32[TOKENS]; what rounding leaves goes to the first of the
+    heaviest. All weights zero make all frequencies zero.
+    """
+    total, present, heaviest = np.int64(0), np.int64(0), 0
+    for t in range(TOKENS):
+        weight = np.int64(weights[t])
+        total += weight
+        if weight > 0:
+            present += 1
+        if weights[t] > weights[heaviest]:
+            heaviest = t
+    left = np.int64(1) << precision
+    spare = left - present
+    for t in range(TOKENS):
+        weight = np.int64(weights[t])
+        frequency = np.int64(0)
+        if weight > 0:
+            frequency = 1 + weight * spare // total
+        frequencies[t] = frequency
+        left -= frequency
+    if total > 0:
+        frequencies[heaviest] += left
+
+
+@njit(types.void(_tables, _i, _i, _i, _numbers_out), nogil=True, cache=True)
+def family_weights(family, member, spread, highest, weights):
+    """The weights of one member of the family, tokens up to `highest` all present.
+
+    A `spread` of k half octaves averages the members k below, 0 (twice) and k above: heavier tails.
+    """
+    low = family[min(max(member - spread, 0), SCALES - 1)]
+    middle = family[min(max(member, 0), SCALES - 1)]
+    high = family[min(max(member + spread, 0), SCALES - 1)]
+    for t in range(TOKENS):
+        if t <= highest:
+            weights[t] = max((low[t] + 2 * middle[t] + high[t]) >> 2, 1)
+        else:
+            weights[t] = 0
+
+
+@njit(_i(_i, _i), nogil=True, cache=True)
+def coarse_weight(kind, mantissa):
+    """The weight that an explicit table means by a bit length and up to three mantissa bits."""
+    if kind == 0:
+        return 0
+    kept = min(kind - 1, _MANTISSA)
+    dropped = kind - 1 - kept
+    return ((1 << kept | mantissa) << dropped) + ((1 << dropped) >> 1)
+
+
+@njit(types.void(_numbers, _i, _numbers_out), nogil=True, cache=True)
+def coarsen(counts, total, weights):
+    """Counts to the weights an explicit table can say; every positive count stays positive."""
+    for t in range(TOKENS):
+        count = np.int64(counts[t])
+        if count == 0:
+            weights[t] = 0
+            continue
+        weight = max(count * _WEIGHT_TOTAL // total, 1)
+        kind = floor_log2(weight) + 1
+        dropped = kind - 1 - min(kind - 1, _MANTISSA)
+        weights[t] = (
+            coarse_weight(kind, (weight >> dropped) & ((1 << _MANTISSA) - 1)) if (dropped) else weight
+        )
+
+
+@njit(_i(_out, _i, _i, _i), nogil=True, cache=True)
+def _put(data, bit, value, count):
+    """Append `count` bits of `value`, lowest first, at position `bit`; the bytes start as zero."""
+    for i in range(count):
+        if (value >> i) & 1:
+            data[bit >> 3] |= np.uint8(1 << (bit & 7))
+        bit += 1
+    return bit
+
+
+@njit(_i(_bytes, _i, _i, _i), nogil=True, cache=True)
+def _get(data, bit, end, count):
+    """`count` bits from position `bit`; bits beyond byte `end` read as zero."""
+    value = 0
+    for i in range(count):
+        if (bit >> 3) < end:
+            value |= np.int64((data[bit >> 3] >> np.uint8(bit & 7)) & 1) << i
+        bit += 1
+    return value
+
+
+@njit(types.UniTuple(_i, 2)(_numbers), nogil=True, cache=True)
+def table_span(weights):
+    """(first, last) token present; (0, -1) for an empty table."""
+    first, last = 0, TOKENS - 1
+    while first < TOKENS and weights[first] == 0:
+        first += 1
+    while last >= first and weights[last] == 0:
+        last -= 1
+    return (first, last) if first < TOKENS else (0, -1)
+
+
+@njit(_i(_out, _i, _numbers), nogil=True, cache=True)
+def put_table(data, bit, weights):
+    """Write one explicit table: first token, last token (8 bits each), then each weight.
+
+    A weight is its bit length, as the difference to the one before (zigzag, unary; 12 before the
+    first), then up to three mantissa bits. With `data` empty nothing is written, only measured.
+    """
+    first, last = table_span(weights)
+    write = len(data) > 0
+    if write:
+        _put(data, bit, first, 8)
+        _put(data, bit + 8, last, 8)
+    bit += 16
+    before = 12
+    for t in range(first, last + 1):
+        weight = np.int64(weights[t])
+        kind = floor_log2(weight) + 1 if weight > 0 else 0
+        step = kind - before
+        unary = 2 * step if step >= 0 else -2 * step - 1
+        kept = min(max(kind - 1, 0), _MANTISSA)
+        if write:
+            _put(data, bit, (1 << unary) - 1, unary + 1)
+            _put(data, bit + unary + 1, weight >> max(kind - 1 - kept, 0), kept)
+        bit += unary + 1 + kept
+        before = kind
+    return bit
+
+
+@njit(_i(_bytes, _i, _i, _numbers_out), nogil=True, cache=True)
+def get_table(data, bit, end, weights):
+    """Read what `put_table` wrote into weights (uint32[TOKENS]); the next bit, or BAD."""
+    weights[:] = 0
+    first, last = _get(data, bit, end, 8), _get(data, bit + 8, end, 8)
+    bit += 16
+    before = 12
+    for t in range(first, last + 1):
+        unary = 0
+        while unary < 40 and _get(data, bit, end, 1) == 1:
+            unary += 1
+            bit += 1
+        bit += 1
+        kind = before + ((unary >> 1) if unary & 1 == 0 else -((unary + 1) >> 1))
+        if kind < 0 or kind > 16 or bit > end << 3:
+            return BAD
+        kept = min(max(kind - 1, 0), _MANTISSA)
+        weights[t] = coarse_weight(kind, _get(data, bit, end, kept))
+        bit += kept
+        before = kind
+    return bit if bit <= end << 3 else BAD
+
+
+@njit(_real(_numbers, _numbers, _i), nogil=True, cache=True)
+def table_cost(counts, frequencies, precision):
+    """Bits that `counts` tokens take under `frequencies`; infinite where one has none."""
+    bits = 0.0
+    for t in range(TOKENS):
+        if counts[t] > 0:
+            if frequencies[t] == 0:
+                return np.inf
+            bits += counts[t] * (precision - np.log2(np.float64(frequencies[t])))
+    return bits
+
+
+@njit(_real(_tables, _longs, _tables, _i, _i, _i), nogil=True, cache=True)
+def family_cost(counts, members, family, spread, precision, highest):
+    """Bits that all contexts' tokens take under their members of the family."""
+    weights, frequencies = np.empty(TOKENS, np.uint32), np.empty(TOKENS, np.uint32)
+    bits = 0.0
+    for c in range(len(members)):
+        family_weights(family, members[c], spread, highest, weights)
+        fit_frequencies(weights, precision, frequencies)
+        bits += table_cost(counts[c], frequencies, precision)
+    return bits
+
+
+@njit(
+    _real(_tables, _longs, _tables, _i, _i, _i, _write(_flag), _tables_out, _tables_out),
+    nogil=True,
+    cache=True,
+)
+def choose_tables(counts, members, family, spread, precision, highest, explicit, weights, frequencies):
+    """For each context the cheaper of an explicit table and the family's; the cost in bits.
+
+    counts       uint32[contexts, TOKENS]
+    members      int64[contexts], each context's member of the family
+    explicit     bool[contexts], weights and frequencies uint32[contexts, TOKENS]: written
+    """
+    own = np.empty(TOKENS, np.uint32)
+    nothing = np.empty(0, np.uint8)
+    total_bits = 0.0
+    for c in range(len(members)):
+        family_weights(family, members[c], spread, highest, weights[c])
+        fit_frequencies(weights[c], precision, frequencies[c])
+        bits = table_cost(counts[c], frequencies[c], precision)
+        total = np.int64(0)
+        for t in range(TOKENS):
+            total += counts[c, t]
+        explicit[c] = False
+        if total > 0:
+            coarsen(counts[c], total, weights[c])
+            fit_frequencies(weights[c], precision, own)
+            own_bits = table_cost(counts[c], own, precision) + put_table(nothing, 0, weights[c])
+            if own_bits < bits:
+                explicit[c] = True
+                frequencies[c] = own
+                bits = own_bits
+        total_bits += bits + 1
+    return total_bits
+
+
+@njit(_i(_out, _read(_flag), _tables), nogil=True, cache=True)
+def write_tables(out, explicit, weights):
+    """One table a context into out (zeros before); how many bytes. With `out` empty: how many."""
+    write = len(out) > 0
+    bit = 0
+    for c in range(len(explicit)):
+        if write and explicit[c]:
+            _put(out, bit, 1, 1)
+        bit += 1
+        if explicit[c]:
+            bit = put_table(out, bit, weights[c])
+    return (bit + 7) >> 3
+
+
+@njit(_i(_bytes, _longs, _tables, _i, _i, _i, _tables_out), nogil=True, cache=True)
+def read_tables(data, members, family, spread, precision, highest, frequencies):
+    """The tables that data begins with into frequencies; how many bytes they took, or BAD."""
+    weights = np.empty(TOKENS, np.uint32)
+    bit, end = 0, len(data)
+    for c in range(len(members)):
+        if _get(data, bit, end, 1) == 1:
+            bit = get_table(data, bit + 1, end, weights)
+            if bit == BAD:
+                return BAD
+        else:
+            family_weights(family, members[c], spread, highest, weights)
+            bit += 1
+        fit_frequencies(weights, precision, frequencies[c])
+        total = np.int64(0)
+        for t in range(TOKENS):
+            total += frequencies[c, t]
+        if total != 1 << precision:
+            return BAD
+    return (bit + 7) >> 3 if bit <= end << 3 else BAD
+
+
+@njit(_i(_tables, _i, _numbers_out), nogil=True, cache=True)
+def fill_slots(frequencies, precision, slots):
+    """Fill slots (uint32, tables << precision): frequency << 20 | token << 12 | slot - start.
+
+    Returns the highest token any table has.
+    """
+    highest, at = 0, 0
+    for c in range(len(frequencies)):
+        for t in range(TOKENS):
+            frequency = np.int64(frequencies[c, t])
+            if frequency > 0:
+                entry = np.uint32(frequency << 20 | t << 12)
+                row = slots[at : at + frequency]
+                for i in range(len(row)):
+                    row[i] = entry + np.uint32(i)
+                at += frequency
+                highest = max(highest, t)
+    return highest
+
+
+# ---------------------------------------------------------------------------------------- counting
+
+
+@njit(types.void(_numbers, _bytes, _i, _words_out), nogil=True, cache=True)
+def keys_of(values, contexts, direct_bits, keys):
+    """context << 8 | token of each value into keys (uint16)."""
+    done = simd.key_vectors(len(keys), values, contexts, keys, direct_bits)
+    for i in range(done, len(keys)):
+        keys[i] = np.int64(contexts[i]) << 8 | token_of(values[i], direct_bits)
+
+
+@njit(types.void(_words, _tables_out), nogil=True, cache=True)
+def add_keys(keys, counts):
+    """Add keys up in counts (uint32[4, ...]).
+
+    Every fourth place has its own counters: adding to the one just written has to wait for it.
+    """
+    first, second, third, fourth = counts[0], counts[1], counts[2], counts[3]
+    whole = len(keys) & ~3
+    one = np.uint32(1)
+    for i in range(0, whole, 4):
+        first[keys[i]] += one
+        second[keys[i + 1]] += one
+        third[keys[i + 2]] += one
+        fourth[keys[i + 3]] += one
+    for i in range(whole, len(keys)):
+        first[keys[i]] += one
+
+
+@njit(_tables_out(_bytes, _numbers, _i, _i), nogil=True, cache=True)
+def count_tokens(contexts, values, tables, direct_bits):
+    """How often each token comes in each context: uint32[tables, TOKENS]."""
+    counts = np.zeros((4, tables * TOKENS), np.uint32)
+    keys = np.empty(BLOCK, np.uint16)
+    for first in range(0, len(values), BLOCK):
+        last = min(first + BLOCK, len(values))
+        part = keys[: last - first]
+        keys_of(values[first:last], contexts[first:last], direct_bits, part)
+        add_keys(part, counts)
+    total = np.empty((tables, TOKENS), np.uint32)
+    for c in range(tables):
+        for t in range(TOKENS):
+            at = c * TOKENS + t
+            total[c, t] = counts[0, at] + counts[1, at] + counts[2, at] + counts[3, at]
+    return total
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+@njit(
+    _i(_words_out, _i, _numbers, _bytes, _numbers, _numbers_out, _i, _i, _i, _i),
+    nogil=True,
+    cache=True,
+)
+def _encode_scalar(words, at, table, contexts, values, states, first, count, precision, direct_bits):
+    """One step of `count` lanes, values from `first`, in front of `at`; the new `at`.
+
+    The mirror image of `_decode_scalar`: raw bits of the second pull, of the first, then tokens.
+    """
+    inline = 16 - precision
+    for pull in (2, 1):
+        for lane in range(count - 1, -1, -1):
+            value = np.int64(values[first + lane])
+            raw = raw_bits_of(token_of(np.uint32(value), direct_bits), direct_bits)
+            rest = max(raw - inline, 0)
+            width = min(rest, 16) if pull == 1 else max(rest - 16, 0)
+            if width == 0:
+                continue
+            state = np.int64(states[lane])
+            if state >> (32 - width):
+                at -= 1
+                words[at] = state & 0xFFFF
+                state >>= 16
+            part = value >> (rest - width) if pull == 1 else value
+            states[lane] = (state << width) | (part & ((1 << width) - 1))
+    for lane in range(count - 1, -1, -1):
+        value = np.int64(values[first + lane])
+        token = token_of(np.uint32(value), direct_bits)
+        raw = raw_bits_of(token, direct_bits)
+        width = min(raw, inline)
+        entry = np.int64(table[(np.int64(contexts[first + lane]) << 8) | token])
+        frequency, start = entry >> 16, entry & 0xFFFF
+        state = np.int64(states[lane])
+        if state >> (32 - precision - width) >= frequency:
+            at -= 1
+            words[at] = state & 0xFFFF
+            state >>= 16
+        state = (state << width) | ((value >> (raw - width)) & ((1 << width) - 1))
+        states[lane] = ((state // frequency) << precision) + state % frequency + start
+    return at
+
+
+@njit(_numbers_out(_tables), nogil=True, cache=True)
+def encoder_table(frequencies):
+    """uint32, 256 entries a context: frequency << 16 | start."""
+    table = np.empty(frequencies.size, np.uint32)
+    for c in range(len(frequencies)):
+        start = 0
+        for t in range(TOKENS):
+            frequency = np.int64(frequencies[c, t])
+            table[c * TOKENS + t] = frequency << 16 | start
+            start += frequency
+    return table
+
+
+@njit(_i(_words_out, _tables, _bytes, _numbers, _i, _i, _i, _numbers_out), nogil=True, cache=True)
+def encode_words(words, frequencies, contexts, values, lanes, precision, direct_bits, states):
+    """Code the values into the end of `words` (at least 3 a value); where the words begin.
+
+    frequencies  uint32[tables, TOKENS]
+    states       uint32[64], the lanes' final states: what the decoder begins with
+    """
+    at, count = len(words), len(values)
+    table = encoder_table(frequencies)
+    states[:lanes] = STATE_FLOOR
+    steps = count // lanes
+    at = _encode_scalar(
+        words, at, table, contexts, values, states, steps * lanes, count - steps * lanes,
+        precision, direct_bits,
+    )  # fmt: skip
+    if lanes == 64:
+        return simd.encode_64(words, table, contexts, values, states, at, 0, steps, precision, direct_bits)
+    if lanes == 16:
+        return simd.encode_16(words, table, contexts, values, states, at, 0, steps, precision, direct_bits)
+    for step in range(steps - 1, -1, -1):
+        at = _encode_scalar(
+            words, at, table, contexts, values, states, step * lanes, lanes, precision, direct_bits
+        )
+    return at
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _refill(words, at, end, state):
+    """A lane below the floor takes one word; beyond the end it takes the floor: (state, at)."""
+    if state >= STATE_FLOOR:
+        return state, at
+    return ((state << 16) | np.int64(words[at]) if at < end else np.int64(STATE_FLOOR)), at + 1
+
+
+@njit(
+    _i(_words, _i, _i, _numbers, _bytes, _numbers_out, _numbers_out, _write(_i), _i, _i, _i, _i),
+    nogil=True,
+    cache=True,
+)
+def _decode_scalar(
+    words, at, end, slots, contexts, values, states, rest, first, count, precision, direct_bits
+):
+    """One step of `count` lanes, values from `first`; the new `at`, beyond `end` when exhausted.
+
+    `rest` is scratch, int64[64]: the raw bits each lane still waits for.
+    """
+    inline = 16 - precision
+    more = False
+    for lane in range(count):
+        state = np.int64(states[lane])
+        slot = state & ((1 << precision) - 1)
+        entry = np.int64(slots[(np.int64(contexts[first + lane]) << precision) | slot])
+        token = (entry >> 12) & 255
+        state = (entry >> 20) * (state >> precision) + (entry & 4095)
+        raw = raw_bits_of(token, direct_bits)
+        width = min(raw, inline)
+        lead = (4 | (token & 3)) if token >= 1 << direct_bits else token
+        values[first + lane] = (lead << width) | (state & ((1 << width) - 1))
+        states[lane], at = _refill(words, at, end, state >> width)
+        rest[lane] = raw - width
+        more |= raw > width
+    for _ in range(2 if more else 0):
+        for lane in range(count):
+            width = min(rest[lane], 16)
+            if width > 0:
+                state = np.int64(states[lane])
+                part = state & ((1 << width) - 1)
+                values[first + lane] = (np.int64(values[first + lane]) << width) | part
+                states[lane], at = _refill(words, at, end, state >> width)
+                rest[lane] -= width
+    return at
+
+
+# settings of a run: int64[4]
+LANES, PRECISION, RAW_FROM, DIRECT = 0, 1, 2, 3
+
+
+@njit(
+    _i(_words, _i, _numbers, _bytes, _numbers_out, _longs, _numbers_out, _write(_i)),
+    nogil=True,
+    cache=True,
+)
+def decode_values(words, at, slots, contexts, values, settings, states, rest):
+    """Decode len(contexts) values, whole steps unless they are the run's last; the word cursor.
+
+    settings     int64[4]: lanes, precision, direct bits, whether no token carries raw bits
+    words        uint16, with GUARD words behind the stream
+    A cursor beyond `len(words) - GUARD` says that the stream was too short.
+    """
+    lanes, precision = settings[LANES], settings[PRECISION]
+    direct_bits, direct = settings[RAW_FROM], settings[DIRECT]
+    count, end = len(contexts), len(words) - GUARD
+    steps = count // lanes
+    if lanes == 64 and direct:
+        at = simd.decode_64_direct(
+            words, slots, contexts, values, states, at, end, steps, precision, direct_bits
+        )
+    elif lanes == 64:
+        at = simd.decode_64(words, slots, contexts, values, states, at, end, steps, precision, direct_bits)
+    elif lanes == 16 and direct:
+        at = simd.decode_16_direct(
+            words, slots, contexts, values, states, at, end, steps, precision, direct_bits
+        )
+    elif lanes == 16:
+        at = simd.decode_16(words, slots, contexts, values, states, at, end, steps, precision, direct_bits)
+    else:
+        for step in range(steps):
+            at = _decode_scalar(
+                words, at, end, slots, contexts, values, states, rest, step * lanes, lanes,
+                precision, direct_bits,
+            )  # fmt: skip
+    if at > end:
+        return at
+    return _decode_scalar(
+        words, at, end, slots, contexts, values, states, rest, steps * lanes,
+        count - steps * lanes, precision, direct_bits,
+    )  # fmt: skip
+
+
+@njit(_flag(_words, _i, _i, _numbers), nogil=True, cache=True)
+def ended_well(words, at, lanes, states):
+    """Whether a run used up exactly its words and left every lane as the encoder began it."""
+    if at != len(words) - GUARD:
+        return False
+    for lane in range(lanes):  # noqa: SIM110  (Numba has no generators)
+        if states[lane] != STATE_FLOOR:
+            return False
+    return True

@@ -1,0 +1,718 @@
+# mypy: ignore-errors
+# Numba and LLVM type what is in here.
+"""The two loops that must be fast, written as LLVM vector operations for Numba.
+
+`decode_64`, `encode_64` and the like do the bulk of every token run for :mod:`.runs`.
+One *step* codes 64 (or 16) consecutive values, lane `i` taking value `i`; a step is worked in four
+(or one) vectors of sixteen 32-bit elements, which is what an AVX-512 register holds. LLVM lowers
+the same operations to AVX2 or NEON, where a register holds fewer.
+
+The arithmetic is :mod:`.reference`'s, line for line. Three operations have no scalar look:
+
+* `gather` reads sixteen table entries, one per lane;
+* `expand_load` reads consecutive words of the stream into those lanes that need one;
+* `compress` packs the words of those lanes that emit one, ready to be stored in a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.typing.templates import Signature
+from numba.extending import intrinsic
+
+from .tables import DIRECT_BITS
+
+_DIRECT = 1 << DIRECT_BITS
+WIDTH = 16  # 32-bit elements in a vector
+
+_I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+_F32 = ir.FloatType()
+_POINTER = ir.PointerType()
+
+
+def _vector(element: ir.Type) -> ir.VectorType:
+    return ir.VectorType(element, WIDTH)
+
+
+class Vec:
+    """Sixteen unsigned 32-bit lanes, or sixteen booleans; the operators emit instructions."""
+
+    def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
+        self.b = builder
+        self.value = value
+
+    def _lift(self, other: Vec | ir.Value | int) -> ir.Value:
+        """A vector of the same type: splat a constant or a 32-bit scalar."""
+        if isinstance(other, Vec):
+            return other.value
+        if isinstance(other, int):
+            return ir.Constant(self.value.type, [other] * WIDTH)
+        return splat(self.b, other).value
+
+    def __add__(self, other: Vec | ir.Value | int) -> Vec:
+        return Vec(self.b, self.b.add(self.value, self._lift(other)))
+
+    def __sub__(self, other: Vec | ir.Value | int) -> Vec:
+        return Vec(self.b, self.b.sub(self.value, self._lift(other)))
+
+    def __mul__(self, other: Vec | ir.Value | int) -> Vec:
+        return Vec(self.b, self.b.mul(self.value, self._lift(other)))
+
+    def __and__(self, other: Vec | ir.Value | int) -> Vec:
+        return Vec(self.b, self.b.and_(self.value, self._lift(other)))
+
+    def __or__(self, other: Vec | ir.Value | int) -> Vec:
+        return Vec(self.b, self.b.or_(self.value, self._lift(other)))
+
+    def __xor__(self, other: Vec | ir.Value | int) -> Vec:
+        return Vec(self.b, self.b.xor(self.value, self._lift(other)))
+
+    def __lshift__(self, other: Vec | ir.Value | int) -> Vec:
+        return Vec(self.b, self.b.shl(self.value, self._lift(other)))
+
+    def __rshift__(self, other: Vec | ir.Value | int) -> Vec:
+        return Vec(self.b, self.b.lshr(self.value, self._lift(other)))
+
+    def __ge__(self, other: Vec | ir.Value | int) -> Vec:
+        return Vec(self.b, self.b.icmp_unsigned(">=", self.value, self._lift(other)))
+
+    def __lt__(self, other: Vec | ir.Value | int) -> Vec:
+        return Vec(self.b, self.b.icmp_unsigned("<", self.value, self._lift(other)))
+
+    def negative(self) -> Vec:
+        """Lanes that are below zero when read as signed."""
+        return Vec(self.b, self.b.icmp_signed("<", self.value, self._lift(0)))
+
+    def nonzero(self) -> Vec:
+        return Vec(self.b, self.b.icmp_unsigned("!=", self.value, self._lift(0)))
+
+    def choose(self, yes: Vec | int, no: Vec) -> Vec:
+        """`yes` in the lanes where this mask is set, `no` elsewhere."""
+        return Vec(self.b, self.b.select(self.value, no._lift(yes), no.value))
+
+    def at_most(self, other: Vec | ir.Value | int) -> Vec:
+        return (self < other).choose(self, Vec(self.b, self._lift(other)))
+
+    def shift_signed(self, other: ir.Value) -> Vec:
+        return Vec(self.b, self.b.ashr(self.value, self._lift(other)))
+
+    def clamp_signed(self, last: ir.Value) -> Vec:
+        """Into 0..last, both signed."""
+        raised = self.negative().choose(0, self)
+        return raised.at_most(last)
+
+    def low(self, count: Vec) -> Vec:
+        """The lowest `count` bits of each lane, `count` below 32."""
+        one = Vec(self.b, self._lift(1))
+        return self & ((one << count) - 1)
+
+    def floor_log2(self) -> Vec:
+        """The place of each lane's highest set bit (31 - leading zeros)."""
+        kind = self.value.type
+        zeros = _call(self.b, "llvm.ctlz.v16i32", kind, [(kind, self.value), (_I1, ir.Constant(_I1, 0))])
+        return Vec(self.b, self._lift(31)) - Vec(self.b, zeros)
+
+    def to_float(self) -> ir.Value:
+        return self.b.uitofp(self.value, _vector(_F32))
+
+    def words(self) -> ir.Value:
+        return self.b.trunc(self.value, _vector(_I16))
+
+    def count(self) -> ir.Value:
+        """How many lanes of a mask are set, as a 64-bit scalar."""
+        bits = self.b.bitcast(self.value, _I16)
+        return self.b.zext(self.b.ctpop(bits), _I64)
+
+    def any(self) -> ir.Value:
+        bits = self.b.bitcast(self.value, _I16)
+        return self.b.icmp_unsigned("!=", bits, ir.Constant(_I16, 0))
+
+
+def _call(
+    builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[tuple[ir.Type, ir.Value]]
+) -> ir.Value:
+    kind = ir.FunctionType(result, [t for t, _ in arguments])
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, [v for _, v in arguments])
+
+
+def splat(builder: ir.IRBuilder, scalar: ir.Value) -> Vec:
+    """All lanes equal to one 32-bit scalar."""
+    kind = _vector(_I32)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(_I32, 0))
+    zeros = ir.Constant(kind, [0] * WIDTH)
+    return Vec(builder, builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), zeros))
+
+
+def address(builder: ir.IRBuilder, base: ir.Value, index: ir.Value, element: ir.Type) -> ir.Value:
+    where = builder.gep(base, [index], source_etype=element)
+    where.type = _POINTER  # opaque, where llvmlite keeps the pointee of Numba's array
+    return where
+
+
+def load(builder: ir.IRBuilder, element: ir.Type, base: ir.Value, index: ir.Value) -> Vec:
+    """Sixteen consecutive elements from `base[index]`, widened to 32 bits."""
+    where = address(builder, base, index, element)
+    loaded = builder.load(where, typ=_vector(element), align=element.width // 8)
+    if element.width < 32:
+        loaded = builder.zext(loaded, _vector(_I32))
+    return Vec(builder, loaded)
+
+
+def store(builder: ir.IRBuilder, vector: Vec, base: ir.Value, index: ir.Value) -> None:
+    builder.store(vector.value, address(builder, base, index, _I32), align=4)
+
+
+def gather(builder: ir.IRBuilder, base: ir.Value, index: Vec) -> Vec:
+    """`base[index]` for sixteen indexes at once; `base` holds 32-bit entries."""
+    kind, mask, places = _vector(_I32), _vector(_I1), _vector(_POINTER)
+    where = builder.gep(base, [index.value], source_etype=_I32)
+    where.type = places  # a vector of indexes makes a vector of pointers; llvmlite types it as one
+    arguments = [
+        (places, where),
+        (_I32, ir.Constant(_I32, 4)),
+        (mask, ir.Constant(mask, [1] * WIDTH)),
+        (kind, ir.Constant(kind, [0] * WIDTH)),
+    ]
+    return Vec(builder, _call(builder, "llvm.masked.gather.v16i32.v16p0", kind, arguments))
+
+
+def expand_load(builder: ir.IRBuilder, base: ir.Value, index: ir.Value, mask: Vec) -> Vec:
+    """Consecutive 16-bit words from `base[index]` into the set lanes of `mask`, 0 elsewhere."""
+    kind = _vector(_I16)
+    arguments = [
+        (_POINTER, address(builder, base, index, _I16)),
+        (_vector(_I1), mask.value),
+        (kind, ir.Constant(kind, [0] * WIDTH)),
+    ]
+    loaded = _call(builder, "llvm.masked.expandload.v16i16", kind, arguments)
+    return Vec(builder, builder.zext(loaded, _vector(_I32)))
+
+
+def compress_store(builder: ir.IRBuilder, vector: Vec, mask: Vec, base: ir.Value, index: ir.Value) -> None:
+    """The low words of the set lanes in a row from `base[index]`; nothing beyond them is written.
+
+    Packing in a register and storing under a mask: a compressing store to memory is many times
+    slower on some processors.
+    """
+    kind, bits = _vector(_I16), _vector(_I1)
+    packed = _call(
+        builder,
+        "llvm.experimental.vector.compress.v16i16",
+        kind,
+        [(kind, vector.words()), (bits, mask.value), (kind, ir.Constant(kind, ir.Undefined))],
+    )
+    one = ir.Constant(_I32, 1)
+    count = builder.trunc(mask.count(), _I32)
+    run = builder.bitcast(builder.trunc(builder.sub(builder.shl(one, count), one), _I16), bits)
+    arguments = [
+        (kind, packed),
+        (_POINTER, address(builder, base, index, _I16)),
+        (_I32, ir.Constant(_I32, 2)),
+        (bits, run),
+    ]
+    _call(builder, "llvm.masked.store.v16i16.p0", ir.VoidType(), arguments)
+
+
+class _Loop:
+    """What both directions share: array pointers, parameters, lane states and the word cursor."""
+
+    def __init__(
+        self,
+        context: Any,
+        builder: ir.IRBuilder,
+        signature: Signature,
+        args: list[ir.Value],
+        vectors: int,
+    ) -> None:
+        self.b = builder
+        self.vectors = range(vectors)
+        names = ("words", "table", "contexts", "values", "states")
+        for name, kind, value in zip(names, signature.args[:5], args[:5], strict=True):
+            setattr(self, name, context.make_array(kind)(context, builder, value).data)
+        self.at = cgutils.alloca_once_value(builder, args[5])
+        self.end, self.steps = args[6], args[7]
+        self.precision = builder.trunc(args[8], _I32)
+        self.direct_bits = builder.trunc(args[9], _I32)  # encoding only
+        self.inline_bits = builder.sub(ir.Constant(_I32, 16), self.precision)
+        self.lanes = []
+        for v in self.vectors:
+            start = load(builder, _I32, self.states, self.index(v * WIDTH))
+            self.lanes.append(cgutils.alloca_once_value(builder, start.value))
+
+    def index(self, value: int) -> ir.Value:
+        return ir.Constant(_I64, value)
+
+    def get(self, v: int) -> Vec:
+        return Vec(self.b, self.b.load(self.lanes[v], typ=_vector(_I32)))
+
+    def set(self, v: int, state: Vec) -> None:
+        self.b.store(state.value, self.lanes[v])
+
+    def cursor(self) -> ir.Value:
+        return self.b.load(self.at, typ=_I64)
+
+    def finish(self) -> ir.Value:
+        """Write the lane states back and return the cursor."""
+        for v in self.vectors:
+            store(self.b, self.get(v), self.states, self.index(v * WIDTH))
+        return self.cursor()
+
+    def refill(self, v: int, state: Vec) -> None:
+        """Decoding: every lane below 2**16 takes one word of the stream."""
+        mask = state < 65536
+        word = expand_load(self.b, self.words, self.cursor(), mask)
+        self.set(v, mask.choose((state << 16) | word, state))
+        self.b.store(self.b.add(self.cursor(), mask.count()), self.at)
+
+    def spill(self, state: Vec, mask: Vec) -> Vec:
+        """Encoding: every lane in `mask` puts its low word in front of the stream."""
+        at = self.b.sub(self.cursor(), mask.count())
+        compress_store(self.b, state, mask, self.words, at)
+        self.b.store(at, self.at)
+        return mask.choose(state >> 16, state)
+
+
+def _any(loop: _Loop, masks: list[Vec]) -> ir.Value:
+    total = masks[0]
+    for mask in masks[1:]:
+        total = total | mask
+    return total.any()
+
+
+def _decode_token(loop: _Loop, v: int, place: ir.Value) -> tuple[Vec, Vec, Vec]:
+    """One token from each lane of vector `v`: (state before raw bits, leading part, raw bit count).
+
+    The leading part is the value without its raw bits.
+    """
+    b, state = loop.b, loop.get(v)
+    context = load(b, _I8, loop.contexts, place)
+    precision = splat(b, loop.precision)
+    slot = state.low(precision)
+    entry = gather(b, loop.table, (context << precision) | slot)
+    quotient = state >> precision
+    # entry: frequency << 20 | token << 12 | (slot - start)
+    state = (entry >> 20) * quotient + (entry & 4095)
+    return state, *_split_token((entry >> 12) & 255)
+
+
+def _split_token(token: Vec) -> tuple[Vec, Vec]:
+    """(leading part, raw bit count) of each token."""
+    wide = token >= _DIRECT
+    raw = wide.choose(((token - _DIRECT) >> 2) + (DIRECT_BITS - 2), token & 0)
+    return wide.choose((token & 3) | 4, token), raw
+
+
+def _decode_step_wide(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
+    """One step whose tokens may carry raw bits."""
+    b = loop.b
+    heads: list[Vec] = []
+    rest: list[Vec] = []
+    for v in loop.vectors:
+        state, head, raw = _decode_token(loop, v, place(v))
+        inline = raw.at_most(loop.inline_bits)
+        heads.append((head << inline) | state.low(inline))
+        rest.append(raw - inline)
+        loop.refill(v, state >> inline)
+    values = [cgutils.alloca_once_value(b, head.value) for head in heads]
+    with b.if_then(_any(loop, [r.nonzero() for r in rest]), likely=False):
+        first = [r.at_most(16) for r in rest]
+        second = [r - f for r, f in zip(rest, first, strict=True)]
+        _decode_raw(loop, values, first)
+        with b.if_then(_any(loop, [s.nonzero() for s in second]), likely=False):
+            _decode_raw(loop, values, second)
+    for v in loop.vectors:
+        value = Vec(b, b.load(values[v], typ=_vector(_I32)))
+        store(b, value, loop.values, place(v))
+
+
+def _decode_raw(loop: _Loop, values: list[ir.Value], counts: list[Vec]) -> None:
+    """Pull up to 16 more raw bits a lane and append them to the values."""
+    for v in loop.vectors:
+        state, count = loop.get(v), counts[v]
+        value = Vec(loop.b, loop.b.load(values[v], typ=_vector(_I32)))
+        loop.b.store(((value << count) | state.low(count)).value, values[v])
+        loop.refill(v, state >> count)
+
+
+def _decode_step_direct(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
+    """One step in which every token is its own value."""
+    for v in loop.vectors:
+        state, precision = loop.get(v), splat(loop.b, loop.precision)
+        context = load(loop.b, _I8, loop.contexts, place(v))
+        entry = gather(loop.b, loop.table, (context << precision) | state.low(precision))
+        quotient = state >> precision
+        loop.refill(v, (entry >> 20) * quotient + (entry & 4095))
+        store(loop.b, (entry >> 12) & 255, loop.values, place(v))
+
+
+def _encode_step(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
+    """The mirror image of decoding a step: raw bits last to first, then tokens last to first."""
+    b = loop.b
+    direct = splat(b, b.shl(ir.Constant(_I32, 1), loop.direct_bits))
+    values = [load(b, _I32, loop.values, place(v)) for v in loop.vectors]
+    raws = []
+    for value in values:
+        wide = value >= direct
+        raws.append(wide.choose(value.floor_log2() - 2, value & 0))
+    inline = [raw.at_most(loop.inline_bits) for raw in raws]
+    rest = [raw - i for raw, i in zip(raws, inline, strict=True)]
+    with b.if_then(_any(loop, [r.nonzero() for r in rest]), likely=False):
+        first = [r.at_most(16) for r in rest]
+        second = [r - f for r, f in zip(rest, first, strict=True)]
+        with b.if_then(_any(loop, [s.nonzero() for s in second]), likely=False):
+            _encode_raw(loop, values, second)
+        _encode_raw(loop, [v >> s for v, s in zip(values, second, strict=True)], first)
+    for v in reversed(loop.vectors):
+        _encode_token(loop, v, place(v), values[v], raws[v], inline[v])
+
+
+def _encode_raw(loop: _Loop, values: list[Vec], counts: list[Vec]) -> None:
+    for v in reversed(loop.vectors):
+        state, count = loop.get(v), counts[v]
+        sixteen = Vec(loop.b, state._lift(16))
+        full = ((state >> 16) >> (sixteen - count)).nonzero()
+        state = loop.spill(state, full)
+        loop.set(v, (state << count) | values[v].low(count))
+
+
+def _encode_token(loop: _Loop, v: int, place: ir.Value, value: Vec, raw: Vec, inline: Vec) -> None:
+    """Put one token and its inline raw bits onto each lane of vector `v`."""
+    b, state = loop.b, loop.get(v)
+    precision = splat(b, loop.precision)
+    bits = splat(b, loop.direct_bits)
+    direct = splat(b, b.shl(ir.Constant(_I32, 1), loop.direct_bits))
+    wide = value >= direct
+    bucket = direct + ((raw + 2 - bits) << 2) + ((value >> raw) & 3)
+    token = wide.choose(bucket, value)
+    context = load(b, _I8, loop.contexts, place)
+    entry = gather(b, loop.table, (context << 8) | token)
+    frequency, start = entry >> 16, entry & 65535
+    room = Vec(b, state._lift(32)) - precision - inline
+    state = loop.spill(state, (state >> room) >= frequency)
+    state = (state << inline) | (value >> (raw - inline)).low(inline)
+    quotient, remainder = _divide(b, state, frequency)
+    loop.set(v, (quotient << precision) + remainder + start)
+
+
+def _divide(b: ir.IRBuilder, state: Vec, frequency: Vec) -> tuple[Vec, Vec]:
+    """Exact (state // frequency, state % frequency) by a float quotient and one correction.
+
+    Holds for quotients below 2**21, which renormalisation guarantees with probabilities of eleven
+    bits. Three roundings leave the estimate within 1.5 * 2**-23 of the truth, so that one made
+    smaller by 2**-22 is never too large, and too small by less than one before it is rounded down.
+    """
+    kind = _vector(_F32)
+    estimate = b.fdiv(state.to_float(), frequency.to_float())
+    shrunk = b.fmul(estimate, ir.Constant(kind, [1.0 - 2.0**-22] * WIDTH))
+    quotient = Vec(b, b.fptoui(shrunk, _vector(_I32)))
+    remainder = state - quotient * frequency
+    short = remainder >= frequency
+    return (
+        short.choose(quotient + 1, quotient),
+        short.choose(remainder - frequency, remainder),
+    )
+
+
+def _signature(args: tuple[Any, ...]) -> Signature:
+    return types.int64(*args)
+
+
+def _place(loop: _Loop, step: ir.Value) -> Callable[[int], ir.Value]:
+    first = loop.b.mul(step, loop.index(WIDTH * len(loop.vectors)))
+    return lambda v: loop.b.add(first, loop.index(v * WIDTH))
+
+
+def _make_decoder(step: Callable[[_Loop, Callable[[int], ir.Value]], None], vectors: int) -> Any:
+    def typer(typingctx: Any, words: Any, table: Any, contexts: Any, values: Any, states: Any,
+              at: Any, end: Any, steps: Any, precision: Any, direct_bits: Any) -> Any:  # fmt: skip
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            loop = _Loop(context, builder, signature, args, vectors)
+            with cgutils.for_range(builder, loop.steps) as turn:
+                step(loop, _place(loop, turn.index))
+                past = builder.icmp_signed(">", loop.cursor(), loop.end)
+                with builder.if_then(past, likely=False):
+                    turn.do_break()
+            return loop.finish()
+
+        args = (words, table, contexts, values, states, at, end, steps, precision, direct_bits)
+        return _signature(args), codegen
+
+    return intrinsic(typer)
+
+
+def _make_encoder(vectors: int) -> Any:
+    def typer(typingctx: Any, words: Any, table: Any, contexts: Any, values: Any, states: Any,
+              at: Any, end: Any, steps: Any, precision: Any, direct_bits: Any) -> Any:  # fmt: skip
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            loop = _Loop(context, builder, signature, args, vectors)
+            last = builder.sub(loop.steps, loop.index(1))
+            with cgutils.for_range(builder, loop.steps) as turn:
+                _encode_step(loop, _place(loop, builder.sub(last, turn.index)))
+            return loop.finish()
+
+        args = (words, table, contexts, values, states, at, end, steps, precision, direct_bits)
+        return _signature(args), codegen
+
+    return intrinsic(typer)
+
+
+# ------------------------------------------------------------------------------ float transforms
+
+
+def _narrow_store(builder: ir.IRBuilder, vector: Vec, element: ir.Type, base: Any, at: Any) -> None:
+    value = vector.value
+    if element.width < 32:
+        value = builder.trunc(value, _vector(element))
+    builder.store(value, address(builder, base, at, element), align=element.width // 8)
+
+
+def _elementwise(body: Callable[..., None], arity: int) -> Any:
+    """An intrinsic `f(count, *arrays and scalars)` that works whole vectors of its arrays.
+
+    `body(builder, width, at, *arguments)` handles elements at..at+16; arrays come as
+    (pointer, element type), scalars as 32-bit values. The result is how many elements were done,
+    a multiple of 16; none at all for arrays of 64-bit elements.
+    """
+
+    def typer(typingctx: Any, count: Any, first: Any, *rest: Any) -> Any:
+        kinds = (first, *rest)
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            if any(isinstance(k, types.Array) and k.dtype.bitwidth > 32 for k in kinds):
+                return ir.Constant(_I64, 0)
+            steps = builder.lshr(args[0], ir.Constant(_I64, 4))
+            arguments = []
+            for kind, value in zip(kinds, args[1:], strict=True):
+                if isinstance(kind, types.Array):
+                    data = context.make_array(kind)(context, builder, value).data
+                    arguments.append((data, ir.IntType(kind.dtype.bitwidth)))
+                else:
+                    arguments.append(builder.trunc(value, _I32))
+            with cgutils.for_range(builder, steps) as turn:
+                at = builder.shl(turn.index, ir.Constant(_I64, 4))
+                body(builder, kinds[0].dtype.bitwidth, at, *arguments)
+            return builder.shl(steps, ir.Constant(_I64, 4))
+
+        return types.int64(count, *kinds), codegen
+
+    # Numba reads the number of parameters off the function, so it has to be spelled out.
+    names = ", ".join(f"a{i}" for i in range(arity))
+    scope: dict[str, Any] = {"typer": typer}
+    exec(f"def fixed(typingctx, count, {names}): return typer(typingctx, count, {names})", scope)  # noqa: S102
+    return intrinsic(scope["fixed"])
+
+
+def _mirror(vector: Vec, width: int) -> Vec:
+    """Bits in numeric order: negative numbers have their magnitude bits flipped. Self-inverse."""
+    sign = (vector >> (width - 1)) & 1
+    return vector ^ (_all_ones(sign) & ((1 << (width - 1)) - 1))
+
+
+def _all_ones(bit: Vec) -> Vec:
+    """0 to 0, 1 to 2**32 - 1."""
+    return (bit & 0) - bit
+
+
+def _distance_body(builder: Any, width: int, at: Any, base: Any, target: Any, values: Any) -> None:
+    b = load(builder, base[1], base[0], at)
+    t = load(builder, target[1], target[0], at)
+    sign = b >> (width - 1)
+    distance = ((_mirror(t, width) - _mirror(b, width)) ^ _all_ones(sign)) + sign
+    zigzag = (distance << 1) ^ _all_ones((distance >> (width - 1)) & 1)
+    store(builder, zigzag & ((1 << width) - 1), values[0], at)
+
+
+def _restore_body(builder: Any, width: int, at: Any, base: Any, values: Any, out: Any) -> None:
+    b = load(builder, base[1], base[0], at)
+    zigzag = load(builder, values[1], values[0], at)
+    sign = b >> (width - 1)
+    distance = (((zigzag >> 1) ^ _all_ones(zigzag & 1)) ^ _all_ones(sign)) + sign
+    _narrow_store(builder, _mirror(_mirror(b, width) + distance, width), out[1], out[0], at)
+
+
+def _context_body(
+    builder: Any, width: int, at: Any, base: Any, contexts: Any,
+    shift: Any, mask: Any, offset: Any, step: Any, last: Any,
+) -> None:  # fmt: skip
+    exponent = (load(builder, base[1], base[0], at) >> shift) & mask
+    place = ((exponent << 1) - offset).shift_signed(step)
+    _narrow_store(builder, place.clamp_signed(last), contexts[1], contexts[0], at)
+
+
+def _move_body(
+    builder: Any, width: int, at: Any, base: Any, values: Any, moves: Any, shift: Any, mask: Any
+) -> None:
+    exponent = (load(builder, base[1], base[0], at) >> shift) & mask
+    steps = (load(builder, values[1], values[0], at) + 1) >> 1
+    power = builder.bitcast((exponent.at_most(190) << 23).value, _vector(_F32))
+    move = builder.fmul(steps.to_float(), power)
+    builder.store(move, address(builder, moves[0], at, _F32), align=4)
+
+
+def _key_body(
+    builder: Any, width: int, at: Any, values: Any, contexts: Any, keys: Any, direct_bits: Any
+) -> None:
+    value = load(builder, values[1], values[0], at)
+    bits = splat(builder, direct_bits)
+    direct = (bits & 0 | 1) << bits
+    wide = value >= direct
+    octave = (value | 1).floor_log2()
+    bucket = direct + ((octave - bits) << 2) + ((value >> (octave - 2)) & 3)
+    token = wide.choose(bucket, value)
+    key = (load(builder, contexts[1], contexts[0], at) << 8) | token
+    _narrow_store(builder, key, keys[1], keys[0], at)
+
+
+# distance_vectors(count, base, target, values): see ulp.distance
+# restore_vectors(count, base, values, out): see ulp.restore
+# context_vectors(count, base, contexts, shift, mask, offset, step, last):
+#     clamp((2 * exponent - offset) >> step, 0, last)
+# move_vectors(count, base, values, moves, shift, mask): float32 |distance| * 2**exponent
+# key_vectors(count, values, contexts, keys, direct_bits): uint16 context << 8 | token
+distance_vectors = _elementwise(_distance_body, 3)
+restore_vectors = _elementwise(_restore_body, 3)
+context_vectors = _elementwise(_context_body, 7)
+move_vectors = _elementwise(_move_body, 5)
+key_vectors = _elementwise(_key_body, 4)
+
+
+def _make_sift(merge: bool) -> Any:
+    """`select_vectors` and, with `merge`, `merge_vectors`: the two ways through a subset."""
+
+    def typer(typingctx: Any, base: Any, shift: Any, mask: Any, cutoff: Any, chosen: Any,
+              at: Any, other: Any) -> Any:  # fmt: skip
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            cursor = cgutils.alloca_once_value(builder, args[5])
+            if base.dtype.bitwidth > 32:
+                return args[5]
+            element = ir.IntType(base.dtype.bitwidth)
+            kind, name = _vector(element), f"v16i{element.width}"
+            array = context.make_array(base)(context, builder, args[0])
+            pointer = {
+                key: context.make_array(a)(context, builder, value).data
+                for key, a, value in (("chosen", chosen, args[4]), ("other", other, args[6]))
+            }
+            shift32, mask32, cutoff32 = (builder.trunc(a, _I32) for a in args[1:4])
+            steps = builder.lshr(cgutils.unpack_tuple(builder, array.shape)[0], _long(4))
+            with cgutils.for_range(builder, steps) as turn:
+                first = builder.shl(turn.index, _long(4))
+                bits = load(builder, element, array.data, first)
+                over = ((bits >> shift32) & mask32) < builder.add(cutoff32, ir.Constant(_I32, 1))
+                now = builder.load(cursor, typ=_I64)
+                there = address(builder, pointer["chosen"], now, element)
+                narrow = bits.value if element.width == 32 else builder.trunc(bits.value, kind)
+                pair = [(_vector(_I1), over.value), (kind, narrow)]
+                if merge:
+                    call = [(_POINTER, there), *pair]
+                    merged = _call(builder, f"llvm.masked.expandload.{name}", kind, call)
+                    target = address(builder, pointer["other"], first, element)
+                    builder.store(merged, target, align=element.width // 8)
+                else:
+                    source = address(builder, pointer["other"], first, element)
+                    data = builder.load(source, typ=kind, align=element.width // 8)
+                    call = [(kind, data), pair[0], (kind, ir.Constant(kind, ir.Undefined))]
+                    packed = _call(builder, f"llvm.experimental.vector.compress.{name}", kind, call)
+                    builder.store(packed, there, align=element.width // 8)
+                builder.store(builder.add(now, over.count()), cursor)
+            return builder.load(cursor, typ=_I64)
+
+        return types.int64(base, shift, mask, cutoff, chosen, at, other), codegen
+
+    return intrinsic(typer)
+
+
+def _long(value: int) -> ir.Value:
+    return ir.Constant(_I64, value)
+
+
+# select_vectors(base, shift, mask, cutoff, chosen, at, source) -> at: the elements of source where
+# base's exponent is at most `cutoff`, in a row into chosen[at:], which must have 16 elements to
+# spare. merge_vectors(..., out): out is base with those elements taken from chosen[at:].
+# Both work whole vectors of 16 elements, none at all where elements have 64 bits.
+select_vectors = _make_sift(merge=False)
+merge_vectors = _make_sift(merge=True)
+
+
+def _make_byte_mover(push: bool) -> Any:
+    """`push_bytes` and `pop_bytes`: low bytes from or to a plane, in the lanes of low contexts."""
+
+    def typer(typingctx: Any, values: Any, contexts: Any, limit: Any, plane: Any, at: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            value_array = context.make_array(values)(context, builder, args[0])
+            context_data = context.make_array(contexts)(context, builder, args[1]).data
+            plane_data = context.make_array(plane)(context, builder, args[3]).data
+            limit32 = builder.trunc(args[2], _I32)
+            cursor = cgutils.alloca_once_value(builder, args[4])
+            kind, bits = _vector(_I8), _vector(_I1)
+            length = cgutils.unpack_tuple(builder, value_array.shape)[0]
+            with cgutils.for_range(builder, builder.lshr(length, _long(4))) as turn:
+                first = builder.shl(turn.index, _long(4))
+                mask = load(builder, _I8, context_data, first) < limit32
+                value = load(builder, _I32, value_array.data, first)
+                now = builder.load(cursor, typ=_I64)
+                there = address(builder, plane_data, now, _I8)
+                if push:
+                    zero = ir.Constant(kind, [0] * WIDTH)
+                    call = [(_POINTER, there), (bits, mask.value), (kind, zero)]
+                    low = _call(builder, "llvm.masked.expandload.v16i8", kind, call)
+                    longer = (value << 8) | Vec(builder, builder.zext(low, _vector(_I32)))
+                    moved = mask.choose(longer, value)
+                else:
+                    low = builder.trunc(value.value, kind)
+                    rest = ir.Constant(kind, ir.Undefined)
+                    call = [(kind, low), (bits, mask.value), (kind, rest)]
+                    name = "llvm.experimental.vector.compress.v16i8"
+                    builder.store(_call(builder, name, kind, call), there, align=1)
+                    moved = mask.choose(value >> 8, value)
+                store(builder, moved, value_array.data, first)
+                builder.store(builder.add(now, mask.count()), cursor)
+            return builder.load(cursor, typ=_I64)
+
+        return types.int64(values, contexts, limit, plane, at), codegen
+
+    return intrinsic(typer)
+
+
+# push_bytes(values, contexts, limit, plane, at) -> at: each uint32 value whose uint8 context is
+# below `limit` takes the next byte of plane[at:] as its new low byte. pop_bytes is the inverse; it
+# may write up to 16 bytes beyond the new `at`. Both work whole vectors of 16 values.
+push_bytes = _make_byte_mover(push=True)
+pop_bytes = _make_byte_mover(push=False)
+
+
+@intrinsic
+def bit_length(typingctx: Any, value: Any) -> Any:
+    """How many bits a uint32 needs: 0 for 0."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        zeros = builder.ctlz(args[0], ir.Constant(_I1, 0))
+        return builder.sub(ir.Constant(_I32, 32), zeros)
+
+    return types.uint32(types.uint32), codegen
+
+
+# decode_64(words, table, contexts, values, states, at, end, steps, precision, direct_bits) -> at
+#
+#   words      uint16, readable up to 3 * 64 words past `end`
+#   table      uint32, contexts << precision entries (kernels.slots_of)
+#   contexts   uint8, steps * 64, each below the number of tables
+#   values     uint32, steps * 64, written
+#   states     uint32, 64, updated
+#
+# Stops early, with a cursor beyond `end`, once the stream is exhausted. The `direct` ones are for
+# tables whose tokens carry no raw bits; the others know only tokens of DIRECT_BITS direct bits.
+decode_64 = _make_decoder(_decode_step_wide, 4)
+decode_16 = _make_decoder(_decode_step_wide, 1)
+decode_64_direct = _make_decoder(_decode_step_direct, 4)
+decode_16_direct = _make_decoder(_decode_step_direct, 1)
+
+# encode_64(...), same arguments: from the last step to the first, writing words in front of `at`;
+# `table` is uint32, 256 entries a context: frequency << 16 | start. The caller leaves room for
+# 3 words a value in front of `at`; `end` is not looked at.
+encode_64 = _make_encoder(4)
+encode_16 = _make_encoder(1)

@@ -1,0 +1,171 @@
+"""Chunks of which little changed: the elements likely to move as a dense delta, the rest by place.
+
+i16          cutoff: elements of larger exponent are not in the delta
+u8           1 where a delta follows, 0 where all chosen elements are the base's
+u32          exceptions: elements outside the delta that changed nevertheless
+plane        one bit for each unit of 256 elements, lowest first: whether it is active
+u32, list    exceptions' places, each as the distance from the one before, less one
+u32, list    exceptions' zigzagged distances, as two lists where elements have 64 bits: low half,
+             then high half
+delta        of the chosen elements
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import PayloadError
+from . import floats, ulp
+from .planes import put_plane, take_plane
+from .ulp import FloatFormat
+
+Bytes = NDArray[np.uint8]
+_HEAD = struct.Struct("<hBI")
+_FEW = 0.06  # changed elements, as a part of all, up to which a chunk counts as sparse
+_RARE = 0.01  # exceptions, as a part of all elements, at most
+_MOST = 0.6  # chosen elements, as a part of all, above which there is nothing to gain
+_ACTIVE = 0.4  # active units, as a part of all, up to which the others are left out
+_TOLERANCE = 0.01  # how much longer, by estimate, a chunk may become for the sake of speed
+_DELTA_BITS = 200  # what a delta costs besides, about,
+_TABLE_BITS = 24  # and for each exponent that moved
+_VALUE_BITS = 4.4  # what an exception costs besides the entropy of its place, about
+
+
+def encode_sparse(base: Bytes, target: Bytes, form: FloatFormat) -> bytes | None:
+    """The target against the base; None where too much changed for this to be the way."""
+    from .compiled import frozen, subset
+
+    before, after = frozen(floats.elements(base, form)), frozen(floats.elements(target, form))
+    glance = slice(None, None, 1 + (len(before) >> 14))
+    if np.count_nonzero(before[glance] != after[glance]) > 1.2 * _FEW * len(before[glance]):
+        return None
+    places = np.flatnonzero(before != after)
+    if len(places) > _FEW * len(before):
+        return None
+    active = np.zeros(-(-len(before) // subset.UNIT), np.uint8)
+    active[places // subset.UNIT] = 1
+    if active.mean() > _ACTIVE:
+        active[:] = 1
+    cutoff = _cutoff(before, places, active, form)
+    chosen = _chosen(before, before, cutoff, active, form)
+    if len(chosen) > _MOST * len(before):
+        return None
+    changed = _chosen(before, after, cutoff, active, form)
+    outside = places[ulp.exponent(before[places], form) > cutoff]
+    delta = b""
+    if not np.array_equal(chosen, changed):
+        found = floats.encode_delta(chosen.view(np.uint8), changed.view(np.uint8), form)
+        if found is None:
+            return None
+        delta = found
+    head = _HEAD.pack(cutoff, len(delta) > 0, len(outside))
+    marks = put_plane(np.packbits(active, bitorder="little"))
+    exceptions = _put_exceptions(outside, ulp.distance(before[outside], after[outside]))
+    return b"".join([head, marks, *exceptions, delta])
+
+
+def _cutoff(before: NDArray[Any], places: NDArray[np.int64], active: Bytes, form: FloatFormat) -> int:
+    """The lowest exponent up to which to code all elements, the few changes above being exceptions.
+
+    Coding an element that never moves costs next to nothing but time, so a slightly longer payload
+    is accepted.
+    """
+    from .compiled import subset
+
+    stride = 1 + (len(before) >> 16)
+    counts = subset.count_exponents(before[::stride].copy(), form.shift, form.mask)
+    counts = counts * (stride * active.mean())
+    moved = np.bincount(ulp.exponent(before[places], form), minlength=form.mask + 1)
+    # What coding all elements up to each exponent costs, tables included.
+    inside = np.cumsum(_place_bits(moved, counts) + _TABLE_BITS * (moved > 0)) + _DELTA_BITS
+    above = moved.sum() - np.cumsum(moved)
+    outside = _place_bits(above, counts.sum() - np.cumsum(counts) + above)
+    total = inside + outside
+    full = float(inside[-1]) + (_VALUE_BITS - 2) * len(places)
+    # Element -1 stands for coding none.
+    nothing = _place_bits(moved.sum(keepdims=True), counts.sum(keepdims=True))
+    total, above = np.append(nothing, total), np.append(moved.sum(), above)
+    good = (total <= total[-1] + _TOLERANCE * full) & (above <= _RARE * len(before))
+    return int(np.flatnonzero(good)[0]) - 1
+
+
+def _place_bits(moved: NDArray[Any], among: NDArray[Any]) -> NDArray[np.float64]:
+    """The entropy of which `moved` elements out of `among` changed, in bits."""
+    among = np.maximum(among, moved)
+    share = np.clip(moved / np.maximum(among, 1), 1e-12, 1 - 1e-12)
+    bits = -(share * np.log2(share) + (1 - share) * np.log2(1 - share)) * among
+    return np.where(moved > 0, bits, 0.0)
+
+
+def _chosen(
+    before: NDArray[Any], source: NDArray[Any], cutoff: int, active: Bytes, form: FloatFormat
+) -> NDArray[Any]:
+    """The chosen elements of source in a row."""
+    from .compiled import subset
+
+    row = np.empty(len(before) + subset.SPARE, form.dtype)
+    count = subset.choose(before, source, form.shift, form.mask, cutoff, active, row)
+    return row[:count]
+
+
+def _put_exceptions(places: NDArray[np.int64], distances: NDArray[Any]) -> list[bytes]:
+    from .compiled import coder
+
+    gaps = np.diff(places, prepend=-1) - 1
+    lists = [gaps.astype(np.uint32), distances.astype(np.uint32)]
+    if distances.dtype.itemsize == 8:
+        lists.append((distances >> np.uint64(32)).astype(np.uint32))
+    return [floats.sized(coder.encode_list(values)) for values in lists] if len(places) else []
+
+
+def decode_sparse(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> None:
+    """Fill out with the target; PayloadError where data does not code that many elements."""
+    from .compiled import frozen, subset
+
+    before, result = frozen(floats.elements(base, form)), floats.elements(out, form)
+    if len(data) < _HEAD.size:
+        raise PayloadError("the payload of a chunk is cut short")
+    cutoff, follows, exceptions = _HEAD.unpack(data[: _HEAD.size].tobytes())
+    units = -(-len(before) // subset.UNIT)
+    marks, data = take_plane(data[_HEAD.size :], -(-units // 8))
+    if len(marks) != -(-units // 8) or exceptions > len(before) or follows > 1:
+        raise PayloadError("the head of a sparse chunk is damaged")
+    active = np.unpackbits(marks, count=units, bitorder="little")
+    places, distances, data = _take_exceptions(data, exceptions, len(before), form)
+    if follows != (len(data) > 0):
+        raise PayloadError("a sparse chunk's delta is missing or unannounced")
+    if follows:
+        chosen = _chosen(before, before, cutoff, active, form)
+        changed = np.empty(len(chosen) + subset.SPARE, form.dtype)
+        part = changed[: len(chosen)]
+        floats.decode_delta(data, chosen.view(np.uint8), form, part.view(np.uint8))
+        subset.merge(before, form.shift, form.mask, cutoff, active, changed, result)
+    else:
+        result[:] = before
+    result[places] = ulp.restore(before[places], distances)
+    floats.deliver(result, out)
+
+
+def _take_exceptions(
+    data: Bytes, count: int, limit: int, form: FloatFormat
+) -> tuple[NDArray[np.int64], NDArray[Any], Bytes]:
+    """(places, distances, what follows)."""
+    from .compiled import coder
+
+    if count == 0:
+        return np.empty(0, np.int64), np.empty(0, form.dtype), data
+    lists = []
+    for _ in range(3 if form.itemsize == 8 else 2):
+        section, data = floats.take_section(data)
+        lists.append(coder.decode_list(section, count))
+    places = np.cumsum(lists[0].astype(np.int64) + 1) - 1
+    if places[-1] >= limit:
+        raise PayloadError("an exception lies beyond the end of its chunk")
+    distances = lists[1].astype(form.dtype)
+    if form.itemsize == 8:
+        distances |= lists[2].astype(form.dtype) << form.dtype.type(32)
+    return places, distances, data

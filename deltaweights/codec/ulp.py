@@ -1,0 +1,92 @@
+"""Floats as integers in numeric order, and the distance between two of them in ULPs (NumPy).
+
+The readable form of what :mod:`.delta` does in vectors; the tests hold one to the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Unsigned = NDArray[np.unsignedinteger[Any]]
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """Where a float type keeps its exponent: (bits >> shift) & mask, sign in the top bit."""
+
+    itemsize: int
+    shift: int
+    mask: int
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The unsigned integers that hold this type's bits, little-endian."""
+        return np.dtype(f"<u{self.itemsize}")
+
+
+FORMATS = {
+    "BF16": FloatFormat(2, 7, 0xFF),
+    "F16": FloatFormat(2, 10, 0x1F),
+    "F32": FloatFormat(4, 23, 0xFF),
+    "C64": FloatFormat(4, 23, 0xFF),  # pairs of F32
+    "F64": FloatFormat(8, 52, 0x7FF),
+    "F8_E4M3": FloatFormat(1, 3, 0x0F),
+    "F8_E5M2": FloatFormat(1, 2, 0x1F),
+}
+
+
+def numeric_order(bits: Unsigned) -> Unsigned:
+    """Bit patterns to integers that count floats upwards, modulo 2**N; its own inverse.
+
+    Negative floats have their magnitude bits flipped, so that read as two's complement the result
+    rises with the value: -0.0 is -1, +0.0 is 0.
+    """
+    top = 8 * bits.dtype.itemsize - 1
+    one = bits.dtype.type(1)
+    magnitude = bits.dtype.type((1 << top) - 1)
+    negative = (bits >> bits.dtype.type(top)) & one
+    return bits ^ (negative * magnitude)
+
+
+def distance(base: Unsigned, target: Unsigned) -> Unsigned:
+    """How many ULPs the target lies from the base, away from zero, zigzagged: 0, -1, +1, -2 ...
+
+    base, target: bit patterns (uint8 ... uint64) of equal length. Exact modulo 2**N, hence
+    invertible for every pair of patterns: see `restore`.
+    """
+    kind = base.dtype.type
+    top = kind(8 * base.dtype.itemsize - 1)
+    steps = numeric_order(target) - numeric_order(base)
+    steps = np.where(base >> top, kind(0) - steps, steps)
+    sign = kind(0) - (steps >> top)
+    return (steps << kind(1)) ^ sign
+
+
+def restore(base: Unsigned, zigzag: Unsigned) -> Unsigned:
+    """The target that lies `zigzag` from the base: restore(b, distance(b, t)) == t."""
+    kind = base.dtype.type
+    top = kind(8 * base.dtype.itemsize - 1)
+    steps = (zigzag >> kind(1)) ^ (kind(0) - (zigzag & kind(1)))
+    steps = np.where(base >> top, kind(0) - steps, steps)
+    return numeric_order(numeric_order(base) + steps)
+
+
+def exponent(bits: Unsigned, form: FloatFormat) -> NDArray[np.int64]:
+    """The biased exponent of each pattern."""
+    return (bits.astype(np.uint64) >> np.uint64(form.shift)).astype(np.int64) & form.mask
+
+
+def rotate(bits: Unsigned) -> Unsigned:
+    """The sign moved from the top to the bottom: exponent, mantissa, sign."""
+    kind = bits.dtype.type
+    return (bits << kind(1)) | (bits >> kind(8 * bits.dtype.itemsize - 1))
+
+
+def unrotate(rotated: Unsigned) -> Unsigned:
+    """The inverse of `rotate`."""
+    kind = rotated.dtype.type
+    return (rotated >> kind(1)) | (rotated << kind(8 * rotated.dtype.itemsize - 1))

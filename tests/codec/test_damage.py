@@ -1,0 +1,123 @@
+"""Damaged payloads: PayloadError or wrong bytes, never a crash, a hang or a huge allocation."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from deltaweights.codec import Method, decode_chunk, encode_chunk
+from deltaweights.errors import PayloadError
+
+from .pairs import Bytes, fine_tune, noise, to_bits
+
+Case = tuple[str, Bytes | None, Bytes]
+
+
+def cases() -> dict[str, Case]:
+    base, target = fine_tune("BF16", 3000, 1e-4)
+    long_base, long_target = fine_tune("BF16", 40_000, 3e-4)
+    sparse_base, sparse_target = fine_tune("BF16", 60_000, 2e-6)
+    wide_base, wide_target = fine_tune("F32", 3000, 1e-4)
+    double_base, double_target = fine_tune("F64", 1000, 1e-4)
+    integers = np.random.default_rng(0).normal(0, 50, 3000).astype("<i4").view(np.uint8)
+    return {
+        "delta": ("BF16", base, target),
+        "long delta": ("BF16", long_base, long_target),
+        "sparse": ("BF16", sparse_base, sparse_target),
+        "wide": ("F32", wide_base, wide_target),
+        "double": ("F64", double_base, double_target),
+        "alone": ("BF16", None, target),
+        "planes": ("I32", integers, integers[::-1].copy()),
+        "zstd": ("BF16", None, np.tile(target[:512], 20)),
+        "eight bits": ("F8_E4M3", *fine_tune("F8_E4M3", 3000, 1e-3)),
+    }
+
+
+def damaged(data: bytes, rng: np.random.Generator) -> bytes:
+    """Data with a few bytes changed, cut, doubled or filled, mostly near its beginning."""
+    kind = rng.integers(5)
+    where = int(len(data) * rng.random() ** 3)
+    if kind == 0:
+        return data[:where]
+    if kind == 1:
+        return data[:where] + data[where + int(rng.integers(1, 9)) :]
+    if kind == 2:
+        return data[:where] + rng.bytes(int(rng.integers(1, 9))) + data[where:]
+    changed = bytearray(data)
+    for _ in range(int(rng.integers(1, 4))):
+        at = int(len(data) * rng.random() ** 3)
+        changed[at] = int(rng.integers(256)) if kind == 3 else (0, 255)[int(rng.integers(2))]
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_mutated_payloads(name: str) -> None:
+    dtype, base, target = cases()[name]
+    method, data = encode_chunk(base, target, dtype)
+    assert method not in (Method.RAW, Method.SAME)
+    rng = np.random.default_rng(hash(name) % 1000)
+    refused = 0
+    for _ in range(600):
+        room = np.full(len(target) + 64, 0x5A, np.uint8)
+        out = room[32:-32]
+        try:
+            decode_chunk(method, damaged(data, rng), base, dtype, out)
+        except PayloadError:
+            refused += 1
+        assert (room[:32] == 0x5A).all()
+        assert (room[-32:] == 0x5A).all()
+    assert refused > 100
+
+
+@pytest.mark.parametrize("name", ["delta", "sparse", "wide", "alone", "planes", "zstd"])
+def test_payloads_cut_anywhere(name: str) -> None:
+    dtype, base, target = cases()[name]
+    method, data = encode_chunk(base, target, dtype)
+    out = np.zeros_like(target)
+    for end in {*range(min(len(data), 200)), *range(0, len(data), 101)}:
+        with pytest.raises(PayloadError):
+            decode_chunk(method, data[:end], base, dtype, out)
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_random_payloads(method: Method) -> None:
+    rng = np.random.default_rng(int(method))
+    base = noise("F32", 2000)
+    out = np.zeros_like(base)
+    for dtype in ("BF16", "F32", "F64", "F8_E5M2", "I16"):
+        for _ in range(150):
+            payload = rng.bytes(int(rng.integers(0, 400)))
+            for before in (base, None):
+                try:
+                    decode_chunk(method, payload, before, dtype, out)
+                except PayloadError:
+                    continue
+
+
+def test_no_allocation_is_sized_by_the_payload() -> None:
+    """A zstd frame that would expand to gigabytes, and lengths near 2**32."""
+    import zstandard
+
+    bomb = zstandard.ZstdCompressor().compress(bytes(1 << 26))
+    out = np.zeros(4096, np.uint8)
+    tracemalloc.start()
+    with pytest.raises(PayloadError):
+        decode_chunk(Method.ZSTD, bomb, None, "BF16", out)
+    with pytest.raises(PayloadError):
+        decode_chunk(Method.PLANES, b"\0" + b"\1" + b"\xff" * 8 + b"\0", None, "U8", out)
+    with pytest.raises(PayloadError):
+        decode_chunk(Method.SPARSE, b"\x10\0" + b"\xff" * 40, out.copy(), "BF16", out)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
+
+
+def test_infinite_and_missing_numbers_survive() -> None:
+    special = np.array([np.inf, -np.inf, np.nan, 0.0, -0.0, 1e-45, 3e38])
+    base = to_bits(np.resize(special, 5000), "BF16")
+    target = np.roll(base, 1)
+    method, data = encode_chunk(base.view(np.uint8), target.view(np.uint8), "BF16")
+    out = np.zeros(10_000, np.uint8)
+    decode_chunk(method, data, base.view(np.uint8), "BF16", out)
+    assert np.array_equal(out.view(np.uint16), target)

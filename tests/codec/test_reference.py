@@ -1,0 +1,113 @@
+"""The kernels, bit for bit what the NumPy reference says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltaweights.codec import floats, reference, ulp
+from deltaweights.codec.tables import (
+    DIRECT_BITS,
+    SCALES,
+    laplace_family,
+    lead_of,
+    raw_bits_of,
+    token_of,
+)
+from deltaweights.codec.ulp import FORMATS
+
+from .pairs import fine_tune, noise
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("update", [0.0, 1e-5, 1e-3, 1.0])
+@pytest.mark.parametrize("count", [5, 300, 9001])
+def test_deltas(dtype: str, update: float, count: int) -> None:
+    """The reference decodes the kernels' delta, and encodes its values to the same bytes."""
+    form = FORMATS[dtype]
+    base, target = fine_tune(dtype, count, update, seed=count)
+    if update == 1.0:
+        target = noise(dtype, count)
+    data = floats.encode_delta(base, target, form)
+    if data is None:
+        return
+    found, before = np.frombuffer(data, np.uint8), base.view(form.dtype)
+    assert np.array_equal(reference.decode_delta(found, before, form), target.view(form.dtype))
+    delta = reference.parse_delta(found, before, form)
+    values = reference.decode_values(delta.run, delta.contexts)
+    again = reference.encode_values(delta.run, delta.contexts, values)
+    assert np.array_equal(again.states, delta.run.states)
+    assert np.array_equal(again.words, delta.run.words)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_standalone(dtype: str) -> None:
+    form = FORMATS[dtype]
+    for target in (fine_tune(dtype, 20_000, 0)[0], noise(dtype, 5000)):
+        data = np.frombuffer(floats.encode_alone(target, form), np.uint8)
+        count = len(target) // form.itemsize
+        assert np.array_equal(reference.decode_alone(data, count, form), target.view(form.dtype))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32", "F64", "F8_E4M3"])
+def test_transforms(dtype: str) -> None:
+    from deltaweights.codec.compiled import delta
+
+    form = FORMATS[dtype]
+    base, target = (noise(dtype, 4099, seed).view(form.dtype) for seed in (1, 2))
+    wide = np.uint64 if form.itemsize == 8 else np.uint32
+    values = np.empty(len(base), wide)
+    delta.distances(base, target, values)
+    assert np.array_equal(values, ulp.distance(base, target).astype(wide))
+    out = np.empty_like(target)
+    delta.restore(base, values, out)
+    assert np.array_equal(out, target)
+    assert np.array_equal(ulp.restore(base, ulp.distance(base, target)), target)
+
+
+def test_distance_counts_floats() -> None:
+    """Neighbouring floats are one apart, zeros included, and the direction is away from zero."""
+    one = np.array([1.0, -1.0], np.float32)
+    away = np.nextafter(one, 2 * one).view(np.uint32)
+    assert ulp.distance(one.view(np.uint32), away).tolist() == [2, 2]
+    zeros = np.array([0.0, -0.0], np.float32).view(np.uint32)
+    assert ulp.distance(zeros, zeros[::-1]).tolist() == [1, 1]
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=300)
+def test_tokens(value: int) -> None:
+    from deltaweights.codec.compiled import runs
+
+    token = token_of(value)
+    assert lead_of(token) == value >> raw_bits_of(token)
+    contexts, keys = np.zeros(17, np.uint8), np.empty(17, np.uint16)
+    runs.keys_of(np.full(17, value, np.uint32), contexts, DIRECT_BITS, keys)
+    assert set(keys.tolist()) == {token}
+
+
+@given(st.lists(st.integers(0, 60_000), min_size=1, max_size=256), st.integers(8, 11))
+@settings(max_examples=200, deadline=None)
+def test_frequencies(weights: list[int], precision: int) -> None:
+    from deltaweights.codec.compiled import runs
+
+    padded = np.zeros(256, np.uint32)
+    padded[: len(weights)] = weights
+    if np.count_nonzero(padded) > 1 << precision:
+        return
+    found = np.empty(256, np.uint32)
+    runs.fit_frequencies(padded, precision, found)
+    expected = reference.fit_frequencies(padded.astype(np.int64), precision)
+    assert np.array_equal(found, expected)
+    assert found.sum() in (0, 1 << precision)
+    assert ((found > 0) == (padded > 0)).all()
+
+
+def test_the_family_is_what_the_format_says() -> None:
+    family = laplace_family()
+    b = 2.0 ** ((np.arange(SCALES) - 10) / 2)
+    assert np.allclose(family[:, 0] / 2**20, 1 - np.exp(-1 / (2 * b)), atol=2**-19)
+    two_sided = np.exp(-1 / (2 * b)) - np.exp(-3 / (2 * b))
+    assert np.allclose((family[:, 1] + 0.0 + family[:, 2]) / 2**20, two_sided, atol=2**-18)
