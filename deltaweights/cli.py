@@ -340,4 +340,7 @@ def main() -> None:
     """The console script's entry point."""
     # NumPy's linear algebra is never used here; its threads would cost start-up time.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before or after the work itself
+        sys.exit(130)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from . import card, codec
 from ._version import __version__
 from .checkpoint import (
+    MAX_HEADER_BYTES,
     Checkpoint,
     LocalSource,
     Location,
@@ -176,7 +177,7 @@ def _check_vacant(folder: OutputFolder, force: bool) -> None:
             f"It holds {others[0]}{f' and {len(others) - 1} more' if others[1:] else ''}.",
             "Choose a new folder, or pass --force to write there; an earlier delta is replaced.",
         )
-    if MANIFEST_NAME in others:
+    if (folder.root / MANIFEST_NAME).exists():
         folder.claim([MANIFEST_NAME, card.CARD_NAME])
         with suppress(DeltaError, CheckpointError), closing(LocalSource(folder.root)) as earlier:
             folder.claim(file.path for file in read_manifest(earlier).files)
@@ -279,6 +280,13 @@ class _DeltaWriter:
         sha256 = hashlib.sha256(shard.header.raw)
         with self._folder.create(name) as file:
             room = _header_room(shard, self._plans(matches))
+            if room > MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{path} cannot be part of a delta",
+                    f"With its header, the delta shard's would have {room} bytes; the format's limit is "
+                    f"{MAX_HEADER_BYTES}.",
+                    "Save the target in smaller shards.",
+                )
             entries, payloads, position = [], [], 0
             for match, plan in zip(matches, self._plans(matches), strict=True):
                 length, changed, is_same = self._write_payload(

@@ -17,6 +17,10 @@ from .errors import DeltaWeightsError
 
 _BLOCK_BYTES = 1 << 20
 
+#: Bounds of the search for common prefixes: names with one ending, and pairs of prefixes.
+_MAX_NAMES = 64
+_MAX_PAIRS = 64
+
 #: A rename rule: a regular expression, searched in a target tensor's name, and what to put in its place
 #: (``re.sub``) to get the base tensor's name.
 RenameRule = tuple[str, str]
@@ -94,6 +98,8 @@ def _match_prefixes(unmatched: Iterable[Tensor], free: Iterable[Tensor]) -> dict
     """Match names that differ in a leading part only, such as ``model.`` against ``language_model.model.``.
 
     The pair of prefixes that explains most tensors wins, then the next, until a pair explains but one tensor.
+    Endings that very many names share, and pairs far down the list, are left out: names are anybody's, and
+    the time must grow with their number, not its square.
     """
     by_name = {tensor.info.name: tensor for tensor in free}
     left = {tensor.info.name: tensor for tensor in unmatched}
@@ -104,11 +110,12 @@ def _match_prefixes(unmatched: Iterable[Tensor], free: Iterable[Tensor]) -> dict
     votes: Counter[tuple[str, str]] = Counter()
     for name, tensor in left.items():
         for suffix in _suffixes(name):
-            for other in by_suffix.get(suffix, [])[:64]:  # ".weight" ends every name
+            others = by_suffix.get(suffix, [])
+            for other in others if len(others) <= _MAX_NAMES else ():
                 if by_name[other].info.shape == tensor.info.shape:
                     votes[name.removesuffix(suffix), other.removesuffix(suffix)] += 1
     found: dict[Tensor, Tensor] = {}
-    for (new, old), count in votes.most_common():
+    for (new, old), count in votes.most_common(_MAX_PAIRS):
         if count < 2:
             break
         for name in [name for name in left if name.startswith(new)]:

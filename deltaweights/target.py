@@ -410,7 +410,12 @@ class TensorRecipe:
         return self.base.info.name if self.base else ""
 
     @cached_property
-    def _table(self) -> tuple[NDArray[np.void], NDArray[np.int64]]:
+    def table(self) -> tuple[NDArray[np.void], NDArray[np.int64]]:
+        """The payload's chunk records (:data:`codec.RECORD`), and where each chunk's data starts in it.
+
+        Raises:
+            PayloadError: they do not add up.
+        """
         length = self.plan.count * codec.RECORD.itemsize
         if length > self._payload.info.nbytes:
             raise self._damaged(f"Its payload of {self._payload.info.nbytes} bytes is too short")
@@ -432,11 +437,11 @@ class TensorRecipe:
 
     def matches_base(self, index: int) -> bool:
         """Whether the base's bytes for chunk ``index`` are those that the delta was made from."""
-        return codec.checksum(self._read_base(index)) == int(self._table[0]["base"][index])
+        return codec.checksum(self._read_base(index)) == int(self.table[0]["base"][index])
 
     def read(self) -> NDArray[np.uint8]:
         """The whole tensor's bytes; raises as :meth:`decode` does."""
-        self._table  # noqa: B018  # a payload that long must exist before so much memory is taken
+        self.table  # noqa: B018  # a payload that long must exist before so much memory is taken
         data = np.empty(self.info.nbytes, np.uint8)
         for index, (start, end) in enumerate(self.plan):
             self.decode(index, data[start:end])
@@ -449,7 +454,7 @@ class TensorRecipe:
             BaseMismatchError: the base's bytes are not those that the delta was made from.
             PayloadError: the delta is damaged.
         """
-        records, starts = self._table
+        records, starts = self.table
         base = None
         if self.plan.has_base(index):
             assert self.base is not None

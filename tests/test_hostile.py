@@ -42,7 +42,7 @@ from deltaweights import (
     verify_delta,
 )
 from deltaweights.checkpoint import TensorInfo, build_header, parse_header
-from deltaweights.codec import RECORD, checksum
+from deltaweights.codec import RECORD, Method, checksum
 from deltaweights.manifest import BaseTensor, FileRecord, License, TargetFile, TensorEntry
 from deltaweights.summary import inspect_delta
 
@@ -526,37 +526,44 @@ _PAYLOADS: dict[str, Callable[[bytes], bytes]] = {
     "a byte more": lambda p: p + b"\0",
     "unknown method": _set("method", 99),
     "method 255": _set("method", 255),
-    "same, without a base": _chunk(0, b""),
-    "XOR, without a base": _set("method", 3),
+    "same, without a base": _chunk(Method.SAME, b""),
     "gigantic length": _set("length", 2**32 - 1),
     "length 0": _set("length", 0),
     "length of the next": _set("length", 1, 1),
     "wrong checksum": _set("target", 0),
     "reserved bytes": lambda p: p[:1] + b"\1" + p[2:],
-    "raw, too short": _chunk(1, bytes(4095)),
-    "raw, too long": _chunk(1, bytes(4097)),
-    "raw, other bytes": _chunk(1, bytes(4096)),
-    "raw, other bytes, right checksum": _chunk(1, bytes(4096), checksum(np.zeros(4096, np.uint8))),
-    "planes, no lengths": _chunk(2, b""),
-    "planes, half the lengths": _chunk(2, bytes(7)),
-    "planes, empty": _chunk(2, bytes(8)),
-    "planes, one empty": _chunk(2, _planes(_PLANE, b"")),
-    "planes, not zstd": _chunk(2, _planes(b"x" * 100, b"y" * 100)),
-    "planes, one raw too short": _chunk(2, _planes(_PLANE, b"x", lengths=[len(_PLANE), 1 | _RAW])),
-    "planes, lengths beyond": _chunk(2, _planes(_PLANE, _PLANE, lengths=[len(_PLANE), 2**31 - 1])),
-    "planes, raw length beyond": _chunk(2, _planes(_PLANE, _PLANE, lengths=[len(_PLANE), 2**32 - 1])),
-    "planes, lengths wrap": _chunk(2, _planes(_PLANE, _PLANE, lengths=[2**31 - 1, 2**31 - 1])),
-    "planes, lengths of all": _chunk(2, _planes(_PLANE, _PLANE, lengths=[2 * len(_PLANE), 0])),
-    "planes, bytes behind": _chunk(2, _planes(_PLANE, _PLANE) + b"\0"),
-    "planes, too few bytes": _chunk(2, _planes(*[zstandard.compress(bytes(2047))] * 2)),
-    "planes, too many bytes": _chunk(2, _planes(*[zstandard.compress(bytes(2049))] * 2)),
-    "planes, cut frame": _chunk(2, _planes(_PLANE[:-1], _PLANE[:-1])),
-    "planes, no content size": _chunk(2, _planes(*[_zstd_of_zeros(2048, None)] * 2)),
-    "planes, claims a TiB": _chunk(2, _planes(*[_zstd_of_zeros(2048, _TIB)] * 2)),
-    "planes, expands to 4 MB": _chunk(2, _planes(*[_zstd_of_zeros(1 << 22, 2048)] * 2)),
-    "planes, claims more than it holds": _chunk(2, _planes(*[_zstd_of_zeros(100, 2048)] * 2)),
-    "planes, a skippable frame": _chunk(2, _planes(*[b"\x50\x2a\x4d\x18\x02\0\0\0xx"] * 2)),
-    "planes, a dictionary": _chunk(2, _planes(*[b"\x28\xb5\x2f\xfd\x61\x07\x00\x08\x01\x00\x00"] * 2)),
+    "raw, too short": _chunk(Method.RAW, bytes(4095)),
+    "raw, too long": _chunk(Method.RAW, bytes(4097)),
+    "raw, other bytes": _chunk(Method.RAW, bytes(4096)),
+    "raw, other bytes, right checksum": _chunk(Method.RAW, bytes(4096), checksum(np.zeros(4096, np.uint8))),
+    "planes, no lengths": _chunk(Method.PLANES, b""),
+    "planes, half the lengths": _chunk(Method.PLANES, bytes(7)),
+    "planes, empty": _chunk(Method.PLANES, bytes(8)),
+    "planes, one empty": _chunk(Method.PLANES, _planes(_PLANE, b"")),
+    "planes, not zstd": _chunk(Method.PLANES, _planes(b"x" * 100, b"y" * 100)),
+    "planes, one raw too short": _chunk(
+        Method.PLANES, _planes(_PLANE, b"x", lengths=[len(_PLANE), 1 | _RAW])
+    ),
+    "planes, lengths beyond": _chunk(
+        Method.PLANES, _planes(_PLANE, _PLANE, lengths=[len(_PLANE), 2**31 - 1])
+    ),
+    "planes, raw length beyond": _chunk(
+        Method.PLANES, _planes(_PLANE, _PLANE, lengths=[len(_PLANE), 2**32 - 1])
+    ),
+    "planes, lengths wrap": _chunk(Method.PLANES, _planes(_PLANE, _PLANE, lengths=[2**31 - 1, 2**31 - 1])),
+    "planes, lengths of all": _chunk(Method.PLANES, _planes(_PLANE, _PLANE, lengths=[2 * len(_PLANE), 0])),
+    "planes, bytes behind": _chunk(Method.PLANES, _planes(_PLANE, _PLANE) + b"\0"),
+    "planes, too few bytes": _chunk(Method.PLANES, _planes(*[zstandard.compress(bytes(2047))] * 2)),
+    "planes, too many bytes": _chunk(Method.PLANES, _planes(*[zstandard.compress(bytes(2049))] * 2)),
+    "planes, cut frame": _chunk(Method.PLANES, _planes(_PLANE[:-1], _PLANE[:-1])),
+    "planes, no content size": _chunk(Method.PLANES, _planes(*[_zstd_of_zeros(2048, None)] * 2)),
+    "planes, claims a TiB": _chunk(Method.PLANES, _planes(*[_zstd_of_zeros(2048, _TIB)] * 2)),
+    "planes, expands to 4 MB": _chunk(Method.PLANES, _planes(*[_zstd_of_zeros(1 << 22, 2048)] * 2)),
+    "planes, claims more than it holds": _chunk(Method.PLANES, _planes(*[_zstd_of_zeros(100, 2048)] * 2)),
+    "planes, a skippable frame": _chunk(Method.PLANES, _planes(*[b"\x50\x2a\x4d\x18\x02\0\0\0xx"] * 2)),
+    "planes, a dictionary": _chunk(
+        Method.PLANES, _planes(*[b"\x28\xb5\x2f\xfd\x61\x07\x00\x08\x01\x00\x00"] * 2)
+    ),
 }
 
 
@@ -567,7 +574,7 @@ def test_a_hostile_payload_is_refused(small: Trio, edit: Callable[[bytes], bytes
 
 
 @pytest.mark.parametrize(
-    "edit", [_set("base", 1), _set("method", 1), _set("target", 5), _chunk(0, b"")],
+    "edit", [_set("base", 1), _set("method", Method.RAW), _set("target", 5), _chunk(Method.SAME, b"")],
     ids=["base checksum", "method", "target checksum", "same"],
 )  # fmt: skip
 def test_a_hostile_payload_of_a_tensor_with_a_base_is_refused(
@@ -576,6 +583,20 @@ def test_a_hostile_payload_of_a_tensor_with_a_base_is_refused(
     _edit_payload(small.delta, "embed", edit)
     # A publisher who lies about the base's checksums makes a delta for another base.
     _assert_refused(small, (DeltaError, BaseMismatchError))
+
+
+def test_random_bytes_for_any_method_are_refused(small: Trio) -> None:
+    choice = np.random.default_rng(0)
+    before = contents(small.delta)
+    for name in ("embed", "added"):
+        for method in (*Method, 77):
+            for length in (1, 2, 7, 8, 9, 64, 100, 1000, 4096):
+                data = choice.bytes(length) if length % 2 else bytes(length - 1) + choice.bytes(1)
+                _edit_payload(small.delta, name, _chunk(method, data))
+                with _refused(DeltaError, _SHARD):
+                    apply_delta(small.delta, small.delta.with_name("out"), base=small.base)
+                for path in (_SHARD, _MANIFEST):
+                    (small.delta / path).write_bytes(before[path])
 
 
 _HEADER_COPIES: dict[str, Callable[[bytes], str | None]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import pytest
 from hypothesis import given
@@ -265,6 +267,25 @@ except OutputError as error:
     with pytest.raises(OutputError, match="another deltaweights process"), OutputFolder(folder.root):
         pass
     _write(folder, "x", b"the first one is not disturbed")
+
+
+def test_the_lock_of_a_workspace_that_is_gone_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening the lock and taking it, the first writer may end and a third may begin."""
+    first, third, lock = OutputFolder(tmp_path / "out"), OutputFolder(tmp_path / "out"), fcntl.flock
+    first.__enter__()
+
+    def late(file: IO[bytes], operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        first.__exit__(None, None, None)
+        third.__enter__()
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(OutputError, match="another deltaweights process"), OutputFolder(tmp_path / "out"):
+        pass
+    third.__exit__(None, None, None)
 
 
 def test_the_next_writer_gets_in(tmp_path: Path) -> None:

@@ -90,32 +90,61 @@ class OutputFolder:
     def __enter__(self) -> OutputFolder:
         try:
             with _full_disk_explained(f"to {self.root}"):
-                self._make(self._workspace)
+                while not self._locked():
+                    pass  # another process removed the workspace just now: make it again
+                for left_over in self._workspace.glob("*.partial"):
+                    if left_over.is_symlink() or not left_over.is_dir():
+                        left_over.unlink()
                 self._check_workspace()
-                self._lock = open(self._workspace / "lock", "wb")
-        except OutputError:
+        except BaseException:
+            if self._lock:
+                self._lock.close()
             self._remove_made()
             raise
+        return self
+
+    def _locked(self) -> bool:
+        """Make the workspace and take its lock. Returns whether that is still the workspace's lock."""
+        if self._workspace.is_symlink():
+            raise self._not_ours(self._workspace)
+        path = self._workspace / "lock"
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            self._make(self._workspace)
+            self._lock = open(path, "w+b", opener=lambda name, _: os.open(name, flags, 0o666))  # noqa: SIM115
+        except FileNotFoundError:
+            return False
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self._lock.close()
             raise OutputError(
                 f"{self.root} is being written to by another deltaweights process",
-                f"It holds {self._workspace / 'lock'}.",
+                f"It holds {path}.",
                 "Wait for it, or choose another folder.",
             ) from error
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.ENOLCK):  # a file system without locks
-                self._lock.close()
-                raise OutputError(f"Cannot write to {self.root}", f"{error.strerror}.") from error
-        for left_over in self._workspace.glob("*.partial"):
-            left_over.unlink()
-        return self
+                raise
+        try:
+            if os.path.samestat(os.fstat(self._lock.fileno()), os.lstat(path)):
+                return True
+        except FileNotFoundError:
+            pass
+        self._lock.close()
+        return False
+
+    def _remove_workspace(self) -> None:
+        """The lock last: with it, another process may come in."""
+        for path in self._workspace.iterdir():
+            if path.name != "lock":
+                path.unlink()
+        (self._workspace / "lock").unlink()
+        self._workspace.rmdir()
 
     def __exit__(self, *exc: object) -> None:
         if exc[0] is None or not self.claims:
-            shutil.rmtree(self._workspace, ignore_errors=True)
+            with suppress(OSError):
+                self._remove_workspace()
         if exc[0] is not None:
             self._remove_made()
         if self._lock:
@@ -144,11 +173,14 @@ class OutputFolder:
             or not (entry.is_file() or entry.is_symlink() or entry == self._workspace)
         ]
         if odd:
-            raise OutputError(
-                f"Cannot write to {self.root}",
-                f"{odd[0]} is not what deltaweights puts there.",
-                f"Remove {self._workspace}, or choose another folder.",
-            )
+            raise self._not_ours(odd[0])
+
+    def _not_ours(self, path: Path) -> OutputError:
+        return OutputError(
+            f"Cannot write to {self.root}",
+            f"{path} is not what deltaweights puts there.",
+            f"Remove {self._workspace}, or choose another folder.",
+        )
 
     @property
     def claims(self) -> set[str]:
@@ -276,6 +308,9 @@ def _sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
+            raise
     finally:
         os.close(fd)
 

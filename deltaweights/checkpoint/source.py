@@ -208,7 +208,7 @@ class LocalSource:
     def fingerprint(self, path: str) -> str:
         """Size, time of change and inode of the file."""
         info = (self._folder / path).stat()
-        return f"{path}:{info.st_size}:{info.st_mtime_ns}:{info.st_ino}"
+        return f"{path}:{info.st_size}:{info.st_ctime_ns}:{info.st_ino}"
 
     def close(self) -> None:
         while self._opened:
