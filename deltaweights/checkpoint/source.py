@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import stat
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ class LocalFile:
         self.path = path
         try:
             self._fd = os.open(full_path, os.O_RDONLY | os.O_CLOEXEC)
+            self.close = weakref.finalize(self, os.close, self._fd)  # with the last reference, at the latest
             self.size = os.fstat(self._fd).st_size
         except OSError as error:
             raise CheckpointError(f"Cannot open {full_path}", f"{error.strerror}.") from error
@@ -111,9 +113,6 @@ class LocalFile:
         out = np.empty(nbytes, np.uint8)
         self.read_into(offset, out)
         return out.tobytes()
-
-    def close(self) -> None:
-        os.close(self._fd)
 
 
 def _pread_into(fd: int, view: memoryview, offset: int) -> int:
