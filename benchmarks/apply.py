@@ -129,7 +129,7 @@ def rate(stage: Callable[[int], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--size", type=float, default=1, metavar="GIB", help="of each target, default 1")
+    parser.add_argument("--size", type=float, default=4, metavar="GIB", help="of each target, default 4")
     parser.add_argument("--shards", type=int, default=4, help="of the first pair, default 4")
     parser.add_argument("--repeats", type=int, default=5, help="default 5")
     parser.add_argument("--folder", type=Path, help="where the files go; /dev/shm if it has room, else disk")
