@@ -6,8 +6,12 @@ It holds the document to its promise, so it stays plain: whole files in memory, 
 from __future__ import annotations
 
 import base64
+import bisect
+import functools
 import hashlib
+import itertools
 import json
+import math
 import re
 import struct
 from pathlib import Path
@@ -19,6 +23,8 @@ import zstandard
 from numpy.typing import NDArray
 
 Fields = dict[str, Any]
+Bytes = NDArray[np.uint8]
+Elements = NDArray[np.uint64]
 
 BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 BITS |= dict.fromkeys(["BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"], 8)
@@ -94,7 +100,7 @@ def rebuild(delta: Path, base: Path, out: Path) -> None:
 def read_manifest(delta: Path) -> Fields:
     """``deltaweights.json``, checked by the document's rules."""
     data = (delta / "deltaweights.json").read_bytes()
-    need(len(data) <= 1 << 28, "manifest: size")
+    need(len(data) <= 1 << 27, "manifest: size")
     manifest: Fields = json.loads(data)
     need(manifest["format"] == "deltaweights" and manifest["format_version"] == 1, "manifest: version")
     need(canonical(manifest).encode() + b"\n" == data, "manifest: canonical form")
@@ -119,6 +125,7 @@ def read_manifest(delta: Path) -> Fields:
     for entry in manifest["tensors"]:
         need((entry["file"] is None) == (entry["status"] == "removed"), f"{entry['name']}: status")
         need(entry["base"] or not entry["shared_bytes"], f"{entry['name']}: base")
+        need(entry["changed"] <= entry["shared_bytes"], f"{entry['name']}: changed")
         if entry["file"] is not None:
             need(entry["file"] in shards, f"{entry['name']}: file")
             need((entry["file"], entry["name"]) not in seen, f"{entry['name']}: twice")
@@ -152,6 +159,14 @@ def check_fields(manifest: Fields) -> None:
     for kind, value in objects:
         need(set(value) == FIELDS[kind], f"manifest: fields of {kind}")
     need(manifest["chunk_bytes"] in range(4096, 4194304 + 1, 4096), "manifest: chunk_bytes")
+    part = "[A-Za-z0-9_][A-Za-z0-9_.-]*"
+    for side in ("base", "target"):
+        for field, pattern in (
+            ("repo_id", f"{part}(/{part})?"),
+            ("revision", "[A-Za-z0-9_][A-Za-z0-9_./-]*"),
+        ):
+            value = manifest[side][field]
+            need(value is None or (len(value) <= 200 and re.fullmatch(pattern, value)), f"manifest: {field}")
 
 
 def check_paths(paths: list[str]) -> set[str]:
@@ -160,6 +175,7 @@ def check_paths(paths: list[str]) -> set[str]:
         for part in path.split("/"):
             need(part not in ("", ".", "..") and part.lower() not in (".git", ".deltaweights"), repr(path))
             need(len(part.encode()) <= 255, repr(path))
+        need(len(path.encode()) <= 1024, repr(path))
         need(not re.search(r"[\x00-\x1f\x7f\\]|^[A-Za-z]:", path), repr(path))
     folders = {path[:k] for path in paths for k, c in enumerate(path) if c == "/"}
     need(len(set(paths)) == len(paths) and not folders & set(paths), "paths that clash")
@@ -210,7 +226,7 @@ def rebuild_shard(data: bytes, file: Fields, manifest: Fields, base: dict[str, l
     """One target shard out of its delta shard and the base."""
     payloads, metadata, at = parse_header(data, len(data))
     packed = base64.b64decode(metadata["header"], validate=True)
-    size = zstandard.frame_content_size(packed)
+    size = zstandard.frame_content_size(packed)  # negative if it is not stated
     need(8 <= size <= min(file["size"], 100_000_008), "target header: size")
     raw = decompress_frame(packed, size)
     tensors, _, length = parse_header(raw, file["size"])
@@ -226,6 +242,7 @@ def rebuild_shard(data: bytes, file: Fields, manifest: Fields, base: dict[str, l
         start, end = payloads[name]["data_offsets"]
         first, last = tensor["data_offsets"]
         payload = data[at + start : at + end]
+        need(len(payload) == entry["payload_bytes"], f"{name}: payload_bytes")
         result.append(decode_tensor(payload, last - first, entry, base, manifest["chunk_bytes"]))
     return b"".join(result)
 
@@ -245,7 +262,8 @@ def decode_tensor(
     position = 24 * len(spans)
     result = b""
     for index, (start, end) in enumerate(spans):
-        method, length, base_sum, target_sum = struct.unpack_from("<B3xIQQ", payload, 24 * index)
+        method, zeros, length, base_sum, target_sum = struct.unpack_from("<B3sIQQ", payload, 24 * index)
+        need(zeros == bytes(3), f"{name}: chunk {index}: reserved bytes")
         old = None
         if start < shared and reference:
             old = base_bytes(reference, entry["dtype"], start, end, base_sum)
@@ -306,43 +324,369 @@ def convert(data: bytes, source: str, target: str) -> bytes:
         return narrow.tobytes()
 
 
+# Chunks
+
+
+class FloatFormat(NamedTuple):
+    """Bytes of an element, and where its exponent is."""
+
+    width: int
+    shift: int
+    mask: int
+
+
+FLOATS = {
+    "BF16": FloatFormat(2, 7, 255),
+    "F16": FloatFormat(2, 10, 31),
+    "F32": FloatFormat(4, 23, 255),
+    "C64": FloatFormat(4, 23, 255),
+    "F64": FloatFormat(8, 52, 2047),
+    "F8_E4M3": FloatFormat(1, 3, 15),
+    "F8_E5M2": FloatFormat(1, 2, 31),
+}
+WORDS = {"I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}
+
+
+class Data:
+    """A chunk's data, taken item by item from the front."""
+
+    def __init__(self, data: bytes) -> None:
+        self.rest = data
+
+    def take(self, length: int) -> bytes:
+        need(0 <= length <= len(self.rest), "data too short")
+        item, self.rest = self.rest[:length], self.rest[length:]
+        return item
+
+    def numbers(self, layout: str) -> tuple[int, ...]:
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))
+
+    def sized(self) -> bytes:
+        return self.take(self.numbers("<I")[0])
+
+    def plane(self, longest: int) -> Bytes:
+        """A byte plane of at most ``longest`` bytes."""
+        kind, length, stored = self.numbers("<BII")
+        need(length <= longest, "plane: length")
+        data = self.take(stored)
+        if kind == 0:
+            plane = data
+        elif kind == 1:
+            need(stored == 1, "plane: one byte")
+            plane = data * length
+        elif kind == 2:
+            plane = decompress_frame(data, length)
+        else:
+            need(kind == 3, "plane: kind")
+            plane = bytes(decode_list(data, length, direct=8))
+        need(len(plane) == length, "plane: length")
+        return np.frombuffer(plane, np.uint8)
+
+    def end(self) -> None:
+        need(not self.rest, "data left over")
+
+
 def decode_chunk(method: int, data: bytes, base: bytes | None, dtype: str, size: int) -> bytes:
     """One chunk of ``size`` bytes; ``base``: its base bytes in the target's dtype, or None."""
-    if method == 0:
-        need(base is not None and not data, "SAME")
-        return base or b""
     if method == 1:
         need(len(data) == size, "RAW: length")
         return data
-    need(method in (2, 3), f"method {method}")
-    width = max(1, BITS.get(dtype, 8) // 8)
-    width = width if size % width == 0 else 1
-    sizes = struct.unpack_from(f"<{width}I", data)
-    chunk = np.empty((size // width, width), np.uint8)
-    position = 4 * width
-    for k, number in enumerate(sizes):
-        length = number & 0x7FFFFFFF
-        plane = data[position : position + length]
-        position += length
-        if not number & 0x80000000:
-            plane = decompress_frame(plane, size // width)
-        need(len(plane) == size // width, "plane: length")
-        chunk[:, k] = np.frombuffer(plane, np.uint8)
-    need(position == len(data), "planes: length")
-    if method == 2:
-        return chunk.tobytes()
-    need(base is not None, "XOR_PLANES without a base")
-    xored: NDArray[np.uint8] = chunk.ravel() ^ np.frombuffer(base or b"", np.uint8)
-    return xored.tobytes()
+    if method == 4:
+        return decode_words(Data(data), base, WORDS.get(dtype, 1), size)
+    if method == 5:
+        return decompress_frame(data, size)
+    if method == 0:
+        need(base is not None and not data, "SAME")
+        return base or b""
+    need(method in (2, 3, 6), f"method {method}")
+    need(dtype in FLOATS and size % FLOATS[dtype].width == 0, f"method {method} for {dtype}")
+    form = FLOATS[dtype]
+    if method == 3:
+        return decode_alone(Data(data), form, size // form.width)
+    need(base is not None, f"method {method} without a base")
+    elements = np.frombuffer(base or b"", f"<u{form.width}").astype(np.uint64)
+    decode = decode_delta if method == 2 else decode_sparse
+    return decode(Data(data), elements, form).astype(f"<u{form.width}").tobytes()
 
 
 def decompress_frame(data: bytes, size: int) -> bytes:
-    """One zstd frame that states its content size, which has to be ``size``."""
+    """Exactly one zstd frame, which holds ``size`` bytes and needs a window of at most 8 MiB."""
     try:
-        need(zstandard.frame_content_size(data) == size, "zstd: content size")
-        return zstandard.ZstdDecompressor().decompress(data)
+        stated = zstandard.get_frame_parameters(data).content_size
+        need(stated in (size, zstandard.CONTENTSIZE_UNKNOWN), "zstd: content size")
+        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 23)
+        result = decompressor.decompress(
+            data, max_output_size=max(size, 1), read_across_frames=False, allow_extra_data=False
+        )
     except zstandard.ZstdError as error:
         raise BadDeltaError(f"zstd: {error}") from error
+    need(len(result) == size, "zstd: size")
+    return result
+
+
+def decode_words(data: Data, base: bytes | None, width: int, size: int) -> bytes:
+    """PLANES."""
+    (transform,) = data.numbers("<B")
+    count = size // width
+    words = np.zeros(count, np.uint64)
+    for k in range(width):
+        plane = data.plane(count)
+        need(len(plane) == count, "PLANES: a plane's length")
+        words |= plane.astype(np.uint64) << np.uint64(8 * k)
+    if transform:
+        need(transform in (1, 2) and base is not None, "PLANES: transform")
+        old = np.frombuffer(base or b"", f"<u{width}", count).astype(np.uint64)
+        words = words ^ old if transform == 1 else old + unzigzag(words)
+    rest = data.take(size - count * width)
+    data.end()
+    return words.astype(f"<u{width}").tobytes() + rest
+
+
+def decode_alone(data: Data, form: FloatFormat, count: int) -> bytes:
+    """ALONE."""
+    rotated = np.array(decode_list(data.sized(), count, direct=8), np.uint64)
+    rotated <<= np.uint64(8 * (form.width - 1))
+    for k in range(form.width - 1):
+        plane = data.plane(count)
+        need(len(plane) == count, "ALONE: a plane's length")
+        rotated |= plane.astype(np.uint64) << np.uint64(8 * k)
+    data.end()
+    one, top = np.uint64(1), np.uint64(8 * form.width - 1)
+    return (rotated >> one | (rotated & one) << top).astype(f"<u{form.width}").tobytes()
+
+
+def decode_delta(data: Data, base: Elements, form: FloatFormat) -> Elements:
+    """DELTA: the target's elements."""
+    log_segment, step, count, lowest, base_scale, tweak = data.numbers("<BBBhhb")
+    need(log_segment == 0 or 6 <= log_segment <= 26, "DELTA: s")
+    need(step <= 1 and 1 <= count <= 64, "DELTA: contexts")
+    scales = np.full(len(base), base_scale)
+    if log_segment:
+        length = 1 << log_segment
+        numbers = np.array(decode_list(data.sized(), -(-len(base) // length)), np.int64)
+        scales += np.repeat(numbers & 0xFFFF, length)[: len(base)]
+    contexts = np.clip((2 * exponent(base, form) - scales - lowest) >> step, 0, count - 1)
+    wide = form.width >= 4
+    worths = [lowest + (c << step) for c in range(count)]
+    in_planes = [min(max((((-w) >> 1) - 2) >> 3, 0), 3) if wide else 0 for w in worths]
+    members = [10 - w - 16 * k + tweak for w, k in zip(worths, in_planes, strict=True)]
+    run = data.sized() if wide else data.take(len(data.rest))
+    distances = np.array(decode_run(run, members, contexts.tolist()), np.uint64)
+    planes = [data.plane(len(base)) for _ in range({4: 3, 8: 7}.get(form.width, 0))]
+    data.end()
+    taken = np.array(in_planes)[contexts]
+    for p in (2, 1, 0) if wide else ():
+        has = taken > p
+        need(len(planes[p]) == np.count_nonzero(has), "DELTA: a plane's length")
+        distances[has] = distances[has] << np.uint64(8) | planes[p]
+    for plane in reversed(planes[3:]):
+        need(len(plane) == len(base), "DELTA: a plane's length")
+        distances = distances << np.uint64(8) | plane
+    return at_distance(base, distances, form)
+
+
+def decode_sparse(data: Data, base: Elements, form: FloatFormat) -> Elements:
+    """SPARSE: the target's elements."""
+    cutoff, follows, count = data.numbers("<hBI")
+    need(cutoff >= -1 and follows <= 1 and count <= len(base) // 16, "SPARSE: head")
+    units = -(-len(base) // 256)
+    plane = data.plane(-(-units // 8))
+    need(len(plane) == -(-units // 8), "SPARSE: active elements")
+    active = np.repeat(np.unpackbits(plane, bitorder="little")[:units], 256)[: len(base)]
+    lists = 0 if count == 0 else 3 if form.width == 8 else 2
+    numbers = [np.array(decode_list(data.sized(), count), np.uint64) for _ in range(lists)]
+    need(bool(data.rest) == (follows == 1), "SPARSE: delta")
+    result = base.copy()
+    if follows:
+        chosen = (active == 1) & (exponent(base, form) <= cutoff)
+        result[chosen] = decode_delta(data, base[chosen], form)
+    if count:
+        places = np.cumsum(numbers[0] + np.uint64(1)) - np.uint64(1)
+        need(places[-1] < len(base), "SPARSE: place")
+        distances = numbers[1] | numbers[2] << np.uint64(32) if form.width == 8 else numbers[1]
+        result[places] = at_distance(base[places], distances, form)
+    data.end()
+    return result
+
+
+# Elements, in 64 bits whatever their width
+
+
+def exponent(elements: Elements, form: FloatFormat) -> NDArray[np.int64]:
+    """The biased exponents."""
+    return (elements >> np.uint64(form.shift)).astype(np.int64) & form.mask
+
+
+def unzigzag(numbers: Elements) -> Elements:
+    """0, 1, 2, 3, … as 0, -1, +1, -2, … modulo 2^64."""
+    half = (numbers >> np.uint64(1)) + (numbers & np.uint64(1))
+    return np.where(numbers & np.uint64(1), np.uint64(0) - half, half)
+
+
+def at_distance(base: Elements, distances: Elements, form: FloatFormat) -> Elements:
+    """The elements at these distances from the base's, modulo 2^N."""
+    top = np.uint64(8 * form.width - 1)
+    every = np.uint64((1 << 8 * form.width) - 1)
+
+    def order(x: Elements) -> Elements:
+        return np.where(x >> top & np.uint64(1), x ^ (every >> np.uint64(1)), x)
+
+    d = unzigzag(distances & every)
+    return order(np.where(base >> top, order(base) - d, order(base) + d) & every)
+
+
+# Runs
+
+
+def decode_list(run: bytes, count: int, direct: int = 4) -> list[int]:
+    """``count`` numbers."""
+    return decode_run(run, [0], [0] * count, direct)
+
+
+def decode_run(run: bytes, members: list[int], contexts: list[int], direct: int = 4) -> list[int]:
+    """The values of a run; ``members``: of each context, ``contexts``: of each value."""
+    need(len(run) >= 2, "run: head")
+    precision, lanes, spread, highest = 8 + (run[0] & 7), 4 ** (run[0] >> 3 & 3), run[0] >> 5, run[1]
+    need(precision <= 11, "run: precision")
+    frequencies, at = read_tables(run, members, precision, spread, highest, direct)
+    starts = [[sum_ - f for sum_, f in zip(itertools.accumulate(t), t, strict=True)] for t in frequencies]
+    rest = len(run) - at - 4 * lanes
+    need(rest >= 0 and rest % 2 == 0, "run: length")
+    states = list(struct.unpack_from(f"<{lanes}I", run, at))
+    need(min(states) >= 1 << 16, "run: first states")
+    words = iter(struct.unpack_from(f"<{rest // 2}H", run, at + 4 * lanes))
+    values: list[int] = []
+
+    def put(lane: int, state: int) -> None:
+        if state < 1 << 16:
+            word = next(words, None)
+            need(word is not None, "run: too few words")
+            state = state << 16 | (word or 0)
+        states[lane] = state
+
+    for first in range(0, len(contexts), lanes):
+        waiting = []  # lane, raw bits that its value lacks
+        for lane, context in enumerate(contexts[first : first + lanes]):
+            state = states[lane]
+            slot = state & ((1 << precision) - 1)
+            token = bisect.bisect_right(starts[context], slot) - 1
+            state = frequencies[context][token] * (state >> precision) + slot - starts[context][token]
+            value, raw = lead_of(token, direct)
+            count = min(raw, 16 - precision)
+            values.append(value << count | state & ((1 << count) - 1))
+            put(lane, state >> count)
+            if raw > count:
+                waiting.append((lane, raw - count))
+        for lane, raw in waiting:
+            pull(values, states, first, lane, min(raw, 16))
+            put(lane, states[lane])
+        for lane, raw in waiting:
+            if raw > 16:
+                pull(values, states, first, lane, raw - 16)
+                put(lane, states[lane])
+    need(next(words, None) is None, "run: words left over")
+    need(all(state == 1 << 16 for state in states), "run: last states")
+    return values
+
+
+def pull(values: list[int], states: list[int], first: int, lane: int, count: int) -> None:
+    """``count`` more raw bits of a lane's value."""
+    values[first + lane] = values[first + lane] << count | states[lane] & ((1 << count) - 1)
+    states[lane] >>= count
+
+
+def lead_of(token: int, direct: int) -> tuple[int, int]:
+    """A token's value without its raw bits, and how many these are."""
+    if token < 1 << direct:
+        return token, 0
+    return 4 | token & 3, ((token - (1 << direct)) >> 2) + direct - 2
+
+
+def read_tables(
+    run: bytes, members: list[int], precision: int, spread: int, highest: int, direct: int
+) -> tuple[list[list[int]], int]:
+    """The tables' frequencies, and where in the run they end."""
+    bit = 16
+
+    def take(count: int) -> int:
+        nonlocal bit
+        need(bit + count <= 8 * len(run), "tables: too short")
+        number = sum((run[k >> 3] >> (k & 7) & 1) << (k - bit) for k in range(bit, bit + count))
+        bit += count
+        return number
+
+    tables = []
+    for member in members:
+        if take(1):
+            weights, first, last, length = [0] * 256, take(8), take(8), 12
+            for token in range(first, last + 1):
+                ones = 0
+                while take(1):
+                    ones += 1
+                length += -((ones + 1) >> 1) if ones & 1 else ones >> 1
+                need(0 <= length <= 16, "tables: bit length")
+                kept = min(length - 1, 3)
+                below = length - 1 - kept
+                if length:
+                    weights[token] = ((1 << kept) + take(kept) << below) + (1 << below >> 1)
+        else:
+            a, b, c = (family(min(max(m, 0), 47)) for m in (member - spread, member, member + spread))
+            weights = [max((a[t] + 2 * b[t] + c[t]) >> 2, 1) if t <= highest else 0 for t in range(256)]
+        tables.append(frequencies_of(weights, precision))
+        need(direct == 8 or not any(weights[128:]), "tables: a token above 127")
+    return tables, (bit + 7) // 8
+
+
+def frequencies_of(weights: list[int], precision: int) -> list[int]:
+    """Frequencies that add up to 2^precision."""
+    present = sum(w > 0 for w in weights)
+    need(present, "tables: empty")
+    total, spare = sum(weights), (1 << precision) - present
+    frequencies = [1 + w * spare // total if w else 0 for w in weights]
+    frequencies[weights.index(max(weights))] += (1 << precision) - sum(frequencies)
+    return frequencies
+
+
+@functools.cache
+def family(member: int) -> list[int]:
+    """A member's numbers for the tokens 0 to 255."""
+    half = math.isqrt(1 << 136 - member)
+
+    def tail(distance: int) -> int:
+        return exp_minus((2 * distance - 1) * half)
+
+    def at_least(value: int) -> int:
+        if value == 0:
+            return 1 << 64
+        if value & 1:
+            return tail((value + 1) >> 1)
+        return (tail(value >> 1) + tail((value >> 1) + 1)) >> 1
+
+    numbers = [0] * 256
+    for token in range(100):
+        lead, raw = lead_of(token, 4)
+        numbers[token] = (at_least(lead << raw) - at_least((lead + 1) << raw)) >> 44
+    return numbers
+
+
+def exp_minus(x: int) -> int:
+    """e^(-x / 2^64) times 2^64."""
+    if x >> 64 >= 45:
+        return 0
+    halvings = max(0, x.bit_length() - 64)
+    y = (x << 64) >> halvings
+    term = total = 1 << 128
+    for k in itertools.count(1):
+        term = (term * y >> 128) // k
+        if not term:
+            break
+        total += term
+    for _ in range(halvings):
+        total = total * total >> 128
+    return (1 << 192) // total
+
+
+# Files
 
 
 def decompress_file(data: bytes, size: int) -> bytes:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..errors import PayloadError
 from . import runs
 from .scratch import scratch
-from .tables import DIRECT_BITS, TOKENS, laplace_family, raw_bits_of
+from .tables import DIRECT_BITS, TOKENS, laplace_family, raw_bits_of, token_of
 
 Bytes = NDArray[np.uint8]
 Values = NDArray[np.uint32]
@@ -116,13 +116,15 @@ def open_run(data: Bytes, members: NDArray[np.int64], direct_bits: int = DIRECT_
     if size == runs.BAD or body < 0 or body & 1:
         raise PayloadError("the tables of a run of tokens are damaged")
     slots = scratch("slots", len(members) << precision, np.uint32)
-    direct = runs.fill_slots(frequencies, precision, slots) < 1 << direct_bits
+    last = runs.fill_slots(frequencies, precision, slots)
+    if last > token_of((1 << 32) - 1, direct_bits):  # more raw bits than a shift of 32-bit lanes can take
+        raise PayloadError("a run of tokens has values of more than 32 bits")
     words = scratch("words", body // 2 + runs.GUARD, np.uint16)
     words.view(np.uint8)[:body] = data[at + 4 * lanes :]
     words[body // 2 :] = 0
     states = np.empty(64, np.uint32)
     states[:lanes].view(np.uint8)[:] = data[at : at + 4 * lanes]
-    settings = np.array([lanes, precision, direct_bits, direct], np.int64)
+    settings = np.array([lanes, precision, direct_bits, last < 1 << direct_bits], np.int64)
     return OpenRun(words, slots, settings, states, np.zeros(64, np.int64))
 
 

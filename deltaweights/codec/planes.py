@@ -17,7 +17,7 @@ from ..errors import PayloadError
 Bytes = NDArray[np.uint8]
 _HEAD = struct.Struct("<BII")
 _ZSTD_LEVEL = 3
-_WINDOW = 1 << 27  # the longest window a frame may ask for
+_WINDOW = 1 << 23  # the longest window a frame may ask for: memory that zstd takes, however short the frame
 _PROBE = 1 << 14  # bytes that zstd is tried on before it gets the whole plane
 _ZSTD_GAIN = 0.99  # zstd is chosen where a probe of it stays below this part of the entropy
 _NOISE = 7.92  # bits a byte above which coding a plane is not worth the time
@@ -72,7 +72,7 @@ def expand(data: Bytes, size: int) -> Bytes:
         if stated not in (size, zstandard.CONTENTSIZE_UNKNOWN):
             raise PayloadError(f"a zstd frame claims {stated} bytes where {size} are due")
         expander = zstandard.ZstdDecompressor(max_window_size=_WINDOW)
-        whole = expander.decompress(data.data, max_output_size=max(size, 1))
+        whole = expander.decompress(data.data, max_output_size=max(size, 1), allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise PayloadError("a zstd frame in the payload is damaged") from error
     if len(whole) != size:

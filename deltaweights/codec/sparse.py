@@ -1,8 +1,8 @@
 """Chunks of which little changed: the elements likely to move as a dense delta, the rest by place.
 
-i16          cutoff: elements of larger exponent are not in the delta
+i16          cutoff, at least -1: elements of larger exponent are not in the delta
 u8           1 where a delta follows, 0 where all chosen elements are the base's
-u32          exceptions: elements outside the delta that changed nevertheless
+u32          exceptions: elements outside the delta that changed nevertheless, at most one in 16
 plane        one bit for each unit of 256 elements, lowest first: whether it is active
 u32, list    exceptions' places, each as the distance from the one before, less one
 u32, list    exceptions' zigzagged distances, as two lists where elements have 64 bits: low half,
@@ -26,7 +26,8 @@ from .ulp import FloatFormat
 Bytes = NDArray[np.uint8]
 _HEAD = struct.Struct("<hBI")
 _FEW = 0.06  # changed elements, as a part of all, up to which a chunk counts as sparse
-_RARE = 0.01  # exceptions, as a part of all elements, at most
+_RARE = 0.01  # exceptions, as a part of all elements, at most, when encoding
+_SHARE = 16  # one element in so many may be an exception: what reading their lists takes is bounded
 _MOST = 0.6  # chosen elements, as a part of all, above which there is nothing to gain
 _ACTIVE = 0.4  # active units, as a part of all, up to which the others are left out
 _TOLERANCE = 0.01  # how much longer, by estimate, a chunk may become for the sake of speed
@@ -132,7 +133,7 @@ def decode_sparse(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> No
     cutoff, follows, exceptions = _HEAD.unpack(data[: _HEAD.size].tobytes())
     units = -(-len(before) // subset.UNIT)
     marks, data = take_plane(data[_HEAD.size :], -(-units // 8))
-    if len(marks) != -(-units // 8) or exceptions > len(before) or follows > 1:
+    if len(marks) != -(-units // 8) or follows > 1 or cutoff < -1 or exceptions > len(before) // _SHARE:
         raise PayloadError("the head of a sparse chunk is damaged")
     active = np.unpackbits(marks, count=units, bitorder="little")
     places, distances, data = _take_exceptions(data, exceptions, len(before), form)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import tracemalloc
 
 import numpy as np
@@ -121,3 +122,52 @@ def test_infinite_and_missing_numbers_survive() -> None:
     out = np.zeros(10_000, np.uint8)
     decode_chunk(method, data, base.view(np.uint8), "BF16", out)
     assert np.array_equal(out.view(np.uint16), target)
+
+
+@pytest.mark.parametrize(
+    ("highest", "message"), [(127, "delta of a chunk"), (128, "32 bits"), (255, "32 bits")]
+)
+def test_tokens_of_longer_values_are_refused(highest: int, message: str) -> None:
+    """The vector loops shift lanes of 32 bits by a token's raw bits, of which no 32-bit value has more."""
+    base = np.zeros(256, np.uint8)
+    head = struct.pack("<BBBhhb", 0, 0, 1, 0, 0, 0)
+    run = bytes([3 | 2 << 3, highest, 0]) + bytes(16 * 4)  # 16 lanes, one table of the family
+    with pytest.raises(PayloadError, match=message):
+        decode_chunk(Method.DELTA, head + run, base, "BF16", base.copy())
+
+
+@pytest.mark.parametrize(
+    ("cutoff", "exceptions"), [(-2, 0), (-32768, 0), (-1, 9), (-1, 128), (-1, 2**32 - 1)]
+)
+def test_impossible_heads_of_sparse_chunks(cutoff: int, exceptions: int) -> None:
+    """Below -1 vectors and single elements would differ; lists longer than a chunk would cost memory."""
+    base = noise("BF16", 128)
+    out = np.zeros_like(base)
+    marks = struct.pack("<BII", 1, 1, 1) + b"\1"
+    decode_chunk(Method.SPARSE, struct.pack("<hBI", -1, 0, 0) + marks, base, "BF16", out)
+    assert np.array_equal(out, base)
+    with pytest.raises(PayloadError, match="head of a sparse chunk"):
+        decode_chunk(Method.SPARSE, struct.pack("<hBI", cutoff, 0, exceptions) + marks, base, "BF16", out)
+
+
+def test_frames_that_want_a_long_window_are_refused() -> None:
+    block = (100 << 3 | 2 | 1).to_bytes(3, "little") + b"A"  # one byte, a hundred times; the last block
+    for log, fits in ((17, True), (23, True), (24, False), (27, False)):
+        frame = bytes.fromhex("28b52ffd") + bytes([0, (log - 10) << 3]) + block
+        out = np.zeros(100, np.uint8)
+        if fits:
+            decode_chunk(Method.ZSTD, frame, None, "U8", out)
+            assert (out == ord("A")).all()
+        else:
+            with pytest.raises(PayloadError):
+                decode_chunk(Method.ZSTD, frame, None, "U8", out)
+
+
+def test_nothing_may_follow_a_frame() -> None:
+    data = np.tile(np.arange(50, dtype=np.uint8), 20)
+    method, frame = encode_chunk(None, data, "U8")
+    assert method == Method.ZSTD
+    out = np.zeros_like(data)
+    for behind in (b"\0", frame, b"\x50\x2a\x4d\x18\0\0\0\0"):
+        with pytest.raises(PayloadError):
+            decode_chunk(method, frame + behind, None, "U8", out)
