@@ -3,6 +3,9 @@ lead somewhere, and another reader, written from docs/format.md alone, rebuilds 
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -15,21 +18,22 @@ import pytest
 import typer.main
 from typer.core import TyperGroup
 
-from deltaweights import make_delta
+from deltaweights import make_delta, open_target
 from deltaweights.cli import app
-from deltaweights.codec import convert
+from deltaweights.codec import Method, convert
 from deltaweights.manifest import FORMAT_VERSION
 
 from . import independent_reader
-from .checkpoints import Array, contents, random_array, weights, write_pair, write_safetensors
+from .checkpoints import Array, contents, digests, random_array, weights, write_pair, write_safetensors
+from .codec.pairs import fine_tune
 from .conftest import Trio
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 
-#: Progress in a log, on stderr.
-PROGRESS = re.compile(r"[a-z ]+: \d+%")
+#: What comes on stderr besides: progress in a log, and the wait for the kernels on a new machine.
+PROGRESS = re.compile(r"[a-z ]+: \d+%|compiling the codec .*")
 
 
 def run(command: list[str], folder: Path) -> tuple[int, str]:
@@ -184,6 +188,69 @@ def test_independent_reader_agrees_on_odd_checkpoints(tmp_path: Path) -> None:
     assert all(entry.shared_bytes and not entry.changed for entry in conversions)
     independent_reader.rebuild(tmp_path / "delta", base, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(target)
+
+
+def test_independent_reader_decodes_every_method(tmp_path: Path) -> None:
+    """Floats of every dtype that moved much, little, here and there or are new; integers; bytes."""
+    base, target = tmp_path / "base", tmp_path / "target"
+    rng = np.random.default_rng(6)
+    old, new = {}, {}
+    for dtype, form in independent_reader.FLOATS.items():
+        count = 20_001 * (2 if dtype == "C64" else 1)
+        shape = (20_001,)
+        for update in (1e-6, 1e-4, 1e-2, 1.0):
+            before, after = fine_tune(dtype, count, update, seed=7)
+            old[f"{dtype}.{update}"] = Array(dtype, shape, before.tobytes())
+            new[f"{dtype}.{update}"] = Array(dtype, shape, after.tobytes())
+        new[f"{dtype}.new"] = Array(dtype, shape, after.tobytes())
+        rare = before.copy().view(f"<u{form.width}")
+        rare[rng.choice(count, count // 1000, replace=False)] ^= rare.dtype.type(3)
+        rows = np.where(np.arange(count) // 5000 % 2, after.view(rare.dtype), before.view(rare.dtype))
+        for name, data in (("rare", rare), ("rows", rows)):
+            old[f"{dtype}.{name}"] = Array(dtype, shape, before.tobytes())
+            new[f"{dtype}.{name}"] = Array(dtype, shape, data.tobytes())
+    for dtype, width in independent_reader.WORDS.items():
+        integers = rng.integers(0, 1 << 14, 5000).astype(f"<u{width}")
+        steps = rng.integers(-2, 3, 5000).astype(integers.dtype)
+        bits = rng.integers(0, 2, 5000).astype(integers.dtype) << integers.dtype.type(8 * width - 1)
+        for name, data in (("step", integers + steps), ("bits", integers ^ bits), ("else", steps)):
+            old[f"{dtype}.{name}"] = Array(dtype, (5000,), integers.tobytes())
+            new[f"{dtype}.{name}"] = Array(dtype, (5000,), data.tobytes())
+    for name, text in (("text", b"the same again and again; " * 500), ("noise", rng.bytes(5000))):
+        old[f"U8.{name}"] = new[f"added.{name}"] = Array("U8", (len(text),), text)
+        new[f"U8.{name}"] = Array("U8", (len(text),), text[::-1])
+    new["BF16.repeated"] = Array("BF16", (8000,), rng.bytes(1000) * 16)
+    write_safetensors(base / "model.safetensors", old)
+    write_safetensors(target / "model.safetensors", new)
+    make_delta(base, target, tmp_path / "delta")
+    methods: set[int] = set()
+    with open_target(tmp_path / "delta", base) as opened:
+        for recipe in opened.shard("model.safetensors").tensors.values():
+            methods |= set(recipe.table[0]["method"].tolist())
+    assert methods == set(Method)
+    independent_reader.rebuild(tmp_path / "delta", base, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(target)
+
+
+def test_independent_reader_reads_the_frozen_fixtures(tmp_path: Path) -> None:
+    folder = ROOT / "tests" / "fixtures" / f"v{FORMAT_VERSION}"
+    independent_reader.rebuild(folder / "delta", folder / "base", tmp_path / "out")
+    assert digests(tmp_path / "out") == json.loads((folder / "target.json").read_text())
+
+
+def test_the_family_is_the_document_s() -> None:
+    numbers = np.array([independent_reader.family(member)[:100] for member in range(48)], "<u4")
+    text = (ROOT / "docs" / "format.md").read_text()
+    assert hashlib.sha256(numbers.tobytes()).hexdigest() in text
+    assert re.sub(r"\D+", ", ", f"{numbers[10, :5].tolist()}").strip(", ") in " ".join(text.split())
+
+
+def test_independent_reader_is_independent() -> None:
+    tree = ast.parse(Path(independent_reader.__file__).read_text())
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [f"{'.' * node.level}{node.module}"] if isinstance(node, ast.ImportFrom) else []
+        assert not [name for name in names if name.startswith((".", "deltaweights"))]
 
 
 @pytest.mark.parametrize("name", ["deltaweights.json", "delta-00001-of-00003.safetensors"])
