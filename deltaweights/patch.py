@@ -12,7 +12,6 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 
 import numpy as np
 from numpy.typing import NDArray
@@ -234,14 +233,13 @@ def rebuild_shard(recipe: ShardRecipe, workers: Workers, meter: Meter, sink: Sin
     if sink:
         sink(0, memoryview(recipe.header.raw))
     meter.add(len(recipe.header.raw))
-    buffers: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
-    for _ in range(workers.window + 1):
-        buffers.put(np.empty(recipe.chunk_bytes, np.uint8))
+    # A stack: the buffer that was used last is the one in the cache. Untouched ones take no memory.
+    buffers = [np.empty(recipe.chunk_bytes, np.uint8) for _ in range(workers.window + 1)]
 
     def decode(chunk: tuple[TensorRecipe, int]) -> tuple[NDArray[np.uint8], int]:
         tensor, index = chunk
         start, end = tensor.plan.span(index)
-        buffer = buffers.get()
+        buffer = buffers.pop()
         tensor.decode(index, buffer[: end - start])
         if sink:
             offset = recipe.header.data_start + tensor.info.start + start
@@ -250,7 +248,7 @@ def rebuild_shard(recipe: ShardRecipe, workers: Workers, meter: Meter, sink: Sin
 
     for buffer, length in workers.map(decode, recipe.chunks()):
         sha256.update(buffer.data[:length])
-        buffers.put(buffer)
+        buffers.append(buffer)
         meter.add(length)
     return sha256.hexdigest()
 

@@ -25,11 +25,14 @@ class Workers:
     """A pool of threads; a context manager. Any error inside it stops all the work.
 
     Args:
-        threads: how many; the number of usable cores if None.
+        threads: how many; the number of usable cores, but no more than 16, if None: more would wait for
+            the disk and take memory.
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads or usable_cores()
+        self.threads = threads or min(usable_cores(), 16)
+        self._lock = threading.Lock()
+        self._unfinished = 0  # items of each()
         self._pool = ThreadPoolExecutor(self.threads)
         self._stopped = threading.Event()
 
@@ -63,11 +66,18 @@ class Workers:
         return 2 * self.threads + 2
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """``function`` of each item, in order, at most ``window`` of them ahead of the consumer."""
+        """``function`` of each item, in order, at most ``window`` of them ahead of the consumer.
+
+        While :meth:`each` has an item for every thread, nothing runs ahead: one thread does all of an item,
+        and what it just decoded is still in its core's cache when it hashes it.
+        """
         ahead: deque[Future[Result]] = deque()
         try:
             for item in items:
                 self.check()
+                if not ahead and self._unfinished >= self.threads:
+                    yield function(item)
+                    continue
                 ahead.append(self._pool.submit(function, item))
                 if len(ahead) >= self.window:
                     yield ahead.popleft().result()
@@ -79,8 +89,18 @@ class Workers:
     def each(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """``function`` of each item, in order, where the function itself uses :meth:`map`: several items
         at once, so that one core's sequential work (SHA-256 of a shard) does not hold up the others."""
-        with ThreadPoolExecutor(min(self.threads, 4)) as lanes:
-            futures = [lanes.submit(function, item) for item in items]
+        items = list(items)
+        self._unfinished = len(items)
+
+        def run(item: Item) -> Result:
+            try:
+                return function(item)
+            finally:
+                with self._lock:
+                    self._unfinished -= 1
+
+        with ThreadPoolExecutor(min(self.threads, max(1, len(items)))) as lanes:
+            futures = [lanes.submit(run, item) for item in items]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in done:
