@@ -124,6 +124,8 @@ def open_run(data: Bytes, members: NDArray[np.int64], direct_bits: int = DIRECT_
     words[body // 2 :] = 0
     states = np.empty(64, np.uint32)
     states[:lanes].view(np.uint8)[:] = data[at : at + 4 * lanes]
+    if (states[:lanes] < runs.STATE_FLOOR).any():
+        raise PayloadError("a run of tokens begins in a state that no encoder leaves")
     settings = np.array([lanes, precision, direct_bits, last < 1 << direct_bits], np.int64)
     return OpenRun(words, slots, settings, states, np.zeros(64, np.int64))
 

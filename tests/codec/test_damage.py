@@ -131,7 +131,8 @@ def test_tokens_of_longer_values_are_refused(highest: int, message: str) -> None
     """The vector loops shift lanes of 32 bits by a token's raw bits, of which no 32-bit value has more."""
     base = np.zeros(256, np.uint8)
     head = struct.pack("<BBBhhb", 0, 0, 1, 0, 0, 0)
-    run = bytes([3 | 2 << 3, highest, 0]) + bytes(16 * 4)  # 16 lanes, one table of the family
+    states = (1 << 16).to_bytes(4, "little") * 16
+    run = bytes([3 | 2 << 3, highest, 0]) + states  # 16 lanes, one table of the family
     with pytest.raises(PayloadError, match=message):
         decode_chunk(Method.DELTA, head + run, base, "BF16", base.copy())
 
@@ -171,3 +172,11 @@ def test_nothing_may_follow_a_frame() -> None:
     for behind in (b"\0", frame, b"\x50\x2a\x4d\x18\0\0\0\0"):
         with pytest.raises(PayloadError):
             decode_chunk(method, frame + behind, None, "U8", out)
+
+
+def test_states_that_no_encoder_leaves_are_refused() -> None:
+    head = struct.pack("<BBBhhb", 0, 0, 1, 0, 0, 0)
+    run = bytes([3 | 2 << 3, 20, 0]) + ((1 << 16) - 1).to_bytes(4, "little") * 16
+    base = np.zeros(256, np.uint8)
+    with pytest.raises(PayloadError, match="state that no encoder leaves"):
+        decode_chunk(Method.DELTA, head + run, base, "BF16", base.copy())
