@@ -93,8 +93,12 @@ class Workers:
         self._unfinished = len(items)
 
         def run(item: Item) -> Result:
+            self.check()
             try:
                 return function(item)
+            except BaseException:
+                self.stop()  # at once: before another item begins
+                raise
             finally:
                 with self._lock:
                     self._unfinished -= 1
