@@ -8,7 +8,7 @@ demo: .venv/.installed
 	$(BIN)/python -m deltaweights demo
 
 test: .venv/.installed
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto --dist worksteal
 
 check: .venv/.installed
 	$(BIN)/ruff format --check .
