@@ -50,12 +50,17 @@ def encode_chunk(base: Bytes | None, target: Bytes, dtype: str) -> tuple[Method,
     Raises ValueError where the lengths differ or exceed MAX_CHUNK.
     """
     _check(base, target)
-    if len(target) == 0 or (base is not None and np.array_equal(base, target)):
+    if len(target) == 0 or (base is not None and _equal(base, target)):
         return (Method.RAW if base is None else Method.SAME), b""
     form = FORMATS.get(dtype)
     if form is None or len(target) % form.itemsize:
         return _shortest(target, _encode_generic(base, target, dtype))
     return _shortest(target, _encode_float(base, target, form))
+
+
+def _equal(base: Bytes, target: Bytes) -> bool:
+    """Whether both are the same: most that differ do so early."""
+    return np.array_equal(base[:4096], target[:4096]) and np.array_equal(base, target)
 
 
 Candidates = list[tuple[Method, bytes | None]]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..errors import PayloadError
 from . import runs
 from .scratch import scratch
-from .tables import DIRECT_BITS, TOKENS, laplace_family, raw_bits_of, token_of
+from .tables import DIRECT_BITS, PRECISION, TOKENS, laplace_family, raw_bits_of, token_of
 
 Bytes = NDArray[np.uint8]
 Values = NDArray[np.uint32]
@@ -22,7 +22,6 @@ _raw_bits = {
     for bits in (DIRECT_BITS, BYTE_BITS)
 }
 _lone_member = np.zeros(1, np.int64)
-PRECISION = 11  # bits of a probability; the encoder's division relies on it (simd._divide)
 _SMALL = 1 << 14  # values below which tables weigh enough to search the family
 _SPREADS = (0, 2, 4)
 _TWEAKS = range(-4, 5)
@@ -45,7 +44,8 @@ def encode_run(
     members    each context's member of the family, before the tweak is added
     limit      bytes; None is returned where the run would be longer
     """
-    counts = runs.count_tokens(contexts, values, len(members), direct_bits)
+    keys = scratch("keys", len(values), np.uint16)
+    counts = runs.count_tokens(contexts, values, len(members), direct_bits, keys)
     totals = counts.sum(axis=0)
     highest = int(np.flatnonzero(totals).max(initial=0))
     tweak, spread = _fit_family(counts, members, len(values), highest)
@@ -62,9 +62,7 @@ def encode_run(
     runs.write_tables(tables, explicit, weights)
     code = sum(size >= least and len(values) >= 4 * lanes for least, lanes in _LANES_FROM)
     states, words = np.empty(64, np.uint32), scratch("words", 3 * len(values), np.uint16)
-    first = runs.encode_words(
-        words, frequencies, contexts, values, 1 << 2 * code, PRECISION, direct_bits, states
-    )
+    first = runs.encode_words(words, frequencies, keys, values, 1 << 2 * code, direct_bits, states)
     head = bytes([PRECISION - 8 | code << 3 | spread << 5, highest])
     body = (tables.tobytes(), states[: 1 << 2 * code].tobytes(), words[first:].tobytes())
     return tweak, b"".join([head, *body])
@@ -115,10 +113,12 @@ def open_run(data: Bytes, members: NDArray[np.int64], direct_bits: int = DIRECT_
     body = len(data) - at - 4 * lanes
     if size == runs.BAD or body < 0 or body & 1:
         raise PayloadError("the tables of a run of tokens are damaged")
-    slots = scratch("slots", len(members) << precision, np.uint32)
-    last = runs.fill_slots(frequencies, precision, slots)
+    last = int(np.flatnonzero(frequencies.any(axis=0)).max(initial=0))
     if last > token_of((1 << 32) - 1, direct_bits):  # more raw bits than a shift of 32-bit lanes can take
         raise PayloadError("a run of tokens has values of more than 32 bits")
+    slots = scratch("slots", len(members) << precision, np.uint32)
+    direct = last < 1 << direct_bits
+    runs.fill_slots(frequencies, direct_bits, direct, slots)
     words = scratch("words", body // 2 + runs.GUARD, np.uint16)
     words.view(np.uint8)[:body] = data[at + 4 * lanes :]
     words[body // 2 :] = 0
@@ -126,7 +126,7 @@ def open_run(data: Bytes, members: NDArray[np.int64], direct_bits: int = DIRECT_
     states[:lanes].view(np.uint8)[:] = data[at : at + 4 * lanes]
     if (states[:lanes] < runs.STATE_FLOOR).any():
         raise PayloadError("a run of tokens begins in a state that no encoder leaves")
-    settings = np.array([lanes, precision, direct_bits, last < 1 << direct_bits], np.int64)
+    settings = np.array([lanes, precision, direct], np.int64)
     return OpenRun(words, slots, settings, states, np.zeros(64, np.int64))
 
 

@@ -23,12 +23,10 @@ MAX_TABLES = 40  # that the encoder uses
 # layout of a delta: int64[4]
 LOG_SEGMENT, STEP, LOWEST, TABLES = 0, 1, 2, 3
 _OFFSET = 100  # histogram row of a ULP that is worth the mean update
-_ROWS = 128
 _TABLE_BITS = 70.0  # what one more table costs, about
 _STILL = 8  # how many half octaves below all others a segment is put that did not move
 _LENGTHS = (0, 7, 9)  # logarithms of the segment lengths tried; 0 is one scale for all
-_SAMPLED = 1 << 14  # elements looked at to choose parameters,
-_PATCH = 512  # so many in a row
+PATCH = 512  # elements in a row of a sample; whole segments of every length
 
 
 # -------------------------------------------------------------------------------- transforms
@@ -165,35 +163,20 @@ def low_bytes(lowest, step, context):
 
 
 @njit(nogil=True, cache=True)
-def sample_rows(base, values, shift, mask, scales, log_segment, stride, wide, counts, rows):
-    """Histogram of (row, token) over every `stride`-th patch, rows being contexts + _OFFSET.
-
-    counts   uint32[4, _ROWS * TOKENS], scratch, all zeros before and after
-    rows     uint32[_ROWS, TOKENS], written between the lowest and the highest row met
-    Returns (lowest row, highest row).
-    """
-    contexts, keys = np.empty(_PATCH, np.uint8), np.empty(_PATCH, np.uint16)
-    buffer = np.empty(_PATCH, np.uint32)
-    low, high = _ROWS, 0
-    for first in range(0, len(values), _PATCH * stride):
-        last = min(first + _PATCH, len(values))
-        block, part = contexts[: last - first], values[first:last]
-        chunk_contexts(base, first, shift, mask, scales, log_segment, -_OFFSET, 0, _ROWS - 2, block)
-        for i in range(len(block)):
-            low, high = min(low, np.int64(block[i])), max(high, np.int64(block[i]))
-        if wide:
-            for i in range(len(block)):
-                off = 8 * low_bytes(-_OFFSET, 0, np.int64(block[i]))
-                buffer[i] = np.int64(part[i]) >> off
-            part = buffer[: last - first]
-        runs.keys_of(part, block, DIRECT_BITS, keys[: last - first])
-        runs.add_keys(keys[: last - first], counts)
-    for r in range(low, high + 1):
-        for t in range(TOKENS):
-            at = r * TOKENS + t
-            rows[r, t] = counts[0, at] + counts[1, at] + counts[2, at] + counts[3, at]
-        counts[:, r * TOKENS : (r + 1) * TOKENS] = 0
-    return low, high
+def sample_rows(base, values, shift, mask, scales, log_segment, wide):
+    """Histogram of (row, token), rows being contexts that nothing clamps: (the first row, counts)."""
+    contexts = np.empty(len(values), np.uint8)
+    chunk_contexts(base, 0, shift, mask, scales, log_segment, -_OFFSET, 0, 255, contexts)
+    part = values
+    if wide:
+        part = np.empty(len(values), np.uint32)
+        for i in range(len(values)):
+            part[i] = np.int64(values[i]) >> 8 * low_bytes(-_OFFSET, 0, np.int64(contexts[i]))
+    low, high = np.int64(contexts.min()), np.int64(contexts.max())
+    for i in range(len(contexts)):
+        contexts[i] -= low
+    keys = np.empty(len(values), np.uint16)
+    return low - _OFFSET, runs.count_tokens(contexts, part, high - low + 1, DIRECT_BITS, keys)
 
 
 @njit(nogil=True, cache=True)
@@ -213,16 +196,17 @@ def entropy(row):
 
 
 @njit(nogil=True, cache=True)
-def trim_rows(rows, low, high, step, scale_up):
+def trim_rows(rows, step, scale_up):
     """The span of rows worth a table each: rows beyond are clamped to the nearest.
 
     Merges the outermost rows inwards as long as that costs less than a table, `scale_up` being
-    how many elements each counted one stands for. Rows are `step` apart. Destroys `rows`. Returns
-    (lowest row, highest row, bits in all).
+    how many elements each counted one stands for. Tables are `step` rows apart. Destroys `rows`.
+    Returns (lowest row, tables, bits in all).
     """
-    costs, merged = np.zeros(_ROWS), np.empty(TOKENS, np.uint32)
+    low, high = 0, (len(rows) - 1) // step * step
+    costs, merged = np.zeros(len(rows)), np.empty(TOKENS, np.uint32)
     bits = 0.0
-    for r in range(low, high + 1, step):
+    for r in range(0, high + 1, step):
         costs[r] = entropy(rows[r])
         bits += costs[r]
     while low < high:
@@ -243,7 +227,7 @@ def trim_rows(rows, low, high, step, scale_up):
             high -= step
         else:
             low += step
-    return low, high, bits
+    return low, (high - low) // step + 1, bits
 
 
 @njit(nogil=True, cache=True)
@@ -253,7 +237,7 @@ def segments_of(count, log_segment):
 
 
 @njit(nogil=True, cache=True)
-def list_bits(scales, base_scale):
+def list_bits(scales, base_scale, scale_up):
     """About what the list of scales costs: its entropy, its table and its states."""
     counts = np.zeros(TOKENS, np.uint32)
     for s in range(len(scales)):
@@ -261,39 +245,40 @@ def list_bits(scales, base_scale):
     distinct = 0
     for t in range(TOKENS):
         distinct += counts[t] > 0
-    return entropy(counts) + 100.0 + 6.0 * distinct
+    return entropy(counts) * scale_up + 100.0 + 6.0 * distinct
 
 
 @njit(nogil=True, cache=True)
-def choose_contexts(base, values, shift, mask, wide, sums):
-    """The cheapest segment length and span of contexts, from a sample.
+def choose_contexts(base, target, shift, mask, wide, scale_up):
+    """The cheapest segment length and span of contexts for a sample of a chunk.
 
-    Returns (log_segment, step, lowest, tables, bits in all).
+    base, target   the sample: patches of `PATCH` elements, so that segments are whole
+    scale_up       how many elements each of the sample stands for
+    Returns (log_segment, step, lowest, tables, scale of the sample, bits in all).
     """
-    count = len(values)
-    stride = max(count // _SAMPLED, 1)
-    sampled = np.int64(0)
-    for first in range(0, count, _PATCH * stride):
-        sampled += min(_PATCH, count - first)
-    scale_up = count / max(sampled, 1)
-    counts = np.zeros((4, _ROWS * TOKENS), np.uint32)
-    rows = np.empty((_ROWS, TOKENS), np.uint32)
-    best = (0, 1, 0, 1, np.inf)
+    count = len(base)
+    values = np.empty(count, np.uint32)
+    sums = np.empty((count + UNIT - 1) // UNIT, np.float32)
+    planes, sizes = np.empty((7, count), np.uint8), np.empty(7, np.int64)
+    block_distances(base, target, 0, values, planes, sizes)
+    unit_moves(base, values, shift, mask, sums)
+    best, scale = (0, 1, 0, 1, np.inf), np.int64(0)
     for log_segment in _LENGTHS:
-        if log_segment and count < 4 << log_segment:
+        if log_segment and count * scale_up < 4 << log_segment:
             continue
         scales = np.empty(segments_of(count, log_segment), np.int64)
         base_scale = scales_from(sums, count, log_segment, mask, scales)
-        low, high = sample_rows(base, values, shift, mask, scales, log_segment, stride, wide, counts, rows)
+        first, rows = sample_rows(base, values, shift, mask, scales, log_segment, wide)
         step = 0 if log_segment else 1
-        low, high, bits = trim_rows(rows, low, high, 1 << step, scale_up)
-        tables = ((high - low) >> step) + 1
+        low, tables, bits = trim_rows(rows, 1 << step, scale_up)
         bits = bits * scale_up + _TABLE_BITS * tables
         if log_segment:
-            bits += list_bits(scales, base_scale)
+            bits += list_bits(scales, base_scale, scale_up)
+        else:
+            scale = base_scale
         if bits < best[4]:
-            best = (log_segment, step, low - _OFFSET, tables, bits)
-    return best
+            best = (log_segment, step, first + low, tables, bits)
+    return best[0], best[1], best[2], best[3], scale, best[4]
 
 
 # -------------------------------------------------------------------------------- encoding
@@ -367,33 +352,46 @@ def append_bytes(values, contexts, limits, planes, cursors, starts):
 
 
 @njit(nogil=True, cache=True)
-def measure(base, target, shift, mask, values, sums, planes, sizes):
-    """Distances of a whole chunk as uint32, and how much each unit moved (see `unit_moves`).
+def measure(base, target, shift, mask, layout, scales, values, contexts, planes, sizes):
+    """Distances of a whole chunk as uint32, their contexts, and the scales of its segments.
 
     base, target   uint8, uint16, uint32 or uint64[n]
     shift, mask    where the exponent is: (bits >> shift) & mask
+    scales         int64, one a segment; read where there is but one, else written
     planes         uint8[0 or 3 or 7, n]; rows 3..6 get the low halves of 64-bit distances
     sizes          int64[7]: how much of each plane is filled
     """
-    _all_distances(base, target, values, planes, sizes)
-    unit_moves(base, values, shift, mask, sums)
+    log_segment, step = layout[LOG_SEGMENT], layout[STEP]
+    lowest, last = layout[LOWEST], layout[TABLES] - 1
+    count = len(values)
+    sums = np.empty((count + UNIT - 1) // UNIT if log_segment else 0, np.float32)
+    for first in range(0, count, BLOCK):
+        stop = min(first + BLOCK, count)
+        part, found = base[first:stop], values[first:stop]
+        block_distances(part, target[first:stop], first, found, planes, sizes)
+        if log_segment:
+            unit_moves(part, found, shift, mask, sums[first // UNIT :])
+        else:
+            offset = scales[0] + lowest
+            contexts_of(part, shift, mask, offset, step, last, contexts[first:stop])
+    if log_segment:
+        scales_from(sums, count, log_segment, mask, scales)
+        chunk_contexts(base, 0, shift, mask, scales, log_segment, lowest, step, last, contexts)
 
 
 @njit(nogil=True, cache=True)
-def _all_distances(base, target, values, planes, sizes):
+def block_distances(base, target, first, values, planes, sizes):
+    """Distances of a block as uint32; the low halves of 64-bit ones go to planes 3..6, from `first` on."""
     if base.itemsize < 8:
         distances(base, target, values)
         return
-    buffer = np.empty(BLOCK, np.uint64)
-    for first in range(0, len(values), BLOCK):
-        last = min(first + BLOCK, len(values))
-        distances(base[first:last], target[first:last], buffer[: last - first])
-        for i in range(first, last):
-            value = buffer[i - first]
-            values[i] = np.uint32(value >> np.uint64(32))
-            for p in range(4):
-                planes[3 + p, i] = np.uint8((value >> np.uint64(8 * p)) & np.uint64(255))
-    sizes[3:7] = len(values)
+    wide = np.empty(len(values), np.uint64)
+    distances(base, target, wide)
+    for i in range(len(values)):
+        values[i] = np.uint32(wide[i] >> np.uint64(32))
+        for p in range(4):
+            planes[3 + p, first + i] = np.uint8((wide[i] >> np.uint64(8 * p)) & np.uint64(255))
+    sizes[3:7] = first + len(values)
 
 
 # -------------------------------------------------------------------------------- decoding

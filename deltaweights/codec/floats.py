@@ -36,6 +36,7 @@ from .ulp import FloatFormat
 
 Bytes = NDArray[np.uint8]
 _HEAD = struct.Struct("<BBBhhb")
+_SAMPLED = 1 << 14  # elements looked at to choose a way and its parameters
 _GLANCE = 1 << 15  # elements whose bytes are counted to foresee a standalone size
 
 
@@ -44,6 +45,14 @@ def elements(data: Bytes, form: FloatFormat) -> NDArray[Any]:
     if data.ctypes.data % form.itemsize:
         data = data.copy()
     return data.view(form.dtype)
+
+
+def sample(elements: NDArray[Any], patch: int) -> NDArray[Any]:
+    """About `_SAMPLED` elements, `patch` in a row and as many rows evenly spread; all of a short array."""
+    if len(elements) < 2 * _SAMPLED:
+        return elements
+    rows = elements[: len(elements) // patch * patch].reshape(-1, patch)
+    return rows[:: len(elements) // _SAMPLED].reshape(-1)
 
 
 def _delta_planes(itemsize: int) -> int:
@@ -59,21 +68,19 @@ def encode_delta(base: Bytes, target: Bytes, form: FloatFormat) -> bytes | None:
     count, rows = len(after), _delta_planes(form.itemsize)
     planes = scratch("planes", rows * (count + delta.SPARE), np.uint8).reshape(rows, -1 if rows else 0)
     sizes = np.zeros(7, np.int64)
-    values = scratch("values", count, np.uint32)
-    sums = np.empty(-(-count // delta.UNIT), np.float32)
-    delta.measure(before, after, form.shift, form.mask, values, sums, planes, sizes)
-    log_segment, step, lowest, tables, bits = delta.choose_contexts(
-        before, values, form.shift, form.mask, rows > 0, sums
+    glance = sample(before, delta.PATCH)
+    log_segment, step, lowest, tables, scale, bits = delta.choose_contexts(
+        glance, sample(after, delta.PATCH), form.shift, form.mask, rows > 0, count / len(glance)
     )
     if bits > 8 * len(target):
         return None
     layout = np.array([log_segment, step, lowest, tables], np.int64)
-    scales = np.empty(delta.segments_of(count, log_segment), np.int64)
-    base_scale = delta.scales_from(sums, count, log_segment, form.mask, scales)
-    contexts = scratch("contexts", count, np.uint8)
-    delta.chunk_contexts(
-        before, 0, form.shift, form.mask, scales, log_segment, lowest, step, tables - 1, contexts
+    scales = np.full(delta.segments_of(count, log_segment), scale, np.int64)
+    values, contexts = scratch("values", count, np.uint32), scratch("contexts", count, np.uint8)
+    delta.measure(
+        before, after, form.shift, form.mask, layout, scales, values, contexts, planes, sizes
     )
+    base_scale = int(scales.min())
     if rows:
         delta.split_bytes(values, contexts, layout, planes, sizes)
     found = coder.encode_run(contexts, values, _members(layout, rows > 0), limit=len(target))

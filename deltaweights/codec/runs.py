@@ -22,11 +22,10 @@ import numpy as np
 from numba import njit, types
 
 from . import simd
-from .tables import SCALES, TOKENS
+from .tables import PRECISION, SCALES, TOKENS
 
 GUARD = 3 * 64 + 64  # words that a vector step may look at beyond the end of a stream
 STATE_FLOOR = 1 << 16  # a lane's state lies in [2**16, 2**32) between values
-MAX_CONTEXTS = 64
 BLOCK = 4096  # values worked at a time, so that all they need stays in the first-level cache
 _WEIGHT_TOTAL = 1 << 14  # explicit tables: weights add up to about this
 _MANTISSA = 3  # explicit tables: bits kept after a weight's highest bit
@@ -50,6 +49,7 @@ _bytes, _out = _read(types.uint8), _write(types.uint8)
 _longs = _read(types.int64)
 _numbers, _numbers_out = _read(types.uint32), _write(types.uint32)
 _words, _words_out = _read(types.uint16), _write(types.uint16)
+_entries = _read(types.uint64)
 _tables, _tables_out = _read(types.uint32, 2), _write(types.uint32, 2)
 
 
@@ -77,6 +77,12 @@ def raw_bits_of(token, direct_bits):
     """How many low bits of the value follow a token (see tables.raw_bits_of)."""
     direct = 1 << direct_bits
     return 0 if token < direct else ((token - direct) >> 2) + direct_bits - 2
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _lead_of(token, direct_bits):
+    """The value of a token, without its raw bits (see tables.lead_of)."""
+    return token if token < 1 << direct_bits else 4 | (token & 3)
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -330,24 +336,24 @@ def read_tables(data, members, family, spread, precision, highest, frequencies):
     return (bit + 7) >> 3 if bit <= end << 3 else BAD
 
 
-@njit(_i(_tables, _i, _numbers_out), nogil=True, cache=True)
-def fill_slots(frequencies, precision, slots):
-    """Fill slots (uint32, tables << precision): frequency << 20 | token << 12 | slot - start.
+@njit(types.void(_tables, _i, _flag, _numbers_out), nogil=True, cache=True)
+def fill_slots(frequencies, direct_bits, direct, slots):
+    """Fill slots (uint32, tables << precision): what a lane's low bits and its context stand for.
 
-    Returns the highest token any table has.
+    A slot is raw bit count << 27 | leading part << 23 | frequency << 11 | slot - start; where no
+    token carries raw bits (`direct`), the token takes the place of the first two.
     """
-    highest, at = 0, 0
+    at = 0
     for c in range(len(frequencies)):
         for t in range(TOKENS):
             frequency = np.int64(frequencies[c, t])
             if frequency > 0:
-                entry = np.uint32(frequency << 20 | t << 12)
+                value = t if direct else raw_bits_of(t, direct_bits) << 4 | _lead_of(t, direct_bits)
+                entry = np.uint32(value << 23 | frequency << 11)
                 row = slots[at : at + frequency]
                 for i in range(len(row)):
                     row[i] = entry + np.uint32(i)
                 at += frequency
-                highest = max(highest, t)
-    return highest
 
 
 # ---------------------------------------------------------------------------------------- counting
@@ -379,14 +385,15 @@ def add_keys(keys, counts):
         first[keys[i]] += one
 
 
-@njit(_tables_out(_bytes, _numbers, _i, _i), nogil=True, cache=True)
-def count_tokens(contexts, values, tables, direct_bits):
-    """How often each token comes in each context: uint32[tables, TOKENS]."""
-    counts = np.zeros((4, tables * TOKENS), np.uint32)
-    keys = np.empty(BLOCK, np.uint16)
+@njit(_tables_out(_bytes, _numbers, _i, _i, _words_out), nogil=True, cache=True)
+def count_tokens(contexts, values, tables, direct_bits, keys):
+    """How often each token comes in each context: uint32[tables, TOKENS]. Fills keys (see `keys_of`)."""
+    # The room between the four keeps their counters of one key from looking alike to a processor,
+    # which compares the last 12 bits of addresses to find out whether a load must wait for a store.
+    counts = np.zeros((4, tables * TOKENS + 48), np.uint32)
     for first in range(0, len(values), BLOCK):
         last = min(first + BLOCK, len(values))
-        part = keys[: last - first]
+        part = keys[first:last]
         keys_of(values[first:last], contexts[first:last], direct_bits, part)
         add_keys(part, counts)
     total = np.empty((tables, TOKENS), np.uint32)
@@ -401,20 +408,20 @@ def count_tokens(contexts, values, tables, direct_bits):
 
 
 @njit(
-    _i(_words_out, _i, _numbers, _bytes, _numbers, _numbers_out, _i, _i, _i, _i),
+    _i(_words_out, _i, _entries, _words, _numbers, _numbers_out, _i, _i, _i),
     nogil=True,
     cache=True,
 )
-def _encode_scalar(words, at, table, contexts, values, states, first, count, precision, direct_bits):
+def _encode_scalar(words, at, table, keys, values, states, first, count, direct_bits):
     """One step of `count` lanes, values from `first`, in front of `at`; the new `at`.
 
     The mirror image of `_decode_scalar`: raw bits of the second pull, of the first, then tokens.
     """
-    inline = 16 - precision
+    inline = 16 - PRECISION
     for pull in (2, 1):
         for lane in range(count - 1, -1, -1):
             value = np.int64(values[first + lane])
-            raw = raw_bits_of(token_of(np.uint32(value), direct_bits), direct_bits)
+            raw = raw_bits_of(np.int64(keys[first + lane]) & 255, direct_bits)
             rest = max(raw - inline, 0)
             width = min(rest, 16) if pull == 1 else max(rest - 16, 0)
             if width == 0:
@@ -427,40 +434,49 @@ def _encode_scalar(words, at, table, contexts, values, states, first, count, pre
             part = value >> (rest - width) if pull == 1 else value
             states[lane] = (state << width) | (part & ((1 << width) - 1))
     for lane in range(count - 1, -1, -1):
-        value = np.int64(values[first + lane])
-        token = token_of(np.uint32(value), direct_bits)
-        raw = raw_bits_of(token, direct_bits)
+        value, key = np.int64(values[first + lane]), np.int64(keys[first + lane])
+        raw = raw_bits_of(key & 255, direct_bits)
         width = min(raw, inline)
-        entry = np.int64(table[(np.int64(contexts[first + lane]) << 8) | token])
+        entry = np.int64(table[key] & np.uint64(0xFFFFFFFF))
         frequency, start = entry >> 16, entry & 0xFFFF
         state = np.int64(states[lane])
-        if state >> (32 - precision - width) >= frequency:
+        if state >> (32 - PRECISION - width) >= frequency:
             at -= 1
             words[at] = state & 0xFFFF
             state >>= 16
         state = (state << width) | ((value >> (raw - width)) & ((1 << width) - 1))
-        states[lane] = ((state // frequency) << precision) + state % frequency + start
+        states[lane] = ((state // frequency) << PRECISION) + state % frequency + start
     return at
 
 
-@njit(_numbers_out(_tables), nogil=True, cache=True)
+@njit(_write(types.uint64)(_tables), nogil=True, cache=True)
 def encoder_table(frequencies):
-    """uint32, 256 entries a context: frequency << 16 | start."""
-    table = np.empty(frequencies.size, np.uint32)
+    """uint64, 256 entries a context: float32 bits of 1 / frequency << 32 | frequency << 16 | start.
+
+    The reciprocal is made smaller by 2**-22 of itself (see simd._underestimate).
+    """
+    table = np.zeros(frequencies.size, np.uint64)
+    reciprocals = np.zeros(frequencies.size, np.float32)
     for c in range(len(frequencies)):
         start = 0
         for t in range(TOKENS):
             frequency = np.int64(frequencies[c, t])
             table[c * TOKENS + t] = frequency << 16 | start
+            if frequency:
+                reciprocals[c * TOKENS + t] = (1.0 - 2.0**-22) / frequency
             start += frequency
+    bits = reciprocals.view(np.uint32)
+    for i in range(len(table)):
+        table[i] |= np.uint64(bits[i]) << np.uint64(32)
     return table
 
 
-@njit(_i(_words_out, _tables, _bytes, _numbers, _i, _i, _i, _numbers_out), nogil=True, cache=True)
-def encode_words(words, frequencies, contexts, values, lanes, precision, direct_bits, states):
+@njit(_i(_words_out, _tables, _words, _numbers, _i, _i, _numbers_out), nogil=True, cache=True)
+def encode_words(words, frequencies, keys, values, lanes, direct_bits, states):
     """Code the values into the end of `words` (at least 3 a value); where the words begin.
 
-    frequencies  uint32[tables, TOKENS]
+    frequencies  uint32[tables, TOKENS], each table adding up to 1 << PRECISION
+    keys         uint16, one a value (see `keys_of`)
     states       uint32[64], the lanes' final states: what the decoder begins with
     """
     at, count = len(words), len(values)
@@ -468,17 +484,14 @@ def encode_words(words, frequencies, contexts, values, lanes, precision, direct_
     states[:lanes] = STATE_FLOOR
     steps = count // lanes
     at = _encode_scalar(
-        words, at, table, contexts, values, states, steps * lanes, count - steps * lanes,
-        precision, direct_bits,
-    )  # fmt: skip
+        words, at, table, keys, values, states, steps * lanes, count - steps * lanes, direct_bits
+    )
     if lanes == 64:
-        return simd.encode_64(words, table, contexts, values, states, at, 0, steps, precision, direct_bits)
+        return simd.encode_64(words, table, keys, values, states, at, steps, 1 << direct_bits)
     if lanes == 16:
-        return simd.encode_16(words, table, contexts, values, states, at, 0, steps, precision, direct_bits)
+        return simd.encode_16(words, table, keys, values, states, at, steps, 1 << direct_bits)
     for step in range(steps - 1, -1, -1):
-        at = _encode_scalar(
-            words, at, table, contexts, values, states, step * lanes, lanes, precision, direct_bits
-        )
+        at = _encode_scalar(words, at, table, keys, values, states, step * lanes, lanes, direct_bits)
     return at
 
 
@@ -494,12 +507,12 @@ def _refill(words, at, end, state):
 
 
 @njit(
-    _i(_words, _i, _i, _numbers, _bytes, _numbers_out, _numbers_out, _write(_i), _i, _i, _i, _i),
+    _i(_words, _i, _i, _numbers, _bytes, _numbers_out, _numbers_out, _write(_i), _i, _i, _i, _flag),
     nogil=True,
     cache=True,
 )
 def _decode_scalar(
-    words, at, end, slots, contexts, values, states, rest, first, count, precision, direct_bits
+    words, at, end, slots, contexts, values, states, rest, first, count, precision, direct
 ):
     """One step of `count` lanes, values from `first`; the new `at`, beyond `end` when exhausted.
 
@@ -511,11 +524,9 @@ def _decode_scalar(
         state = np.int64(states[lane])
         slot = state & ((1 << precision) - 1)
         entry = np.int64(slots[(np.int64(contexts[first + lane]) << precision) | slot])
-        token = (entry >> 12) & 255
-        state = (entry >> 20) * (state >> precision) + (entry & 4095)
-        raw = raw_bits_of(token, direct_bits)
+        state = ((entry >> 11) & 4095) * (state >> precision) + (entry & 2047)
+        raw, lead = (0, entry >> 23) if direct else (entry >> 27, (entry >> 23) & 15)
         width = min(raw, inline)
-        lead = (4 | (token & 3)) if token >= 1 << direct_bits else token
         values[first + lane] = (lead << width) | (state & ((1 << width) - 1))
         states[lane], at = _refill(words, at, end, state >> width)
         rest[lane] = raw - width
@@ -532,8 +543,8 @@ def _decode_scalar(
     return at
 
 
-# settings of a run: int64[4]
-LANES, PRECISION, RAW_FROM, DIRECT = 0, 1, 2, 3
+# settings of a run: int64[3]
+LANES, BITS, DIRECT = 0, 1, 2
 
 
 @njit(
@@ -544,37 +555,32 @@ LANES, PRECISION, RAW_FROM, DIRECT = 0, 1, 2, 3
 def decode_values(words, at, slots, contexts, values, settings, states, rest):
     """Decode len(contexts) values, whole steps unless they are the run's last; the word cursor.
 
-    settings     int64[4]: lanes, precision, direct bits, whether no token carries raw bits
+    settings     int64[3]: lanes, precision, whether no token carries raw bits
     words        uint16, with GUARD words behind the stream
     A cursor beyond `len(words) - GUARD` says that the stream was too short.
     """
-    lanes, precision = settings[LANES], settings[PRECISION]
-    direct_bits, direct = settings[RAW_FROM], settings[DIRECT]
+    lanes, precision, direct = settings[LANES], settings[BITS], settings[DIRECT] != 0
     count, end = len(contexts), len(words) - GUARD
     steps = count // lanes
-    if lanes == 64 and direct:
-        at = simd.decode_64_direct(
-            words, slots, contexts, values, states, at, end, steps, precision, direct_bits
-        )
-    elif lanes == 64:
-        at = simd.decode_64(words, slots, contexts, values, states, at, end, steps, precision, direct_bits)
-    elif lanes == 16 and direct:
-        at = simd.decode_16_direct(
-            words, slots, contexts, values, states, at, end, steps, precision, direct_bits
-        )
-    elif lanes == 16:
-        at = simd.decode_16(words, slots, contexts, values, states, at, end, steps, precision, direct_bits)
+    if lanes == 64 and precision == PRECISION and direct:
+        at = simd.decode_64_direct(words, slots, contexts, values, states, at, end, steps)
+    elif lanes == 64 and precision == PRECISION:
+        at = simd.decode_64(words, slots, contexts, values, states, at, end, steps)
+    elif lanes == 16 and precision == PRECISION and direct:
+        at = simd.decode_16_direct(words, slots, contexts, values, states, at, end, steps)
+    elif lanes == 16 and precision == PRECISION:
+        at = simd.decode_16(words, slots, contexts, values, states, at, end, steps)
     else:
         for step in range(steps):
             at = _decode_scalar(
                 words, at, end, slots, contexts, values, states, rest, step * lanes, lanes,
-                precision, direct_bits,
+                precision, direct,
             )  # fmt: skip
     if at > end:
         return at
     return _decode_scalar(
         words, at, end, slots, contexts, values, states, rest, steps * lanes,
-        count - steps * lanes, precision, direct_bits,
+        count - steps * lanes, precision, direct,
     )  # fmt: skip
 
 

@@ -24,9 +24,10 @@ from numba.core import cgutils, types
 from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
-from .tables import DIRECT_BITS
+from .tables import DIRECT_BITS, PRECISION
 
 _DIRECT = 1 << DIRECT_BITS
+_INLINE = 16 - PRECISION  # raw bits that follow a token without a refill in between
 WIDTH = 16  # 32-bit elements in a vector
 
 _I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
@@ -39,19 +40,22 @@ def _vector(element: ir.Type) -> ir.VectorType:
 
 
 class Vec:
-    """Sixteen unsigned 32-bit lanes, or sixteen booleans; the operators emit instructions."""
+    """Lanes of unsigned integers, or of booleans; the operators emit instructions.
+
+    Sixteen lanes of 32 bits in the entropy coder; elsewhere as many as 512 bits hold.
+    """
 
     def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
         self.b = builder
         self.value = value
 
     def _lift(self, other: Vec | ir.Value | int) -> ir.Value:
-        """A vector of the same type: splat a constant or a 32-bit scalar."""
+        """A vector of the same type: splat a constant or a scalar."""
         if isinstance(other, Vec):
             return other.value
         if isinstance(other, int):
-            return ir.Constant(self.value.type, [other] * WIDTH)
-        return splat(self.b, other).value
+            return ir.Constant(self.value.type, [other] * self.value.type.count)
+        return splat(self.b, other, self.value.type.count).value
 
     def __add__(self, other: Vec | ir.Value | int) -> Vec:
         return Vec(self.b, self.b.add(self.value, self._lift(other)))
@@ -97,7 +101,11 @@ class Vec:
     def at_most(self, other: Vec | ir.Value | int) -> Vec:
         return (self < other).choose(self, Vec(self.b, self._lift(other)))
 
-    def shift_signed(self, other: ir.Value) -> Vec:
+    def less(self, other: int) -> Vec:
+        """The difference, but not below zero."""
+        return Vec(self.b, (self < other).choose(other, self).value) - other
+
+    def shift_signed(self, other: ir.Value | int) -> Vec:
         return Vec(self.b, self.b.ashr(self.value, self._lift(other)))
 
     def clamp_signed(self, last: ir.Value) -> Vec:
@@ -140,11 +148,11 @@ def _call(
     return builder.call(function, [v for _, v in arguments])
 
 
-def splat(builder: ir.IRBuilder, scalar: ir.Value) -> Vec:
-    """All lanes equal to one 32-bit scalar."""
-    kind = _vector(_I32)
+def splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int = WIDTH) -> Vec:
+    """All lanes equal to one scalar."""
+    kind = ir.VectorType(scalar.type, lanes)
     first = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(_I32, 0))
-    zeros = ir.Constant(kind, [0] * WIDTH)
+    zeros = ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes)
     return Vec(builder, builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), zeros))
 
 
@@ -179,6 +187,22 @@ def gather(builder: ir.IRBuilder, base: ir.Value, index: Vec) -> Vec:
         (kind, ir.Constant(kind, [0] * WIDTH)),
     ]
     return Vec(builder, _call(builder, "llvm.masked.gather.v16i32.v16p0", kind, arguments))
+
+
+def gather_pair(builder: ir.IRBuilder, base: ir.Value, index: Vec) -> tuple[Vec, Vec]:
+    """The (high, low) halves of sixteen 64-bit entries: as many loads as for 32-bit ones."""
+    kind, mask, places = _vector(_I64), _vector(_I1), _vector(_POINTER)
+    where = builder.gep(base, [index.value], source_etype=_I64)
+    where.type = places
+    arguments = [
+        (places, where),
+        (_I32, ir.Constant(_I32, 8)),
+        (mask, ir.Constant(mask, [1] * WIDTH)),
+        (kind, ir.Constant(kind, [0] * WIDTH)),
+    ]
+    entry = _call(builder, "llvm.masked.gather.v16i64.v16p0", kind, arguments)
+    high = builder.lshr(entry, ir.Constant(kind, [32] * WIDTH))
+    return tuple(Vec(builder, builder.trunc(half, _vector(_I32))) for half in (high, entry))
 
 
 def expand_load(builder: ir.IRBuilder, base: ir.Value, index: ir.Value, mask: Vec) -> Vec:
@@ -219,7 +243,7 @@ def compress_store(builder: ir.IRBuilder, vector: Vec, mask: Vec, base: ir.Value
 
 
 class _Loop:
-    """What both directions share: array pointers, parameters, lane states and the word cursor."""
+    """What both directions share: array pointers, lane states and the word cursor."""
 
     def __init__(
         self,
@@ -227,18 +251,16 @@ class _Loop:
         builder: ir.IRBuilder,
         signature: Signature,
         args: list[ir.Value],
+        names: tuple[str, ...],
         vectors: int,
     ) -> None:
         self.b = builder
         self.vectors = range(vectors)
-        names = ("words", "table", "contexts", "values", "states")
-        for name, kind, value in zip(names, signature.args[:5], args[:5], strict=True):
-            setattr(self, name, context.make_array(kind)(context, builder, value).data)
-        self.at = cgutils.alloca_once_value(builder, args[5])
-        self.end, self.steps = args[6], args[7]
-        self.precision = builder.trunc(args[8], _I32)
-        self.direct_bits = builder.trunc(args[9], _I32)  # encoding only
-        self.inline_bits = builder.sub(ir.Constant(_I32, 16), self.precision)
+        for name, kind, value in zip(names, signature.args, args, strict=True):
+            if isinstance(kind, types.Array):
+                value = context.make_array(kind)(context, builder, value).data  # noqa: PLW2901
+            setattr(self, name, value)
+        self.cell = cgutils.alloca_once_value(builder, self.at)
         self.lanes = []
         for v in self.vectors:
             start = load(builder, _I32, self.states, self.index(v * WIDTH))
@@ -254,7 +276,7 @@ class _Loop:
         self.b.store(state.value, self.lanes[v])
 
     def cursor(self) -> ir.Value:
-        return self.b.load(self.at, typ=_I64)
+        return self.b.load(self.cell, typ=_I64)
 
     def finish(self) -> ir.Value:
         """Write the lane states back and return the cursor."""
@@ -267,13 +289,13 @@ class _Loop:
         mask = state < 65536
         word = expand_load(self.b, self.words, self.cursor(), mask)
         self.set(v, mask.choose((state << 16) | word, state))
-        self.b.store(self.b.add(self.cursor(), mask.count()), self.at)
+        self.b.store(self.b.add(self.cursor(), mask.count()), self.cell)
 
     def spill(self, state: Vec, mask: Vec) -> Vec:
         """Encoding: every lane in `mask` puts its low word in front of the stream."""
         at = self.b.sub(self.cursor(), mask.count())
         compress_store(self.b, state, mask, self.words, at)
-        self.b.store(at, self.at)
+        self.b.store(at, self.cell)
         return mask.choose(state >> 16, state)
 
 
@@ -284,42 +306,30 @@ def _any(loop: _Loop, masks: list[Vec]) -> ir.Value:
     return total.any()
 
 
-def _decode_token(loop: _Loop, v: int, place: ir.Value) -> tuple[Vec, Vec, Vec]:
-    """One token from each lane of vector `v`: (state before raw bits, leading part, raw bit count).
-
-    The leading part is the value without its raw bits.
-    """
-    b, state = loop.b, loop.get(v)
-    context = load(b, _I8, loop.contexts, place)
-    precision = splat(b, loop.precision)
-    slot = state.low(precision)
-    entry = gather(b, loop.table, (context << precision) | slot)
-    quotient = state >> precision
-    # entry: frequency << 20 | token << 12 | (slot - start)
-    state = (entry >> 20) * quotient + (entry & 4095)
-    return state, *_split_token((entry >> 12) & 255)
-
-
-def _split_token(token: Vec) -> tuple[Vec, Vec]:
-    """(leading part, raw bit count) of each token."""
-    wide = token >= _DIRECT
-    raw = wide.choose(((token - _DIRECT) >> 2) + (DIRECT_BITS - 2), token & 0)
-    return wide.choose((token & 3) | 4, token), raw
+def _decode_slot(loop: _Loop, v: int, place: ir.Value) -> Vec:
+    """Take one token from each lane of vector `v`: its slots (see runs.fill_slots)."""
+    state = loop.get(v)
+    context = load(loop.b, _I8, loop.contexts, place)
+    slot = gather(loop.b, loop.table, (context << PRECISION) | (state & ((1 << PRECISION) - 1)))
+    loop.set(v, ((slot >> 11) & 4095) * (state >> PRECISION) + (slot & 2047))
+    return slot
 
 
 def _decode_step_wide(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
     """One step whose tokens may carry raw bits."""
     b = loop.b
-    heads: list[Vec] = []
-    rest: list[Vec] = []
-    for v in loop.vectors:
-        state, head, raw = _decode_token(loop, v, place(v))
-        inline = raw.at_most(loop.inline_bits)
-        heads.append((head << inline) | state.low(inline))
-        rest.append(raw - inline)
-        loop.refill(v, state >> inline)
-    values = [cgutils.alloca_once_value(b, head.value) for head in heads]
-    with b.if_then(_any(loop, [r.nonzero() for r in rest]), likely=False):
+    slots = [_decode_slot(loop, v, place(v)) for v in loop.vectors]
+    values = []
+    for v, slot in zip(loop.vectors, slots, strict=True):
+        state, count = loop.get(v), (slot >> 27).at_most(_INLINE)
+        head = ((slot >> 23) & 15) << count
+        values.append(cgutils.alloca_once_value(b, (head | state.low(count)).value))
+        loop.refill(v, state >> count)
+    most = slots[0]
+    for slot in slots[1:]:
+        most = (most < slot).choose(slot, most)
+    with b.if_then((most >= ((_INLINE + 1) << 27)).any(), likely=False):
+        rest = [(slot >> 27).less(_INLINE) for slot in slots]
         first = [r.at_most(16) for r in rest]
         second = [r - f for r, f in zip(rest, first, strict=True)]
         _decode_raw(loop, values, first)
@@ -342,24 +352,20 @@ def _decode_raw(loop: _Loop, values: list[ir.Value], counts: list[Vec]) -> None:
 def _decode_step_direct(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
     """One step in which every token is its own value."""
     for v in loop.vectors:
-        state, precision = loop.get(v), splat(loop.b, loop.precision)
-        context = load(loop.b, _I8, loop.contexts, place(v))
-        entry = gather(loop.b, loop.table, (context << precision) | state.low(precision))
-        quotient = state >> precision
-        loop.refill(v, (entry >> 20) * quotient + (entry & 4095))
-        store(loop.b, (entry >> 12) & 255, loop.values, place(v))
+        slot = _decode_slot(loop, v, place(v))
+        loop.refill(v, loop.get(v))
+        store(loop.b, slot >> 23, loop.values, place(v))
 
 
 def _encode_step(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
     """The mirror image of decoding a step: raw bits last to first, then tokens last to first."""
     b = loop.b
-    direct = splat(b, b.shl(ir.Constant(_I32, 1), loop.direct_bits))
     values = [load(b, _I32, loop.values, place(v)) for v in loop.vectors]
     raws = []
     for value in values:
-        wide = value >= direct
+        wide = value >= loop.direct
         raws.append(wide.choose(value.floor_log2() - 2, value & 0))
-    inline = [raw.at_most(loop.inline_bits) for raw in raws]
+    inline = [raw.at_most(_INLINE) for raw in raws]
     rest = [raw - i for raw, i in zip(raws, inline, strict=True)]
     with b.if_then(_any(loop, [r.nonzero() for r in rest]), likely=False):
         first = [r.at_most(16) for r in rest]
@@ -368,7 +374,7 @@ def _encode_step(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
             _encode_raw(loop, values, second)
         _encode_raw(loop, [v >> s for v, s in zip(values, second, strict=True)], first)
     for v in reversed(loop.vectors):
-        _encode_token(loop, v, place(v), values[v], raws[v], inline[v])
+        _encode_token(loop, v, place(v), values[v] >> rest[v], inline[v])
 
 
 def _encode_raw(loop: _Loop, values: list[Vec], counts: list[Vec]) -> None:
@@ -380,46 +386,32 @@ def _encode_raw(loop: _Loop, values: list[Vec], counts: list[Vec]) -> None:
         loop.set(v, (state << count) | values[v].low(count))
 
 
-def _encode_token(loop: _Loop, v: int, place: ir.Value, value: Vec, raw: Vec, inline: Vec) -> None:
-    """Put one token and its inline raw bits onto each lane of vector `v`."""
+def _encode_token(loop: _Loop, v: int, place: ir.Value, value: Vec, inline: Vec) -> None:
+    """Put one token and its inline raw bits, the low ones of `value`, onto each lane of vector `v`."""
     b, state = loop.b, loop.get(v)
-    precision = splat(b, loop.precision)
-    bits = splat(b, loop.direct_bits)
-    direct = splat(b, b.shl(ir.Constant(_I32, 1), loop.direct_bits))
-    wide = value >= direct
-    bucket = direct + ((raw + 2 - bits) << 2) + ((value >> raw) & 3)
-    token = wide.choose(bucket, value)
-    context = load(b, _I8, loop.contexts, place)
-    entry = gather(b, loop.table, (context << 8) | token)
+    reciprocal, entry = gather_pair(b, loop.table, load(b, _I16, loop.keys, place))
     frequency, start = entry >> 16, entry & 65535
-    room = Vec(b, state._lift(32)) - precision - inline
+    room = Vec(b, state._lift(32 - PRECISION)) - inline
     state = loop.spill(state, (state >> room) >= frequency)
-    state = (state << inline) | (value >> (raw - inline)).low(inline)
-    quotient, remainder = _divide(b, state, frequency)
-    loop.set(v, (quotient << precision) + remainder + start)
-
-
-def _divide(b: ir.IRBuilder, state: Vec, frequency: Vec) -> tuple[Vec, Vec]:
-    """Exact (state // frequency, state % frequency) by a float quotient and one correction.
-
-    Holds for quotients below 2**21, which renormalisation guarantees with probabilities of eleven
-    bits. Three roundings leave the estimate within 1.5 * 2**-23 of the truth, so that one made
-    smaller by 2**-22 is never too large, and too small by less than one before it is rounded down.
-    """
-    kind = _vector(_F32)
-    estimate = b.fdiv(state.to_float(), frequency.to_float())
-    shrunk = b.fmul(estimate, ir.Constant(kind, [1.0 - 2.0**-22] * WIDTH))
-    quotient = Vec(b, b.fptoui(shrunk, _vector(_I32)))
+    state = (state << inline) | value.low(inline)
+    # quotient << PRECISION | remainder + start
+    quotient = _underestimate(b, state, reciprocal)
     remainder = state - quotient * frequency
     short = remainder >= frequency
-    return (
-        short.choose(quotient + 1, quotient),
-        short.choose(remainder - frequency, remainder),
-    )
+    coded = (quotient << PRECISION) + remainder + start
+    step = Vec(b, state._lift(1 << PRECISION)) - frequency
+    loop.set(v, short.choose(coded + step, coded))
 
 
-def _signature(args: tuple[Any, ...]) -> Signature:
-    return types.int64(*args)
+def _underestimate(b: ir.IRBuilder, state: Vec, reciprocal: Vec) -> Vec:
+    """state // frequency, or one less, from the float bits of about 1 / frequency.
+
+    Holds for quotients below 2**21, which renormalisation guarantees with probabilities of eleven
+    bits. The reciprocal is made smaller by 2**-22 (runs.encoder_table); three roundings of at most
+    2**-24 leave the product too small, but by less than 7 * 2**-24 of it: by less than one.
+    """
+    factor = b.bitcast(reciprocal.value, _vector(_F32))
+    return Vec(b, b.fptoui(b.fmul(state.to_float(), factor), _vector(_I32)))
 
 
 def _place(loop: _Loop, step: ir.Value) -> Callable[[int], ir.Value]:
@@ -428,10 +420,12 @@ def _place(loop: _Loop, step: ir.Value) -> Callable[[int], ir.Value]:
 
 
 def _make_decoder(step: Callable[[_Loop, Callable[[int], ir.Value]], None], vectors: int) -> Any:
+    names = ("words", "table", "contexts", "values", "states", "at", "end", "steps")
+
     def typer(typingctx: Any, words: Any, table: Any, contexts: Any, values: Any, states: Any,
-              at: Any, end: Any, steps: Any, precision: Any, direct_bits: Any) -> Any:  # fmt: skip
+              at: Any, end: Any, steps: Any) -> Any:  # fmt: skip
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            loop = _Loop(context, builder, signature, args, vectors)
+            loop = _Loop(context, builder, signature, args, names, vectors)
             with cgutils.for_range(builder, loop.steps) as turn:
                 step(loop, _place(loop, turn.index))
                 past = builder.icmp_signed(">", loop.cursor(), loop.end)
@@ -439,24 +433,25 @@ def _make_decoder(step: Callable[[_Loop, Callable[[int], ir.Value]], None], vect
                     turn.do_break()
             return loop.finish()
 
-        args = (words, table, contexts, values, states, at, end, steps, precision, direct_bits)
-        return _signature(args), codegen
+        return types.int64(words, table, contexts, values, states, at, end, steps), codegen
 
     return intrinsic(typer)
 
 
 def _make_encoder(vectors: int) -> Any:
-    def typer(typingctx: Any, words: Any, table: Any, contexts: Any, values: Any, states: Any,
-              at: Any, end: Any, steps: Any, precision: Any, direct_bits: Any) -> Any:  # fmt: skip
+    names = ("words", "table", "keys", "values", "states", "at", "steps", "direct")
+
+    def typer(typingctx: Any, words: Any, table: Any, keys: Any, values: Any, states: Any,
+              at: Any, steps: Any, direct: Any) -> Any:  # fmt: skip
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            loop = _Loop(context, builder, signature, args, vectors)
+            loop = _Loop(context, builder, signature, args, names, vectors)
+            loop.direct = builder.trunc(loop.direct, _I32)
             last = builder.sub(loop.steps, loop.index(1))
             with cgutils.for_range(builder, loop.steps) as turn:
                 _encode_step(loop, _place(loop, builder.sub(last, turn.index)))
             return loop.finish()
 
-        args = (words, table, contexts, values, states, at, end, steps, precision, direct_bits)
-        return _signature(args), codegen
+        return types.int64(words, table, keys, values, states, at, steps, direct), codegen
 
     return intrinsic(typer)
 
@@ -464,19 +459,42 @@ def _make_encoder(vectors: int) -> Any:
 # ------------------------------------------------------------------------------ float transforms
 
 
-def _narrow_store(builder: ir.IRBuilder, vector: Vec, element: ir.Type, base: Any, at: Any) -> None:
-    value = vector.value
-    if element.width < 32:
-        value = builder.trunc(value, _vector(element))
-    builder.store(value, address(builder, base, at, element), align=element.width // 8)
+def _lane_type(width: int) -> ir.VectorType:
+    """A vector register's worth of lanes of `width` bits."""
+    return ir.VectorType(ir.IntType(width), 512 // width)
 
 
-def _elementwise(body: Callable[..., None], arity: int) -> Any:
+def _load_as(builder: ir.IRBuilder, array: tuple[Any, ir.Type], at: ir.Value, kind: ir.VectorType) -> Vec:
+    """`kind.count` consecutive elements of an array from `at`, cut or zero-extended to `kind`."""
+    data, element = array
+    where = address(builder, data, at, element)
+    loaded = builder.load(where, typ=ir.VectorType(element, kind.count), align=element.width // 8)
+    if element.width > kind.element.width:
+        loaded = builder.trunc(loaded, kind)
+    elif element.width < kind.element.width:
+        loaded = builder.zext(loaded, kind)
+    return Vec(builder, loaded)
+
+
+def _store_as(builder: ir.IRBuilder, vector: Vec, array: tuple[Any, ir.Type], at: ir.Value) -> None:
+    """The mirror image of `_load_as`."""
+    data, element = array
+    value, width = vector.value, vector.value.type.element.width
+    kind = ir.VectorType(element, value.type.count)
+    if width > element.width:
+        value = builder.trunc(value, kind)
+    elif width < element.width:
+        value = builder.zext(value, kind)
+    builder.store(value, address(builder, data, at, element), align=element.width // 8)
+
+
+def _elementwise(body: Callable[..., None], arity: int, least_width: int = 8) -> Any:
     """An intrinsic `f(count, *arrays and scalars)` that works whole vectors of its arrays.
 
-    `body(builder, width, at, *arguments)` handles elements at..at+16; arrays come as
-    (pointer, element type), scalars as 32-bit values. The result is how many elements were done,
-    a multiple of 16; none at all for arrays of 64-bit elements.
+    `body(builder, kind, at, *arguments)` handles the elements at..at + kind.count, `kind` being
+    as many lanes as a register has of the first array's width (or of `least_width`, if that is
+    more); arrays come as (pointer, element type), scalars as 64-bit values. The result is how many
+    elements were done; none at all for arrays of 64-bit elements.
     """
 
     def typer(typingctx: Any, count: Any, first: Any, *rest: Any) -> Any:
@@ -485,18 +503,19 @@ def _elementwise(body: Callable[..., None], arity: int) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             if any(isinstance(k, types.Array) and k.dtype.bitwidth > 32 for k in kinds):
                 return ir.Constant(_I64, 0)
-            steps = builder.lshr(args[0], ir.Constant(_I64, 4))
             arguments = []
             for kind, value in zip(kinds, args[1:], strict=True):
                 if isinstance(kind, types.Array):
                     data = context.make_array(kind)(context, builder, value).data
                     arguments.append((data, ir.IntType(kind.dtype.bitwidth)))
                 else:
-                    arguments.append(builder.trunc(value, _I32))
+                    arguments.append(value)
+            lanes = _lane_type(max(kinds[0].dtype.bitwidth, least_width))
+            size = ir.Constant(_I64, lanes.count)
+            steps = builder.udiv(args[0], size)
             with cgutils.for_range(builder, steps) as turn:
-                at = builder.shl(turn.index, ir.Constant(_I64, 4))
-                body(builder, kinds[0].dtype.bitwidth, at, *arguments)
-            return builder.shl(steps, ir.Constant(_I64, 4))
+                body(builder, lanes, builder.mul(turn.index, size), *arguments)
+            return builder.mul(steps, size)
 
         return types.int64(count, *kinds), codegen
 
@@ -507,65 +526,72 @@ def _elementwise(body: Callable[..., None], arity: int) -> Any:
     return intrinsic(scope["fixed"])
 
 
-def _mirror(vector: Vec, width: int) -> Vec:
+def _sign(vector: Vec) -> Vec:
+    """All ones in the lanes whose highest bit is set."""
+    return vector.shift_signed(vector.value.type.element.width - 1)
+
+
+def _mirror(vector: Vec) -> Vec:
     """Bits in numeric order: negative numbers have their magnitude bits flipped. Self-inverse."""
-    sign = (vector >> (width - 1)) & 1
-    return vector ^ (_all_ones(sign) & ((1 << (width - 1)) - 1))
+    return vector ^ (_sign(vector) & ((1 << (vector.value.type.element.width - 1)) - 1))
 
 
-def _all_ones(bit: Vec) -> Vec:
-    """0 to 0, 1 to 2**32 - 1."""
-    return (bit & 0) - bit
+def _distance_body(builder: Any, kind: Any, at: Any, base: Any, target: Any, values: Any) -> None:
+    b, t = _load_as(builder, base, at, kind), _load_as(builder, target, at, kind)
+    sign = _sign(b)
+    distance = ((_mirror(t) - _mirror(b)) ^ sign) - sign
+    _store_as(builder, (distance << 1) ^ _sign(distance), values, at)
 
 
-def _distance_body(builder: Any, width: int, at: Any, base: Any, target: Any, values: Any) -> None:
-    b = load(builder, base[1], base[0], at)
-    t = load(builder, target[1], target[0], at)
-    sign = b >> (width - 1)
-    distance = ((_mirror(t, width) - _mirror(b, width)) ^ _all_ones(sign)) + sign
-    zigzag = (distance << 1) ^ _all_ones((distance >> (width - 1)) & 1)
-    store(builder, zigzag & ((1 << width) - 1), values[0], at)
-
-
-def _restore_body(builder: Any, width: int, at: Any, base: Any, values: Any, out: Any) -> None:
-    b = load(builder, base[1], base[0], at)
-    zigzag = load(builder, values[1], values[0], at)
-    sign = b >> (width - 1)
-    distance = (((zigzag >> 1) ^ _all_ones(zigzag & 1)) ^ _all_ones(sign)) + sign
-    _narrow_store(builder, _mirror(_mirror(b, width) + distance, width), out[1], out[0], at)
+def _restore_body(builder: Any, kind: Any, at: Any, base: Any, values: Any, out: Any) -> None:
+    b, zigzag = _load_as(builder, base, at, kind), _load_as(builder, values, at, kind)
+    sign = _sign(b)
+    odd = (zigzag & 0) - (zigzag & 1)
+    distance = ((zigzag >> 1) ^ odd ^ sign) - sign
+    _store_as(builder, _mirror(_mirror(b) + distance), out, at)
 
 
 def _context_body(
-    builder: Any, width: int, at: Any, base: Any, contexts: Any,
+    builder: Any, kind: Any, at: Any, base: Any, contexts: Any,
     shift: Any, mask: Any, offset: Any, step: Any, last: Any,
 ) -> None:  # fmt: skip
-    exponent = (load(builder, base[1], base[0], at) >> shift) & mask
+    # Contexts are far below 1024 in either direction before they are clamped: offsets may be clamped
+    # there as well, which lets them fit into 16 bits.
+    far = ir.Constant(_I64, 1 << 10)
+    near = ir.Constant(_I64, -(1 << 10))
+    offset = builder.select(builder.icmp_signed(">", offset, far), far, offset)
+    offset = builder.select(builder.icmp_signed("<", offset, near), near, offset)
+    shift, mask, offset, step, last = (
+        builder.trunc(a, kind.element) for a in (shift, mask, offset, step, last)
+    )
+    exponent = (_load_as(builder, base, at, kind) >> shift) & mask
     place = ((exponent << 1) - offset).shift_signed(step)
-    _narrow_store(builder, place.clamp_signed(last), contexts[1], contexts[0], at)
+    _store_as(builder, place.clamp_signed(last), contexts, at)
 
 
 def _move_body(
-    builder: Any, width: int, at: Any, base: Any, values: Any, moves: Any, shift: Any, mask: Any
+    builder: Any, kind: Any, at: Any, base: Any, values: Any, moves: Any, shift: Any, mask: Any
 ) -> None:
-    exponent = (load(builder, base[1], base[0], at) >> shift) & mask
-    steps = (load(builder, values[1], values[0], at) + 1) >> 1
+    shift, mask = (builder.trunc(a, _I32) for a in (shift, mask))
+    exponent = (_load_as(builder, base, at, kind) >> shift) & mask
+    steps = (_load_as(builder, values, at, kind) + 1) >> 1
     power = builder.bitcast((exponent.at_most(190) << 23).value, _vector(_F32))
     move = builder.fmul(steps.to_float(), power)
     builder.store(move, address(builder, moves[0], at, _F32), align=4)
 
 
 def _key_body(
-    builder: Any, width: int, at: Any, values: Any, contexts: Any, keys: Any, direct_bits: Any
+    builder: Any, kind: Any, at: Any, values: Any, contexts: Any, keys: Any, direct_bits: Any
 ) -> None:
-    value = load(builder, values[1], values[0], at)
-    bits = splat(builder, direct_bits)
+    value = _load_as(builder, values, at, kind)
+    bits = splat(builder, builder.trunc(direct_bits, _I32))
     direct = (bits & 0 | 1) << bits
     wide = value >= direct
     octave = (value | 1).floor_log2()
     bucket = direct + ((octave - bits) << 2) + ((value >> (octave - 2)) & 3)
     token = wide.choose(bucket, value)
-    key = (load(builder, contexts[1], contexts[0], at) << 8) | token
-    _narrow_store(builder, key, keys[1], keys[0], at)
+    key = (_load_as(builder, contexts, at, kind) << 8) | token
+    _store_as(builder, key, keys, at)
 
 
 # distance_vectors(count, base, target, values): see ulp.distance
@@ -576,9 +602,9 @@ def _key_body(
 # key_vectors(count, values, contexts, keys, direct_bits): uint16 context << 8 | token
 distance_vectors = _elementwise(_distance_body, 3)
 restore_vectors = _elementwise(_restore_body, 3)
-context_vectors = _elementwise(_context_body, 7)
-move_vectors = _elementwise(_move_body, 5)
-key_vectors = _elementwise(_key_body, 4)
+context_vectors = _elementwise(_context_body, 7, 16)
+move_vectors = _elementwise(_move_body, 5, 32)
+key_vectors = _elementwise(_key_body, 4, 32)
 
 
 def _make_sift(merge: bool) -> Any:
@@ -696,23 +722,26 @@ def bit_length(typingctx: Any, value: Any) -> Any:
     return types.uint32(types.uint32), codegen
 
 
-# decode_64(words, table, contexts, values, states, at, end, steps, precision, direct_bits) -> at
+# decode_64(words, table, contexts, values, states, at, end, steps) -> at
 #
 #   words      uint16, readable up to 3 * 64 words past `end`
-#   table      uint32, contexts << precision entries (kernels.slots_of)
+#   table      uint32, contexts << PRECISION entries (runs.fill_slots)
 #   contexts   uint8, steps * 64, each below the number of tables
 #   values     uint32, steps * 64, written
 #   states     uint32, 64, updated
 #
 # Stops early, with a cursor beyond `end`, once the stream is exhausted. The `direct` ones are for
-# tables whose tokens carry no raw bits; the others know only tokens of DIRECT_BITS direct bits.
+# tables whose tokens carry no raw bits.
 decode_64 = _make_decoder(_decode_step_wide, 4)
 decode_16 = _make_decoder(_decode_step_wide, 1)
 decode_64_direct = _make_decoder(_decode_step_direct, 4)
 decode_16_direct = _make_decoder(_decode_step_direct, 1)
 
-# encode_64(...), same arguments: from the last step to the first, writing words in front of `at`;
-# `table` is uint32, 256 entries a context: frequency << 16 | start. The caller leaves room for
-# 3 words a value in front of `at`; `end` is not looked at.
+# encode_64(words, table, keys, values, states, at, steps, direct) -> at: from the last step to the
+# first, writing words in front of `at`, where the caller leaves room for 3 words a value.
+#
+#   table      uint64, 256 entries a context (runs.encoder_table)
+#   keys       uint16, context << 8 | token
+#   direct     values from this one on have an octave token and raw bits
 encode_64 = _make_encoder(4)
 encode_16 = _make_encoder(1)

@@ -31,6 +31,7 @@ _SHARE = 16  # one element in so many may be an exception: what reading their li
 _MOST = 0.6  # chosen elements, as a part of all, above which there is nothing to gain
 _ACTIVE = 0.4  # active units, as a part of all, up to which the others are left out
 _TOLERANCE = 0.01  # how much longer, by estimate, a chunk may become for the sake of speed
+_PATCH = 64  # elements in a row that are looked at: changes come in clusters
 _DELTA_BITS = 200  # what a delta costs besides, about,
 _TABLE_BITS = 24  # and for each exponent that moved
 _VALUE_BITS = 4.4  # what an exception costs besides the entropy of its place, about
@@ -41,8 +42,8 @@ def encode_sparse(base: Bytes, target: Bytes, form: FloatFormat) -> bytes | None
     from .compiled import frozen, subset
 
     before, after = frozen(floats.elements(base, form)), frozen(floats.elements(target, form))
-    glance = slice(None, None, 1 + (len(before) >> 14))
-    if np.count_nonzero(before[glance] != after[glance]) > 1.2 * _FEW * len(before[glance]):
+    glance, there = floats.sample(before, _PATCH), floats.sample(after, _PATCH)
+    if np.count_nonzero(glance != there) > 1.2 * _FEW * len(glance):
         return None
     places = np.flatnonzero(before != after)
     if len(places) > _FEW * len(before):
