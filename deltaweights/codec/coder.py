@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..errors import PayloadError
 from . import runs
 from .scratch import scratch
-from .tables import DIRECT_BITS, PRECISION, TOKENS, laplace_family, raw_bits_of, token_of
+from .tables import DIRECT_BITS, PRECISION, TOKENS, laplace_family, raw_bits_of
 
 Bytes = NDArray[np.uint8]
 Values = NDArray[np.uint32]
@@ -75,7 +75,7 @@ def _fit_family(
     highest: int,
 ) -> tuple[int, int]:
     """The tweak and spread under which the family fits best, searched for in small runs only."""
-    if values > _SMALL or len(members) == 1:
+    if values >= _SMALL or len(members) == 1:
         return 0, _USUAL_SPREAD
 
     def cost(pair: tuple[int, int]) -> float:
@@ -101,32 +101,15 @@ class OpenRun:
 
 def open_run(data: Bytes, members: NDArray[np.int64], direct_bits: int = DIRECT_BITS) -> OpenRun:
     """Read the head of a run that takes up all of `data`; PayloadError where it cannot be one."""
-    if len(data) < 2:
-        raise PayloadError("a run of tokens is cut short")
-    precision, code, spread = 8 + (int(data[0]) & 7), int(data[0]) >> 3 & 3, int(data[0]) >> 5
-    highest, lanes = int(data[1]), 1 << 2 * code
-    if precision > PRECISION:
-        raise PayloadError(f"a run of tokens has probabilities of {precision} bits")
-    frequencies = np.empty((len(members), TOKENS), np.uint32)
-    size = runs.read_tables(data[2:], members, _family, spread, precision, highest, frequencies)
-    at = 2 + size
-    body = len(data) - at - 4 * lanes
-    if size == runs.BAD or body < 0 or body & 1:
-        raise PayloadError("the tables of a run of tokens are damaged")
-    last = int(np.flatnonzero(frequencies.any(axis=0)).max(initial=0))
-    if last > token_of((1 << 32) - 1, direct_bits):  # more raw bits than a shift of 32-bit lanes can take
-        raise PayloadError("a run of tokens has values of more than 32 bits")
-    slots = scratch("slots", len(members) << precision, np.uint32)
-    direct = last < 1 << direct_bits
-    runs.fill_slots(frequencies, direct_bits, direct, slots)
+    slots = scratch("slots", len(members) << PRECISION, np.uint32)
+    states, settings = np.empty(64, np.uint32), np.empty(3, np.int64)
+    start = runs.open_head(data, members, _family, direct_bits, slots, states, settings)
+    if start == runs.BAD:
+        raise PayloadError("the head of a run of tokens is damaged")
+    body = len(data) - start
     words = scratch("words", body // 2 + runs.GUARD, np.uint16)
-    words.view(np.uint8)[:body] = data[at + 4 * lanes :]
+    words.view(np.uint8)[:body] = data[start:]
     words[body // 2 :] = 0
-    states = np.empty(64, np.uint32)
-    states[:lanes].view(np.uint8)[:] = data[at : at + 4 * lanes]
-    if (states[:lanes] < runs.STATE_FLOOR).any():
-        raise PayloadError("a run of tokens begins in a state that no encoder leaves")
-    settings = np.array([lanes, precision, direct], np.int64)
     return OpenRun(words, slots, settings, states, np.zeros(64, np.int64))
 
 

@@ -15,7 +15,7 @@ from numba import njit, types
 
 from . import runs, simd
 from .runs import BLOCK
-from .tables import DIRECT_BITS, TOKENS
+from .tables import DIRECT_BITS, TOKENS, ZERO_SCALE
 
 UNIT = 64  # the shortest segment
 SPARE = 16  # bytes that `split_bytes` may write beyond the last of a plane
@@ -60,15 +60,6 @@ def restore(base, values, out):
         distance = ((half ^ -(value & 1)) ^ -sign) + sign
         ordered = (b ^ (-sign & magnitude)) + distance
         out[i] = (ordered ^ (-((ordered >> top) & 1) & magnitude)) & ((magnitude << 1) | 1)
-
-
-@njit(nogil=True, cache=True)
-def contexts_of(base, shift, mask, offset, step, last, contexts):
-    """clamp((2 * exponent - offset) >> step, 0, last) of each element into contexts."""
-    done = simd.context_vectors(len(contexts), base, contexts, shift, mask, offset, step, last)
-    for i in range(done, len(contexts)):
-        exponent = (np.int64(base[i]) >> shift) & mask
-        contexts[i] = min(max((2 * exponent - offset) >> step, 0), last)
 
 
 @njit(nogil=True, cache=True, fastmath=True)
@@ -138,18 +129,19 @@ def scales_from(sums, count, log_segment, mask, scales):
 
 
 @njit(nogil=True, cache=True)
-def chunk_contexts(base, first, shift, mask, scales, log_segment, lowest, step, last, contexts):
-    """Contexts of the elements first..first+len(contexts); `first` begins a segment."""
-    count = len(contexts)
-    if log_segment == 0:
-        contexts_of(base[first : first + count], shift, mask, scales[0] + lowest, step, last, contexts)
-        return
-    size = 1 << log_segment
-    size = min(size, BLOCK)
-    for at in range(0, count, size):
-        stop = min(at + size, count)
-        offset = scales[(first + at) >> log_segment] + lowest
-        contexts_of(base[first + at : first + stop], shift, mask, offset, step, last, contexts[at:stop])
+def contexts_of(base, first, shift, mask, scales, log_segment, lowest, step, last, contexts):
+    """Contexts of a block of elements, the first of which is number `first` of the chunk.
+
+    clamp((2 * exponent - scale - lowest) >> step, 0, last), scale being that of the element's segment.
+    """
+    log_segment = log_segment if log_segment else 62  # all in segment 0
+    done = simd.context_vectors(
+        len(contexts), base, contexts, shift, mask, scales, log_segment, first, lowest, step, last
+    )
+    for i in range(done, len(contexts)):
+        offset = scales[(first + i) >> log_segment] + lowest
+        exponent = (np.int64(base[i]) >> shift) & mask
+        contexts[i] = min(max((2 * exponent - offset) >> step, 0), last)
 
 
 @njit(nogil=True, cache=True)
@@ -166,7 +158,7 @@ def low_bytes(lowest, step, context):
 def sample_rows(base, values, shift, mask, scales, log_segment, wide):
     """Histogram of (row, token), rows being contexts that nothing clamps: (the first row, counts)."""
     contexts = np.empty(len(values), np.uint8)
-    chunk_contexts(base, 0, shift, mask, scales, log_segment, -_OFFSET, 0, 255, contexts)
+    contexts_of(base, 0, shift, mask, scales, log_segment, -_OFFSET, 0, 255, contexts)
     part = values
     if wide:
         part = np.empty(len(values), np.uint32)
@@ -293,6 +285,15 @@ def bytes_taken(layout):
     return take
 
 
+@njit(types.int64[::1](types.int64[::1], types.boolean, types.int64), nogil=True, cache=True)
+def members(layout, wide, tweak):
+    """Each context's member of the family: its mean distance is 2**(-context / 2) ULPs."""
+    found = bytes_taken(layout) * -16 if wide else np.zeros(layout[TABLES], np.int64)
+    for c in range(layout[TABLES]):
+        found[c] += ZERO_SCALE - (layout[LOWEST] + (c << layout[STEP])) + tweak
+    return found
+
+
 @njit(types.int64[::1](types.int64[::1]), nogil=True, cache=True)
 def plane_limits(layout):
     """For each of planes 0..2 how many contexts, from the lowest on, put a byte into it."""
@@ -372,11 +373,11 @@ def measure(base, target, shift, mask, layout, scales, values, contexts, planes,
         if log_segment:
             unit_moves(part, found, shift, mask, sums[first // UNIT :])
         else:
-            offset = scales[0] + lowest
-            contexts_of(part, shift, mask, offset, step, last, contexts[first:stop])
+            block = contexts[first:stop]
+            contexts_of(part, first, shift, mask, scales, 0, lowest, step, last, block)
     if log_segment:
         scales_from(sums, count, log_segment, mask, scales)
-        chunk_contexts(base, 0, shift, mask, scales, log_segment, lowest, step, last, contexts)
+        contexts_of(base, 0, shift, mask, scales, log_segment, lowest, step, last, contexts)
 
 
 @njit(nogil=True, cache=True)
@@ -417,7 +418,7 @@ def decode_elements(
     for first in range(0, len(out), BLOCK):
         stop = min(first + BLOCK, len(out))
         block, part = contexts[: stop - first], out[first:stop]
-        chunk_contexts(base, first, shift, mask, scales, log_segment, lowest, step, last, block)
+        contexts_of(base[first:stop], first, shift, mask, scales, log_segment, lowest, step, last, block)
         cursor = runs.decode_values(words, cursor, slots, block, values, settings, states, rest)
         if cursor > len(words) - runs.GUARD:
             return False

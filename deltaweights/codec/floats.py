@@ -31,7 +31,6 @@ from numpy.typing import NDArray
 from ..errors import PayloadError
 from .planes import get_planes, put_plane
 from .scratch import scratch
-from .tables import ZERO_SCALE
 from .ulp import FloatFormat
 
 Bytes = NDArray[np.uint8]
@@ -62,48 +61,44 @@ def _delta_planes(itemsize: int) -> int:
 
 def encode_delta(base: Bytes, target: Bytes, form: FloatFormat) -> bytes | None:
     """The target's delta against the base; None where it would be longer than the target."""
-    from .compiled import coder, delta, frozen
+    from .compiled import delta, frozen
 
     before, after = frozen(elements(base, form)), frozen(elements(target, form))
-    count, rows = len(after), _delta_planes(form.itemsize)
-    planes = scratch("planes", rows * (count + delta.SPARE), np.uint8).reshape(rows, -1 if rows else 0)
-    sizes = np.zeros(7, np.int64)
-    glance = sample(before, delta.PATCH)
-    log_segment, step, lowest, tables, scale, bits = delta.choose_contexts(
-        glance, sample(after, delta.PATCH), form.shift, form.mask, rows > 0, count / len(glance)
+    some = frozen(sample(before, delta.PATCH)), frozen(sample(after, delta.PATCH))
+    *layout, scale, bits = delta.choose_contexts(
+        *some, form.shift, form.mask, form.itemsize >= 4, len(before) / len(some[0])
     )
     if bits > 8 * len(target):
         return None
-    layout = np.array([log_segment, step, lowest, tables], np.int64)
+    return _encode_under(np.array(layout, np.int64), scale, before, after, form)
+
+
+def _encode_under(
+    layout: NDArray[np.int64], scale: int, before: NDArray[Any], after: NDArray[Any], form: FloatFormat
+) -> bytes | None:
+    """The delta under chosen parameters; None where it would be longer than the target."""
+    from .compiled import coder, delta
+
+    count, rows = len(after), _delta_planes(form.itemsize)
+    planes = scratch("planes", rows * (count + delta.SPARE), np.uint8).reshape(rows, -1 if rows else 0)
+    sizes = np.zeros(7, np.int64)
+    log_segment, step, lowest, tables = layout.tolist()
     scales = np.full(delta.segments_of(count, log_segment), scale, np.int64)
     values, contexts = scratch("values", count, np.uint32), scratch("contexts", count, np.uint8)
-    delta.measure(
-        before, after, form.shift, form.mask, layout, scales, values, contexts, planes, sizes
-    )
-    base_scale = int(scales.min())
+    delta.measure(before, after, form.shift, form.mask, layout, scales, values, contexts, planes, sizes)
     if rows:
         delta.split_bytes(values, contexts, layout, planes, sizes)
-    found = coder.encode_run(contexts, values, _members(layout, rows > 0), limit=len(target))
+    found = coder.encode_run(contexts, values, delta.members(layout, rows > 0, 0), limit=after.nbytes)
     if found is None:
         return None
     tweak, run = found
+    base_scale = int(scales.min())
     parts = [_HEAD.pack(log_segment, step, tables, lowest, base_scale, tweak)]
     if log_segment:
         parts.append(sized(coder.encode_list((scales - base_scale).astype(np.uint32))))
     parts.append(sized(run) if rows else run)
     parts += [put_plane(planes[p, : sizes[p]]) for p in range(rows)]
     return b"".join(parts)
-
-
-def _members(layout: NDArray[np.int64], wide: bool) -> NDArray[np.int64]:
-    """Each context's member of the family: its mean distance is 2**(-context / 2) ULPs."""
-    from .compiled import delta
-
-    _, step, lowest, tables = layout
-    members: NDArray[np.int64] = ZERO_SCALE - (lowest + (np.arange(tables) << step))
-    if wide:
-        members -= 16 * delta.bytes_taken(layout)
-    return members
 
 
 def sized(data: bytes) -> bytes:
@@ -129,7 +124,7 @@ def decode_delta(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> Non
         starts[1 : rows + 1] = np.cumsum([len(plane) for plane in planes])
         starts[rows + 1 :] = starts[rows]
         joined, data = np.concatenate(planes), section
-    run = coder.open_run(data, _members(layout, rows > 0) + tweak)
+    run = coder.open_run(data, delta.members(layout, rows > 0, tweak))
     if not delta.decode_elements(
         before, form.shift, form.mask, scales, layout, run.words, run.slots, run.settings,
         run.states, run.rest, frozen(joined), starts, result,

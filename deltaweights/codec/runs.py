@@ -336,16 +336,21 @@ def read_tables(data, members, family, spread, precision, highest, frequencies):
     return (bit + 7) >> 3 if bit <= end << 3 else BAD
 
 
-@njit(types.void(_tables, _i, _flag, _numbers_out), nogil=True, cache=True)
-def fill_slots(frequencies, direct_bits, direct, slots):
+@njit(_i(_tables, _i, _numbers_out), nogil=True, cache=True)
+def fill_slots(frequencies, direct_bits, slots):
     """Fill slots (uint32, tables << precision): what a lane's low bits and its context stand for.
 
     A slot is raw bit count << 27 | leading part << 23 | frequency << 11 | slot - start; where no
-    token carries raw bits (`direct`), the token takes the place of the first two.
+    token carries raw bits, the token takes the place of the first two. Returns the highest token.
     """
-    at = 0
+    highest, at = 0, 0
     for c in range(len(frequencies)):
-        for t in range(TOKENS):
+        for t in range(highest, TOKENS):
+            if frequencies[c, t] > 0:
+                highest = t
+    direct = highest < 1 << direct_bits
+    for c in range(len(frequencies)):
+        for t in range(highest + 1):
             frequency = np.int64(frequencies[c, t])
             if frequency > 0:
                 value = t if direct else raw_bits_of(t, direct_bits) << 4 | _lead_of(t, direct_bits)
@@ -354,6 +359,7 @@ def fill_slots(frequencies, direct_bits, direct, slots):
                 for i in range(len(row)):
                     row[i] = entry + np.uint32(i)
                 at += frequency
+    return highest
 
 
 # ---------------------------------------------------------------------------------------- counting
@@ -511,9 +517,7 @@ def _refill(words, at, end, state):
     nogil=True,
     cache=True,
 )
-def _decode_scalar(
-    words, at, end, slots, contexts, values, states, rest, first, count, precision, direct
-):
+def _decode_scalar(words, at, end, slots, contexts, values, states, rest, first, count, precision, direct):
     """One step of `count` lanes, values from `first`; the new `at`, beyond `end` when exhausted.
 
     `rest` is scratch, int64[64]: the raw bits each lane still waits for.
@@ -545,6 +549,42 @@ def _decode_scalar(
 
 # settings of a run: int64[3]
 LANES, BITS, DIRECT = 0, 1, 2
+
+
+@njit(
+    _i(_bytes, _longs, _tables, _i, _numbers_out, _numbers_out, _write(_i)),
+    nogil=True,
+    cache=True,
+)
+def open_head(data, members, family, direct_bits, slots, states, settings):
+    """Read the head of a run that takes up all of `data`; where its words begin, or BAD.
+
+    slots      uint32, len(members) << PRECISION
+    states     uint32[64], settings int64[3]: written
+    """
+    if len(data) < 2:
+        return BAD
+    precision, lanes, spread = 8 + (data[0] & 7), 1 << 2 * (data[0] >> 3 & 3), data[0] >> 5
+    if precision > PRECISION:
+        return BAD
+    frequencies = np.empty((len(members), TOKENS), np.uint32)
+    size = read_tables(data[2:], members, family, spread, precision, data[1], frequencies)
+    at = 2 + size
+    if size == BAD or at + 4 * lanes > len(data) or (len(data) - at) & 1:
+        return BAD
+    highest = fill_slots(frequencies, direct_bits, slots)
+    # Beyond 32 bits a value would carry more raw bits than a lane can be shifted by.
+    if highest > token_of(np.uint32(0xFFFFFFFF), direct_bits):
+        return BAD
+    for lane in range(lanes):
+        state = np.int64(0)
+        for place in range(4):
+            state |= np.int64(data[at + 4 * lane + place]) << 8 * place
+        if state < STATE_FLOOR:
+            return BAD
+        states[lane] = state
+    settings[LANES], settings[BITS], settings[DIRECT] = lanes, precision, highest < 1 << direct_bits
+    return at + 4 * lanes
 
 
 @njit(

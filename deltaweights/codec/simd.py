@@ -132,8 +132,9 @@ class Vec:
 
     def count(self) -> ir.Value:
         """How many lanes of a mask are set, as a 64-bit scalar."""
-        bits = self.b.bitcast(self.value, _I16)
-        return self.b.zext(self.b.ctpop(bits), _I64)
+        count = self.value.type.count
+        bits = self.b.bitcast(self.value, ir.IntType(count))
+        return self.b.ctpop(bits if count == 64 else self.b.zext(bits, _I64))
 
     def any(self) -> ir.Value:
         bits = self.b.bitcast(self.value, _I16)
@@ -459,6 +460,10 @@ def _make_encoder(vectors: int) -> Any:
 # ------------------------------------------------------------------------------ float transforms
 
 
+def _long(value: int) -> ir.Value:
+    return ir.Constant(_I64, value)
+
+
 def _lane_type(width: int) -> ir.VectorType:
     """A vector register's worth of lanes of `width` bits."""
     return ir.VectorType(ir.IntType(width), 512 // width)
@@ -501,7 +506,7 @@ def _elementwise(body: Callable[..., None], arity: int, least_width: int = 8) ->
         kinds = (first, *rest)
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            if any(isinstance(k, types.Array) and k.dtype.bitwidth > 32 for k in kinds):
+            if kinds[0].dtype.bitwidth > 32:
                 return ir.Constant(_I64, 0)
             arguments = []
             for kind, value in zip(kinds, args[1:], strict=True):
@@ -552,15 +557,16 @@ def _restore_body(builder: Any, kind: Any, at: Any, base: Any, values: Any, out:
 
 
 def _context_body(
-    builder: Any, kind: Any, at: Any, base: Any, contexts: Any,
-    shift: Any, mask: Any, offset: Any, step: Any, last: Any,
+    builder: Any, kind: Any, at: Any, base: Any, contexts: Any, shift: Any, mask: Any,
+    scales: Any, log_segment: Any, first: Any, lowest: Any, step: Any, last: Any,
 ) -> None:  # fmt: skip
-    # Contexts are far below 1024 in either direction before they are clamped: offsets may be clamped
+    segment = builder.ashr(builder.add(first, at), log_segment)
+    scale = builder.load(address(builder, scales[0], segment, _I64), typ=_I64)
+    # Places are far below 1024 in either direction before they are clamped: offsets may be clamped
     # there as well, which lets them fit into 16 bits.
-    far = ir.Constant(_I64, 1 << 10)
-    near = ir.Constant(_I64, -(1 << 10))
-    offset = builder.select(builder.icmp_signed(">", offset, far), far, offset)
-    offset = builder.select(builder.icmp_signed("<", offset, near), near, offset)
+    offset = builder.add(scale, lowest)
+    for sign, bound in ((">", _long(1 << 10)), ("<", _long(-(1 << 10)))):
+        offset = builder.select(builder.icmp_signed(sign, offset, bound), bound, offset)
     shift, mask, offset, step, last = (
         builder.trunc(a, kind.element) for a in (shift, mask, offset, step, last)
     )
@@ -596,13 +602,14 @@ def _key_body(
 
 # distance_vectors(count, base, target, values): see ulp.distance
 # restore_vectors(count, base, values, out): see ulp.restore
-# context_vectors(count, base, contexts, shift, mask, offset, step, last):
-#     clamp((2 * exponent - offset) >> step, 0, last)
+# context_vectors(count, base, contexts, shift, mask, scales, log_segment, first, lowest, step, last):
+#     clamp((2 * exponent - scales[(first + i) >> log_segment] - lowest) >> step, 0, last), where
+#     segments begin at multiples of 64
 # move_vectors(count, base, values, moves, shift, mask): float32 |distance| * 2**exponent
 # key_vectors(count, values, contexts, keys, direct_bits): uint16 context << 8 | token
 distance_vectors = _elementwise(_distance_body, 3)
 restore_vectors = _elementwise(_restore_body, 3)
-context_vectors = _elementwise(_context_body, 7, 16)
+context_vectors = _elementwise(_context_body, 10, 16)
 move_vectors = _elementwise(_move_body, 5, 32)
 key_vectors = _elementwise(_key_body, 4, 32)
 
@@ -616,35 +623,36 @@ def _make_sift(merge: bool) -> Any:
             cursor = cgutils.alloca_once_value(builder, args[5])
             if base.dtype.bitwidth > 32:
                 return args[5]
-            element = ir.IntType(base.dtype.bitwidth)
-            kind, name = _vector(element), f"v16i{element.width}"
+            kind = _lane_type(base.dtype.bitwidth)
+            element, name = kind.element, f"v{kind.count}i{kind.element.width}"
+            mask_kind = ir.VectorType(_I1, kind.count)
             array = context.make_array(base)(context, builder, args[0])
-            pointer = {
-                key: context.make_array(a)(context, builder, value).data
-                for key, a, value in (("chosen", chosen, args[4]), ("other", other, args[6]))
-            }
-            shift32, mask32, cutoff32 = (builder.trunc(a, _I32) for a in args[1:4])
-            steps = builder.lshr(cgutils.unpack_tuple(builder, array.shape)[0], _long(4))
+            chosen_data, other_data = (
+                context.make_array(a)(context, builder, value).data
+                for a, value in ((chosen, args[4]), (other, args[6]))
+            )
+            shift_, mask_, bound = (
+                builder.trunc(a, element) for a in (*args[1:3], builder.add(args[3], _long(1)))
+            )
+            size = _long(kind.count)
+            steps = builder.udiv(cgutils.unpack_tuple(builder, array.shape)[0], size)
             with cgutils.for_range(builder, steps) as turn:
-                first = builder.shl(turn.index, _long(4))
-                bits = load(builder, element, array.data, first)
-                over = ((bits >> shift32) & mask32) < builder.add(cutoff32, ir.Constant(_I32, 1))
+                first = builder.mul(turn.index, size)
+                bits = _load_as(builder, (array.data, element), first, kind)
+                inside = ((bits >> shift_) & mask_) < bound
                 now = builder.load(cursor, typ=_I64)
-                there = address(builder, pointer["chosen"], now, element)
-                narrow = bits.value if element.width == 32 else builder.trunc(bits.value, kind)
-                pair = [(_vector(_I1), over.value), (kind, narrow)]
+                there = address(builder, chosen_data, now, element)
                 if merge:
-                    call = [(_POINTER, there), *pair]
+                    call = [(_POINTER, there), (mask_kind, inside.value), (kind, bits.value)]
                     merged = _call(builder, f"llvm.masked.expandload.{name}", kind, call)
-                    target = address(builder, pointer["other"], first, element)
-                    builder.store(merged, target, align=element.width // 8)
+                    _store_as(builder, Vec(builder, merged), (other_data, element), first)
                 else:
-                    source = address(builder, pointer["other"], first, element)
-                    data = builder.load(source, typ=kind, align=element.width // 8)
-                    call = [(kind, data), pair[0], (kind, ir.Constant(kind, ir.Undefined))]
+                    data = _load_as(builder, (other_data, element), first, kind).value
+                    rest = ir.Constant(kind, ir.Undefined)
+                    call = [(kind, data), (mask_kind, inside.value), (kind, rest)]
                     packed = _call(builder, f"llvm.experimental.vector.compress.{name}", kind, call)
-                    builder.store(packed, there, align=element.width // 8)
-                builder.store(builder.add(now, over.count()), cursor)
+                    _store_as(builder, Vec(builder, packed), (chosen_data, element), now)
+                builder.store(builder.add(now, inside.count()), cursor)
             return builder.load(cursor, typ=_I64)
 
         return types.int64(base, shift, mask, cutoff, chosen, at, other), codegen
@@ -652,14 +660,10 @@ def _make_sift(merge: bool) -> Any:
     return intrinsic(typer)
 
 
-def _long(value: int) -> ir.Value:
-    return ir.Constant(_I64, value)
-
-
 # select_vectors(base, shift, mask, cutoff, chosen, at, source) -> at: the elements of source where
-# base's exponent is at most `cutoff`, in a row into chosen[at:], which must have 16 elements to
-# spare. merge_vectors(..., out): out is base with those elements taken from chosen[at:].
-# Both work whole vectors of 16 elements, none at all where elements have 64 bits.
+# base's exponent is at most `cutoff` (-1 to mask), in a row into chosen[at:], which must have a
+# vector's elements to spare. merge_vectors(..., out): out is base with those elements taken from
+# chosen[at:]. Both work whole vectors, 64 bytes, and nothing where elements have 64 bits.
 select_vectors = _make_sift(merge=False)
 merge_vectors = _make_sift(merge=True)
 

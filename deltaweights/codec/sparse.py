@@ -136,6 +136,7 @@ def decode_sparse(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> No
     marks, data = take_plane(data[_HEAD.size :], -(-units // 8))
     if len(marks) != -(-units // 8) or follows > 1 or cutoff < -1 or exceptions > len(before) // _SHARE:
         raise PayloadError("the head of a sparse chunk is damaged")
+    cutoff = min(cutoff, form.mask)  # no exponent is larger
     active = np.unpackbits(marks, count=units, bitorder="little")
     places, distances, data = _take_exceptions(data, exceptions, len(before), form)
     if follows != (len(data) > 0):

@@ -15,7 +15,7 @@ from numba import njit
 from . import simd
 
 UNIT = 256  # elements that are active or not together
-SPARE = 16  # elements that `choose` may write beyond the last
+SPARE = 64  # elements that `choose` may write beyond the last
 
 
 @njit(nogil=True, cache=True)
@@ -35,45 +35,58 @@ def count_exponents(base, shift, mask):
     return total
 
 
+@njit(nogil=True, cache=True, inline="always")
+def _stretch(active, unit):
+    """The unit after the last of those that are active, or inactive, in a row from `unit` on."""
+    last = unit + 1
+    while last < len(active) and active[last] == active[unit]:
+        last += 1
+    return last
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _worked(part):
+    """How many elements of a stretch the vector loops work."""
+    return len(part) - len(part) % (64 // part.itemsize) if part.itemsize <= 4 else 0
+
+
 @njit(nogil=True, cache=True)
 def choose(base, source, shift, mask, cutoff, active, chosen):
     """The chosen elements of `source` in a row (chosen by `base`); how many.
 
     base, source   unsigned[n]
+    cutoff         -1 to mask
     active         uint8[units], 0 or 1
     chosen         unsigned[n + SPARE], written
     """
-    at = 0
-    for unit in range(len(active)):
-        if active[unit] == 0:
-            continue
-        first, last = unit * UNIT, min((unit + 1) * UNIT, len(base))
-        part, wanted = base[first:last], source[first:last]
-        done = 0
-        if base.itemsize <= 4:
+    at, unit = 0, 0
+    while unit < len(active):
+        after = _stretch(active, unit)
+        if active[unit]:
+            part = base[unit * UNIT : min(after * UNIT, len(base))]
+            wanted = source[unit * UNIT : min(after * UNIT, len(base))]
             at = simd.select_vectors(part, shift, mask, cutoff, chosen, at, wanted)
-            done = len(part) & ~15
-        for i in range(done, len(part)):
-            chosen[at] = wanted[i]
-            at += ((np.int64(part[i]) >> shift) & mask) <= cutoff
+            for i in range(_worked(part), len(part)):
+                chosen[at] = wanted[i]
+                at += ((np.int64(part[i]) >> shift) & mask) <= cutoff
+        unit = after
     return at
 
 
 @njit(nogil=True, cache=True)
 def merge(base, shift, mask, cutoff, active, chosen, out):
     """Fill out with the base, the chosen elements replaced by those in `chosen`, in order."""
-    at = 0
-    for unit in range(len(active)):
-        first, last = unit * UNIT, min((unit + 1) * UNIT, len(base))
-        part, result = base[first:last], out[first:last]
-        if active[unit] == 0:
-            result[:] = part
-            continue
-        done = 0
-        if base.itemsize <= 4:
+    at, unit = 0, 0
+    while unit < len(active):
+        after = _stretch(active, unit)
+        part = base[unit * UNIT : min(after * UNIT, len(base))]
+        result = out[unit * UNIT : min(after * UNIT, len(base))]
+        if active[unit]:
             at = simd.merge_vectors(part, shift, mask, cutoff, chosen, at, result)
-            done = len(part) & ~15
-        for i in range(done, len(part)):
-            inside = ((np.int64(part[i]) >> shift) & mask) <= cutoff
-            result[i] = chosen[at] if inside else part[i]
-            at += inside
+            for i in range(_worked(part), len(part)):
+                inside = ((np.int64(part[i]) >> shift) & mask) <= cutoff
+                result[i] = chosen[at] if inside else part[i]
+                at += inside
+        else:
+            result[:] = part
+        unit = after

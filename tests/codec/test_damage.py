@@ -125,7 +125,7 @@ def test_infinite_and_missing_numbers_survive() -> None:
 
 
 @pytest.mark.parametrize(
-    ("highest", "message"), [(127, "delta of a chunk"), (128, "32 bits"), (255, "32 bits")]
+    ("highest", "message"), [(127, "delta of a chunk"), (128, "head of a run"), (255, "head of a run")]
 )
 def test_tokens_of_longer_values_are_refused(highest: int, message: str) -> None:
     """The vector loops shift lanes of 32 bits by a token's raw bits, of which no 32-bit value has more."""
