@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit, types
 
 from . import runs, simd
+from .kernel import kernel
 from .runs import BLOCK
 from .tables import DIRECT_BITS, TOKENS, ZERO_SCALE
 
@@ -276,7 +277,7 @@ def choose_contexts(base, target, shift, mask, wide, scale_up):
 # -------------------------------------------------------------------------------- encoding
 
 
-@njit(types.int64[::1](types.int64[::1]), nogil=True, cache=True)
+@kernel(types.int64[::1](types.int64[::1]))
 def bytes_taken(layout):
     """How many low bytes of a wide distance go to planes, for each context: never rising."""
     take = np.empty(layout[TABLES], np.int64)
@@ -285,7 +286,7 @@ def bytes_taken(layout):
     return take
 
 
-@njit(types.int64[::1](types.int64[::1], types.boolean, types.int64), nogil=True, cache=True)
+@kernel(types.int64[::1](types.int64[::1], types.boolean, types.int64))
 def members(layout, wide, tweak):
     """Each context's member of the family: its mean distance is 2**(-context / 2) ULPs."""
     found = bytes_taken(layout) * -16 if wide else np.zeros(layout[TABLES], np.int64)
@@ -294,7 +295,7 @@ def members(layout, wide, tweak):
     return found
 
 
-@njit(types.int64[::1](types.int64[::1]), nogil=True, cache=True)
+@kernel(types.int64[::1](types.int64[::1]))
 def plane_limits(layout):
     """For each of planes 0..2 how many contexts, from the lowest on, put a byte into it."""
     limits = np.zeros(3, np.int64)
@@ -307,11 +308,7 @@ def plane_limits(layout):
 _u8 = types.Array(types.uint8, 1, "C", readonly=True)
 
 
-@njit(
-    types.void(types.uint32[::1], _u8, types.int64[::1], types.uint8[:, ::1], types.int64[::1]),
-    nogil=True,
-    cache=True,
-)
+@kernel(types.void(types.uint32[::1], _u8, types.int64[::1], types.uint8[:, ::1], types.int64[::1]))
 def split_bytes(values, contexts, layout, planes, sizes):
     """Move the low bytes of wide distances to planes 0..2; sizes: how many there are.
 
@@ -329,11 +326,7 @@ def split_bytes(values, contexts, layout, planes, sizes):
         sizes[p] = at
 
 
-@njit(
-    types.boolean(types.uint32[::1], _u8, types.int64[::1], _u8, types.int64[::1], types.int64[::1]),
-    nogil=True,
-    cache=True,
-)
+@kernel(types.boolean(types.uint32[::1], _u8, types.int64[::1], _u8, types.int64[::1], types.int64[::1]))
 def append_bytes(values, contexts, limits, planes, cursors, starts):
     """Put the low bytes back behind the values of a block; False where the planes lack them."""
     for p in range(2, -1, -1):

@@ -22,6 +22,7 @@ import numpy as np
 from numba import njit, types
 
 from . import simd
+from .kernel import kernel
 from .tables import PRECISION, SCALES, TOKENS
 
 GUARD = 3 * 64 + 64  # words that a vector step may look at beyond the end of a stream
@@ -88,7 +89,7 @@ def _lead_of(token, direct_bits):
 # ---------------------------------------------------------------------------------------- tables
 
 
-@njit(types.void(_numbers, _i, _numbers_out), nogil=True, cache=True)
+@kernel(types.void(_numbers, _i, _numbers_out))
 def fit_frequencies(weights, precision, frequencies):
     """Frequencies adding up to 2**precision: each present token gets 1 and its share of the rest.
 
@@ -116,7 +117,7 @@ def fit_frequencies(weights, precision, frequencies):
         frequencies[heaviest] += left
 
 
-@njit(types.void(_tables, _i, _i, _i, _numbers_out), nogil=True, cache=True)
+@kernel(types.void(_tables, _i, _i, _i, _numbers_out))
 def family_weights(family, member, spread, highest, weights):
     """The weights of one member of the family, tokens up to `highest` all present.
 
@@ -132,7 +133,7 @@ def family_weights(family, member, spread, highest, weights):
             weights[t] = 0
 
 
-@njit(_i(_i, _i), nogil=True, cache=True)
+@kernel(_i(_i, _i))
 def coarse_weight(kind, mantissa):
     """The weight that an explicit table means by a bit length and up to three mantissa bits."""
     if kind == 0:
@@ -142,7 +143,7 @@ def coarse_weight(kind, mantissa):
     return ((1 << kept | mantissa) << dropped) + ((1 << dropped) >> 1)
 
 
-@njit(types.void(_numbers, _i, _numbers_out), nogil=True, cache=True)
+@kernel(types.void(_numbers, _i, _numbers_out))
 def coarsen(counts, total, weights):
     """Counts to the weights an explicit table can say; every positive count stays positive."""
     for t in range(TOKENS):
@@ -158,7 +159,7 @@ def coarsen(counts, total, weights):
         )
 
 
-@njit(_i(_out, _i, _i, _i), nogil=True, cache=True)
+@kernel(_i(_out, _i, _i, _i))
 def _put(data, bit, value, count):
     """Append `count` bits of `value`, lowest first, at position `bit`; the bytes start as zero."""
     for i in range(count):
@@ -168,7 +169,7 @@ def _put(data, bit, value, count):
     return bit
 
 
-@njit(_i(_bytes, _i, _i, _i), nogil=True, cache=True)
+@kernel(_i(_bytes, _i, _i, _i))
 def _get(data, bit, end, count):
     """`count` bits from position `bit`; bits beyond byte `end` read as zero."""
     value = 0
@@ -179,7 +180,7 @@ def _get(data, bit, end, count):
     return value
 
 
-@njit(types.UniTuple(_i, 2)(_numbers), nogil=True, cache=True)
+@kernel(types.UniTuple(_i, 2)(_numbers))
 def table_span(weights):
     """(first, last) token present; (0, -1) for an empty table."""
     first, last = 0, TOKENS - 1
@@ -190,7 +191,7 @@ def table_span(weights):
     return (first, last) if first < TOKENS else (0, -1)
 
 
-@njit(_i(_out, _i, _numbers), nogil=True, cache=True)
+@kernel(_i(_out, _i, _numbers))
 def put_table(data, bit, weights):
     """Write one explicit table: first token, last token (8 bits each), then each weight.
 
@@ -218,7 +219,7 @@ def put_table(data, bit, weights):
     return bit
 
 
-@njit(_i(_bytes, _i, _i, _numbers_out), nogil=True, cache=True)
+@kernel(_i(_bytes, _i, _i, _numbers_out))
 def get_table(data, bit, end, weights):
     """Read what `put_table` wrote into weights (uint32[TOKENS]); the next bit, or BAD."""
     weights[:] = 0
@@ -241,7 +242,7 @@ def get_table(data, bit, end, weights):
     return bit if bit <= end << 3 else BAD
 
 
-@njit(_real(_numbers, _numbers, _i), nogil=True, cache=True)
+@kernel(_real(_numbers, _numbers, _i))
 def table_cost(counts, frequencies, precision):
     """Bits that `counts` tokens take under `frequencies`; infinite where one has none."""
     bits = 0.0
@@ -253,7 +254,7 @@ def table_cost(counts, frequencies, precision):
     return bits
 
 
-@njit(_real(_tables, _longs, _tables, _i, _i, _i), nogil=True, cache=True)
+@kernel(_real(_tables, _longs, _tables, _i, _i, _i))
 def family_cost(counts, members, family, spread, precision, highest):
     """Bits that all contexts' tokens take under their members of the family."""
     weights, frequencies = np.empty(TOKENS, np.uint32), np.empty(TOKENS, np.uint32)
@@ -265,11 +266,7 @@ def family_cost(counts, members, family, spread, precision, highest):
     return bits
 
 
-@njit(
-    _real(_tables, _longs, _tables, _i, _i, _i, _write(_flag), _tables_out, _tables_out),
-    nogil=True,
-    cache=True,
-)
+@kernel(_real(_tables, _longs, _tables, _i, _i, _i, _write(_flag), _tables_out, _tables_out))
 def choose_tables(counts, members, family, spread, precision, highest, explicit, weights, frequencies):
     """For each context the cheaper of an explicit table and the family's; the cost in bits.
 
@@ -300,7 +297,7 @@ def choose_tables(counts, members, family, spread, precision, highest, explicit,
     return total_bits
 
 
-@njit(_i(_out, _read(_flag), _tables), nogil=True, cache=True)
+@kernel(_i(_out, _read(_flag), _tables))
 def write_tables(out, explicit, weights):
     """One table a context into out (zeros before); how many bytes. With `out` empty: how many."""
     write = len(out) > 0
@@ -314,7 +311,7 @@ def write_tables(out, explicit, weights):
     return (bit + 7) >> 3
 
 
-@njit(_i(_bytes, _longs, _tables, _i, _i, _i, _tables_out), nogil=True, cache=True)
+@kernel(_i(_bytes, _longs, _tables, _i, _i, _i, _tables_out))
 def read_tables(data, members, family, spread, precision, highest, frequencies):
     """The tables that data begins with into frequencies; how many bytes they took, or BAD."""
     weights = np.empty(TOKENS, np.uint32)
@@ -336,7 +333,7 @@ def read_tables(data, members, family, spread, precision, highest, frequencies):
     return (bit + 7) >> 3 if bit <= end << 3 else BAD
 
 
-@njit(_i(_tables, _i, _numbers_out), nogil=True, cache=True)
+@kernel(_i(_tables, _i, _numbers_out))
 def fill_slots(frequencies, direct_bits, slots):
     """Fill slots (uint32, tables << precision): what a lane's low bits and its context stand for.
 
@@ -365,7 +362,7 @@ def fill_slots(frequencies, direct_bits, slots):
 # ---------------------------------------------------------------------------------------- counting
 
 
-@njit(types.void(_numbers, _bytes, _i, _words_out), nogil=True, cache=True)
+@kernel(types.void(_numbers, _bytes, _i, _words_out))
 def keys_of(values, contexts, direct_bits, keys):
     """context << 8 | token of each value into keys (uint16)."""
     done = simd.key_vectors(len(keys), values, contexts, keys, direct_bits)
@@ -373,7 +370,7 @@ def keys_of(values, contexts, direct_bits, keys):
         keys[i] = np.int64(contexts[i]) << 8 | token_of(values[i], direct_bits)
 
 
-@njit(types.void(_words, _tables_out), nogil=True, cache=True)
+@kernel(types.void(_words, _tables_out))
 def add_keys(keys, counts):
     """Add keys up in counts (uint32[4, ...]).
 
@@ -391,7 +388,7 @@ def add_keys(keys, counts):
         first[keys[i]] += one
 
 
-@njit(_tables_out(_bytes, _numbers, _i, _i, _words_out), nogil=True, cache=True)
+@kernel(_tables_out(_bytes, _numbers, _i, _i, _words_out))
 def count_tokens(contexts, values, tables, direct_bits, keys):
     """How often each token comes in each context: uint32[tables, TOKENS]. Fills keys (see `keys_of`)."""
     # The room between the four keeps their counters of one key from looking alike to a processor,
@@ -413,11 +410,7 @@ def count_tokens(contexts, values, tables, direct_bits, keys):
 # ---------------------------------------------------------------------------------------- writing
 
 
-@njit(
-    _i(_words_out, _i, _entries, _words, _numbers, _numbers_out, _i, _i, _i),
-    nogil=True,
-    cache=True,
-)
+@kernel(_i(_words_out, _i, _entries, _words, _numbers, _numbers_out, _i, _i, _i))
 def _encode_scalar(words, at, table, keys, values, states, first, count, direct_bits):
     """One step of `count` lanes, values from `first`, in front of `at`; the new `at`.
 
@@ -455,7 +448,7 @@ def _encode_scalar(words, at, table, keys, values, states, first, count, direct_
     return at
 
 
-@njit(_write(types.uint64)(_tables), nogil=True, cache=True)
+@kernel(_write(types.uint64)(_tables))
 def encoder_table(frequencies):
     """uint64, 256 entries a context: float32 bits of 1 / frequency << 32 | frequency << 16 | start.
 
@@ -477,7 +470,7 @@ def encoder_table(frequencies):
     return table
 
 
-@njit(_i(_words_out, _tables, _words, _numbers, _i, _i, _numbers_out), nogil=True, cache=True)
+@kernel(_i(_words_out, _tables, _words, _numbers, _i, _i, _numbers_out))
 def encode_words(words, frequencies, keys, values, lanes, direct_bits, states):
     """Code the values into the end of `words` (at least 3 a value); where the words begin.
 
@@ -512,11 +505,7 @@ def _refill(words, at, end, state):
     return ((state << 16) | np.int64(words[at]) if at < end else np.int64(STATE_FLOOR)), at + 1
 
 
-@njit(
-    _i(_words, _i, _i, _numbers, _bytes, _numbers_out, _numbers_out, _write(_i), _i, _i, _i, _flag),
-    nogil=True,
-    cache=True,
-)
+@kernel(_i(_words, _i, _i, _numbers, _bytes, _numbers_out, _numbers_out, _write(_i), _i, _i, _i, _flag))
 def _decode_scalar(words, at, end, slots, contexts, values, states, rest, first, count, precision, direct):
     """One step of `count` lanes, values from `first`; the new `at`, beyond `end` when exhausted.
 
@@ -551,11 +540,7 @@ def _decode_scalar(words, at, end, slots, contexts, values, states, rest, first,
 LANES, BITS, DIRECT = 0, 1, 2
 
 
-@njit(
-    _i(_bytes, _longs, _tables, _i, _numbers_out, _numbers_out, _write(_i)),
-    nogil=True,
-    cache=True,
-)
+@kernel(_i(_bytes, _longs, _tables, _i, _numbers_out, _numbers_out, _write(_i)))
 def open_head(data, members, family, direct_bits, slots, states, settings):
     """Read the head of a run that takes up all of `data`; where its words begin, or BAD.
 
@@ -587,11 +572,7 @@ def open_head(data, members, family, direct_bits, slots, states, settings):
     return at + 4 * lanes
 
 
-@njit(
-    _i(_words, _i, _numbers, _bytes, _numbers_out, _longs, _numbers_out, _write(_i)),
-    nogil=True,
-    cache=True,
-)
+@kernel(_i(_words, _i, _numbers, _bytes, _numbers_out, _longs, _numbers_out, _write(_i)))
 def decode_values(words, at, slots, contexts, values, settings, states, rest):
     """Decode len(contexts) values, whole steps unless they are the run's last; the word cursor.
 
@@ -624,7 +605,7 @@ def decode_values(words, at, slots, contexts, values, settings, states, rest):
     )  # fmt: skip
 
 
-@njit(_flag(_words, _i, _i, _numbers), nogil=True, cache=True)
+@kernel(_flag(_words, _i, _i, _numbers))
 def ended_well(words, at, lanes, states):
     """Whether a run used up exactly its words and left every lane as the encoder began it."""
     if at != len(words) - GUARD:

@@ -8,7 +8,8 @@ is computed in integers: every platform gets the same table.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from math import isqrt
 
 import numpy as np
@@ -68,27 +69,25 @@ def laplace_family() -> NDArray[np.uint32]:
     family = np.zeros((SCALES, TOKENS), np.uint32)
     for member in range(SCALES):
         half = isqrt(1 << (2 * _FRACTION + ZERO_SCALE - 2 - member))  # 1 / (2 b)
+        tail = cache(partial(_tail, half=half))
+        above = 1 << _FRACTION
         for token in range(token_of(1 << 25)):
-            raw = raw_bits_of(token)
-            first = lead_of(token) << raw
-            weight = _zigzag_tail(first, half) - _zigzag_tail(first + (1 << raw), half)
-            family[member, token] = weight >> (_FRACTION - _WEIGHT_BITS)
+            from_here, above = above, _zigzag_tail(lead_of(token + 1) << raw_bits_of(token + 1), tail)
+            family[member, token] = (from_here - above) >> (_FRACTION - _WEIGHT_BITS)
     family.setflags(write=False)
     return family
 
 
-def _zigzag_tail(value: int, half: int) -> int:
+def _zigzag_tail(value: int, tail: Callable[[int], int]) -> int:
     """The probability that the zigzagged variable is at least `value`, fixed-point.
 
     2d - 1 stands for -d and 2d for +d: from 2d - 1 on both tails are whole, from 2d on the
     negative one lacks its first value.
     """
-    if value == 0:
-        return 1 << _FRACTION
     distance = (value + 1) >> 1
     if value & 1:
-        return _tail(distance, half)
-    return (_tail(distance, half) + _tail(distance + 1, half)) >> 1
+        return tail(distance)
+    return (tail(distance) + tail(distance + 1)) >> 1
 
 
 def _tail(distance: int, half: int) -> int:
