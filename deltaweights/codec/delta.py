@@ -330,11 +330,15 @@ def split_bytes(values, contexts, layout, planes, sizes):
 def append_bytes(values, contexts, limits, planes, cursors, starts):
     """Put the low bytes back behind the values of a block; False where the planes lack them."""
     for p in range(2, -1, -1):
-        limit, need = np.uint8(limits[p]), 0
-        for i in range(len(contexts)):
-            need += contexts[i] < limit
-        if cursors[p] + need > starts[p + 1]:
-            return False
+        limit = np.uint8(limits[p])
+        if limit == 0:
+            continue
+        if cursors[p] + len(contexts) > starts[p + 1]:  # not enough for all, perhaps for those that need one
+            need = 0
+            for i in range(len(contexts)):
+                need += contexts[i] < limit
+            if cursors[p] + need > starts[p + 1]:
+                return False
         part = values[: len(contexts)]
         at = simd.push_bytes(part, contexts, limits[p], planes, cursors[p])
         for i in range(len(part) & ~15, len(part)):

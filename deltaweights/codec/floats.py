@@ -123,7 +123,8 @@ def decode_delta(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> Non
         planes = get_planes(data, rows, len(result))
         starts[1 : rows + 1] = np.cumsum([len(plane) for plane in planes])
         starts[rows + 1 :] = starts[rows]
-        joined, data = np.concatenate(planes), section
+        joined = np.concatenate(planes, out=scratch("planes", int(starts[rows]), np.uint8))
+        data = section
     run = coder.open_run(data, delta.members(layout, rows > 0, tweak))
     if not delta.decode_elements(
         before, form.shift, form.mask, scales, layout, run.words, run.slots, run.settings,

@@ -126,7 +126,7 @@ def _decode(kind: int, data: Bytes, size: int) -> Bytes:
     if kind == Plane.RAW and len(data) == size:
         return data
     if kind == Plane.FILL and len(data) == 1:
-        return np.full(size, data[0], np.uint8)
+        return np.broadcast_to(data[0], size)  # takes no memory
     if kind == Plane.ZSTD:
         return expand(data, size)
     if kind == Plane.RANS:
