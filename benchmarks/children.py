@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import IO, TypeAlias
 
 MIB = 1 << 20
 
@@ -24,14 +24,14 @@ class Usage:
     peak: int  #: bytes of resident memory at most
 
 
-def run_measured(command: Command) -> Usage:
-    """Run a program to its end; its output is dropped, its errors are not.
+def run_measured(command: Command, output: IO[bytes] | None = None) -> Usage:
+    """Run a program to its end; its output goes to the file ``output`` or is dropped, its errors are shown.
 
     Raises:
         SystemExit: it failed.
     """
     start = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    child = subprocess.Popen(command, stdout=output or subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     wall = time.perf_counter() - start
     child.returncode = os.waitstatus_to_exitcode(status)

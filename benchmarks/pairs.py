@@ -1,9 +1,11 @@
 """A base and a target to measure on: bf16 checkpoints of any size, made block by block.
 
-Weights are normal with standard deviation 0.02; the target adds a normal update to each. Nothing of a
-checkpoint is held in memory but the blocks in work. Called from the other benchmarks, or by hand:
+Weights are normal with standard deviation 0.02; the target adds a normal update to each. Or, with the tensors
+of Qwen2-0.5B, the standard deviation is 0.015 to 0.05 by tensor, and updates have a Laplace distribution.
+Nothing of a checkpoint is held in memory but the blocks in work. Called from other benchmarks, or by hand:
 
     python benchmarks/pairs.py /dev/shm/pair --size 1 --shards 4
+    python benchmarks/pairs.py /dev/shm/pair --qwen2
 """
 
 from __future__ import annotations
@@ -16,22 +18,29 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    Bytes: TypeAlias = NDArray[np.uint8]
+    #: The base's and the target's bytes of a tensor by its number, from one weight on, so many weights.
+    DrawBlock: TypeAlias = Callable[[int, int, int], tuple[Bytes, Bytes]]
+
 GIB = 1 << 30
+QWEN2_LAYERS = 24
 
 _HIDDEN = 2048
 _BLOCK_WEIGHTS = 1 << 19
 _WEIGHT_STD = 0.02
+#: Of Qwen2's tensors, by what is in the name.
+_QWEN2_STDS = {"k_proj": 0.05, "q_proj": 0.03, "down_proj": 0.015, "embed": 0.015, "norm": 0.05, "proj": 0.02}
 #: Memory that has to stay free before files are put in a memory file system.
 _FREE_MEMORY = 8 * GIB
 
@@ -52,7 +61,9 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class Tensor:
+    """A BF16 tensor."""
+
     name: str
     shape: tuple[int, ...]
 
@@ -79,28 +90,77 @@ def make(pair: Pair, nbytes: int, *, shards: int = 1, big: int = 0, update: floa
         big: bytes of one large tensor at the front; the rest is layers of 8 MiB.
         update: standard deviation of what the target adds to a weight.
     """
-    tensors = list(_tensors(nbytes, big))
+
+    def draw_block(number: int, start: int, weights: int) -> tuple[Bytes, Bytes]:
+        return draw((number, start), weights, update)
+
+    _write(pair, list(_tensors(nbytes, big)), shards, draw_block)
+
+
+def make_qwen2_in_child(pair: Pair, *, layers: int, update: float) -> None:
+    """Make the pair of :func:`make_qwen2` in a process of its own."""
+    options = ["--qwen2", "--layers", str(layers), "--update", str(update)]
+    subprocess.run([sys.executable, __file__, str(pair.root), *options], check=True)
+
+
+def make_qwen2(pair: Pair, *, layers: int = QWEN2_LAYERS, update: float = 2e-4) -> None:
+    """Write base and target with the tensors of Qwen2-0.5B, 988,065,536 bytes of weights in 24 layers; one
+    shard each, as it is published."""
+    tensors = list(_qwen2_tensors(layers))
+    stds = [next(std for part, std in _QWEN2_STDS.items() if part in tensor.name) for tensor in tensors]
+
+    def draw_block(number: int, start: int, weights: int) -> tuple[Bytes, Bytes]:
+        return draw((number, start), weights, update, std=stds[number], laplace=True)
+
+    _write(pair, tensors, 1, draw_block)
+
+
+def _tensors(nbytes: int, big: int) -> Iterator[Tensor]:
+    """A large embedding if asked for, then layers: a square matrix and a norm each."""
+    if big:
+        yield Tensor("model.embed_tokens.weight", (big // (2 * _HIDDEN), _HIDDEN))
+    for layer in range((nbytes - big) // (2 * _HIDDEN * (_HIDDEN + 1))):
+        yield Tensor(f"model.layers.{layer}.weight", (_HIDDEN, _HIDDEN))
+        yield Tensor(f"model.layers.{layer}.norm.weight", (_HIDDEN,))
+
+
+def _qwen2_tensors(layers: int) -> Iterator[Tensor]:
+    """Output and input embeddings are one."""
+    hidden, ffn, kv, vocab = 896, 4864, 2 * 64, 151936
+    layer = {
+        "self_attn.q_proj.weight": (hidden, hidden),
+        "self_attn.q_proj.bias": (hidden,),
+        "self_attn.k_proj.weight": (kv, hidden),
+        "self_attn.k_proj.bias": (kv,),
+        "self_attn.v_proj.weight": (kv, hidden),
+        "self_attn.v_proj.bias": (kv,),
+        "self_attn.o_proj.weight": (hidden, hidden),
+        "mlp.gate_proj.weight": (ffn, hidden),
+        "mlp.up_proj.weight": (ffn, hidden),
+        "mlp.down_proj.weight": (hidden, ffn),
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    yield Tensor("model.embed_tokens.weight", (vocab, hidden))
+    for number in range(layers):
+        for name, shape in layer.items():
+            yield Tensor(f"model.layers.{number}.{name}", shape)
+    yield Tensor("model.norm.weight", (hidden,))
+
+
+def _write(pair: Pair, tensors: Sequence[Tensor], shards: int, draw_block: DrawBlock) -> None:
     per_shard = -(-len(tensors) // shards)
     pair.base.mkdir(parents=True, exist_ok=True)
     pair.target.mkdir(exist_ok=True)
     for index in range(shards):
         name = f"model-{index + 1:05d}-of-{shards:05d}.safetensors"
         first = index * per_shard
-        _write_shard(pair, name, tensors[first : first + per_shard], first, update)
+        _write_shard(pair, name, tensors[first : first + per_shard], first, draw_block)
     (pair.target / "config.json").write_text('{"model_type": "benchmark"}')
 
 
-def _tensors(nbytes: int, big: int) -> Iterator[_Tensor]:
-    """A large embedding if asked for, then layers: a square matrix and a norm each."""
-    if big:
-        yield _Tensor("model.embed_tokens.weight", (big // (2 * _HIDDEN), _HIDDEN))
-    for layer in range((nbytes - big) // (2 * _HIDDEN * (_HIDDEN + 1))):
-        yield _Tensor(f"model.layers.{layer}.weight", (_HIDDEN, _HIDDEN))
-        yield _Tensor(f"model.layers.{layer}.norm.weight", (_HIDDEN,))
-
-
-def _write_shard(pair: Pair, name: str, tensors: Sequence[_Tensor], first: int, update: float) -> None:
-    header, starts = _header(tensors)
+def _write_shard(pair: Pair, name: str, tensors: Sequence[Tensor], first: int, draw_block: DrawBlock) -> None:
+    header, starts = header_of(tensors)
     with open(pair.base / name, "wb") as base, open(pair.target / name, "wb") as target:
         for file in (base, target):
             file.write(header)
@@ -109,7 +169,7 @@ def _write_shard(pair: Pair, name: str, tensors: Sequence[_Tensor], first: int, 
         def write_block(job: tuple[int, int, int]) -> None:
             number, start, offset = job
             weights = min(_BLOCK_WEIGHTS, tensors[number].weights - start)
-            blocks = draw((first + number, start), weights, update)
+            blocks = draw_block(first + number, start, weights)
             for file, block in zip((base, target), blocks, strict=True):
                 os.pwrite(file.fileno(), block.data, offset + 2 * start)
 
@@ -123,7 +183,7 @@ def _write_shard(pair: Pair, name: str, tensors: Sequence[_Tensor], first: int, 
                 pass
 
 
-def _header(tensors: Sequence[_Tensor]) -> tuple[bytes, list[int]]:
+def header_of(tensors: Sequence[Tensor]) -> tuple[bytes, list[int]]:
     """The shard's header, and where each tensor starts behind it."""
     fields, starts, position = {}, [], 0
     for tensor in tensors:
@@ -136,13 +196,19 @@ def _header(tensors: Sequence[_Tensor]) -> tuple[bytes, list[int]]:
     return len(text).to_bytes(8, "little") + text, starts
 
 
-def draw(seed: Sequence[int], weights: int, update: float) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def draw(
+    seed: Sequence[int], weights: int, update: float, *, std: float = _WEIGHT_STD, laplace: bool = False
+) -> tuple[Bytes, Bytes]:
     """The bytes of so many bf16 weights and of the updated ones; the same for the same ``seed``."""
     import numpy as np
 
-    random = np.random.default_rng(seed)
-    base = _to_bf16(random.standard_normal(weights, np.float32) * np.float32(_WEIGHT_STD))
-    step = random.standard_normal(weights, np.float32) * np.float32(update)
+    source = np.random.default_rng(seed)
+    base = _to_bf16(source.standard_normal(weights, np.float32) * np.float32(std))
+    if laplace:  # the difference of two exponential variables, whose standard deviation is the root of 2
+        ends = source.standard_exponential((2, weights), np.float32)
+        step = (ends[0] - ends[1]) * np.float32(update / 2**0.5)
+    else:
+        step = source.standard_normal(weights, np.float32) * np.float32(update)
     target = _to_bf16((base.astype(np.uint32) << 16).view(np.float32) + step)
     return base.view(np.uint8), target.view(np.uint8)
 
@@ -180,8 +246,13 @@ def main() -> None:
     parser.add_argument("--size", type=float, default=1, metavar="GIB", help="of each, default 1")
     parser.add_argument("--big", type=float, default=0, metavar="GIB", help="of one large tensor, default 0")
     parser.add_argument("--shards", type=int, default=1, help="files of each, default 1")
+    parser.add_argument("--qwen2", action="store_true", help="the tensors of Qwen2-0.5B, in one shard")
+    parser.add_argument("--layers", type=int, default=QWEN2_LAYERS, help=f"of these, default {QWEN2_LAYERS}")
     parser.add_argument("--update", type=float, default=2e-4, metavar="STD", help="default 2e-4")
     options = parser.parse_args()
+    if options.qwen2:
+        make_qwen2(Pair(options.folder), layers=options.layers, update=options.update)
+        return
     size, big = (int(gib * GIB) for gib in (options.size, options.big))
     make(Pair(options.folder), size, shards=options.shards, big=big, update=options.update)
 
