@@ -24,6 +24,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/apply.py
+	$(BIN)/python benchmarks/rehearsal.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

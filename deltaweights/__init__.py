@@ -14,6 +14,7 @@ from .errors import (
     DiskSpaceError,
     FormatVersionError,
     HeaderError,
+    LicenseNotAcceptedError,
     ManifestError,
     OutputError,
     PayloadError,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .diff import make_delta
     from .manifest import Manifest
     from .patch import ApplyReport, apply_delta
+    from .push import PushReport, push_delta
     from .target import Target, TensorView, open_target
     from .verify import Problem, VerifyReport, verify_delta
 
@@ -35,11 +37,13 @@ __all__ = [
     "DiskSpaceError",
     "FormatVersionError",
     "HeaderError",
+    "LicenseNotAcceptedError",
     "Manifest",
     "ManifestError",
     "OutputError",
     "PayloadError",
     "Problem",
+    "PushReport",
     "Target",
     "TensorView",
     "VerifyReport",
@@ -47,6 +51,7 @@ __all__ = [
     "apply_delta",
     "make_delta",
     "open_target",
+    "push_delta",
     "verify_delta",
 ]
 
@@ -55,12 +60,14 @@ _LAZY = {
     "ApplyReport": "patch",
     "Manifest": "manifest",
     "Problem": "verify",
+    "PushReport": "push",
     "Target": "target",
     "TensorView": "target",
     "VerifyReport": "verify",
     "apply_delta": "patch",
     "make_delta": "diff",
     "open_target": "target",
+    "push_delta": "push",
     "verify_delta": "verify",
 }
 

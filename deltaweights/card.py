@@ -4,47 +4,67 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from .checkpoint import Checkpoint, Source
-from .manifest import FileRecord, License, Manifest
+from .license import MAX_TEXT_BYTES, displays, expression_of, resolve, terms_of
+from .license_table import Terms
+from .manifest import BaseRecord, FileRecord, License, Manifest, TargetRecord
 
 CARD_NAME = "README.md"
+_HUB = "https://huggingface.co/"
 _MAX_CARD_BYTES = 1 << 22
 _MAX_FIELD = 1000  # characters
-_LICENSE_FILE = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY|COPYING)([._-].*)?", re.IGNORECASE)
+
+#: What files with license texts are called.
+LICENSE_FILE = re.compile(r"(LICEN[CS]E|COPYING)([._-].*)?", re.IGNORECASE)
+_OTHER_TEXT = re.compile(r"(NOTICE|USE_POLICY)([._-].*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class LicenseTexts:
-    """A license as a checkpoint states it, and the texts to publish with a delta, by their path there."""
+    """A side's license, the texts to publish with a delta by their path there, what does not fit together in
+    it, and what the card gives as ``base_model``."""
 
     license: License
     texts: dict[str, bytes]
+    conflicts: tuple[str, ...]
+    base_models: tuple[str, ...]
 
 
-def read_license(checkpoint: Checkpoint, override: str | None = None) -> LicenseTexts:
+def read_license(
+    checkpoint: Checkpoint, side: Literal["base", "target"], override: str | None = None
+) -> LicenseTexts:
     """The license that a checkpoint's model card and its LICENSE and NOTICE files state.
 
     Args:
+        side: which one this is, for messages.
         override: a license id that takes the place of the card's.
     """
-    fields = _card_fields(checkpoint.source)
-    text = {key: _text(fields.get(key)) for key in ("license", "license_name", "license_link")}
-    texts: dict[str, bytes] = {}
-    records = []
-    for path in checkpoint.other_files:
-        if _LICENSE_FILE.fullmatch(path) and checkpoint.source.sizes[path] <= _MAX_CARD_BYTES:
-            content = _content(checkpoint.source, path)
-            digest = hashlib.sha256(content).hexdigest()
-            # The base's names are anyone's: only plain characters, and not too many.
-            stored = f"licenses/{digest[:16]}-{re.sub(r'[^A-Za-z0-9._-]', '_', path)[:100]}"
-            texts[stored] = content
-            records.append(FileRecord(stored, len(content), digest))
-    license = License(text["license"], text["license_name"], text["license_link"], tuple(records))
+    source = checkpoint.source
+    fields = _card_fields(source)
+    id, name, link = (_text(fields.get(key)) for key in ("license", "license_name", "license_link"))
     if override:
-        license = replace(license, id=override, name=None, link=None)
-    return LicenseTexts(license, texts)
+        id, name, link = override, None, None
+    stored: dict[str, bytes] = {}
+    licenses: dict[str, bytes] = {}
+    records = []
+    room = MAX_TEXT_BYTES
+    for path in checkpoint.other_files:
+        if not (LICENSE_FILE.fullmatch(path) or _OTHER_TEXT.fullmatch(path)) or source.sizes[path] > room:
+            continue
+        room -= source.sizes[path]
+        content = _content(source, path)
+        digest = hashlib.sha256(content).hexdigest()
+        # The base's names are anyone's: only plain characters, and not too many.
+        place = f"licenses/{digest[:16]}-{re.sub(r'[^A-Za-z0-9._-]', '_', path)[:100]}"
+        stored[place] = content
+        records.append(FileRecord(place, len(content), digest))
+        if LICENSE_FILE.fullmatch(path):
+            licenses[path] = content
+    license, conflicts = resolve(side, License(id, name, link, tuple(records)), licenses)
+    return LicenseTexts(license, stored, conflicts, _base_models(fields.get("base_model")))
 
 
 def _content(source: Source, path: str) -> bytes:
@@ -75,24 +95,57 @@ def _text(value: object) -> str | None:
     return " AND ".join(texts)[:_MAX_FIELD].encode("utf-8", "replace").decode() or None
 
 
+def _base_models(value: object) -> tuple[str, ...]:
+    """Hub ids of ``base_model``, which is one or a list of them."""
+    values = value if isinstance(value, list) else [value]
+    ids = (one.removeprefix(_HUB).strip("/ ") for one in values if isinstance(one, str))
+    return tuple(id for id in ids if re.fullmatch(r"[\w.-]+/[\w.-]+", id, re.ASCII))[:100]
+
+
 def write_card(manifest: Manifest) -> bytes:
     """The delta's own model card, as Markdown with the Hub's front matter."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    base, target = manifest.base, manifest.target
-    license = target.license if target.license.id else base.license
+    base = manifest.base
     data = ModelCardData(
         base_model=base.repo_id,
-        license=license.id,
-        license_name=license.name,
-        license_link=license.link,
         library_name="deltaweights",
         tags=["deltaweights", "delta", "safetensors"],
         ignore_metadata_errors=True,
+        **_license_fields(manifest),
     )
     if base.repo_id:
         data["base_model_relation"] = "finetune"
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_card_text(manifest)}")).encode()
+
+
+def _license_fields(manifest: Manifest) -> dict[str, Any]:
+    """Base and target together, in the words that the Hub takes: ids of its list, or ``other`` with a short
+    name and a URL. (A link to a file may only be ``LICENSE``, and the delta has several texts.)"""
+    sides = [(side, one) for side in (manifest.target, manifest.base) for one in terms_of(side.license)]
+    every = terms_of(manifest.target.license, manifest.base.license)
+    if all(one.hub for one in every):
+        ids = list(dict.fromkeys(one.hub for one in every))
+        return {"license": ids if ids[1:] else ids[0]} if ids else {}
+    urls = (_license_url(side, one) for side, one in sides if not one.hub)
+    name = "-and-".join(_short_name(one) for one in every)
+    return {"license": "other", "license_name": name, "license_link": next(filter(None, urls), None)}
+
+
+def _short_name(terms: Terms) -> str:
+    name = terms.hub or next(iter(terms.aliases), terms.spdx.removeprefix("LicenseRef-"))
+    return re.sub(r"[^a-z0-9.-]+", "-", name.lower())
+
+
+def _license_url(side: BaseRecord | TargetRecord, terms: Terms) -> str | None:
+    link = side.license.link or ""
+    if re.match(r"https?://", link):
+        return link
+    names = [file.path.partition("-")[2] for file in side.license.files]
+    name = next((name for name in names if name == link or LICENSE_FILE.fullmatch(name)), None)
+    if side.repo_id and name:
+        return f"{_HUB}{side.repo_id}/blob/{side.revision or 'main'}/{name}"
+    return terms.source or None
 
 
 def _card_text(manifest: Manifest) -> str:
@@ -102,10 +155,12 @@ def _card_text(manifest: Manifest) -> str:
     base_argument = "" if base.repo_id else " --base PATH_OF_THE_BASE"
     revision = f" at commit `{base.revision}`" if base.revision else ""
     ratio = manifest.delta_bytes / max(1, manifest.target_bytes)
+    display = "".join(f"**{text}**\n\n" for text in displays(base.license))
+    together = expression_of(target.license, base.license) or "not stated"
     return f"""# {target.repo_id or "A fine-tune"}, as a delta of {base_name}
 
-This is not a whole model: it holds what {name} adds to {base_name}{revision}. Together they give the model's
-files back, byte for byte.
+{display}This is not a whole model: it holds what {name} adds to {base_name}{revision}. Together they give the
+model's files back, byte for byte.
 
 ```
 pip install deltaweights
@@ -118,12 +173,27 @@ deltaweights apply PATH_OF_THIS_DELTA -o OUT{base_argument}
 | Delta | {manifest.delta_bytes:,} bytes ({ratio:.1%} of the target) |
 | License of the base | {_license_text(base.license)} |
 | License of the target | {_license_text(target.license)} |
+| Both together | {_plain(together)} |
 
 The base stays where it is, under its own license; the texts that came with it are in `licenses/`. Every
 rebuilt file is checked against the SHA-256 in `deltaweights.json` before it gets its name.
-"""
+{_obligations(manifest)}"""
+
+
+def _obligations(manifest: Manifest) -> str:
+    parts = []
+    for side, license in (("base", manifest.base.license), ("target", manifest.target.license)):
+        if license.obligations:
+            lines = "\n".join(f"- {_plain(text)}" for text in license.obligations)
+            parts.append(f"\nWhat the {side}'s license asks (listed, not legal advice):\n\n{lines}\n")
+    return "".join(parts)
 
 
 def _license_text(license: License) -> str:
     known = [text for text in (license.name or license.id, license.link) if text]
-    return ", ".join(known) or "not stated"
+    return _plain(", ".join(known) or expression_of(license) or "not stated")
+
+
+def _plain(text: str) -> str:
+    """Words from a card, on one line and without markup."""
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))

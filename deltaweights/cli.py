@@ -1,6 +1,6 @@
 """The command line: the only place that prints, prompts or exits.
 
-Exit codes: 0 done, 1 it failed or differs, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 it failed or differs, 2 wrong usage, 3 a license was not accepted, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import datetime, timezone
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ._version import __version__
-from .errors import DeltaWeightsError
+from .errors import DeltaWeightsError, LicenseNotAcceptedError, OutputError
 
 if TYPE_CHECKING:
     from .pipeline import ProgressCallback
@@ -29,8 +31,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Publish a fine-tune as what it adds to its base, and get it back byte for byte.",
-    epilog="BASE and TARGET: a folder, one .safetensors file, or a Hub id org/name\\[@revision] that is in "
-    "the local Hub cache. DELTA: a folder, or such a Hub id.",
+    epilog="BASE and TARGET: a folder, one .safetensors file, or a Hub id \\[hf://]org/name\\[@revision]. "
+    "DELTA: a folder or a Hub id. What is on the Hub streams through memory, unless it is in the Hub cache.",
 )
 
 Base = Annotated[str, typer.Argument(metavar="BASE", help="The checkpoint it was fine-tuned from.")]
@@ -39,9 +41,21 @@ BaseOption = Annotated[
     str | None,
     typer.Option("--base", metavar="BASE", help="The base, where the delta's own word for it is not enough."),
 ]
+KeepBase = Annotated[
+    bool,
+    typer.Option("--keep-base", help="Download a base on the Hub into the Hub cache, and leave it there."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
 Force = Annotated[bool, typer.Option("--force", help="Write there even if it holds other files.")]
+AcceptLicense = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ID",
+        envvar="DELTAWEIGHTS_ACCEPT_LICENSE",
+        help="Accept this license, instead of being asked. May be given several times.",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="How many threads; all cores by default.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -115,6 +129,55 @@ def diff(
         )
         if manifest.target.left_out:
             typer.echo(_plain(f"Left out: {', '.join(manifest.target.left_out)}"))
+        for conflict in summary["license"]["conflicts"]:
+            typer.echo(_plain(f"License: {conflict}"))
+
+
+@app.command()
+def push(
+    delta: Annotated[str, typer.Argument(metavar="DELTA", help="The delta, a folder.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="The repository on the Hub, org/name.")],
+    public: Annotated[bool, typer.Option("--public", help="For everybody to read; else private.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help="The branch; the main one by default.")
+    ] = None,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="The commit's message.")] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request to the main branch.")
+    ] = False,
+    accept_conflicts: Annotated[
+        bool, typer.Option("--accept-conflicts", help="Publish though the licenses do not fit together.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Check DELTA and publish it on the Hub, in one commit. Run it again to go on after an interruption."""
+    if create_pr and revision:
+        raise typer.BadParameter("A pull request goes to the main branch.", param_hint="--revision")
+    with _errors_explained(debug, as_json, resumes=True), _progress(quiet) as progress:
+        from .push import push_delta
+
+        report = push_delta(
+            delta,
+            repo,
+            private=not public,
+            revision=revision,
+            message=message,
+            create_pr=create_pr,
+            accept_conflicts=accept_conflicts,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(asdict(report))
+    elif not quiet:
+        sent = f"{len(report.uploaded)} files, {_bytes(report.nbytes)}"
+        done = sent if report.uploaded else "all was there"
+        removed = f", {len(report.removed)} removed" if report.removed else ""
+        who = "private" if report.private else "public"
+        typer.echo(_plain(f"{report.url}: {done}{removed}, commit {report.commit[:12]}, {who}"))
+        for conflict in report.conflicts:
+            typer.echo(_plain(f"License: {conflict}"))
 
 
 @app.command()
@@ -122,6 +185,8 @@ def apply(
     delta: Delta,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")],
     base: BaseOption = None,
+    keep_base: KeepBase = False,
+    accept_license: AcceptLicense = None,
     force: Force = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -129,13 +194,14 @@ def apply(
     debug: Debug = False,
 ) -> None:
     """Rebuild the target from DELTA and its base. Run it again to go on after an interruption."""
+    with _errors_explained(debug, as_json, resumes=True):
+        _settle_license(delta, accept_license or [], quiet=quiet, may_ask=not (quiet or as_json))
     with _errors_explained(debug, as_json, resumes=True), _progress(quiet) as progress:
         from .patch import apply_delta
-        from .summary import inspect_delta
 
-        if not quiet:
-            _show_license(inspect_delta(delta))
-        report = apply_delta(delta, output, base=base, force=force, threads=threads, progress=progress)
+        report = apply_delta(
+            delta, output, base=base, keep_base=keep_base, force=force, threads=threads, progress=progress
+        )
     if as_json:
         _print_json(asdict(report))
     elif not quiet:
@@ -149,19 +215,22 @@ def apply(
 def verify(
     delta: Delta,
     base: BaseOption = None,
+    keep_base: KeepBase = False,
     target: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Compare this folder with the manifest.")
+        str | None, typer.Option(metavar="TARGET", help="Compare this checkpoint with the manifest.")
     ] = None,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Check DELTA's own files; with --base rebuild the target in memory; with --target check a folder."""
+    """Check DELTA's own files; with --base rebuild the target in memory; with --target check a copy."""
     with _errors_explained(debug, as_json), _progress(quiet) as progress:
         from .verify import verify_delta
 
-        report = verify_delta(delta, base=base, target=target, threads=threads, progress=progress)
+        report = verify_delta(
+            delta, base=base, keep_base=keep_base, target=target, threads=threads, progress=progress
+        )
     if as_json:
         _print_json({"ok": report.ok, **asdict(report)})
     else:
@@ -169,6 +238,10 @@ def verify(
             typer.echo(_plain(f"{problem.place}: {problem.path}: {problem.kind}: {problem.detail}"))
         if not quiet:
             verdict = f"{len(report.problems)} problems" if report.problems else "all as published"
+            if report.published:
+                verdict += f" ({report.published} of them by the SHA-256 that the Hub publishes, not read)"
+            if report.target_repo:
+                verdict += f"; compared with {_plain(report.target_repo)} too"
             typer.echo(f"{report.checked} files checked: {verdict}")
     if not report.ok:
         raise typer.Exit(1)
@@ -191,6 +264,68 @@ def inspect(
         _print_json(summary)
     elif not quiet:
         _show_summary(summary, every_tensor=tensors)
+
+
+class BomFormat(str, Enum):
+    """The formats of ``bom``."""
+
+    cyclonedx = "cyclonedx"
+    spdx = "spdx"
+
+
+@app.command()
+def bom(
+    delta: Delta,
+    format: Annotated[
+        BomFormat, typer.Option("--format", help="CycloneDX 1.7 or SPDX 3.0.1, as JSON.")
+    ] = BomFormat.cyclonedx,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The file to write; stdout by default."),
+    ] = None,
+    created: Annotated[
+        int,
+        typer.Option(
+            metavar="SECONDS",
+            envvar="SOURCE_DATE_EPOCH",
+            min=0,
+            max=253402300799,  # the end of the year 9999
+            help="The time that the document gives for itself, in seconds since 1970.",
+        ),
+    ] = 0,
+    debug: Debug = False,
+) -> None:
+    """Write a bill of materials for DELTA: target, base, files, licenses. Needs deltaweights\\[bom]."""
+    with _errors_explained(debug, as_json=False):
+        from .bom import make_bom
+
+        time = datetime.fromtimestamp(created, timezone.utc)
+        document = make_bom(delta, format.value, created=time)
+        if output is None:
+            typer.echo(document, nl=False)
+            return
+        try:
+            output.write_bytes(document)
+        except OSError as error:
+            raise OutputError(f"Cannot write {output}", f"{error.strerror}.") from error
+
+
+@app.command("license")
+def show_license(
+    delta: Delta,
+    texts: Annotated[bool, typer.Option("--texts", help="Also show the license texts and notices.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show the licenses of base and target, what they ask, and what does not fit together."""
+    with _errors_explained(debug, as_json):
+        from .summary import inspect_license
+
+        facts = inspect_license(delta, texts=texts)
+    if as_json:
+        _print_json(facts)
+    else:
+        _show_license_facts(facts)
 
 
 @app.command()
@@ -247,15 +382,74 @@ def _show_summary(summary: dict[str, Any], *, every_tensor: bool) -> None:
     console.print(table)
 
 
-def _show_license(summary: dict[str, Any]) -> None:
+def _settle_license(delta: str, accepted: list[str], *, quiet: bool, may_ask: bool) -> None:
+    """Show base and license. Where somebody has to accept it and nobody has, ask, or raise."""
+    from .license import describe, not_accepted, unaccepted
+    from .summary import load_manifest
+
+    manifest = load_manifest(delta)
+    if not quiet:
+        _show_panel(describe(manifest))
+    missing = unaccepted(manifest, accepted)
+    if not missing:
+        return
+    if not (may_ask and _confirmed(", ".join(f"{terms.name} ({terms.spdx})" for terms in missing))):
+        raise not_accepted(missing, delta)
+
+
+def _confirmed(names: str) -> bool:
+    """Ask, if there is somebody to ask. Ctrl-C and Ctrl-D are a no."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    try:
+        return typer.confirm(_plain(f"Do you accept {names}?"), err=True)
+    except typer.Abort:
+        return False
+
+
+def _show_panel(facts: dict[str, Any]) -> None:
+    """The base, its license, and what base and target ask, unless that is an open license."""
     from .summary import display_name
 
-    name = display_name(summary["base"], "a local folder")
-    typer.echo(f"Base: {_plain(name)}, license: {_license_line(summary['license']['base'])}", err=True)
+    name = display_name(facts["base"], "a local folder")
+    lines = [f"Base: {name}, license: {_license_line(facts['base'])}"]
+    if facts["expression"]:
+        lines.append(f"Together with the target's: {facts['expression']}")
+    for side in ("base", "target"):
+        if not all(one["open"] for one in facts[side]["licenses"]):
+            lines += [f"The {side}'s license asks (listed, not legal advice):"]
+            lines += [f"- {text}" for text in facts[side]["obligations"]]
+    typer.echo("\n".join(map(_plain, lines)), err=True)
+
+
+def _show_license_facts(facts: dict[str, Any]) -> None:
+    from .summary import display_name
+
+    for side in ("base", "target"):
+        license = facts[side]
+        typer.echo(f"{side}: {display_name(license, 'a local folder')}, license: {_license_line(license)}")
+        for one in license["licenses"]:
+            source = ", ".join(filter(None, (one["source"], one["dated"])))
+            typer.echo(_plain(f"  {one['id']}: {one['name']}{f' ({source})' if source else ''}"))
+    typer.echo(f"together: {_plain(facts['expression'] or 'not stated')}")
+    typer.echo(f"to accept: {_plain(' '.join(facts['to_accept'])) or 'nothing'}")
+    for side in ("base", "target"):
+        _show_list(f"What the {side}'s license asks (listed, not legal advice)", facts[side]["obligations"])
+    _show_list("What does not fit together", facts["conflicts"])
+    _show_list("Texts", [f"{one['path']}, {one['size']} bytes, {one['sha256']}" for one in facts["texts"]])
+    for text in facts["texts"]:
+        if "text" in text:
+            typer.echo(f"\n--- {_plain(text['path'])}")
+            typer.echo("\n".join(map(_plain, text["text"].expandtabs().splitlines())))
+
+
+def _show_list(heading: str, lines: list[str]) -> None:
+    if lines:
+        typer.echo("\n".join(["", heading, *(_plain(f"- {line}") for line in lines)]))
 
 
 def _license_line(license: dict[str, Any]) -> str:
-    known = [license["name"] or license["id"] or "not stated", license["link"]]
+    known = [license["name"] or license["id"] or license["expression"] or "not stated", license["link"]]
     return _plain(", ".join(filter(None, known)))
 
 
@@ -288,7 +482,7 @@ def _errors_explained(debug: bool, as_json: bool, *, resumes: bool = False) -> I
         typer.echo("\n".join(map(_plain, f"error: {error}".splitlines())), err=True)
         if as_json:
             _print_json({"error": {"what": error.what, "why": error.why, "fix": error.fix}})
-        raise typer.Exit(1) from error
+        raise typer.Exit(3 if isinstance(error, LicenseNotAcceptedError) else 1) from error
     except KeyboardInterrupt:
         typer.echo(f"Interrupted.{hint}", err=True)
         raise typer.Exit(130) from None

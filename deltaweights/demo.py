@@ -246,7 +246,7 @@ def run_demo(keep: Path | None = None) -> None:
         _make_pair(folder)
         diff = _run(folder, "deltaweights diff base fine-tune -o delta")
         _run(folder, "deltaweights inspect delta")
-        apply = _run(folder, "deltaweights apply delta --base base -o rebuilt")
+        apply = _run(folder, "deltaweights apply delta --base base -o rebuilt --accept-license qwen")
         verify = _run(folder, "deltaweights verify delta --base base --target rebuilt")
         _show_result(folder, {"diff": diff, "apply": apply, "verify": verify})
 

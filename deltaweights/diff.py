@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +18,18 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from . import card, codec
+from . import card, codec, license
 from ._version import __version__
 from .checkpoint import (
     MAX_HEADER_BYTES,
     Checkpoint,
+    HubId,
     LocalSource,
     Location,
     OutputFolder,
     PartialFile,
     Shard,
+    Source,
     TensorInfo,
     build_header,
     local_path,
@@ -40,8 +42,8 @@ from .manifest import (
     MAX_CHUNK_BYTES,
     BaseRecord,
     BaseTensor,
+    DeltaLicense,
     FileRecord,
-    License,
     Manifest,
     RepoId,
     Revision,
@@ -80,11 +82,12 @@ def make_delta(
     """Write to the folder ``delta`` what ``target`` adds to ``base``.
 
     Args:
-        base, target: a folder, one .safetensors file, or a Hub id that is in the local cache.
+        base, target: a folder, one .safetensors file, or a Hub id; what is on the Hub streams through memory.
         delta: the folder to write; new or empty, or an interrupted run's.
         rename: pairs (regular expression, replacement) that turn target tensor names into base tensor
             names, for what automatic matching does not find.
-        base_repo, base_revision: the base's Hub id and commit; taken from the Hub cache's layout if None.
+        base_repo, base_revision: the base's Hub id and commit; if None, those of a base that is on the Hub or
+            in the Hub cache.
         base_license, target_license: license ids; taken from the model cards if None.
         target_repo: the Hub id that the target is or will be published under.
         chunk_bytes: bytes of a tensor that are coded independently; a multiple of 4096.
@@ -96,7 +99,7 @@ def make_delta(
         The manifest that was written.
 
     Raises:
-        CheckpointError: a checkpoint cannot be read.
+        CheckpointError: a checkpoint cannot be found, read or downloaded.
         OutputError: the folder cannot be used, or its disk is full.
         ValueError: ``chunk_bytes`` is out of range.
     """
@@ -109,24 +112,32 @@ def make_delta(
         _check_apart(root, old, new)
         matches = match_tensors(old, new, rename)
         with Workers(threads) as workers, OutputFolder(root) as folder:
+            for source in (old.source, new.source):
+                workers.at_stop(source.cancel)
             _check_vacant(folder, force)
+            folder.require_distinct(new.source.sizes)
             writer = _DeltaWriter(old, new, folder, workers, chunk_bytes, rename, progress)
             base_files, target_files, entries = writer.write_files(matches)
             old_id, new_id = old.source.hub_id, new.source.hub_id
+            old_license = card.read_license(old, "base", base_license)
+            new_license = card.read_license(new, "target", target_license)
+            base_record = BaseRecord(
+                base_repo or old_id.repo_id,
+                base_revision or _revision(old_id, base_repo),
+                old_license.license,
+                base_files,
+            )
+            target_record = TargetRecord(
+                target_repo or new_id.repo_id,
+                _revision(new_id, target_repo),
+                new_license.license,
+                target_files,
+                new.source.left_out,
+            )
             manifest = Manifest(
-                base=BaseRecord(
-                    base_repo or old_id.repo_id,
-                    base_revision or old_id.revision,
-                    writer.write_license(old, base_license),
-                    base_files,
-                ),
-                target=TargetRecord(
-                    target_repo or new_id.repo_id,
-                    None if target_repo else new_id.revision,
-                    writer.write_license(new, target_license),
-                    target_files,
-                    new.source.left_out,
-                ),
+                base=base_record,
+                target=target_record,
+                license=writer.write_licenses(base_record, target_record, old_license, new_license),
                 tensors=(*entries, *_removed(old, matches)),
                 files=tuple(sorted(writer.files, key=lambda file: file.path)),
                 tool=Tool("deltaweights", __version__),
@@ -134,6 +145,11 @@ def make_delta(
             )
             writer.write_manifest(manifest)
             return manifest
+
+
+def _revision(found: HubId, repo_id: str | None) -> str | None:
+    """The commit that was read, unless somebody calls the repository by another name."""
+    return found.revision if repo_id in (None, found.repo_id) else None
 
 
 def _check_hub_ids(base_repo: str | None, target_repo: str | None, revision: str | None) -> None:
@@ -159,7 +175,9 @@ def _check_names(new: Checkpoint) -> None:
 def _check_apart(root: Path, old: Checkpoint, new: Checkpoint) -> None:
     """The delta must not become part of what it is made from."""
     for source in (old.source, new.source):
-        place = Path(source.where).resolve()
+        if source.root is None:
+            continue
+        place = source.root.resolve()
         folder = place.parent if place.is_file() else place
         if folder == root.resolve() or place in root.resolve().parents:
             raise OutputError(
@@ -256,9 +274,17 @@ class _DeltaWriter:
     def _digest_base(self) -> tuple[FileRecord, ...]:
         source = self._old.source
         return tuple(
-            FileRecord(path, size, sha256_of(self._workers.watch(source.blocks(path))))
-            for path, size in source.sizes.items()
+            FileRecord(path, size, self._digest(source, path)) for path, size in source.sizes.items()
         )
+
+    def _digest(self, source: Source, path: str, meter: Meter | None = None) -> str:
+        """The SHA-256 of a file: the one that the Hub publishes, or else that of its bytes."""
+        published = source.published_sha256(path)
+        if published is None:
+            return sha256_of(self._workers.watch(source.blocks(path), meter))
+        if meter:
+            meter.add(source.sizes[path])
+        return published
 
     def _write_shards(self, matches: Sequence[Match]) -> tuple[list[TargetFile], list[TensorEntry]]:
         """One delta shard for each shard of the target."""
@@ -288,15 +314,22 @@ class _DeltaWriter:
                     "Save the target in smaller shards.",
                 )
             entries, payloads, position = [], [], 0
-            for match, plan in zip(matches, self._plans(matches), strict=True):
-                length, changed, is_same = self._write_payload(
-                    file, room + position, match, plan, sha256.update
+            with self._expect(matches):
+                for match, plan in zip(matches, self._plans(matches), strict=True):
+                    length, changed, is_same = self._write_payload(
+                        file, room + position, match, plan, sha256.update
+                    )
+                    entries.append(_entry(match, is_same, changed, length, self._old))
+                    payloads.append(
+                        TensorInfo(match.target.info.name, "U8", (length,), position, position + length)
+                    )
+                    position += length
+            if self._new.source.published_sha256(path) not in (None, sha256.hexdigest()):
+                raise CheckpointError(
+                    f"{self._new.source.name(path)} was damaged on the way",
+                    f"What came has SHA-256 {sha256.hexdigest()}; the Hub publishes another one.",
+                    "Run the same command again.",
                 )
-                entries.append(_entry(match, is_same, changed, length, self._old))
-                payloads.append(
-                    TensorInfo(match.target.info.name, "U8", (length,), position, position + length)
-                )
-                position += length
             header = build_header(payloads, _shard_metadata(shard), room)
             assert len(header) == room
             file.write_at(0, header)
@@ -306,6 +339,18 @@ class _DeltaWriter:
         finished = _Finished(self._inputs, stored, record, tuple(entries))
         self._folder.remember(name, msgspec.json.encode(finished))
         return record, entries
+
+    @contextmanager
+    def _expect(self, matches: Sequence[Match]) -> Iterator[None]:
+        """Within the block, the matches' tensors will be read, about in order."""
+        bases = (
+            m.base.span(0, codec.rescale(m.shared_bytes, m.target.info.dtype, m.base.info.dtype))
+            for m in matches
+            if m.base and m.shared_bytes
+        )
+        targets = (m.target.span(0, m.target.info.nbytes) for m in matches)
+        with self._old.source.expect(bases), self._new.source.expect(targets):
+            yield
 
     def _finished_before(self, name: str) -> _Finished | None:
         """What an interrupted run made of the delta shard ``name``, if it was from the same inputs."""
@@ -354,7 +399,7 @@ class _DeltaWriter:
         written = []
         for path in self._new.other_files:
             size = self._new.source.sizes[path]
-            digest = sha256_of(self._workers.watch(self._new.source.blocks(path), self._meter))
+            digest = self._digest(self._new.source, path, self._meter)
             source = in_base.get((size, digest))
             if source is not None:
                 written.append(TargetFile(path, size, digest, "base", source))
@@ -379,13 +424,17 @@ class _DeltaWriter:
         taken = any(other == packed or other.startswith(f"{packed}/") for other in self._new.source.sizes)
         return not taken and is_safe_path(packed)
 
-    def write_license(self, checkpoint: Checkpoint, override: str | None) -> License:
-        """Copy a checkpoint's license texts into the delta."""
-        found = card.read_license(checkpoint, override)
-        for path, content in found.texts.items():
-            if path not in {record.path for record in self.files}:
-                self._write_blocks(path, [content])
-        return found.license
+    def write_licenses(
+        self, base: BaseRecord, target: TargetRecord, old: card.LicenseTexts, new: card.LicenseTexts
+    ) -> DeltaLicense | msgspec.UnsetType:
+        """Copy both sides' license texts into the delta, and write its NOTICE."""
+        for path, content in (old.texts | new.texts).items():
+            self._write_blocks(path, [content])
+        whole = license.combine(base, target, old.conflicts + new.conflicts, new.base_models)
+        if whole is None:
+            return msgspec.UNSET
+        self._write_blocks(license.NOTICE_NAME, [license.notice_text(base, target)])
+        return whole
 
     def write_manifest(self, manifest: Manifest) -> None:
         """The model card and, last of all, the manifest: with it the delta is whole."""

@@ -10,6 +10,7 @@
     │   │   └── FormatVersionError  written in a format that this version does not know
     │   └── PayloadError        encoded bytes that do not decode to what the manifest promises
     ├── BaseMismatchError       the base given is not the one that the delta was made from
+    ├── LicenseNotAcceptedError  a license that is not an open one, and that nobody accepted
     └── OutputError             the place to write to cannot be used
         └── DiskSpaceError      it is too small
 
@@ -59,6 +60,10 @@ class PayloadError(DeltaError):
 
 class BaseMismatchError(DeltaWeightsError):
     """The base given is not the base that the delta was made from."""
+
+
+class LicenseNotAcceptedError(DeltaWeightsError):
+    """Somebody has to accept a license first. Raised by the command line only."""
 
 
 class OutputError(DeltaWeightsError):

@@ -67,13 +67,25 @@ class TargetFile:
 
 @dataclass(frozen=True, slots=True)
 class License:
-    """A license: ``id`` as its model card gives it, and its texts, which lie in the delta."""
+    """A license: ``id``, ``name`` and ``link`` as its model card gives them, its texts, which lie in the
+    delta, and what it asks. ``expression`` is what card and texts say together, in SPDX's words."""
 
     id: str | None = None
     name: str | None = None
     link: str | None = None
     files: tuple[FileRecord, ...] = ()
     obligations: tuple[str, ...] = ()
+    expression: str | msgspec.UnsetType = msgspec.UNSET
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaLicense:
+    """What the delta as a whole is under: the SPDX expression, what does not fit together in it, for people
+    to read, and the path of the NOTICE file."""
+
+    expression: str | None = None
+    conflicts: tuple[str, ...] = ()
+    notice: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +159,7 @@ class Manifest:
     chunk_bytes: ChunkBytes
     format: Literal["deltaweights"] = "deltaweights"
     format_version: int = FORMAT_VERSION
+    license: DeltaLicense | msgspec.UnsetType = msgspec.UNSET
     #: SHA-256 of the canonical JSON in which this value is empty; filled in by ``to_json``.
     checksum: str = field(default="", compare=False)
 
@@ -257,6 +270,8 @@ def _validate(manifest: Manifest) -> None:
     for license in (manifest.base.license, manifest.target.license):
         if not {file.path for file in license.files} <= own:
             raise _damaged("A license text is missing from the delta's files")
+    if isinstance(manifest.license, DeltaLicense) and manifest.license.notice not in {None, *own}:
+        raise _damaged("Its notice is missing from the delta's files")
     shards = {file.path for file in manifest.target.files if file.stored == "tensors"}
     seen: set[tuple[str | None, str]] = set()
     for entry in manifest.tensors:

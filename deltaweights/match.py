@@ -21,6 +21,9 @@ _BLOCK_BYTES = 1 << 20
 _MAX_NAMES = 64
 _MAX_PAIRS = 64
 
+#: How many blocks of 1 MiB tell that two tensors are equal.
+_MAX_BLOCKS = 64
+
 #: A rename rule: a regular expression, searched in a target tensor's name, and what to put in its place
 #: (``re.sub``) to get the base tensor's name.
 RenameRule = tuple[str, str]
@@ -55,7 +58,7 @@ def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameR
     free = [tensor for tensor in base.tensors if tensor not in used]
     found.update(_match_prefixes(unmatched, free))
     unmatched = [tensor for tensor in unmatched if tensor not in found]
-    found.update(_match_bytes(unmatched, base))
+    found.update(_match_bytes(unmatched, base, target))
     return [_match(tensor, found.get(tensor)) for tensor in target.tensors]
 
 
@@ -131,36 +134,54 @@ def _suffixes(name: str) -> list[str]:
     return [".".join(parts[k:]) for k in range(min(len(parts), 8))]
 
 
-def _match_bytes(unmatched: Sequence[Tensor], base: Checkpoint) -> dict[Tensor, Tensor]:
+def _match_bytes(unmatched: Sequence[Tensor], base: Checkpoint, target: Checkpoint) -> dict[Tensor, Tensor]:
     """Match tensors that the base has bit for bit under another name (an untied output layer, say)."""
-    kinds = {(tensor.info.dtype, tensor.info.shape) for tensor in unmatched if tensor.info.nbytes}
+    unmatched = [tensor for tensor in unmatched if tensor.info.nbytes]
+    kinds = {(tensor.info.dtype, tensor.info.shape) for tensor in unmatched}
+    alike = [tensor for tensor in base.tensors if (tensor.info.dtype, tensor.info.shape) in kinds]
     by_start: dict[tuple[str, bytes], list[Tensor]] = {}
-    for tensor in base.tensors:
-        if (tensor.info.dtype, tensor.info.shape) in kinds:
+    with base.source.expect(tensor.span(0, _start_bytes(tensor)) for tensor in alike):
+        for tensor in alike:
             by_start.setdefault(_start(tensor), []).append(tensor)
     found = {}
-    for tensor in unmatched:
-        candidates = by_start.get(_start(tensor), []) if tensor.info.nbytes else []
-        if match := next((other for other in candidates if _equal(tensor, other)), None):
+    with target.source.expect(tensor.span(0, _start_bytes(tensor)) for tensor in unmatched):
+        starts = [_start(tensor) for tensor in unmatched]
+    for tensor, start in zip(unmatched, starts, strict=True):
+        candidates = by_start.get(start, [])
+        if match := next((other for other in candidates if _equal(tensor, other, base, target)), None):
             found[tensor] = match
     return found
 
 
+def _start_bytes(tensor: Tensor) -> int:
+    return min(tensor.info.nbytes, 4096)
+
+
 def _start(tensor: Tensor) -> tuple[str, bytes]:
     """What tells most tensors apart at the cost of one small read: dtype, shape, first bytes."""
-    first = np.empty(min(tensor.info.nbytes, 4096), np.uint8)
+    first = np.empty(_start_bytes(tensor), np.uint8)
     tensor.read_into(0, first)
     return f"{tensor.info.dtype}{tensor.info.shape}", hashlib.sha256(first.data).digest()
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one size hold the same bytes; reads no further than the first difference."""
-    if one.info.nbytes != other.info.nbytes:
+def _equal(one: Tensor, other: Tensor, base: Checkpoint, target: Checkpoint) -> bool:
+    """Whether a target tensor and a base tensor of one size hold the same bytes, as far as a number of blocks
+    spread over them shows (a wrong answer only makes the delta longer); reads no further than the first
+    difference."""
+    nbytes = one.info.nbytes
+    if nbytes != other.info.nbytes:
         return False
-    for start in range(0, one.info.nbytes, _BLOCK_BYTES):
-        first, second = (np.empty(min(_BLOCK_BYTES, one.info.nbytes - start), np.uint8) for _ in "ab")
-        one.read_into(start, first)
-        other.read_into(start, second)
-        if not np.array_equal(first, second):
-            return False
+    starts = range(0, nbytes, _BLOCK_BYTES * -(-nbytes // (_BLOCK_BYTES * _MAX_BLOCKS)))
+    ends = [min(start + _BLOCK_BYTES, nbytes) for start in starts]
+    blocks = list(zip(starts, ends, strict=True))
+    with (
+        target.source.expect(one.span(start, end) for start, end in blocks),
+        base.source.expect(other.span(start, end) for start, end in blocks),
+    ):
+        for start, end in blocks:
+            first, second = (np.empty(end - start, np.uint8) for _ in "ab")
+            one.read_into(start, first)
+            other.read_into(start, second)
+            if not np.array_equal(first, second):
+                return False
     return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from .checkpoint import Location, OutputFolder, local_path, sha256_of
 from .errors import DeltaError, OutputError
+from .license import landing_place, text_records
 from .manifest import Manifest, TargetFile
 from .pipeline import Meter, ProgressCallback, Workers
 from .target import ShardRecipe, Target, TensorRecipe, open_target
@@ -45,6 +46,7 @@ def apply_delta(
     out: Location,
     *,
     base: Location | None = None,
+    keep_base: bool = False,
     force: bool = False,
     threads: int | None = None,
     progress: ProgressCallback | None = None,
@@ -54,41 +56,46 @@ def apply_delta(
     Run again after an interruption, it goes on with the files that are missing.
 
     Args:
-        delta: a folder or a Hub id in the local cache.
+        delta: a folder or a Hub id.
         out: the folder to write; new or empty, or an interrupted run's.
-        base: the base's folder or file; if None, the repository that the manifest names, from the cache.
+        base: a folder, a file or a Hub id; if None, the repository that the manifest names, at its commit.
+        keep_base: download what is needed of a base on the Hub into the local Hub cache, and leave it there;
+            else it streams through memory.
         force: write even if ``out`` holds other files. They stay, unless the target has a file of that name.
         threads: how many; the number of usable cores if None.
         progress: called with a phase, what is done, what there is to do: "check base" (in chunks),
-            "check files there" and "apply" (in bytes).
+            "download base", "check files there" and "apply" (in bytes).
 
     Raises:
+        CheckpointError: the base or the delta cannot be found, read or downloaded.
         BaseMismatchError: the base is not the right one. Nothing was written, or no file got its name.
         DeltaError: the delta is incomplete or damaged.
         OutputError: ``out`` holds other files, or its disk is too small.
     """
     with open_target(delta, base) as target, Workers(threads) as workers:
+        workers.at_stop(target.cancel)
         root = local_path(out)
         _check_apart(root, target)
         _check_licenses(target)
-        check_base(target, workers, progress)
+        check_base(target, workers, keep=keep_base, progress=progress)
         with OutputFolder(root) as folder:
-            sources = [target.source, *([target.base.source] if target.base else [])]
-            folder.require_apart((file.path for file in target.manifest.target.files), sources)
+            paths = [file.path for file in target.manifest.target.files]
+            folder.require_distinct(paths)
+            folder.require_apart(paths, target.sources)
             kept = _finished(target.manifest, folder, workers, force, progress)
             missing = [file for file in target.manifest.target.files if file.path not in kept]
             nbytes = sum(file.size for file in missing)
             folder.require_space(nbytes)
             meter = Meter(progress, "apply", nbytes)
             _write_all(target, missing, folder, workers, meter)
+            _write_licenses(target, folder)
     rebuilt = tuple(file.path for file in missing)
     return ApplyReport(str(root), rebuilt, tuple(sorted(kept)), nbytes)
 
 
 def _check_apart(root: Path, target: Target) -> None:
     """The result must not overwrite what it is made from."""
-    places = [target.source.where] + ([target.base.source.where] if target.base else [])
-    for place in map(Path, places):
+    for place in filter(None, (source.root for source in target.sources)):
         if place.resolve() in (root.resolve(), *root.resolve().parents) and place.is_dir():
             raise OutputError(
                 f"The target cannot be written to {root}",
@@ -99,10 +106,9 @@ def _check_apart(root: Path, target: Target) -> None:
 
 def _check_licenses(target: Target) -> None:
     """The texts that travel with the delta must be the ones that were published with it."""
-    for side in (target.manifest.base, target.manifest.target):
-        for record in side.license.files:
-            if target.is_damaged(record.path):
-                raise _damaged(record.path)
+    for record in text_records(target.manifest):
+        if target.is_damaged(record.path):
+            raise _damaged(record.path)
 
 
 def _damaged(path: str) -> DeltaError:
@@ -147,39 +153,61 @@ def _finished(
     return kept
 
 
-def check_base(target: Target, workers: Workers, progress: ProgressCallback | None = None) -> None:
-    """Compare a sample of the base's chunks, some of every tensor, with the delta's checksums.
+def check_base(
+    target: Target, workers: Workers, *, keep: bool = False, progress: ProgressCallback | None = None
+) -> None:
+    """Make sure that the base is the right one, as far as that is quick: by the SHA-256 that the Hub
+    publishes of its files, or else by the delta's checksums of a sample of chunks, some of every tensor.
+
+    Args:
+        keep: if it is, download what is needed of it into the local Hub cache.
 
     Raises:
-        BaseMismatchError: one differs, or a file that the target takes from the base.
+        BaseMismatchError: a published SHA-256 differs, or a chunk, or a file that is taken from the base.
     """
     if target.base is None:
         return
-    recipes = [
-        recipe
-        for file in target.manifest.target.files
-        if file.stored == "tensors"
-        for recipe in target.shard(file.path).tensors.values()
-        if recipe.plan.shared
-    ]
+    source = target.base.source
+    proven = target.published_base_files()
+    _check_chunks(target, proven, workers, progress)
+    for file in target.manifest.target.files:
+        if file.stored == "base" and file.source not in proven and _is_other(target, file, workers):
+            raise target.wrong_base(f"its file {file.source!r} differs")
+    if keep:
+        paths = target.base_files()
+        meter = Meter(progress, "download base", sum(source.sizes[path] for path in paths))
+        for nbytes in source.keep(paths):
+            meter.add(nbytes)
+
+
+def _is_other(target: Target, file: TargetFile, workers: Workers) -> bool:
+    return sha256_of(workers.watch(target.blocks(file))) != file.sha256
+
+
+def _check_chunks(
+    target: Target, proven: Collection[str], workers: Workers, progress: ProgressCallback | None
+) -> None:
+    """Compare a sample of the base's chunks with the delta's checksums, but for the files ``proven``."""
+    recipes = target.with_base(proven)
+    target.read_tables(recipes)
     sample = _sample(recipes)
     meter = Meter(progress, "check base", len(sample))
-    wrong: set[TensorRecipe] = set()
-    results = workers.map(lambda chunk: chunk[0].matches_base(chunk[1]), sample)
-    for (recipe, _), matches in zip(sample, results, strict=True):
-        meter.add(1)
-        if not matches:
-            wrong.add(recipe)
-    if wrong:
-        for source in sorted({recipe.source for recipe in recipes if recipe in wrong}):
+    differ = []
+    with target.expect_base(sample):
+        results = workers.map(lambda chunk: chunk[0].matches_base(chunk[1]), sample)
+        for chunk, matches in zip(sample, results, strict=True):
+            meter.add(1)
+            if not matches:
+                differ.append(chunk)
+    # Once more: over a network, a chunk may come wrong.
+    if not all(recipe.matches_base(index) for recipe, index in differ):
+        wrong = {recipe for recipe, _ in differ}
+        for source in sorted({recipe.source for recipe in wrong}):
             if target.is_damaged(source):
                 raise _damaged(source)
         names = sorted({recipe.base_name for recipe in wrong})
         count = len({recipe.base_name for recipe in recipes})
         raise target.wrong_base(f"of {count} tensors sampled, {len(names)} differ, such as {names[0]!r}")
-    for file in target.manifest.target.files:
-        if file.stored == "base" and sha256_of(target.blocks(file)) != file.sha256:
-            raise target.wrong_base(f"its file {file.source!r} differs")
 
 
 def _sample(recipes: list[TensorRecipe]) -> list[tuple[TensorRecipe, int]]:
@@ -220,6 +248,14 @@ def _write_all(
             output.commit()
 
 
+def _write_licenses(target: Target, folder: OutputFolder) -> None:
+    """License texts and notices, beside the result and no part of it."""
+    for record in text_records(target.manifest):
+        with folder.create(landing_place(record.path)) as output:
+            output.write_blocks(target.source.blocks(record.path))
+            output.commit()
+
+
 def rebuild_shard(recipe: ShardRecipe, workers: Workers, meter: Meter, sink: Sink | None = None) -> str:
     """Rebuild one shard, chunk by chunk.
 
@@ -234,7 +270,8 @@ def rebuild_shard(recipe: ShardRecipe, workers: Workers, meter: Meter, sink: Sin
         sink(0, memoryview(recipe.header.raw))
     meter.add(len(recipe.header.raw))
     # A stack: the buffer that was used last is the one in the cache. Untouched ones take no memory.
-    buffers = [np.empty(recipe.chunk_bytes, np.uint8) for _ in range(workers.window + 1)]
+    chunk_bytes = recipe.target.manifest.chunk_bytes
+    buffers = [np.empty(chunk_bytes, np.uint8) for _ in range(workers.window + 1)]
 
     def decode(chunk: tuple[TensorRecipe, int]) -> tuple[NDArray[np.uint8], int]:
         tensor, index = chunk
@@ -246,10 +283,12 @@ def rebuild_shard(recipe: ShardRecipe, workers: Workers, meter: Meter, sink: Sin
             sink(offset, buffer.data[: end - start])
         return buffer, end - start
 
-    for buffer, length in workers.map(decode, recipe.chunks()):
-        sha256.update(buffer.data[:length])
-        buffers.append(buffer)
-        meter.add(length)
+    recipe.target.read_tables(recipe.tensors.values())
+    with recipe.target.expect(recipe.chunks()):
+        for buffer, length in workers.map(decode, recipe.chunks()):
+            sha256.update(buffer.data[:length])
+            buffers.append(buffer)
+            meter.add(length)
     return sha256.hexdigest()
 
 

@@ -6,7 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 ProgressCallback = Callable[[str, int, int], None]
 
 
-class Stopped(Exception):  # noqa: N818
+class Stopped(CancelledError):  # noqa: N818
     """Another thread failed first; its error is the one to report."""
 
 
@@ -35,6 +35,7 @@ class Workers:
         self._unfinished = 0  # items of each()
         self._pool = ThreadPoolExecutor(self.threads)
         self._stopped = threading.Event()
+        self._at_stop: list[Callable[[], None]] = []
 
     def __enter__(self) -> Workers:
         return self
@@ -46,6 +47,12 @@ class Workers:
     def stop(self) -> None:
         """Make all work that goes on end with :class:`Stopped`."""
         self._stopped.set()
+        for wake in self._at_stop:
+            wake()
+
+    def at_stop(self, wake: Callable[[], None]) -> None:
+        """Have :meth:`stop` call ``wake``, perhaps more than once, to end what threads wait for elsewhere."""
+        self._at_stop.append(wake)
 
     def check(self) -> None:
         """Raise :class:`Stopped` where the work is to end."""
@@ -83,6 +90,9 @@ class Workers:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
+        except KeyboardInterrupt:
+            self.stop()
+            raise
         finally:  # nothing may still use the consumer's files when its error is handled
             _cancel(ahead)
 
@@ -127,7 +137,7 @@ def _raise_first(futures: list[Future[Result]]) -> None:
     """Raise the first error that is not merely the echo of another."""
     for future in futures:
         error = None if future.cancelled() else future.exception()
-        if error and not isinstance(error, Stopped):
+        if error and not isinstance(error, CancelledError):
             raise error
 
 

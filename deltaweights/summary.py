@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from contextlib import closing
@@ -9,8 +10,9 @@ from typing import Any
 
 import msgspec
 
-from . import codec
+from . import codec, license
 from .checkpoint import Location, open_source
+from .errors import DeltaError
 from .manifest import STATUSES, Manifest, TensorEntry
 from .target import read_manifest
 
@@ -19,28 +21,62 @@ def inspect_delta(delta: Location) -> dict[str, Any]:
     """Summarise a delta from its manifest alone, ready for JSON.
 
     Returns:
-        ``base`` and ``target`` (repo_id, revision, files), ``license`` (of both), ``size`` (target_bytes,
-        delta_bytes, ratio), ``counts`` (tensors by status), ``tensors`` (one object each, with
-        ``changed_fraction`` of the elements that have a base; None where none has), ``format_version``
-        and ``tool``.
+        ``base`` and ``target`` (repo_id, revision, files), ``license`` (what :func:`license.describe` tells),
+        ``size`` (target_bytes, delta_bytes, ratio), ``counts`` (tensors by status), ``tensors`` (one object
+        each, with ``changed_fraction`` of the elements that have a base; None where none has),
+        ``format_version`` and ``tool``.
 
     Raises:
         ManifestError: there is no manifest, or it is damaged.
     """
+    return summarise(load_manifest(delta))
+
+
+def load_manifest(delta: Location) -> Manifest:
+    """The manifest of the delta at ``delta``; raises as :func:`inspect_delta` does."""
     with closing(open_source(delta)) as source:
-        return summarise(read_manifest(source))
+        return read_manifest(source)
+
+
+def inspect_license(delta: Location, *, texts: bool = False) -> dict[str, Any]:
+    """What :func:`license.describe` tells, and ``texts``: path, size and sha256 of each license text.
+
+    Args:
+        texts: also read them; each then has its ``text``.
+
+    Raises:
+        ManifestError: there is no manifest, or it is damaged.
+        DeltaError: a text is not the one in the manifest.
+    """
+    with closing(open_source(delta)) as source:
+        manifest = read_manifest(source)
+        records = []
+        for record in license.text_records(manifest):
+            fields = msgspec.to_builtins(record)
+            if texts:
+                content = b"".join(source.blocks(record.path))
+                if hashlib.sha256(content).hexdigest() != record.sha256:
+                    raise DeltaError(
+                        f"{record.path} in the delta is damaged",
+                        "Its SHA-256 is not the manifest's.",
+                        "Get the delta again.",
+                    )
+                fields["text"] = content.decode("utf-8", "replace")
+            records.append(fields)
+    return license.describe(manifest) | {"texts": records}
 
 
 def summarise(manifest: Manifest) -> dict[str, Any]:
     """:func:`inspect_delta` for a manifest in memory."""
     fields = msgspec.to_builtins(manifest)
-    licenses = {side: fields[side].pop("license") for side in ("base", "target")}
+    for side in ("base", "target"):
+        del fields[side]["license"]
     counts = Counter(entry.status for entry in manifest.tensors)
     delta_bytes = manifest.delta_bytes
     return {
         "base": fields["base"],
         "target": fields["target"],
-        "license": licenses,
+        "license": license.describe(manifest),
         "size": {
             "target_bytes": manifest.target_bytes,
             "delta_bytes": delta_bytes,

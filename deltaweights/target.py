@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import base64
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,10 +25,11 @@ from .checkpoint import (
     Location,
     Shard,
     Source,
+    Span,
     Tensor,
     TensorInfo,
-    open_cached,
     open_checkpoint,
+    open_hub,
     open_source,
     parse_header,
     read_shard,
@@ -50,8 +51,8 @@ def open_target(delta: Location, base: Location | None = None) -> Target:
     """Open the target that ``delta`` and ``base`` make together, without writing files.
 
     Args:
-        delta: a folder or a Hub id in the local cache.
-        base: likewise; if None, the repository that the manifest names, from the local cache.
+        delta: a folder or a Hub id.
+        base: likewise, or one file; if None, the repository that the manifest names, at its commit.
 
     Returns:
         A lazy, read-only view; use it in a ``with`` block.
@@ -104,6 +105,13 @@ def _check_whole(source: Source, manifest: Manifest) -> None:
             f"{_some(wrong)} missing or not of the size in the manifest.",
             "Get the delta again.",
         )
+    other = [f.path for f in manifest.files if source.published_sha256(f.path) not in (None, f.sha256)]
+    if other:
+        raise DeltaError(
+            f"{source.where} is not the delta that its manifest describes",
+            f"{_some(other)} published with another SHA-256.",
+            "Tell its publisher; an earlier revision may be whole.",
+        )
 
 
 def open_base(manifest: Manifest, base: Location | None) -> Checkpoint | None:
@@ -117,13 +125,13 @@ def open_base(manifest: Manifest, base: Location | None) -> Checkpoint | None:
     )
     if base is not None:
         return open_checkpoint(base)
-    if needs_base and manifest.base.repo_id:  # from the cache alone: a manifest must not name our folders
-        return Checkpoint(open_cached(manifest.base.repo_id, manifest.base.revision))
+    if needs_base and manifest.base.repo_id:  # never a path: a manifest must not name our folders
+        return Checkpoint(open_hub(manifest.base.repo_id, manifest.base.revision))
     if needs_base:
         raise CheckpointError(
             "This delta needs its base",
             "The delta does not say where on the Hub it is.",
-            "Pass its folder: --base PATH",
+            "Pass it: --base PATH or --base ORG/NAME",
         )
     return None
 
@@ -174,11 +182,25 @@ class Target(Mapping[str, TensorView]):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    @property
+    def sources(self) -> list[Source]:
+        """Where delta and base come from."""
+        return [self.source, *([self.base.source] if self.base else [])]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether any of it has to come over a network."""
+        return any(source.root is None for source in self.sources)
+
+    def cancel(self) -> None:
+        """End all that reads delta or base over a network, in any thread."""
+        for source in self.sources:
+            source.cancel()
+
     def close(self) -> None:
         """Close the files of delta and base."""
-        self.source.close()
-        if self.base:
-            self.base.source.close()
+        for source in self.sources:
+            source.close()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._first)
@@ -249,7 +271,7 @@ class Target(Mapping[str, TensorView]):
                 f"{len(entries)} tensors are promised, {len(tensors)} are there.",
                 "Get the delta again.",
             )
-        return ShardRecipe(file, header, tensors, self.manifest.chunk_bytes)
+        return ShardRecipe(file, header, tensors, self)
 
     def _find_bases(self) -> dict[tuple[str, str], Tensor]:
         """The base tensor of every entry that has one.
@@ -277,12 +299,72 @@ class Target(Mapping[str, TensorView]):
             raise self.wrong_base(wrong[0] + more)
         return found
 
+    def base_files(self) -> list[str]:
+        """The base's files that the target needs, by path."""
+        shards = {tensor.shard.path for tensor in self._bases.values()}
+        others = {file.source for file in self.manifest.target.files if file.stored == "base"}
+        return sorted(shards | others)
+
+    def published_base_files(self) -> set[str]:
+        """Those of the base's files that are known to be right without reading them: their SHA-256 is
+        published, and is the manifest's.
+
+        Raises:
+            BaseMismatchError: it is another one. (Where shards have other names than those of the manifest's
+                base, the base is sharded otherwise, and theirs say nothing.)
+        """
+        if self.base is None:
+            return set()
+        records = {record.path: record.sha256 for record in self.manifest.base.files}
+        shards = {path for path in records if path.endswith(".safetensors")}
+        is_alike = shards == set(self.base.shards)
+        proven = set()
+        for path in self.base_files():
+            published = self.base.source.published_sha256(path)
+            if published is None or path not in records:
+                continue
+            if published == records[path]:
+                proven.add(path)
+            elif is_alike or path not in self.base.shards:
+                raise self.wrong_base(f"its file {path!r} has SHA-256 {published}, not {records[path]}")
+        return proven
+
+    def with_base(self, skipped: Collection[str] = ()) -> list[TensorRecipe]:
+        """How to rebuild the tensors that have a base, but for bases in these of the base's files."""
+        return [
+            self.shard(path).tensors[name]
+            for (path, name), tensor in self._bases.items()
+            if tensor.shard.path not in skipped
+        ]
+
+    def read_tables(self, recipes: Iterable[TensorRecipe]) -> None:
+        """Read the chunk records of several tensors, side by side where the delta is far away."""
+        recipes = list(recipes)
+        with self.source.expect(recipe.table_span for recipe in recipes):
+            for recipe in recipes:
+                recipe.table  # noqa: B018
+
+    @contextmanager
+    def expect(self, chunks: Iterable[tuple[TensorRecipe, int]]) -> Iterator[None]:
+        """Within the block, ``chunks`` will be decoded, about in this order: what they need is fetched ahead.
+        Their tensors' chunk records must have been read."""
+        chunks = list(chunks) if self.is_remote else []
+        payloads = (recipe.payload_span(index) for recipe, index in chunks)
+        with self.source.expect(payloads), self.expect_base(c for c in chunks if c[0].needs_base(c[1])):
+            yield
+
+    def expect_base(self, chunks: Iterable[tuple[TensorRecipe, int]]) -> AbstractContextManager[None]:
+        """:meth:`expect` where only the base's bytes will be read."""
+        if self.base is None:
+            return nullcontext()
+        return self.base.source.expect(recipe.base_span(index) for recipe, index in chunks)
+
     def wrong_base(self, why: str) -> BaseMismatchError:
         """The error to raise where the base is not the right one."""
         record = self.manifest.base
-        revision = f" --revision {record.revision}" if record.revision else ""
+        revision = f"@{record.revision}" if record.revision else ""
         fix = (
-            f"Get the right one: hf download {record.repo_id}{revision}"
+            f"The right one is on the Hub: --base {record.repo_id}{revision}"
             if record.repo_id
             else "`deltaweights inspect --json` lists the files of the right one, with their SHA-256."
         )
@@ -294,7 +376,8 @@ class Target(Mapping[str, TensorView]):
     def is_damaged(self, path: str) -> bool:
         """Whether the delta's own file at ``path`` has another SHA-256 than the manifest says."""
         record = next(record for record in self.manifest.files if record.path == path)
-        return sha256_of(self.source.blocks(path)) != record.sha256
+        found = self.source.published_sha256(path) or sha256_of(self.source.blocks(path))
+        return found != record.sha256
 
     def blocks(self, file: TargetFile) -> Iterator[bytes]:
         """The bytes of a file that is not a shard, in blocks of at most 1 MiB.
@@ -348,12 +431,12 @@ def _target_header(delta_shard: Shard, file: TargetFile) -> Header:
 
 @dataclass(frozen=True, slots=True)
 class ShardRecipe:
-    """How to rebuild one target shard: its header, and its tensors in the order of their bytes."""
+    """How to rebuild one shard of ``target``: its header, and its tensors in the order of their bytes."""
 
     file: TargetFile
     header: Header
     tensors: dict[str, TensorRecipe]
-    chunk_bytes: int
+    target: Target
 
     def chunks(self) -> Iterator[tuple[TensorRecipe, int]]:
         """Every chunk of the shard, in order."""
@@ -378,6 +461,9 @@ class _Scratch(threading.local):
 
 
 _scratch = _Scratch()
+
+#: Ways to code a chunk that do not look at the base, though it may have a counterpart there.
+_WITHOUT_BASE = (codec.Method.RAW, codec.Method.ALONE, codec.Method.ZSTD)
 
 
 class TensorRecipe:
@@ -416,7 +502,7 @@ class TensorRecipe:
         Raises:
             PayloadError: they do not add up.
         """
-        length = self.plan.count * codec.RECORD.itemsize
+        length = self._table_bytes
         if length > self._payload.info.nbytes:
             raise self._damaged(f"Its payload of {self._payload.info.nbytes} bytes is too short")
         table = np.empty(length, np.uint8)
@@ -426,11 +512,41 @@ class TensorRecipe:
         except PayloadError as error:
             raise self._damaged(error.what) from error
 
+    @property
+    def _table_bytes(self) -> int:
+        return self.plan.count * codec.RECORD.itemsize
+
+    @property
+    def table_span(self) -> Span:
+        """Where the chunk records lie in the delta."""
+        return self._payload.span(0, min(self._table_bytes, self._payload.info.nbytes))
+
+    def payload_span(self, index: int) -> Span:
+        """Where the data of chunk ``index`` lies in the delta."""
+        records, starts = self.table
+        start = int(starts[index])
+        return self._payload.span(start, start + int(records["length"][index]))
+
+    def needs_base(self, index: int) -> bool:
+        """Whether chunk ``index`` is decoded from the base's bytes."""
+        return self.plan.has_base(index) and int(self.table[0]["method"][index]) not in _WITHOUT_BASE
+
+    def base_span(self, index: int) -> Span:
+        """Where the base has the bytes for chunk ``index``."""
+        assert self.base is not None
+        return self.base.span(*self._base_bytes(index))
+
+    def _base_bytes(self, index: int) -> tuple[int, int]:
+        """First byte and end of the base's bytes for chunk ``index``, in the base's tensor."""
+        assert self.base is not None
+        start, end = self.plan.span(index)
+        dtypes = self.info.dtype, self.base.info.dtype
+        return codec.rescale(start, *dtypes), codec.rescale(end, *dtypes)
+
     def _read_base(self, index: int) -> NDArray[np.uint8]:
         """The base's bytes for chunk ``index``, in its own dtype; valid until this thread reads more."""
         assert self.base is not None
-        dtype = self.base.info.dtype
-        start, end = (codec.rescale(n, self.info.dtype, dtype) for n in self.plan.span(index))
+        start, end = self._base_bytes(index)
         data = _scratch.take("base", end - start)
         self.base.read_into(start, data)
         return data
@@ -443,25 +559,38 @@ class TensorRecipe:
         """The whole tensor's bytes; raises as :meth:`decode` does."""
         self.table  # noqa: B018  # a payload that long must exist before so much memory is taken
         data = np.empty(self.info.nbytes, np.uint8)
-        for index, (start, end) in enumerate(self.plan):
-            self.decode(index, data[start:end])
+        with self._target.expect((self, index) for index in range(self.plan.count)):
+            for index, (start, end) in enumerate(self.plan):
+                self.decode(index, data[start:end])
         return data
 
     def decode(self, index: int, out: NDArray[np.uint8]) -> None:
         """Rebuild chunk ``index`` into ``out`` (uint8, the chunk's length).
 
+        What does not have its checksum is read once more before that is an error: a bit that went wrong on
+        the way from the Hub must not end a run of hours.
+
         Raises:
             BaseMismatchError: the base's bytes are not those that the delta was made from.
             PayloadError: the delta is damaged.
         """
+        base = self._checked_base(index) if self.needs_base(index) else None
+        try:
+            self._decode(index, base, out)
+        except PayloadError:
+            self._decode(index, base, out)
+
+    def _checked_base(self, index: int) -> NDArray[np.uint8]:
+        """The base's bytes for chunk ``index``, in the target's dtype."""
+        assert self.base is not None
+        for _ in range(2):
+            data = self._read_base(index)
+            if codec.checksum(data) == int(self.table[0]["base"][index]):
+                return codec.convert(data, self.base.info.dtype, self.info.dtype)
+        raise self._wrong_base(index)
+
+    def _decode(self, index: int, base: NDArray[np.uint8] | None, out: NDArray[np.uint8]) -> None:
         records, starts = self.table
-        base = None
-        if self.plan.has_base(index):
-            assert self.base is not None
-            base = self._read_base(index)
-            if codec.checksum(base) != int(records["base"][index]):
-                raise self._wrong_base(index)
-            base = codec.convert(base, self.base.info.dtype, self.info.dtype)
         length = int(records["length"][index])
         if length > out.size:
             raise self._damaged(f"A chunk of {out.size} bytes is coded in {length}")
@@ -479,6 +608,12 @@ class TensorRecipe:
         if self._target.is_damaged(self.source):
             return self._damaged("Its chunk records are not those that were written")
         start, end = self.plan.span(index)
+        if self.base and self.base.shard.path in self._target.published_base_files():
+            return CheckpointError(
+                f"{self.base.shard.path} does not arrive as it is published",
+                f"Bytes {start} to {end} of its tensor {self.base_name!r} came wrong twice.",
+                "Something on the way changes them: try another network, or --keep-base.",
+            )
         return self._target.wrong_base(f"its tensor {self.base_name!r} differs in bytes {start} to {end}")
 
     def _damaged(self, why: str) -> PayloadError:

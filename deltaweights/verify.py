@@ -8,23 +8,26 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .card import CARD_NAME
-from .checkpoint import Location, Source, open_source, sha256_of
-from .errors import DeltaWeightsError
-from .manifest import MANIFEST_NAME, FileRecord, TargetFile
+from .checkpoint import HubSource, Location, Source, open_source, sha256_of
+from .errors import CheckpointError, DeltaWeightsError
+from .manifest import MANIFEST_NAME, FileRecord, Manifest, TargetFile
 from .patch import check_base, rebuild_shard
 from .pipeline import Meter, ProgressCallback, Workers
 from .target import Target, open_base, read_manifest
 
-#: Files of a delta that are not listed in its manifest: the manifest, the model card, and what the Hub adds.
-_UNLISTED = frozenset({MANIFEST_NAME, CARD_NAME, ".gitattributes"})
+#: What the Hub adds to a repository.
+_HUBS_OWN = ".gitattributes"
+
+#: Files of a delta that are not listed in its manifest.
+_UNLISTED = frozenset({MANIFEST_NAME, CARD_NAME, _HUBS_OWN})
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Problem:
-    """One file that is not as the manifest says. ``place``: the delta's own files, the folder given as
-    target, or the target as base and delta rebuild it."""
+    """One file that is not as the manifest says. ``place``: the delta's own files, the checkpoint given as
+    target, the target as base and delta rebuild it, or the target as its own repository publishes it."""
 
-    place: Literal["delta", "target", "rebuilt"]
+    place: Literal["delta", "target", "rebuilt", "published"]
     path: str
     kind: Literal["missing", "extra", "different"]
     detail: str
@@ -32,10 +35,20 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What :func:`verify_delta` found: how many files it read in full, and all problems, sorted."""
+    """What :func:`verify_delta` found.
+
+    Attributes:
+        checked: how many files it compared with the manifest.
+        problems: all that it found, sorted.
+        published: for how many files of a delta or target on the Hub the SHA-256 that is published there was
+            compared, and none of their bytes.
+        target_repo: the target's own repository at its commit, if what it publishes was compared too.
+    """
 
     checked: int
     problems: tuple[Problem, ...]
+    published: int = 0
+    target_repo: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -47,6 +60,7 @@ def verify_delta(
     delta: Location,
     *,
     base: Location | None = None,
+    keep_base: bool = False,
     target: Location | None = None,
     threads: int | None = None,
     progress: ProgressCallback | None = None,
@@ -54,32 +68,51 @@ def verify_delta(
     """Check a delta against its manifest; writes nothing.
 
     Args:
-        delta: its own files are always checked.
-        base: if given, the target is rebuilt from it in memory, and every file's SHA-256 compared.
-        target: if given, a folder (or single file) whose files are compared with the target's.
+        delta: a folder or a Hub id; its own files are always checked.
+        base: if given, the target is rebuilt from it in memory, and every file's SHA-256 compared. If base or
+            delta are on the Hub, and the manifest names the target's repository and commit, what that one
+            publishes is compared too.
+        keep_base: as for :func:`apply_delta`.
+        target: if given, a folder, file or Hub id whose files are compared with the target's.
         threads: how many; the number of usable cores if None.
         progress: called with a phase, what is done, what there is to do: "verify delta", "verify target",
-            "rebuild" (in bytes), "check base" (in chunks).
+            "download base", "rebuild" (in bytes), "check base" (in chunks).
+
+    Of the files of a delta or target on the Hub, the SHA-256 that the Hub publishes is compared, where there
+    is one; only the others are read.
 
     Raises:
+        CheckpointError: base, target or delta cannot be found, read or downloaded.
         ManifestError: the manifest itself is damaged.
         BaseMismatchError: ``base`` is not the right one.
     """
     with closing(open_source(delta)) as source, Workers(threads) as workers:
+        workers.at_stop(source.cancel)
         manifest = read_manifest(source)
         problems = _compare("delta", source, manifest.files, workers, progress)
         checked = len(manifest.files)
+        published = _count_published(source, manifest.files)
+        target_repo = None
         if target is not None:
-            with closing(open_source(target)) as folder:
-                problems += _compare("target", folder, manifest.target.files, workers, progress)
+            with closing(open_source(target)) as other:
+                workers.at_stop(other.cancel)
+                problems += _compare("target", other, manifest.target.files, workers, progress)
+                published += _count_published(other, manifest.target.files)
             checked += len(manifest.target.files)
         if base is not None:
             with Target(source, manifest, open_base(manifest, base)) as view:
+                workers.at_stop(view.cancel)
                 if not any(problem.place == "delta" for problem in problems):
-                    check_base(view, workers, progress)
+                    check_base(view, workers, keep=keep_base, progress=progress)
                 problems += _compare_rebuilt(view, workers, progress)
+                if view.is_remote:
+                    target_repo = _compare_published(manifest, problems)
             checked += len(manifest.target.files)
-    return VerifyReport(checked, tuple(sorted(problems)))
+    return VerifyReport(checked, tuple(sorted(problems)), published, target_repo)
+
+
+def _count_published(source: Source, records: Iterable[FileRecord | TargetFile]) -> int:
+    return sum(source.published_sha256(record.path) is not None for record in records)
 
 
 def _compare(
@@ -92,7 +125,11 @@ def _compare(
     """The files of ``source`` against their records."""
     expected = {record.path: record for record in records}
     meter = Meter(progress, f"verify {place}", sum(record.size for record in expected.values()))
-    extra = set(source.sizes) - set(expected) - (_UNLISTED if place == "delta" else set())
+    extra = set(source.sizes) - set(expected)
+    if place == "delta":
+        extra -= _UNLISTED
+    elif source.root is None:
+        extra -= {_HUBS_OWN}
     problems = [Problem(place, path, "extra", "is not in the manifest") for path in extra]
 
     def compare(record: FileRecord | TargetFile) -> Problem | None:
@@ -101,7 +138,11 @@ def _compare(
             return Problem(place, record.path, "missing", f"{record.size} bytes are expected")
         if size != record.size:
             return Problem(place, record.path, "different", f"has {size} bytes, not {record.size}")
-        digest = sha256_of(workers.watch(source.blocks(record.path), meter))
+        digest = source.published_sha256(record.path)
+        if digest:
+            meter.add(size)
+        else:
+            digest = sha256_of(workers.watch(source.blocks(record.path), meter))
         if digest != record.sha256:
             detail = f"SHA-256 is {digest}, not {record.sha256}"
             return Problem(place, record.path, "different", detail)
@@ -121,9 +162,32 @@ def _compare_rebuilt(view: Target, workers: Workers, progress: ProgressCallback 
             else:
                 digest = sha256_of(workers.watch(view.blocks(file), meter))
         except DeltaWeightsError as error:
+            if view.is_remote and isinstance(error, CheckpointError):
+                raise  # it says nothing of the delta
             return Problem("rebuilt", file.path, "different", " ".join(str(error).splitlines()[:2]))
         if digest != file.sha256:
             return Problem("rebuilt", file.path, "different", f"SHA-256 is {digest}, not {file.sha256}")
         return None
 
     return [found for found in workers.each(compare, view.manifest.target.files) if found]
+
+
+def _compare_published(manifest: Manifest, problems: list[Problem]) -> str | None:
+    """What the target's own repository publishes, against the manifest, at no cost. Adds the problems;
+    returns the repository's name, or None where it is not known or cannot be asked."""
+    record = manifest.target
+    if not record.repo_id or not record.revision:
+        return None
+    try:
+        source = HubSource(record.repo_id, record.revision)
+    except CheckpointError:
+        return None
+    for file in record.files:
+        size, digest = source.sizes.get(file.path), source.published_sha256(file.path)
+        if size is None:
+            problems.append(Problem("published", file.path, "missing", f"{source.where} does not have it"))
+        elif (size, digest or file.sha256) != (file.size, file.sha256):
+            detail = f"{source.where} publishes {size} bytes with SHA-256 {digest or 'unknown'}"
+            problems.append(Problem("published", file.path, "different", detail))
+    source.close()
+    return source.where

@@ -72,11 +72,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, Array], **options: objec
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by relative path."""
+    """Every file below a folder, by relative path, but for the license texts that apply puts beside it."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.parent != folder / ".deltaweights" / "licenses"
     }
 
 

@@ -43,12 +43,16 @@ FIELDS = {
     "target": {"repo_id", "revision", "license", "files", "left_out"},
     "target file": {"path", "size", "sha256", "stored", "source"},
     "license": {"id", "name", "link", "files", "obligations"},
+    "delta license": {"expression", "conflicts", "notice"},
     "tensor": {
         *("name", "file", "dtype", "shape", "status", "base"),
         *("shared_bytes", "changed", "payload_bytes"),
     },
     "base tensor": {"name", "dtype", "shape", "file"},
 }
+
+#: Fields that may be absent.
+OPTIONAL = {"manifest": {"license"}, "license": {"expression"}}
 
 
 class BadDeltaError(Exception):
@@ -121,6 +125,7 @@ def read_manifest(delta: Path) -> Fields:
             shards.add(file["path"])
     for side in ("base", "target"):
         need({text["path"] for text in manifest[side]["license"]["files"]} <= own, "manifest: license texts")
+    need(manifest.get("license", {}).get("notice") in {None, *own}, "manifest: notice")
     seen: set[tuple[str, str]] = set()
     for entry in manifest["tensors"]:
         need((entry["file"] is None) == (entry["status"] == "removed"), f"{entry['name']}: status")
@@ -147,17 +152,18 @@ def canonical(value: Any) -> str:
 
 
 def check_fields(manifest: Fields) -> None:
-    """Every object has the fields of its kind, no more and no fewer."""
+    """Every object has the fields of its kind, no more and no fewer, but for optional ones."""
     objects = [("manifest", manifest), ("tool", manifest["tool"])]
     objects += [("base", manifest["base"]), ("target", manifest["target"])]
     objects += [("license", manifest[side]["license"]) for side in ("base", "target")]
+    objects += [("delta license", manifest["license"])] if "license" in manifest else []
     objects += [("file", record) for record in manifest["files"] + manifest["base"]["files"]]
     objects += [("file", text) for side in ("base", "target") for text in manifest[side]["license"]["files"]]
     objects += [("target file", file) for file in manifest["target"]["files"]]
     objects += [("tensor", entry) for entry in manifest["tensors"]]
     objects += [("base tensor", entry["base"]) for entry in manifest["tensors"] if entry["base"]]
     for kind, value in objects:
-        need(set(value) == FIELDS[kind], f"manifest: fields of {kind}")
+        need(set(value) - OPTIONAL.get(kind, set()) == FIELDS[kind], f"manifest: fields of {kind}")
     need(manifest["chunk_bytes"] in range(4096, 4194304 + 1, 4096), "manifest: chunk_bytes")
     part = "[A-Za-z0-9_][A-Za-z0-9_.-]*"
     for side in ("base", "target"):

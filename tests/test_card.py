@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from deltaweights import Manifest, make_delta
 from deltaweights.card import read_license, write_card
 from deltaweights.checkpoint import open_checkpoint
-from deltaweights.manifest import BaseRecord, License, TargetRecord, Tool
+from deltaweights.license_table import KNOWN, LISTED
+from deltaweights.manifest import BaseRecord, FileRecord, License, TargetRecord, Tool
 
 from .checkpoints import bf16, safetensors_bytes, weights
 from .conftest import Trio
@@ -27,7 +29,9 @@ def test_the_hub_reads_base_license_and_library() -> None:
     assert _fields(write_card(EXAMPLE)) == {
         "base_model": "org/base",
         "base_model_relation": "finetune",
-        "license": "mit",
+        "license": "other",
+        "license_name": "mit-and-qwen",
+        "license_link": "https://example.org/LICENSE",
         "library_name": "deltaweights",
         "tags": ["deltaweights", "delta", "safetensors"],
     }
@@ -66,6 +70,7 @@ def test_the_card_in_the_delta_is_the_manifests(trio: Trio) -> None:
     assert f"{manifest.target_bytes:,} bytes" in ModelCard.load(trio.delta / "README.md").text
 
 
+HUB_IDS = {terms.hub for terms in (*KNOWN, *LISTED) if terms.hub}
 texts = st.text(st.characters(codec="utf-8"), max_size=12)
 
 
@@ -79,12 +84,72 @@ texts = st.text(st.characters(codec="utf-8"), max_size=12)
 def test_any_text_in_a_field_comes_back_from_the_front_matter(
     id: str | None, name: str | None, link: str | None, base: str, target: str
 ) -> None:
-    """No value can break out of its field and state another license."""
+    """No value can break out of its field and state another license, and the Hub takes what is written."""
     manifest = _with(base_id=base, target_id=target, base=License(), target=License(id or "mit", name, link))
     fields = _fields(write_card(manifest))
-    assert fields["license"] == (id or "mit")
-    assert (fields.get("license_name"), fields.get("license_link")) == (name, link)
     assert fields["library_name"] == "deltaweights"
+    assert set(fields) <= {
+        *("base_model", "base_model_relation", "library_name", "tags"),
+        *("license", "license_name", "license_link"),
+    }
+    if "license" in fields:
+        stated = fields["license"] if isinstance(fields["license"], list) else [fields["license"]]
+        assert {"other", *HUB_IDS}.issuperset(stated)
+        assert re.fullmatch(r"[a-z0-9.-]+", fields.get("license_name", "x"))
+        assert re.match(r"https?://", fields.get("license_link", "https://"))
+
+
+@pytest.mark.parametrize(
+    ("base", "target", "expected"),
+    [
+        (License("apache-2.0"), License("mit"), {"license": ["mit", "apache-2.0"]}),
+        (License("apache-2.0"), License("apache-2.0"), {"license": "apache-2.0"}),
+        (License("llama3.1"), License("llama3.1"), {"license": "llama3.1"}),
+        (License("apache-2.0"), License(), {"license": "apache-2.0"}),
+        (License("unknown"), License("mit"), {"license": "mit"}),
+        (
+            License(
+                "other", "qwen", "LICENSE", (FileRecord("licenses/0123456789abcdef-LICENSE", 1, "0" * 64),)
+            ),
+            License("mit"),
+            {
+                "license": "other",
+                "license_name": "mit-and-qwen",
+                "license_link": f"https://huggingface.co/org/base/blob/{'a' * 40}/LICENSE",
+            },
+        ),
+        (
+            License("other", "qwen-research", "LICENSE"),
+            License("other", "My license"),
+            {
+                "license": "other",
+                "license_name": "my-license-and-qwen-research",
+                "license_link": "https://huggingface.co/Qwen/Qwen2.5-3B/blob/main/LICENSE",
+            },
+        ),
+        (
+            License("other", "deepseek", "LICENSE-MODEL"),
+            License(),
+            {
+                "license": "other",
+                "license_name": "deepseek",
+                "license_link": "https://github.com/deepseek-ai/DeepSeek-V3/blob/main/LICENSE-MODEL",
+            },
+        ),
+    ],
+)
+def test_the_front_matter_states_base_and_target_together(
+    base: License, target: License, expected: dict[str, Any]
+) -> None:
+    fields = _fields(write_card(_with(base=base, target=target)))
+    assert {key: value for key, value in fields.items() if key.startswith("license")} == expected
+
+
+def test_what_the_license_wants_to_see_is_in_the_card() -> None:
+    text = ModelCard(write_card(EXAMPLE).decode()).text
+    assert "**Built with Qwen**" in text
+    license = replace(EXAMPLE.base.license, obligations=("Keep | this\nline (1).",))
+    assert "\n- Keep \\| this line (1).\n" in ModelCard(write_card(_with(base=license)).decode()).text
 
 
 # Reading ---------------------------------------------------------------------------------------------
@@ -187,7 +252,7 @@ def _license_of(folder: Path, card: bytes) -> License:
     (folder / "m.safetensors").write_bytes(safetensors_bytes({"a": bf16(weights((3,)))}))
     (folder / "README.md").write_bytes(card)
     with open_checkpoint(folder) as checkpoint:
-        return read_license(checkpoint).license
+        return read_license(checkpoint, "base").license
 
 
 EXAMPLE = Manifest(

@@ -130,7 +130,7 @@ OLDER = "fedcba9876543210fedcba9876543210fedcba98"
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache that holds two commits of org/name, as huggingface_hub lays it out."""
+    """A cache that holds two commits of org/name, as huggingface_hub lays it out; the Hub is not asked."""
     cache = tmp_path / "hub"
     repo = cache / "models--org--name"
     _write(repo, {"refs/main": COMMIT.encode(), "refs/v1": OLDER.encode()})
@@ -148,6 +148,7 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(os.path.relpath(repo / "blobs" / digest, link.parent))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     return cache
 
@@ -170,7 +171,14 @@ def test_a_snapshot_knows_its_hub_id(hub_cache: Path) -> None:
 
 @pytest.mark.parametrize(
     ("location", "expected"),
-    [("org/name", A), ("org/name@main", A), ("org/name@v1", B), (f"org/name@{OLDER}", B)],
+    [
+        ("org/name", A),
+        ("org/name@main", A),
+        ("org/name@v1", B),
+        (f"org/name@{OLDER}", B),
+        ("hf://org/name", A),
+        ("hf://org/name@v1", B),
+    ],
 )
 def test_a_hub_id_is_looked_up_in_the_cache(hub_cache: Path, location: str, expected: Array) -> None:
     with open_checkpoint(location) as checkpoint:
@@ -178,26 +186,41 @@ def test_a_hub_id_is_looked_up_in_the_cache(hub_cache: Path, location: str, expe
         assert checkpoint.source.hub_id.repo_id == "org/name"
 
 
-def test_a_folder_comes_before_a_hub_id_of_that_name(hub_cache: Path) -> None:
+def test_a_folder_comes_before_a_hub_id_of_that_name_but_for_a_uri(hub_cache: Path) -> None:
     write_safetensors(hub_cache.parent / "org" / "name" / "m.safetensors", {"c": C})
+    write_safetensors(hub_cache.parent / "hf:" / "org" / "name" / "m.safetensors", {"c": C})
     with open_checkpoint("org/name") as checkpoint:
         assert _tensors(checkpoint) == {"c": C}
+    with open_checkpoint("hf://org/name") as checkpoint:
+        assert _tensors(checkpoint) == {"a": A}
 
 
 @pytest.mark.parametrize(
-    ("location", "command"),
+    ("location", "what", "fix"),
     [
-        ("org/missing", "hf download org/missing"),
-        ("org/name@v9", "hf download org/name --revision v9"),
-        ("a..b/c", "hf download a..b/c"),
+        ("org/missing", "org/missing is not here", "hf download org/missing"),
+        ("org/name@v9", "org/name is not here", "hf download org/name --revision v9"),
+        ("hf://missing", "missing is not here", "hf download missing"),
+        ("a..b/c", "'a..b/c' is not a Hub id", "org/name@revision."),
+        ("hf://a/b/c", "'hf://a/b/c' is not a Hub id", "hf://org/name@revision."),
+        ("hf://../b", "'hf://../b' is not a Hub id", "hf://org/name@revision."),
     ],
 )
 def test_what_the_cache_lacks_is_an_error_that_says_how_to_get_it(
-    hub_cache: Path, location: str, command: str
+    hub_cache: Path, location: str, what: str, fix: str
 ) -> None:
-    with pytest.raises(CheckpointError, match="nor a repository in the local Hub cache") as caught:
+    with pytest.raises(CheckpointError) as caught:
         open_checkpoint(location)
-    assert caught.value.fix.endswith(command)
+    assert caught.value.what == what
+    assert caught.value.fix.endswith(fix)
+
+
+@pytest.mark.parametrize(
+    "location", ["missing", "./org/name", "org/name/", "/org/name", "a/b/c", "org/name@"]
+)
+def test_what_does_not_look_like_a_hub_id_is_a_path(hub_cache: Path, location: str) -> None:
+    with pytest.raises(CheckpointError, match="There is no file or folder"):
+        open_checkpoint(location)
 
 
 @pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HF_HOME"])
@@ -209,7 +232,7 @@ def test_the_hubs_own_variables_say_where_the_cache_is(hub_cache: Path, variable
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env={**kept, variable: str(place)},
+        env={**kept, variable: str(place), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=True,

@@ -19,6 +19,9 @@ from deltaweights.cli import app
 from .checkpoints import contents
 from .conftest import Trio
 
+#: The base of ``trio`` is not under an open license.
+ACCEPT = ("--accept-license", "qwen")
+
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
@@ -34,7 +37,7 @@ def parsed(result: Result) -> dict[str, Any]:
 def test_the_whole_way(trio: Trio, tmp_path: Path) -> None:
     delta, out = tmp_path / "delta", tmp_path / "out"
     assert run("diff", trio.base, trio.target, "-o", delta).exit_code == 0
-    assert run("apply", delta, "-o", out, "--base", trio.base).exit_code == 0
+    assert run("apply", delta, "-o", out, "--base", trio.base, *ACCEPT).exit_code == 0
     assert contents(out) == contents(trio.target)
     assert run("verify", delta, "--base", trio.base, "--target", out).exit_code == 0
     assert run("inspect", delta).exit_code == 0
@@ -42,7 +45,7 @@ def test_the_whole_way(trio: Trio, tmp_path: Path) -> None:
 
 def test_the_module_runs_as_a_program(trio: Trio, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "deltaweights", "apply", str(trio.delta)]
-    command += ["-o", str(tmp_path / "out"), "--base", str(trio.base)]
+    command += ["-o", str(tmp_path / "out"), "--base", str(trio.base), *ACCEPT]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "files rebuilt and checked" in done.stdout
@@ -52,7 +55,8 @@ def test_the_module_runs_as_a_program(trio: Trio, tmp_path: Path) -> None:
 
 def test_apply_again_says_that_all_is_there(trio: Trio, tmp_path: Path) -> None:
     for kept in (0, len(contents(trio.target))):
-        report = parsed(run("apply", trio.delta, "-o", tmp_path / "out", "--base", trio.base, "--json"))
+        result = run("apply", trio.delta, "-o", tmp_path / "out", "--base", trio.base, "--json", *ACCEPT)
+        report = parsed(result)
         assert len(report["kept"]) == kept
 
 
@@ -90,7 +94,7 @@ def test_json_is_one_object_on_stdout(trio: Trio, tmp_path: Path) -> None:
 def test_quiet_prints_nothing(trio: Trio, tmp_path: Path) -> None:
     for arguments in (
         ("diff", trio.base, trio.target, "-o", tmp_path / "delta"),
-        ("apply", trio.delta, "-o", tmp_path / "out", "--base", trio.base),
+        ("apply", trio.delta, "-o", tmp_path / "out", "--base", trio.base, *ACCEPT),
         ("verify", trio.delta, "--base", trio.base),
         ("inspect", trio.delta),
     ):
@@ -118,7 +122,7 @@ def test_verify_lists_every_problem_and_exits_1(trio: Trio, tmp_path: Path) -> N
 
 
 def test_an_error_is_what_why_and_fix_without_a_traceback(trio: Trio, tmp_path: Path) -> None:
-    result = run("apply", trio.delta, "-o", tmp_path / "out", "--base", trio.target)
+    result = run("apply", trio.delta, "-o", tmp_path / "out", "--base", trio.target, *ACCEPT)
     assert result.exit_code == 1
     assert "Traceback" not in result.output
     lines = result.stderr.splitlines()
@@ -168,7 +172,7 @@ def test_version() -> None:
     assert run("--version").stdout == f"deltaweights {__version__}\n"
 
 
-@pytest.mark.parametrize("verb", ["diff", "apply", "verify", "inspect", "demo"])
+@pytest.mark.parametrize("verb", ["diff", "apply", "verify", "inspect", "license", "demo"])
 def test_every_verb_has_help(verb: str) -> None:
     shown = run(verb, "--help")
     assert shown.exit_code == 0
@@ -176,7 +180,7 @@ def test_every_verb_has_help(verb: str) -> None:
 
 
 def test_progress_in_a_log_is_a_line_now_and_then(trio: Trio, tmp_path: Path) -> None:
-    result = run("apply", trio.delta, "-o", tmp_path / "out", "--base", trio.base)
+    result = run("apply", trio.delta, "-o", tmp_path / "out", "--base", trio.base, *ACCEPT)
     lines = [line for line in result.stderr.splitlines() if "%" in line]
     assert lines[0].startswith("check base: ")
     assert len(lines) <= 6

@@ -80,7 +80,8 @@ def check_blocks(document: str, folder: Path) -> None:
                 pattern = "\n".join(map(re.escape, normal(shown))).replace("…", ".*")
                 assert re.fullmatch(pattern, "\n".join(normal(output)), re.DOTALL), f"$ {command}\n{output}"
                 failed = re.search(r"^error: |: (missing|extra|different): ", shown, re.M)
-                assert code == (1 if failed else 0), f"$ {command}\n{output}"
+                refused = "license was not accepted" in shown
+                assert code == (3 if refused else 1 if failed else 0), f"$ {command}\n{output}"
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

@@ -12,6 +12,7 @@ from dataclasses import FrozenInstanceError, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from deltaweights.manifest import (
     STATUSES,
     BaseRecord,
     BaseTensor,
+    DeltaLicense,
     FileRecord,
     License,
     Status,
@@ -40,6 +42,7 @@ sizes = st.integers(0, 2**62 - 1)
 shas = st.binary(min_size=32, max_size=32).map(bytes.hex)
 shapes = st.lists(st.integers(0, 2**63), max_size=4).map(tuple)
 optional_texts = st.none() | texts
+expressions: st.SearchStrategy[str | msgspec.UnsetType] = st.just(msgspec.UNSET) | texts
 repo_ids = st.none() | st.sampled_from(["org/name", "gpt2", "a-b_c.d/E.5-f", "_x/9"])
 revisions = st.none() | st.sampled_from(["main", "v1.0", "refs/pr/1", "a" * 40, "feature-x/y"])
 stored_in_delta: st.SearchStrategy[Literal["tensors", "verbatim", "zstd"]] = st.sampled_from(
@@ -65,7 +68,13 @@ def licenses(draw: st.DrawFn, own: tuple[FileRecord, ...]) -> License:
     files = draw(st.lists(st.sampled_from(own), unique=True, max_size=2)) if own else []
     obligations = draw(st.lists(texts, max_size=2))
     id, name, link = (draw(optional_texts) for _ in range(3))
-    return License(id, name, link, tuple(files), tuple(obligations))
+    return License(id, name, link, tuple(files), tuple(obligations), draw(expressions))
+
+
+@st.composite
+def delta_licenses(draw: st.DrawFn, own: tuple[FileRecord, ...]) -> DeltaLicense:
+    notices = st.none() | st.sampled_from([file.path for file in own]) if own else st.none()
+    return DeltaLicense(draw(optional_texts), tuple(draw(st.lists(texts, max_size=2))), draw(notices))
 
 
 @st.composite
@@ -126,6 +135,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         files=own,
         tool=Tool(draw(texts), draw(texts)),
         chunk_bytes=draw(st.integers(1, 1024)) * 4096,
+        license=draw(st.just(msgspec.UNSET) | delta_licenses(own)),
     )
 
 
@@ -404,6 +414,16 @@ RULES: dict[str, tuple[Callable[[Json], None], str]] = {
     "a target's license text that the delta lacks": (
         _set("target", "license", "files", [{"path": "x", "sha256": SHA, "size": 1}]),
         "license text is missing",
+    ),
+    "a notice that the delta lacks": (
+        _set("license", {"conflicts": [], "expression": None, "notice": "NOTICE"}),
+        "notice is missing",
+    ),
+    "a license without all its fields": (_set("license", {"conflicts": []}), "damaged|canonical"),
+    "an optional field that is null": (_set("license", None), "Expected `object`"),
+    "an optional field of a license that is null": (
+        _set("base", "license", "expression", None),
+        "Expected `str`",
     ),
     "a removed tensor in a file": (_set("tensors", 0, "status", "removed"), "is removed but in file"),
     "a tensor in no file": (_set("tensors", 1, "status", "added"), "is added but in file None"),

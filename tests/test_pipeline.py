@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 
 import pytest
 from hypothesis import given
@@ -199,6 +200,38 @@ def test_workers_stop_when_their_block_is_left_with_an_error() -> None:
     with pytest.raises(KeyError, match="consumer"):
         consume()
     assert seen.is_set()
+
+
+def test_stopping_wakes_what_waits_elsewhere() -> None:
+    """An item that waits for a network, say, ends with CancelledError; the error that came first counts."""
+    waiting, woken = threading.Event(), threading.Event()
+
+    def work(item: int) -> None:
+        if item == 0:
+            waiting.set()
+            assert woken.wait(PATIENCE)
+            raise CancelledError
+        assert waiting.wait(PATIENCE)
+        raise KeyError(item)
+
+    with Workers(2) as pool:
+        pool.at_stop(woken.set)
+        with pytest.raises(KeyError, match="1"):
+            pool.each(work, range(2))
+
+
+def test_ctrl_c_while_the_main_thread_waits_for_a_result_wakes_too() -> None:
+    woken = threading.Event()
+
+    def work(item: int) -> None:
+        if item == 0:
+            raise KeyboardInterrupt
+        assert woken.wait(PATIENCE)
+
+    with Workers(2) as pool:
+        pool.at_stop(woken.set)
+        with pytest.raises(KeyboardInterrupt):
+            list(pool.map(work, range(3)))
 
 
 # watch and Meter -------------------------------------------------------------------------------------

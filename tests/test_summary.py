@@ -50,7 +50,7 @@ def test_counts_are_those_of_the_tensors(trio: Trio) -> None:
 
 def test_licenses_are_those_of_both_sides(trio: Trio) -> None:
     license = inspect_delta(trio.delta)["license"]
-    assert set(license) == {"base", "target"}
+    assert set(license) == {"base", "target", "expression", "conflicts", "notice", "to_accept"}
     assert (license["base"]["id"], license["base"]["name"], license["base"]["link"]) == (
         "other",
         "qwen",

@@ -5,20 +5,22 @@ from .checkpoint import (
     Location,
     Shard,
     Tensor,
-    open_cached,
     open_checkpoint,
     open_source,
     read_shard,
 )
 from .header import DTYPE_BITS, MAX_HEADER_BYTES, Header, TensorInfo, build_header, parse_header
+from .hub import HubSource, open_hub
 from .output import OutputFolder, PartialFile
-from .source import LocalSource, ReadableFile, Source, file_blocks, local_path, sha256_of
+from .source import HubId, LocalSource, ReadableFile, Source, Span, file_blocks, local_path, sha256_of
 
 __all__ = [
     "DTYPE_BITS",
     "MAX_HEADER_BYTES",
     "Checkpoint",
     "Header",
+    "HubId",
+    "HubSource",
     "LocalSource",
     "Location",
     "OutputFolder",
@@ -26,13 +28,14 @@ __all__ = [
     "ReadableFile",
     "Shard",
     "Source",
+    "Span",
     "Tensor",
     "TensorInfo",
     "build_header",
     "file_blocks",
     "local_path",
-    "open_cached",
     "open_checkpoint",
+    "open_hub",
     "open_source",
     "parse_header",
     "read_shard",

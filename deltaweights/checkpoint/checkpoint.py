@@ -12,12 +12,16 @@ from numpy.typing import NDArray
 
 from ..errors import CheckpointError
 from .header import Header, TensorInfo, header_length, parse_header
-from .source import LocalSource, ReadableFile, Source, local_path
+from .hub import open_hub
+from .source import HEAD_BYTES, LocalSource, ReadableFile, Source, Span, local_path
 
-#: What every verb takes: a folder, one .safetensors file, or a Hub id ``org/name[@revision]``.
+#: What every verb takes: a folder, one .safetensors file, or a Hub id ``[hf://]org/name[@revision]``. Without
+#: ``hf://``, a file or folder of that name comes first.
 Location: TypeAlias = "str | os.PathLike[str]"
 
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_HUB_ID = re.compile(
+    r"(?P<repo>([A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,12 +45,19 @@ class Tensor:
         offset = self.shard.header.data_start + self.info.start + start
         self.shard.file.read_into(offset, out)
 
+    def span(self, start: int, end: int) -> Span:
+        """Where the tensor's bytes from ``start`` to ``end`` are in its file."""
+        offset = self.shard.header.data_start + self.info.start
+        return Span(self.shard.path, offset + start, offset + end)
+
 
 class Checkpoint:
     """A base or target, opened: every header is read and checked, no weights are.
 
     ``shards`` maps the path of each safetensors file to its :class:`Shard`; ``tensors`` is all tensors,
     shard by shard, in the order of their bytes; ``other_files`` is the sorted paths of all other files.
+
+    The source is closed with the checkpoint, and where it cannot be opened.
 
     Raises:
         CheckpointError: it holds no safetensors file, or one of them is broken.
@@ -57,13 +68,23 @@ class Checkpoint:
         self.shards: dict[str, Shard] = {}
         self.tensors: list[Tensor] = []
         self._by_name: dict[str, list[Tensor]] = {}
-        for path in sorted(path for path in source.sizes if path.endswith(".safetensors")):
-            self.shards[path] = shard = read_shard(source, path)
-            self.tensors += (Tensor(info, shard) for info in shard.header.tensors)
+        try:
+            self._read_headers()
+        except BaseException:
+            source.close()
+            raise
         for tensor in self.tensors:
             self._by_name.setdefault(tensor.info.name, []).append(tensor)
         self.other_files = sorted(set(source.sizes) - set(self.shards))
-        if not self.shards:
+
+    def _read_headers(self) -> None:
+        source = self.source
+        paths = sorted(path for path in source.sizes if path.endswith(".safetensors"))
+        with source.expect(Span(path, 0, min(HEAD_BYTES, source.sizes[path])) for path in paths):
+            for path in paths:
+                self.shards[path] = shard = read_shard(source, path)
+                self.tensors += (Tensor(info, shard) for info in shard.header.tensors)
+        if not paths:
             raise CheckpointError(
                 f"{source.where} holds no .safetensors file",
                 "deltaweights compares safetensors checkpoints.",
@@ -100,49 +121,39 @@ def read_shard(source: Source, path: str) -> Shard:
     """
     file = source.open(path)
     where = source.name(path)
-    length = header_length(file.read(0, min(8, file.size)), file.size, where)
-    return Shard(path, file, parse_header(file.read(0, length), file.size, where))
+    head = file.read(0, min(HEAD_BYTES, file.size))
+    length = header_length(head[:8], file.size, where)
+    if length > len(head):
+        head += file.read(len(head), length - len(head))
+    return Shard(path, file, parse_header(head[:length], file.size, where))
 
 
-def open_source(location: Location) -> LocalSource:
-    """The files at ``location``.
-
-    A Hub id is looked up in the local Hub cache.
+def open_source(location: Location) -> Source:
+    """The files at ``location``: a folder, one file, or a repository on the Hub.
 
     Raises:
-        CheckpointError: there is nothing at ``location``.
+        CheckpointError: there is nothing at ``location``, or it cannot be read.
     """
-    hub_id = _HUB_ID.fullmatch(os.fspath(location))
-    if not hub_id or local_path(location).exists():
-        return LocalSource(location)
-    return open_cached(hub_id["repo"], hub_id["revision"])
+    hub_id = _hub_id(os.fspath(location))
+    return open_hub(*hub_id) if hub_id else LocalSource(location)
+
+
+def _hub_id(location: str) -> tuple[str, str | None] | None:
+    """Repository and revision, where ``location`` is a Hub id and not a path."""
+    is_uri = location.startswith("hf://")
+    match = _HUB_ID.fullmatch(location.removeprefix("hf://"))
+    if is_uri and not match:
+        raise CheckpointError(
+            f"{location!r} is not a Hub id", "", "Write it like hf://org/name or hf://org/name@revision."
+        )
+    is_path = not is_uri and (not match or "/" not in match["repo"] or local_path(location).exists())
+    return None if is_path or not match else (match["repo"], match["revision"])
 
 
 def open_checkpoint(location: Location) -> Checkpoint:
-    """Open the checkpoint at ``location`` (a folder, one .safetensors file, or a Hub id in the cache).
+    """Open the checkpoint at ``location`` (a folder, one .safetensors file, or a Hub id).
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
     return Checkpoint(open_source(location))
-
-
-def open_cached(repo_id: str, revision: str | None) -> LocalSource:
-    """The snapshot of a Hub repository in the local cache.
-
-    Raises:
-        CheckpointError: it is not there.
-    """
-    # Imported here: it costs more start-up time than everything else together.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return LocalSource(snapshot_download(repo_id, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError) as error:
-        at = f" --revision {revision}" if revision else ""
-        raise CheckpointError(
-            f"{repo_id} is not here",
-            "There is neither a file or folder of that name nor a repository in the local Hub cache.",
-            f"Check the path, or download it: hf download {repo_id}{at}",
-        ) from error

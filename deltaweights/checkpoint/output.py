@@ -2,7 +2,7 @@
 
 Files are written inside ``OUT/.deltaweights/`` and renamed into place. That folder is removed in the end,
 unless an error leaves something for the next run to know; where a run is killed it stays, and the next
-run clears its half-made files.
+run clears its half-made files. Only what was placed in ``OUT/.deltaweights/licenses/`` stays for good.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import fcntl
 import hashlib
 import os
 import shutil
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from ..errors import DiskSpaceError, OutputError
-from .source import LocalFile, Source, file_blocks, local_path, sha256_of
+from .source import Source, blocks_at, local_path, sha256_of
 
 _WORKSPACE = ".deltaweights"
+_KEPT = "licenses"  # in the workspace: the texts that go with the result and are no part of it
 _BLOCK_BYTES = 1 << 20
 
 
@@ -136,7 +138,7 @@ class OutputFolder:
     def _remove_workspace(self) -> None:
         """The lock last: with it, another process may come in."""
         for path in self._workspace.iterdir():
-            if path.name != "lock":
+            if path.name not in ("lock", _KEPT):
                 path.unlink()
         (self._workspace / "lock").unlink()
         self._workspace.rmdir()
@@ -165,12 +167,13 @@ class OutputFolder:
 
     def _check_workspace(self) -> None:
         """A workspace may have come with a download: nothing in it may lead elsewhere."""
+        kept = self._workspace / _KEPT
         entries = [self._workspace, *self._workspace.iterdir()]
         odd = [
             entry
             for entry in entries
             if (entry.is_symlink() and entry.suffix != ".partial")  # those are removed, not opened
-            or not (entry.is_file() or entry.is_symlink() or entry == self._workspace)
+            or not (entry.is_file() or entry.is_symlink() or entry in (self._workspace, kept))
         ]
         if odd:
             raise self._not_ours(odd[0])
@@ -259,11 +262,7 @@ class OutputFolder:
 
     def blocks(self, path: str) -> Iterator[bytes]:
         """The bytes of the file at ``path``, in blocks."""
-        file = LocalFile(path, self.root / path)
-        try:
-            yield from file_blocks(file)
-        finally:
-            file.close()
+        return blocks_at(path, self.root / path)
 
     def foreign(self, expected: Collection[str]) -> list[str]:
         """The files that stand in the folder though ``expected`` does not name them, sorted."""
@@ -279,6 +278,24 @@ class OutputFolder:
                     f"It is a file of {source.where}, which the result is made from.",
                     "Choose another folder.",
                 )
+
+    def require_distinct(self, paths: Iterable[str]) -> None:
+        """Raise :class:`OutputError` where two of the paths would be one file on this file system."""
+        upper = self.root / _WORKSPACE.upper()
+        if not upper.exists() or not upper.samefile(self._workspace):
+            return  # here, upper and lower case differ
+        seen: dict[str, str] = {}
+        for path in paths:
+            parts = unicodedata.normalize("NFC", path).casefold().split("/")
+            for depth in range(1, len(parts) + 1):
+                here = "/".join(path.split("/")[:depth])
+                other = seen.setdefault("/".join(parts[:depth]), here)
+                if other != here:
+                    raise OutputError(
+                        f"{here} and {other} cannot both be written to {self.root}",
+                        "The file system there takes no notice of upper and lower case.",
+                        "Choose a folder on another file system.",
+                    )
 
     def require_space(self, nbytes: int) -> None:
         """Raise :class:`DiskSpaceError` where fewer than ``nbytes`` bytes are free."""

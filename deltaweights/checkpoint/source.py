@@ -1,7 +1,6 @@
 """Where a checkpoint's (or a delta's) files come from: a set of relative paths, read by position.
 
-:class:`LocalSource` reads a folder or a single file. Anything else with the same three members
-(``where``, ``sizes``, ``open``) can stand in its place.
+:class:`LocalSource` reads a folder or a single file; hub.py has the :class:`Source` for the Hub.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ import re
 import stat
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,9 @@ from numpy.typing import NDArray
 from ..errors import CheckpointError
 
 _BLOCK_BYTES = 1 << 20
+
+#: The first bytes of a safetensors file, read at once: more than nearly any header takes.
+HEAD_BYTES = 1 << 16
 
 #: Folders and files that belong to tools, not to the checkpoint.
 _LEFT_OUT = re.compile(r"\.git|\.cache|\.deltaweights|.*\.(incomplete|crdownload|part|aria2)")
@@ -39,6 +41,24 @@ class ReadableFile(Protocol):
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Return ``nbytes`` bytes from byte ``offset`` on."""
+        # Checked first, so that a hostile number cannot make us allocate more than the file holds.
+        if offset + nbytes > self.size:
+            raise CheckpointError(
+                f"{self.path} ends too early",
+                f"It has {self.size} bytes; {offset + nbytes} are needed.",
+                "Get the file again.",
+            )
+        out = np.empty(nbytes, np.uint8)
+        self.read_into(offset, out)
+        return out.tobytes()
+
+
+class Span(NamedTuple):
+    """The bytes of the file at ``path`` from ``start`` to ``end``."""
+
+    path: str
+    start: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +70,12 @@ class HubId:
 
 
 class Source(Protocol):
-    """A set of files. ``where`` names it in messages; ``sizes`` maps each relative POSIX path to its
-    size in bytes; ``left_out`` lists what stands there but does not count."""
+    """A set of files. ``where`` names it in messages; ``root`` is the file or folder that it is, None for one
+    far away; ``sizes`` maps each relative POSIX path to its size in bytes; ``left_out`` lists what stands
+    there but does not count."""
 
     where: str
+    root: Path | None
     hub_id: HubId
     sizes: Mapping[str, int]
     left_out: tuple[str, ...]
@@ -72,10 +94,28 @@ class Source(Protocol):
     def blocks(self, path: str) -> Iterator[bytes]:
         """The file's bytes in blocks, without keeping it open: there may be thousands."""
 
+    def published_sha256(self, path: str) -> str | None:
+        """The file's SHA-256 (hex), where it is published beside the file and known without reading it; None
+        elsewhere, and for a file that is not there."""
+
+    def expect(self, spans: Iterable[Span]) -> AbstractContextManager[None]:
+        """Within the block, ``spans`` will be read, each byte of them once, in about this order: what is far
+        away is fetched ahead of its readers. Only a matter of speed: anything may be read at any time."""
+
+    def ranges(self, spans: Iterable[Span]) -> list[Span]:
+        """What has to come over a network for these spans: neighbours and small gaps in one."""
+
+    def keep(self, paths: Iterable[str]) -> Iterator[int]:
+        """Bring files to this machine, to be read from there. Yields each one's size when it is here."""
+
+    def cancel(self) -> None:
+        """From any thread: end all reads that wait for a network, and those to come, with
+        :class:`concurrent.futures.CancelledError`."""
+
     def close(self) -> None: ...
 
 
-class LocalFile:
+class LocalFile(ReadableFile):
     """A :class:`ReadableFile` on disk. Uses pread, so memory holds only what was asked for."""
 
     def __init__(self, path: str, full_path: Path) -> None:
@@ -101,18 +141,6 @@ class LocalFile:
                     "Get the file again.",
                 )
             view, offset = view[done:], offset + done
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        # Checked first, so that a hostile number cannot make us allocate more than the file holds.
-        if offset + nbytes > self.size:
-            raise CheckpointError(
-                f"{self.path} ends too early",
-                f"It has {self.size} bytes; {offset + nbytes} are needed.",
-                "Get the file again.",
-            )
-        out = np.empty(nbytes, np.uint8)
-        self.read_into(offset, out)
-        return out.tobytes()
 
 
 def _pread_into(fd: int, view: memoryview, offset: int) -> int:
@@ -148,6 +176,12 @@ def file_blocks(file: ReadableFile) -> Iterator[bytes]:
         yield file.read(start, min(_BLOCK_BYTES, file.size - start))
 
 
+def blocks_at(path: str, full_path: Path) -> Iterator[bytes]:
+    """:func:`file_blocks` of a local file, which is closed in the end."""
+    with closing(LocalFile(path, full_path)) as file:
+        yield from file_blocks(file)
+
+
 def sha256_of(blocks: Iterable[bytes]) -> str:
     """The SHA-256 of the blocks' concatenation, in hex."""
     sha256 = hashlib.sha256()
@@ -165,7 +199,7 @@ class LocalSource:
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = local_path(root)
+        self.root: Path | None = local_path(root)
         self.where = str(root)
         self.hub_id = _hub_id(self.root)
         sizes: dict[str, int] = {}
@@ -201,8 +235,26 @@ class LocalSource:
 
     def blocks(self, path: str) -> Iterator[bytes]:
         """The file's bytes in order, in blocks of at most 1 MiB; it is closed in the end."""
-        with closing(LocalFile(path, self._folder / path)) as file:
-            yield from file_blocks(file)
+        return blocks_at(path, self._folder / path)
+
+    def published_sha256(self, path: str) -> str | None:
+        """None: nobody vouches for a file on disk."""
+        return None
+
+    def expect(self, spans: Iterable[Span]) -> AbstractContextManager[None]:
+        """Does nothing: a disk needs no notice."""
+        return nullcontext()
+
+    def ranges(self, spans: Iterable[Span]) -> list[Span]:
+        """None."""
+        return []
+
+    def keep(self, paths: Iterable[str]) -> Iterator[int]:
+        """Does nothing: all is here."""
+        return iter(())
+
+    def cancel(self) -> None:
+        """Does nothing: no read of a file waits for long."""
 
     def fingerprint(self, path: str) -> str:
         """Size, time of change and inode of the file."""
@@ -218,6 +270,11 @@ def _hub_id(path: Path) -> HubId:
     """What the Hub cache's layout tells: ``models--org--name/snapshots/<commit>``."""
     match = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})(/|$)", path.absolute().as_posix())
     return HubId(match[1].replace("--", "/"), match[2]) if match else HubId()
+
+
+def is_left_out(path: str) -> bool:
+    """Whether a relative path belongs to a tool, not to the checkpoint."""
+    return any(map(_LEFT_OUT.fullmatch, path.split("/")))
 
 
 def _walk(root: Path, left_out: list[str]) -> list[str]:

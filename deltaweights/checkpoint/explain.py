@@ -1,0 +1,118 @@
+"""What goes wrong on the way to the Hub, in our own words.
+
+Errors of huggingface_hub and of the HTTP library below it become :class:`CheckpointError`, and go no further.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+
+from ..errors import CheckpointError, DeltaWeightsError
+
+
+@contextmanager
+def explained(repo_id: str, revision: str | None, path: str = "") -> Iterator[None]:
+    """Within the block, the libraries are asked for a repository, or for a file of it."""
+    try:
+        yield
+    except (DeltaWeightsError, CancelledError):
+        raise
+    except Exception as error:
+        lines = _answer(error, repo_id, revision, path) or _obstacle(error, repo_id, revision)
+        raise CheckpointError(*lines) from error
+
+
+def http_error() -> type[Exception]:
+    """What the HTTP library's errors have in common. It is httpx or httpx2, by huggingface_hub's version."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__mro__[1]
+
+
+def cache_full(why: str) -> CheckpointError:
+    """The error where the Hub cache's disk is too small."""
+    from huggingface_hub import constants
+
+    return CheckpointError(
+        "The disk of the local Hub cache is too small",
+        f"{constants.HF_HUB_CACHE}: {why}.",
+        "Free some space, set HF_HUB_CACHE to a folder on another disk, or stream: leave out --keep-base.",
+    )
+
+
+Lines = tuple[str, str, str]
+
+
+def _answer(error: Exception, repo_id: str, revision: str | None, path: str) -> Lines | None:
+    """What, why, fix, where the Hub answered that it will not."""
+    from huggingface_hub import constants, errors
+
+    if not isinstance(error, errors.HfHubHTTPError):
+        return None
+    page = f"{constants.ENDPOINT}/{repo_id}"
+    status = error.response.status_code
+    what = f"The Hub refuses to serve {repo_id}"
+    why = f"It answers {status} {' '.join((error.server_message or error.response.reason_phrase).split())}."
+    fix = "Run the same command again later: what is finished is kept."
+    if isinstance(error, errors.GatedRepoError):  # before RepositoryNotFoundError, of which it is a kind
+        what = f"{repo_id} is gated"
+        why = "It can be read only by those who asked for access on its page and got it."
+        fix = f"Ask there: {page} and log in with that account: hf auth login"
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        what = f"{repo_id} cannot be found"
+        why = "There is no file or folder of that name here, nor a repository on the Hub that you may read."
+        fix = "Check the name. If the repository is private, log in: hf auth login"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        what = f"{repo_id} has no revision {revision or 'main'}"
+        why = "It was moved or deleted, or there never was one."
+        fix = f"See which there are: {page}/commits (a copy of the right one can be passed as a folder)."
+    elif isinstance(error, errors.EntryNotFoundError):
+        what = f"{repo_id} has lost its file {path}"
+        why = f"The Hub lists it at {revision}, and does not have it."
+        fix = f"Tell the owner: {page}/discussions"
+    elif isinstance(error, errors.DisabledRepoError):
+        what, fix = f"{repo_id} is disabled", f"Its page may say why: {page}"
+    elif status == 401:
+        what, fix = "The Hub does not accept your token", "Log in again: hf auth login"
+    elif status == 403:
+        fix = f"See which rights your token has: {constants.ENDPOINT}/settings/tokens"
+    elif status == 429:
+        what = "The Hub asks for a pause"
+        why = "Too many requests came from this account or address."
+        fix = (
+            "Wait some minutes, or log in for higher limits (hf auth login); then run the same command again."
+        )
+    return what, why, fix
+
+
+def _obstacle(error: Exception, repo_id: str, revision: str | None) -> Lines:
+    """What, why, fix, where there was no answer."""
+    from huggingface_hub import constants, errors
+
+    at = f" --revision {revision}" if revision else ""
+    lines = str(error).strip().splitlines()
+    said = (lines[0].rstrip(".") if lines else "") or type(error).__name__
+    what = f"{constants.ENDPOINT} does not answer as the Hub does"
+    why = f"For {repo_id}: {said}."
+    fix = "Check HF_ENDPOINT, and the proxy if there is one."
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        what = f"{repo_id} is not here"
+        why = "It is neither a file or folder nor whole in the local Hub cache, and HF_HUB_OFFLINE is set."
+        fix = f"Check the path, or unset HF_HUB_OFFLINE for: hf download {repo_id}{at}"
+    elif isinstance(error, errors.HFValidationError):
+        what, why = f"{repo_id!r} is not a Hub id", f"{said}."
+        fix = "Hub ids look like org/name or org/name@revision."
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        full = cache_full(f"{error.strerror}")
+        what, why, fix = full.what, full.why, full.fix
+    elif isinstance(error, (http_error(), ConnectionError, TimeoutError, errors.LocalEntryNotFoundError)):
+        what = "Cannot reach the Hub"
+        why = f"{constants.ENDPOINT} does not answer for {repo_id}: {said}."
+        fix = "Check the network and run the same command again: what is finished is kept."
+    elif isinstance(error, OSError):
+        what, why = "Cannot use the local Hub cache", f"{said}."
+        fix = f"It is in {constants.HF_HUB_CACHE}; HF_HUB_CACHE names another place."
+    return what, why, fix

@@ -1,0 +1,213 @@
+"""A delta from a folder to the Hub: checked first, then published in one commit."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+from .card import CARD_NAME, LICENSE_FILE
+from .checkpoint import LocalSource, Location, Source
+from .checkpoint.client import Downloader, Repository
+from .checkpoint.upload import Outgoing, find_branch, require_login, require_published, upload
+from .errors import CheckpointError, DeltaError, ManifestError, OutputError
+from .license import describe, recognise, terms_of, text_records
+from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from .pipeline import Meter, ProgressCallback
+from .target import read_manifest
+from .verify import verify_delta
+
+
+@dataclass(frozen=True, slots=True)
+class PushReport:
+    """What :func:`push_delta` did.
+
+    Attributes:
+        repo_id: the repository; where it was renamed, its present name.
+        commit: the commit that has the delta.
+        url: its page, or that of the pull request.
+        private: whether only its owners and those whom they invite can read it.
+        uploaded: files that were added or replaced, by path; empty where all was there already.
+        removed: files of another delta that was there before.
+        nbytes: size of the files uploaded.
+        conflicts: what does not fit together in the licenses, as the manifest says.
+    """
+
+    repo_id: str
+    commit: str
+    url: str
+    private: bool
+    uploaded: tuple[str, ...]
+    removed: tuple[str, ...]
+    nbytes: int
+    conflicts: tuple[str, ...]
+
+
+def push_delta(
+    delta: Location,
+    repo_id: str,
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    message: str | None = None,
+    create_pr: bool = False,
+    accept_conflicts: bool = False,
+    progress: ProgressCallback | None = None,
+) -> PushReport:
+    """Publish a delta on the Hub: the files that its manifest lists, the manifest and the model card.
+
+    They become visible together, in one commit. Run again after an interruption, it goes on with the files
+    that are missing; files of an earlier delta that this one does not have are removed, all others stay.
+
+    Args:
+        delta: a folder. Its files are checked against its manifest first.
+        repo_id: ``org/name``. The repository is made where there is none; an existing one stays private or
+            public.
+        private: make a private repository, and refuse a public one.
+        revision: the branch; made from the main branch where there is none. The main branch if None.
+        message: the commit's message.
+        create_pr: open a pull request to the main branch instead.
+        accept_conflicts: publish to everybody (``private=False``) though the licenses do not fit together.
+        progress: called with a phase, what is done, what there is to do: "verify delta" and "upload", in
+            bytes.
+
+    Raises:
+        CheckpointError: there is no such folder.
+        DeltaError: the delta is incomplete or damaged, holds copies of files of its base, or lacks the text
+            of its base's license; or there are conflicts.
+        OutputError: the repository cannot be written to as asked.
+    """
+    _check_place(repo_id, revision, create_pr)
+    with closing(LocalSource(delta)) as source:
+        manifest = read_manifest(source)
+        require_login()
+        _check_whole(source, progress)
+        _check_copies(manifest)
+        _check_license_text(source, manifest)
+        conflicts = tuple(describe(manifest)["conflicts"])
+        if conflicts and not private and not accept_conflicts:
+            raise _unsettled(conflicts)
+        files = list(_files(source, manifest))
+        branch = find_branch(repo_id, revision, private=private)
+        repository = branch.repository
+        new = [file for file in files if not file.is_in(repository)]
+        nbytes = sum(file.size for file in new)
+        old = _left_over(repository, files)
+        commit, url = repository.commit, branch.url
+        if new or old:
+            meter = Meter(progress, "upload", nbytes)
+            text = message or _message(manifest)
+            made = upload(branch, new, old, message=text, create_pr=create_pr, sent=meter.add)
+            commit, url = made.id, made.pull_request or branch.url
+            require_published(repository.repo_id, made.revision or commit, files)
+    uploaded = tuple(file.path for file in new)
+    return PushReport(repository.repo_id, commit, url, branch.is_private, uploaded, old, nbytes, conflicts)
+
+
+def _check_place(repo_id: str, revision: str | None, create_pr: bool) -> None:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, re.ASCII):
+        raise OutputError(f"{repo_id!r} is not a Hub id", "", "Hub ids look like org/name.")
+    if revision and create_pr:
+        raise OutputError(
+            "A pull request goes to the main branch", "A branch was named too.", "Leave out one of the two."
+        )
+
+
+def _check_whole(source: Source, progress: ProgressCallback | None) -> None:
+    """Raise :class:`DeltaError` where the delta's files are not those that the manifest lists."""
+    assert source.root is not None
+    report = verify_delta(source.root, progress=progress)
+    wrong = [problem for problem in report.problems if problem.kind != "extra"]  # which are not published
+    if wrong:
+        first = wrong[0]
+        more = f", and {len(wrong) - 1} more." if wrong[1:] else "."
+        raise DeltaError(
+            f"{source.where} is not a whole delta",
+            f"{first.path}: {first.kind}: {first.detail}{more}",
+            "Run the diff again; `deltaweights verify` lists all that is wrong.",
+        )
+    if CARD_NAME not in source.sizes:
+        raise DeltaError(
+            f"{source.where} has no model card", f"{CARD_NAME} is missing.", "Run the diff again."
+        )
+
+
+def _check_copies(manifest: Manifest) -> None:
+    """Raise :class:`DeltaError` where the delta holds a file of its base instead of a reference to it.
+
+    That is what a manifest can tell; of copies within tensors or archives it knows nothing."""
+    base = {(record.size, record.sha256) for record in manifest.base.files if record.size}
+    texts = {record.path for record in text_records(manifest)}
+    copies = {
+        record.path
+        for record in manifest.files
+        if (record.size, record.sha256) in base and record.path not in texts
+    }
+    alone = {entry.file for entry in manifest.tensors if entry.payload_bytes and not entry.shared_bytes}
+    for file in manifest.target.files:
+        is_held = file.stored == "zstd" or (file.stored == "tensors" and file.path in alone)
+        if is_held and (file.size, file.sha256) in base:
+            copies.add(file.source)
+    if copies:
+        first, *more = sorted(copies)
+        raise DeltaError(
+            "The delta holds a copy of files of its base",
+            f"{first} is one" + (f", and {len(more)} more are." if more else "."),
+            "Make it with `deltaweights diff`, which refers to the base's files instead.",
+        )
+
+
+def _check_license_text(source: Source, manifest: Manifest) -> None:
+    """Raise :class:`DeltaError` where the base states a license, and the delta does not have its text."""
+    stated = terms_of(manifest.base.license)
+    names = (record.path.partition("-")[2] for record in manifest.base.license.files)
+    if not stated or any(map(LICENSE_FILE.fullmatch, names)):
+        return
+    texts = [recognise(b"".join(source.blocks(record.path))) for record in text_records(manifest)]
+    here = {terms.spdx for terms in texts if terms}
+    lacking = [terms for terms in stated if terms.spdx not in here]
+    if lacking:
+        where = f" ({lacking[0].source})" if lacking[0].source else ""
+        raise DeltaError(
+            f"The delta lacks the text of its base's license: {lacking[0].name}",
+            "It has to be passed on with what was made from the base.",
+            f"Put it into the folder of base or target as LICENSE.base{where}, and run the diff again.",
+        )
+
+
+def _unsettled(conflicts: tuple[str, ...]) -> DeltaError:
+    return DeltaError(
+        "The licenses do not fit together",
+        " ".join(conflicts),
+        "Settle that, or pass --accept-conflicts if you have; or push privately: leave out --public.",
+    )
+
+
+def _files(source: LocalSource, manifest: Manifest) -> Iterator[Outgoing]:
+    """The files to publish: those that the manifest lists, the model card, the manifest."""
+    for record in manifest.files:
+        yield Outgoing(record.path, source.full_path(record.path), record.size, record.sha256)
+    card = b"".join(source.blocks(CARD_NAME))
+    for path, content in ((CARD_NAME, card), (MANIFEST_NAME, manifest.to_json())):
+        yield Outgoing(path, content, len(content), hashlib.sha256(content).hexdigest())
+
+
+def _left_over(repository: Repository, files: list[Outgoing]) -> tuple[str, ...]:
+    """The files of the delta that is in the repository now, as far as the new one does not have them."""
+    there = repository.files.get(MANIFEST_NAME)
+    manifest = next(file for file in files if file.path == MANIFEST_NAME)
+    if there is None or there.size > MAX_MANIFEST_BYTES or manifest.is_in(repository):
+        return ()
+    try:
+        data = b"".join(Downloader(repository).fetch(MANIFEST_NAME, 0, there.size))
+        earlier = {record.path for record in Manifest.from_json(data).files}
+    except (ManifestError, CheckpointError):  # not one that we could read
+        return ()
+    return tuple(sorted((earlier & set(repository.files)) - {file.path for file in files}))
+
+
+def _message(manifest: Manifest) -> str:
+    base = manifest.base.repo_id or "its base"
+    return f"What {manifest.target.repo_id or 'the target'} adds to {base}"
