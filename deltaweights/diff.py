@@ -28,6 +28,7 @@ from .checkpoint import (
     Location,
     OutputFolder,
     PartialFile,
+    Readable,
     Shard,
     Source,
     TensorInfo,
@@ -64,8 +65,8 @@ _WORTH_SAVING = 0.9
 
 
 def make_delta(
-    base: Location,
-    target: Location,
+    base: Readable,
+    target: Readable,
     delta: Location,
     *,
     rename: Sequence[RenameRule] = (),

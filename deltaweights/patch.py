@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .checkpoint import Location, OutputFolder, local_path, sha256_of
+from .checkpoint import Location, OutputFolder, Readable, local_path, sha256_of
 from .errors import DeltaError, OutputError
 from .license import landing_place, text_records
 from .manifest import Manifest, TargetFile
@@ -45,7 +45,7 @@ def apply_delta(
     delta: Location,
     out: Location,
     *,
-    base: Location | None = None,
+    base: Readable | None = None,
     keep_base: bool = False,
     force: bool = False,
     threads: int | None = None,

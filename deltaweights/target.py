@@ -23,6 +23,7 @@ from .checkpoint import (
     Checkpoint,
     Header,
     Location,
+    Readable,
     Shard,
     Source,
     Span,
@@ -47,7 +48,7 @@ from .errors import (
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, TargetFile, TensorEntry
 
 
-def open_target(delta: Location, base: Location | None = None) -> Target:
+def open_target(delta: Location, base: Readable | None = None) -> Target:
     """Open the target that ``delta`` and ``base`` make together, without writing files.
 
     Args:
@@ -114,7 +115,7 @@ def _check_whole(source: Source, manifest: Manifest) -> None:
         )
 
 
-def open_base(manifest: Manifest, base: Location | None) -> Checkpoint | None:
+def open_base(manifest: Manifest, base: Readable | None) -> Checkpoint | None:
     """The base given, or the one that the manifest names; None where the delta needs none.
 
     Raises:

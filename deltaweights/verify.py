@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .card import CARD_NAME
-from .checkpoint import HubSource, Location, Source, open_source, sha256_of
+from .checkpoint import HubSource, Location, Readable, Source, open_source, sha256_of
 from .errors import CheckpointError, DeltaWeightsError
 from .manifest import MANIFEST_NAME, FileRecord, Manifest, TargetFile
 from .patch import check_base, rebuild_shard
@@ -59,7 +59,7 @@ class VerifyReport:
 def verify_delta(
     delta: Location,
     *,
-    base: Location | None = None,
+    base: Readable | None = None,
     keep_base: bool = False,
     target: Location | None = None,
     threads: int | None = None,

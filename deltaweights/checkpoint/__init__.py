@@ -3,6 +3,7 @@
 from .checkpoint import (
     Checkpoint,
     Location,
+    Readable,
     Shard,
     Tensor,
     open_checkpoint,
@@ -25,6 +26,7 @@ __all__ = [
     "Location",
     "OutputFolder",
     "PartialFile",
+    "Readable",
     "ReadableFile",
     "Shard",
     "Source",

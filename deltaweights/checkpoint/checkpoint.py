@@ -19,6 +19,10 @@ from .source import HEAD_BYTES, LocalSource, ReadableFile, Source, Span, local_p
 #: ``hf://``, a file or folder of that name comes first.
 Location: TypeAlias = "str | os.PathLike[str]"
 
+#: What is only read may also be a source that is open already, such as one made of tensors in memory. Whoever
+#: opens a checkpoint from it closes it.
+Readable: TypeAlias = "Location | Source"
+
 _HUB_ID = re.compile(
     r"(?P<repo>([A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII
 )
@@ -128,12 +132,14 @@ def read_shard(source: Source, path: str) -> Shard:
     return Shard(path, file, parse_header(head[:length], file.size, where))
 
 
-def open_source(location: Location) -> Source:
-    """The files at ``location``: a folder, one file, or a repository on the Hub.
+def open_source(location: Readable) -> Source:
+    """The files at ``location``: a folder, one file, a repository on the Hub, or the source that it is.
 
     Raises:
         CheckpointError: there is nothing at ``location``, or it cannot be read.
     """
+    if not isinstance(location, (str, os.PathLike)):
+        return location
     hub_id = _hub_id(os.fspath(location))
     return open_hub(*hub_id) if hub_id else LocalSource(location)
 
@@ -150,8 +156,8 @@ def _hub_id(location: str) -> tuple[str, str | None] | None:
     return None if is_path or not match else (match["repo"], match["revision"])
 
 
-def open_checkpoint(location: Location) -> Checkpoint:
-    """Open the checkpoint at ``location`` (a folder, one .safetensors file, or a Hub id).
+def open_checkpoint(location: Readable) -> Checkpoint:
+    """Open the checkpoint at ``location`` (a folder, one .safetensors file, a Hub id, or an open source).
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
