@@ -21,6 +21,8 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .chain import open_chain
+    from .compact import compact_deltas
     from .diff import make_delta
     from .manifest import Manifest
     from .patch import ApplyReport, apply_delta
@@ -49,7 +51,9 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "apply_delta",
+    "compact_deltas",
     "make_delta",
+    "open_chain",
     "open_target",
     "push_delta",
     "verify_delta",
@@ -65,7 +69,9 @@ _LAZY = {
     "TensorView": "target",
     "VerifyReport": "verify",
     "apply_delta": "patch",
+    "compact_deltas": "compact",
     "make_delta": "diff",
+    "open_chain": "chain",
     "open_target": "target",
     "push_delta": "push",
     "verify_delta": "verify",

@@ -67,6 +67,24 @@ def read_license(
     return LicenseTexts(license, stored, conflicts, _base_models(fields.get("base_model")))
 
 
+def recall_license(
+    checkpoint: Checkpoint, side: Literal["base", "target"], stated: License, texts: dict[str, bytes]
+) -> LicenseTexts:
+    """The license of a side as an earlier delta's manifest states it.
+
+    Args:
+        checkpoint: the side itself; of it, only the card's ``base_model`` is read.
+        stated: the manifest's record.
+        texts: the contents of ``stated.files``, by their path in the delta.
+    """
+    names = {path: path.partition("-")[2] for path in texts}
+    licenses = {names[path]: text for path, text in texts.items() if LICENSE_FILE.fullmatch(names[path])}
+    _, conflicts = resolve(side, stated, licenses)
+    return LicenseTexts(
+        stated, texts, conflicts, _base_models(_card_fields(checkpoint.source).get("base_model"))
+    )
+
+
 def _content(source: Source, path: str) -> bytes:
     return b"".join(source.blocks(path))
 

@@ -24,6 +24,7 @@ from ._version import __version__
 from .errors import DeltaWeightsError, LicenseNotAcceptedError, OutputError
 
 if TYPE_CHECKING:
+    from .manifest import Manifest
     from .pipeline import ProgressCallback
 
 app = typer.Typer(
@@ -37,6 +38,12 @@ app = typer.Typer(
 
 Base = Annotated[str, typer.Argument(metavar="BASE", help="The checkpoint it was fine-tuned from.")]
 Delta = Annotated[str, typer.Argument(metavar="DELTA", help="The delta.")]
+Deltas = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="DELTA...", help="The delta; or several, each made from the target of the one before."
+    ),
+]
 BaseOption = Annotated[
     str | None,
     typer.Option("--base", metavar="BASE", help="The base, where the delta's own word for it is not enough."),
@@ -101,7 +108,6 @@ def diff(
         rules.append((pattern, replacement))
     with _errors_explained(debug, as_json, resumes=True), _progress(quiet) as progress:
         from .diff import make_delta
-        from .summary import summarise
 
         manifest = make_delta(
             base,
@@ -117,7 +123,14 @@ def diff(
             threads=threads,
             progress=progress,
         )
-        summary = summarise(manifest)
+    _show_written(output, manifest, as_json=as_json, quiet=quiet)
+
+
+def _show_written(output: Path, manifest: Manifest, *, as_json: bool, quiet: bool) -> None:
+    """What there is to know of a delta that was just written."""
+    from .summary import summarise
+
+    summary = summarise(manifest)
     if as_json:
         _print_json(summary)
     elif not quiet:
@@ -182,7 +195,7 @@ def push(
 
 @app.command()
 def apply(
-    delta: Delta,
+    deltas: Deltas,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")],
     base: BaseOption = None,
     keep_base: KeepBase = False,
@@ -195,12 +208,12 @@ def apply(
 ) -> None:
     """Rebuild the target from DELTA and its base. Run it again to go on after an interruption."""
     with _errors_explained(debug, as_json, resumes=True):
-        _settle_license(delta, accept_license or [], quiet=quiet, may_ask=not (quiet or as_json))
+        _settle_license(deltas, accept_license or [], quiet=quiet, may_ask=not (quiet or as_json))
     with _errors_explained(debug, as_json, resumes=True), _progress(quiet) as progress:
         from .patch import apply_delta
 
         report = apply_delta(
-            delta, output, base=base, keep_base=keep_base, force=force, threads=threads, progress=progress
+            deltas, output, base=base, keep_base=keep_base, force=force, threads=threads, progress=progress
         )
     if as_json:
         _print_json(asdict(report))
@@ -212,8 +225,27 @@ def apply(
 
 
 @app.command()
+def compact(
+    deltas: Deltas,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DELTA", help="The folder to write.")],
+    base: BaseOption = None,
+    force: Force = False,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write one delta that does what several do one after the other."""
+    with _errors_explained(debug, as_json, resumes=True), _progress(quiet) as progress:
+        from .compact import compact_deltas
+
+        manifest = compact_deltas(deltas, output, base=base, force=force, threads=threads, progress=progress)
+    _show_written(output, manifest, as_json=as_json, quiet=quiet)
+
+
+@app.command()
 def verify(
-    delta: Delta,
+    deltas: Deltas,
     base: BaseOption = None,
     keep_base: KeepBase = False,
     target: Annotated[
@@ -229,7 +261,7 @@ def verify(
         from .verify import verify_delta
 
         report = verify_delta(
-            delta, base=base, keep_base=keep_base, target=target, threads=threads, progress=progress
+            deltas, base=base, keep_base=keep_base, target=target, threads=threads, progress=progress
         )
     if as_json:
         _print_json({"ok": report.ok, **asdict(report)})
@@ -382,19 +414,22 @@ def _show_summary(summary: dict[str, Any], *, every_tensor: bool) -> None:
     console.print(table)
 
 
-def _settle_license(delta: str, accepted: list[str], *, quiet: bool, may_ask: bool) -> None:
-    """Show base and license. Where somebody has to accept it and nobody has, ask, or raise."""
+def _settle_license(deltas: list[str], accepted: list[str], *, quiet: bool, may_ask: bool) -> None:
+    """Show bases and licenses. Where somebody has to accept one and nobody has, ask, or raise."""
     from .license import describe, not_accepted, unaccepted
     from .summary import load_manifest
 
-    manifest = load_manifest(delta)
+    manifests = [load_manifest(delta) for delta in deltas]
     if not quiet:
-        _show_panel(describe(manifest))
-    missing = unaccepted(manifest, accepted)
+        panels = ("\n".join(_license_panel(describe(manifest))) for manifest in manifests)
+        for panel in dict.fromkeys(panels):  # the licenses of a chain are mostly the same ones
+            typer.echo(panel, err=True)
+    asked = {delta: unaccepted(manifest, accepted) for delta, manifest in zip(deltas, manifests, strict=True)}
+    missing = list({terms.spdx: terms for every in asked.values() for terms in every}.values())
     if not missing:
         return
     if not (may_ask and _confirmed(", ".join(f"{terms.name} ({terms.spdx})" for terms in missing))):
-        raise not_accepted(missing, delta)
+        raise not_accepted(missing, next(delta for delta in deltas if asked[delta]))
 
 
 def _confirmed(names: str) -> bool:
@@ -407,7 +442,7 @@ def _confirmed(names: str) -> bool:
         return False
 
 
-def _show_panel(facts: dict[str, Any]) -> None:
+def _license_panel(facts: dict[str, Any]) -> list[str]:
     """The base, its license, and what base and target ask, unless that is an open license."""
     from .summary import display_name
 
@@ -419,7 +454,7 @@ def _show_panel(facts: dict[str, Any]) -> None:
         if not all(one["open"] for one in facts[side]["licenses"]):
             lines += [f"The {side}'s license asks (listed, not legal advice):"]
             lines += [f"- {text}" for text in facts[side]["obligations"]]
-    typer.echo("\n".join(map(_plain, lines)), err=True)
+    return [_plain(line) for line in lines]
 
 
 def _show_license_facts(facts: dict[str, Any]) -> None:

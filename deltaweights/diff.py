@@ -35,9 +35,10 @@ from .checkpoint import (
     build_header,
     local_path,
     open_checkpoint,
+    origins,
     sha256_of,
 )
-from .errors import CheckpointError, DeltaError, DeltaWeightsError, OutputError
+from .errors import BaseMismatchError, CheckpointError, DeltaError, DeltaWeightsError, OutputError
 from .manifest import (
     MANIFEST_NAME,
     MAX_CHUNK_BYTES,
@@ -104,48 +105,101 @@ def make_delta(
         OutputError: the folder cannot be used, or its disk is full.
         ValueError: ``chunk_bytes`` is out of range.
     """
-    if not 4096 <= chunk_bytes <= MAX_CHUNK_BYTES or chunk_bytes % 4096:
-        raise ValueError(f"chunk_bytes is {chunk_bytes}, not a multiple of 4096 up to {MAX_CHUNK_BYTES}")
+    check_chunk_bytes(chunk_bytes)
     with open_checkpoint(base) as old, open_checkpoint(target) as new:
-        _check_names(new)
+        check_place(delta, old, new)
         _check_hub_ids(base_repo, target_repo, base_revision)
-        root = local_path(delta)
-        _check_apart(root, old, new)
-        matches = match_tensors(old, new, rename)
-        with Workers(threads) as workers, OutputFolder(root) as folder:
-            for source in (old.source, new.source):
-                workers.at_stop(source.cancel)
-            _check_vacant(folder, force)
-            folder.require_distinct(new.source.sizes)
-            writer = _DeltaWriter(old, new, folder, workers, chunk_bytes, rename, progress)
-            base_files, target_files, entries = writer.write_files(matches)
-            old_id, new_id = old.source.hub_id, new.source.hub_id
-            old_license = card.read_license(old, "base", base_license)
-            new_license = card.read_license(new, "target", target_license)
-            base_record = BaseRecord(
+        old_id, new_id = old.source.hub_id, new.source.hub_id
+        sides = (
+            Side(
                 base_repo or old_id.repo_id,
                 base_revision or _revision(old_id, base_repo),
-                old_license.license,
-                base_files,
-            )
-            target_record = TargetRecord(
+                card.read_license(old, "base", base_license),
+            ),
+            Side(
                 target_repo or new_id.repo_id,
                 _revision(new_id, target_repo),
-                new_license.license,
-                target_files,
-                new.source.left_out,
-            )
-            manifest = Manifest(
-                base=base_record,
-                target=target_record,
-                license=writer.write_licenses(base_record, target_record, old_license, new_license),
-                tensors=(*entries, *_removed(old, matches)),
-                files=tuple(sorted(writer.files, key=lambda file: file.path)),
-                tool=Tool("deltaweights", __version__),
-                chunk_bytes=chunk_bytes,
-            )
-            writer.write_manifest(manifest)
-            return manifest
+                card.read_license(new, "target", target_license),
+            ),
+        )
+        return write_delta(
+            old,
+            new,
+            delta,
+            match_tensors(old, new, rename),
+            *sides,
+            rename=rename,
+            chunk_bytes=chunk_bytes,
+            force=force,
+            threads=threads,
+            progress=progress,
+        )
+
+
+def check_chunk_bytes(chunk_bytes: int) -> None:
+    """Raise :class:`ValueError` where ``chunk_bytes`` is out of range."""
+    if not 4096 <= chunk_bytes <= MAX_CHUNK_BYTES or chunk_bytes % 4096:
+        raise ValueError(f"chunk_bytes is {chunk_bytes}, not a multiple of 4096 up to {MAX_CHUNK_BYTES}")
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """What a manifest says of base or target: Hub id and commit, license, and its files where they are known
+    beforehand."""
+
+    repo_id: str | None
+    revision: str | None
+    license: card.LicenseTexts
+    files: tuple[FileRecord, ...] = ()
+
+
+def check_place(delta: Location, old: Checkpoint, new: Checkpoint) -> None:
+    """Raise :class:`DeltaWeightsError` where the delta of these two cannot be written to ``delta``."""
+    _check_names(new)
+    _check_apart(local_path(delta), old, new)
+
+
+def write_delta(
+    old: Checkpoint,
+    new: Checkpoint,
+    delta: Location,
+    matches: Sequence[Match],
+    base: Side,
+    target: Side,
+    *,
+    rename: Sequence[RenameRule] = (),
+    chunk_bytes: int,
+    force: bool,
+    threads: int | None,
+    progress: ProgressCallback | None,
+) -> Manifest:
+    """:func:`make_delta` for checkpoints that are open, tensors that are matched and sides that are known.
+
+    Raises:
+        BaseMismatchError: the base's shards have the names in ``base.files``, but another SHA-256.
+    """
+    with Workers(threads) as workers, OutputFolder(local_path(delta)) as folder:
+        for source in (old.source, new.source):
+            workers.at_stop(source.cancel)
+        _check_vacant(folder, force)
+        folder.require_distinct(new.source.sizes)
+        writer = _DeltaWriter(old, new, folder, workers, chunk_bytes, rename, progress)
+        base_files, target_files, entries = writer.write_files(matches, base.files)
+        base_record = BaseRecord(base.repo_id, base.revision, base.license.license, base_files)
+        target_record = TargetRecord(
+            target.repo_id, target.revision, target.license.license, target_files, new.source.left_out
+        )
+        manifest = Manifest(
+            base=base_record,
+            target=target_record,
+            license=writer.write_licenses(base_record, target_record, base.license, target.license),
+            tensors=(*entries, *_removed(old, matches)),
+            files=tuple(sorted(writer.files, key=lambda file: file.path)),
+            tool=Tool("deltaweights", __version__),
+            chunk_bytes=chunk_bytes,
+        )
+        writer.write_manifest(manifest)
+        return manifest
 
 
 def _revision(found: HubId, repo_id: str | None) -> str | None:
@@ -175,7 +229,7 @@ def _check_names(new: Checkpoint) -> None:
 
 def _check_apart(root: Path, old: Checkpoint, new: Checkpoint) -> None:
     """The delta must not become part of what it is made from."""
-    for source in (old.source, new.source):
+    for source in (*origins(old.source), *origins(new.source)):
         if source.root is None:
             continue
         place = source.root.resolve()
@@ -258,12 +312,16 @@ class _DeltaWriter:
         self._meter = Meter(progress, "diff", sum(new.source.sizes.values()))
 
     def write_files(
-        self, matches: Sequence[Match]
+        self, matches: Sequence[Match], known: Sequence[FileRecord] = ()
     ) -> tuple[tuple[FileRecord, ...], tuple[TargetFile, ...], list[TensorEntry]]:
-        """All but licenses and manifest. Returns the base's files, the target's files, and its tensors."""
+        """All but licenses and manifest. Returns the base's files, the target's files, and its tensors.
+
+        Args:
+            known: the base's files, if somebody has told.
+        """
         with ThreadPoolExecutor(1) as aside:
             try:
-                base_files = aside.submit(self._digest_base)
+                base_files = aside.submit(self._digest_base, known)
                 shards, entries = self._write_shards(matches)
                 others = self._write_other_files(base_files.result())
             except BaseException:
@@ -272,11 +330,23 @@ class _DeltaWriter:
         files = sorted([*shards, *others], key=lambda file: file.path)
         return base_files.result(), tuple(files), entries
 
-    def _digest_base(self) -> tuple[FileRecord, ...]:
+    def _digest_base(self, known: Sequence[FileRecord]) -> tuple[FileRecord, ...]:
+        """The base's files as they are; or as they are ``known``, where it is sharded like that."""
         source = self._old.source
-        return tuple(
+        found = tuple(
             FileRecord(path, size, self._digest(source, path)) for path, size in source.sizes.items()
         )
+        told = {file.path: file for file in known if file.path.endswith(".safetensors")}
+        if not told or set(told) != set(self._old.shards):
+            return found
+        wrong = [file for file in found if file != told.get(file.path, file)]
+        if wrong:
+            raise BaseMismatchError(
+                f"{source.where} is not the base that this delta was made from",
+                f"The SHA-256 of {wrong[0].path!r} is {wrong[0].sha256}, not {told[wrong[0].path].sha256}.",
+                "Pass the base of the first delta.",
+            )
+        return tuple(known)
 
     def _digest(self, source: Source, path: str, meter: Meter | None = None) -> str:
         """The SHA-256 of a file: the one that the Hub publishes, or else that of its bytes."""
@@ -328,7 +398,7 @@ class _DeltaWriter:
             if self._new.source.published_sha256(path) not in (None, sha256.hexdigest()):
                 raise CheckpointError(
                     f"{self._new.source.name(path)} was damaged on the way",
-                    f"What came has SHA-256 {sha256.hexdigest()}; the Hub publishes another one.",
+                    f"What came has SHA-256 {sha256.hexdigest()}, which is not the one that is published.",
                     "Run the same command again.",
                 )
             header = build_header(payloads, _shard_metadata(shard), room)

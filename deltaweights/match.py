@@ -59,7 +59,7 @@ def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameR
     found.update(_match_prefixes(unmatched, free))
     unmatched = [tensor for tensor in unmatched if tensor not in found]
     found.update(_match_bytes(unmatched, base, target))
-    return [_match(tensor, found.get(tensor)) for tensor in target.tensors]
+    return [match_pair(tensor, found.get(tensor)) for tensor in target.tensors]
 
 
 def _compile(rename: Sequence[RenameRule]) -> list[tuple[re.Pattern[str], str]]:
@@ -77,7 +77,8 @@ def _compile(rename: Sequence[RenameRule]) -> list[tuple[re.Pattern[str], str]]:
     return compiled
 
 
-def _match(target: Tensor, base: Tensor | None) -> Match:
+def match_pair(target: Tensor, base: Tensor | None) -> Match:
+    """The match of a target tensor with the base tensor that was found for it."""
     shared = _shared_bytes(target, base) if base else 0
     return Match(target, base, shared)
 

@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from .chain import Deltas, links, listed, open_chain
 from .checkpoint import Location, OutputFolder, Readable, local_path, sha256_of
 from .errors import DeltaError, OutputError
 from .license import landing_place, text_records
 from .manifest import Manifest, TargetFile
 from .pipeline import Meter, ProgressCallback, Workers
-from .target import ShardRecipe, Target, TensorRecipe, open_target
+from .target import ShardRecipe, Target, TensorRecipe, check_digest
 
 #: At least so many chunks of the base are compared with the delta before anything is written, and at least
 #: one of every tensor: a second's work on a disk.
@@ -42,7 +43,7 @@ class ApplyReport:
 
 
 def apply_delta(
-    delta: Location,
+    delta: Deltas,
     out: Location,
     *,
     base: Readable | None = None,
@@ -56,9 +57,11 @@ def apply_delta(
     Run again after an interruption, it goes on with the files that are missing.
 
     Args:
-        delta: a folder or a Hub id.
+        delta: a folder or a Hub id; or several in the order in which they were made, each from the target of
+            the one before.
         out: the folder to write; new or empty, or an interrupted run's.
-        base: a folder, a file or a Hub id; if None, the repository that the manifest names, at its commit.
+        base: a folder, a file or a Hub id; if None, the repository that the (first) manifest names, at its
+            commit.
         keep_base: download what is needed of a base on the Hub into the local Hub cache, and leave it there;
             else it streams through memory.
         force: write even if ``out`` holds other files. They stay, unless the target has a file of that name.
@@ -72,11 +75,11 @@ def apply_delta(
         DeltaError: the delta is incomplete or damaged.
         OutputError: ``out`` holds other files, or its disk is too small.
     """
-    with open_target(delta, base) as target, Workers(threads) as workers:
+    with open_chain(listed(delta), base) as target, Workers(threads) as workers:
         workers.at_stop(target.cancel)
         root = local_path(out)
         _check_apart(root, target)
-        _check_licenses(target)
+        check_licenses(target)
         check_base(target, workers, keep=keep_base, progress=progress)
         with OutputFolder(root) as folder:
             paths = [file.path for file in target.manifest.target.files]
@@ -104,11 +107,12 @@ def _check_apart(root: Path, target: Target) -> None:
             )
 
 
-def _check_licenses(target: Target) -> None:
+def check_licenses(target: Target) -> None:
     """The texts that travel with the delta must be the ones that were published with it."""
-    for record in text_records(target.manifest):
-        if target.is_damaged(record.path):
-            raise _damaged(record.path)
+    for link in links(target):
+        for record in text_records(link.manifest):
+            if link.is_damaged(record.path):
+                raise _damaged(record.path)
 
 
 def _damaged(path: str) -> DeltaError:
@@ -159,12 +163,15 @@ def check_base(
     """Make sure that the base is the right one, as far as that is quick: by the SHA-256 that the Hub
     publishes of its files, or else by the delta's checksums of a sample of chunks, some of every tensor.
 
+    Of a chain, that is the first delta's base: the others' are known by the SHA-256 in the manifests.
+
     Args:
         keep: if it is, download what is needed of it into the local Hub cache.
 
     Raises:
         BaseMismatchError: a published SHA-256 differs, or a chunk, or a file that is taken from the base.
     """
+    target = links(target)[0]
     if target.base is None:
         return
     source = target.base.source
@@ -249,11 +256,14 @@ def _write_all(
 
 
 def _write_licenses(target: Target, folder: OutputFolder) -> None:
-    """License texts and notices, beside the result and no part of it."""
-    for record in text_records(target.manifest):
-        with folder.create(landing_place(record.path)) as output:
-            output.write_blocks(target.source.blocks(record.path))
-            output.commit()
+    """License texts and notices of all deltas, beside the result and no part of it."""
+    for link in links(target):
+        for record in text_records(link.manifest):
+            is_whole_name = link is target or record.path.startswith("licenses/")
+            path = record.path if is_whole_name else f"{record.sha256[:16]}-{record.path}"
+            with folder.create(landing_place(path)) as output:
+                output.write_blocks(link.source.blocks(record.path))
+                output.commit()
 
 
 def rebuild_shard(recipe: ShardRecipe, workers: Workers, meter: Meter, sink: Sink | None = None) -> str:
@@ -290,13 +300,3 @@ def rebuild_shard(recipe: ShardRecipe, workers: Workers, meter: Meter, sink: Sin
             buffers.append(buffer)
             meter.add(length)
     return sha256.hexdigest()
-
-
-def check_digest(file: TargetFile, sha256: str) -> None:
-    """Raise :class:`DeltaError` where a rebuilt file is not the one that the manifest promises."""
-    if sha256 != file.sha256:
-        raise DeltaError(
-            f"{file.path} was not rebuilt as it was published",
-            f"Its SHA-256 is {sha256}, not {file.sha256}: the delta is damaged.",
-            "Get the delta again.",
-        )

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import base64
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import zstandard
@@ -22,7 +22,6 @@ from .checkpoint import (
     MAX_HEADER_BYTES,
     Checkpoint,
     Header,
-    Location,
     Readable,
     Shard,
     Source,
@@ -32,6 +31,7 @@ from .checkpoint import (
     open_checkpoint,
     open_hub,
     open_source,
+    origins,
     parse_header,
     read_shard,
     sha256_of,
@@ -48,7 +48,7 @@ from .errors import (
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, TargetFile, TensorEntry
 
 
-def open_target(delta: Location, base: Readable | None = None) -> Target:
+def open_target(delta: Readable, base: Readable | None = None) -> Target:
     """Open the target that ``delta`` and ``base`` make together, without writing files.
 
     Args:
@@ -66,7 +66,7 @@ def open_target(delta: Location, base: Readable | None = None) -> Target:
     with ExitStack() as on_error:
         source = on_error.enter_context(closing(open_source(delta)))
         manifest = read_manifest(source)
-        _check_whole(source, manifest)
+        check_whole(source, manifest)
         opened = open_base(manifest, base)
         if opened:
             on_error.enter_context(opened)
@@ -97,7 +97,7 @@ def read_manifest(source: Source) -> Manifest:
     return Manifest.from_json(source.open(MANIFEST_NAME).read(0, size))
 
 
-def _check_whole(source: Source, manifest: Manifest) -> None:
+def check_whole(source: Source, manifest: Manifest) -> None:
     """Raise :class:`DeltaError` where a file of the delta is missing or cut (a broken download)."""
     wrong = [file.path for file in manifest.files if source.sizes.get(file.path) != file.size]
     if wrong:
@@ -185,8 +185,8 @@ class Target(Mapping[str, TensorView]):
 
     @property
     def sources(self) -> list[Source]:
-        """Where delta and base come from."""
-        return [self.source, *([self.base.source] if self.base else [])]
+        """Where delta and base come from; for a base that is itself rebuilt, what it is rebuilt from."""
+        return [self.source, *(origins(self.base.source) if self.base else [])]
 
     @property
     def is_remote(self) -> bool:
@@ -299,6 +299,10 @@ class Target(Mapping[str, TensorView]):
             more = f" ({len(wrong) - 1} more tensors are missing or differ)" if wrong[1:] else ""
             raise self.wrong_base(wrong[0] + more)
         return found
+
+    def base_of(self, path: str, name: str) -> Tensor | None:
+        """The base tensor against which tensor ``name`` of the shard at ``path`` is coded, if any."""
+        return self._bases.get((path, name))
 
     def base_files(self) -> list[str]:
         """The base's files that the target needs, by path."""
@@ -413,6 +417,16 @@ class Target(Mapping[str, TensorView]):
             raise PayloadError(f"{file.source} in the delta is damaged", why, "Get the delta again.")
 
 
+def check_digest(file: TargetFile, sha256: str) -> None:
+    """Raise :class:`DeltaError` where a rebuilt file is not the one that the manifest promises."""
+    if sha256 != file.sha256:
+        raise DeltaError(
+            f"{file.path} was not rebuilt as it was published",
+            f"Its SHA-256 is {sha256}, not {file.sha256}: the delta is damaged.",
+            "Get the delta again.",
+        )
+
+
 def _target_header(delta_shard: Shard, file: TargetFile) -> Header:
     """The target shard's own header, out of the delta shard's metadata."""
     if delta_shard.header.metadata.get("format") != "deltaweights":
@@ -452,6 +466,7 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self._buffers: dict[str, NDArray[np.uint8]] = {}
+        self._depth = 0
 
     def take(self, use: str, nbytes: int) -> NDArray[np.uint8]:
         """``nbytes`` bytes, valid until this thread asks for the same ``use`` again."""
@@ -459,6 +474,20 @@ class _Scratch(threading.local):
         if buffer is None or buffer.size < nbytes:
             self._buffers[use] = buffer = np.empty(nbytes, np.uint8)
         return buffer[:nbytes]
+
+    def fill(self, nbytes: int, read: Callable[[NDArray[np.uint8]], None]) -> NDArray[np.uint8]:
+        """A base's bytes, which ``read`` puts into a buffer; valid until this thread reads others.
+
+        A base that is itself rebuilt (chain.py) reads its own base meanwhile. Two buffers serve any depth:
+        nobody writes to the one that he was given before what lies below him is read.
+        """
+        data = self.take(f"base {self._depth % 2}", nbytes)
+        self._depth += 1
+        try:
+            read(data)
+        finally:
+            self._depth -= 1
+        return data
 
 
 _scratch = _Scratch()
@@ -548,9 +577,7 @@ class TensorRecipe:
         """The base's bytes for chunk ``index``, in its own dtype; valid until this thread reads more."""
         assert self.base is not None
         start, end = self._base_bytes(index)
-        data = _scratch.take("base", end - start)
-        self.base.read_into(start, data)
-        return data
+        return _scratch.fill(end - start, partial(self.base.read_into, start))
 
     def matches_base(self, index: int) -> bool:
         """Whether the base's bytes for chunk ``index`` are those that the delta was made from."""
@@ -609,11 +636,14 @@ class TensorRecipe:
         if self._target.is_damaged(self.source):
             return self._damaged("Its chunk records are not those that were written")
         start, end = self.plan.span(index)
-        if self.base and self.base.shard.path in self._target.published_base_files():
+        base = self._target.base
+        if base and self.base and self.base.shard.path in self._target.published_base_files():
             return CheckpointError(
                 f"{self.base.shard.path} does not arrive as it is published",
                 f"Bytes {start} to {end} of its tensor {self.base_name!r} came wrong twice.",
-                "Something on the way changes them: try another network, or --keep-base.",
+                "Get the deltas before this one again."
+                if origins(base.source) != [base.source]
+                else "Something on the way changes them: try another network, or --keep-base.",
             )
         return self._target.wrong_base(f"its tensor {self.base_name!r} differs in bytes {start} to {end}")
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .card import CARD_NAME
+from .chain import Deltas, check_continuity, connect, listed
 from .checkpoint import HubSource, Location, Readable, Source, open_source, sha256_of
 from .errors import CheckpointError, DeltaWeightsError
 from .manifest import MANIFEST_NAME, FileRecord, Manifest, TargetFile
 from .patch import check_base, rebuild_shard
 from .pipeline import Meter, ProgressCallback, Workers
-from .target import Target, open_base, read_manifest
+from .target import Target, read_manifest
 
 #: What the Hub adds to a repository.
 _HUBS_OWN = ".gitattributes"
@@ -57,7 +58,7 @@ class VerifyReport:
 
 
 def verify_delta(
-    delta: Location,
+    delta: Deltas,
     *,
     base: Readable | None = None,
     keep_base: bool = False,
@@ -68,8 +69,10 @@ def verify_delta(
     """Check a delta against its manifest; writes nothing.
 
     Args:
-        delta: a folder or a Hub id; its own files are always checked.
-        base: if given, the target is rebuilt from it in memory, and every file's SHA-256 compared. If base or
+        delta: a folder or a Hub id, or several as for :func:`apply_delta`. Their own files are always
+            checked.
+        base: if given, the target is rebuilt from it in memory, and every file's SHA-256 compared (of several
+            deltas, the last one's target, if all of them are whole). If base or
             delta are on the Hub, and the manifest names the target's repository and commit, what that one
             publishes is compared too.
         keep_base: as for :func:`apply_delta`.
@@ -84,25 +87,31 @@ def verify_delta(
     Raises:
         CheckpointError: base, target or delta cannot be found, read or downloaded.
         ManifestError: the manifest itself is damaged.
-        BaseMismatchError: ``base`` is not the right one.
+        BaseMismatchError: ``base`` is not the right one, or a delta does not follow the one before it.
     """
-    with closing(open_source(delta)) as source, Workers(threads) as workers:
-        workers.at_stop(source.cancel)
-        manifest = read_manifest(source)
-        problems = _compare("delta", source, manifest.files, workers, progress)
-        checked = len(manifest.files)
-        published = _count_published(source, manifest.files)
-        target_repo = None
+    with ExitStack() as opened, Workers(threads) as workers:
+        sources = [opened.enter_context(closing(open_source(one))) for one in listed(delta)]
+        manifests = [read_manifest(source) for source in sources]
+        check_continuity(sources, manifests)
+        problems, checked, published = [], 0, 0
+        for source, manifest in zip(sources, manifests, strict=True):
+            workers.at_stop(source.cancel)
+            found = _compare("delta", source, manifest.files, workers, progress)
+            # Of several deltas, a name has to say whose.
+            problems += [replace(p, path=source.name(p.path)) if sources[1:] else p for p in found]
+            checked += len(manifest.files)
+            published += _count_published(source, manifest.files)
+        are_whole, target_repo = not problems, None
         if target is not None:
             with closing(open_source(target)) as other:
                 workers.at_stop(other.cancel)
                 problems += _compare("target", other, manifest.target.files, workers, progress)
                 published += _count_published(other, manifest.target.files)
             checked += len(manifest.target.files)
-        if base is not None:
-            with Target(source, manifest, open_base(manifest, base)) as view:
+        if base is not None and (are_whole or not sources[1:]):
+            with connect(sources, manifests, base) as view:
                 workers.at_stop(view.cancel)
-                if not any(problem.place == "delta" for problem in problems):
+                if are_whole:
                     check_base(view, workers, keep=keep_base, progress=progress)
                 problems += _compare_rebuilt(view, workers, progress)
                 if view.is_remote:

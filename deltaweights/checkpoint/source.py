@@ -115,6 +115,13 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
+def origins(source: Source) -> list[Source]:
+    """The sources that the bytes of ``source`` come from: itself, unless it is made of others and says so in
+    an attribute of this name."""
+    made_of: list[Source] = getattr(source, "origins", [source])
+    return made_of
+
+
 class LocalFile(ReadableFile):
     """A :class:`ReadableFile` on disk. Uses pread, so memory holds only what was asked for."""
 

@@ -61,6 +61,12 @@ class ChunkPlan:
             end = self.nbytes
         return start, min(start + self.chunk_bytes, end)
 
+    def index_at(self, position: int) -> int:
+        """Which chunk holds the tensor's byte ``position``."""
+        if position < self.shared:
+            return position // self.chunk_bytes
+        return self.shared_count + (position - self.shared) // self.chunk_bytes
+
     def has_base(self, index: int) -> bool:
         """Whether chunk ``index`` is coded against the base."""
         return index < self.shared_count

@@ -1,0 +1,110 @@
+"""Several deltas to one that does the same: a diff of two checkpoints of which the target is not on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from . import card, codec
+from .chain import RebuiltSource, links, open_chain
+from .checkpoint import Checkpoint, Location, Readable, Tensor
+from .diff import Side, check_chunk_bytes, check_place, write_delta
+from .errors import CheckpointError
+from .license import text_records
+from .manifest import BaseRecord, Manifest, TargetRecord
+from .match import Match, match_pair
+from .patch import check_base, check_licenses
+from .pipeline import ProgressCallback, Workers
+from .target import Target
+
+
+def compact_deltas(
+    deltas: Sequence[Location],
+    delta: Location,
+    *,
+    base: Readable | None = None,
+    chunk_bytes: int = codec.CHUNK_BYTES,
+    force: bool = False,
+    threads: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> Manifest:
+    """Write to the folder ``delta`` one delta, from the first one's base to the last one's target.
+
+    Chunks are decoded through the whole chain and coded against the base, one after the other: no target is
+    written to disk, and memory does not grow with any of them.
+
+    Args:
+        deltas: folders or Hub ids, in the order in which they were made.
+        delta: the folder to write; new or empty, or an interrupted run's.
+        base: the first delta's base; if None, the repository that its manifest names, at its commit.
+        chunk_bytes, force, threads: as for :func:`make_delta`.
+        progress: called with a phase, what is done, what there is to do: "check base" (in chunks) and "diff"
+            (in bytes).
+
+    Returns:
+        The manifest that was written. Its base is the first manifest's and its target the last one's, with
+        their Hub ids, commits, licenses and license texts.
+
+    Raises:
+        BaseMismatchError: a delta does not follow the one before it, or ``base`` is the wrong one.
+        CheckpointError: the base cannot be found, read or downloaded.
+        DeltaError: a delta is incomplete or damaged.
+        OutputError: the folder cannot be used, or its disk is full.
+        ValueError: ``chunk_bytes`` is out of range.
+    """
+    check_chunk_bytes(chunk_bytes)
+    with open_chain(deltas, base) as target:
+        first = links(target)[0]
+        old = first.base
+        if old is None:
+            raise CheckpointError(
+                "The base is needed",
+                "The first delta can do without, but the new one is made from it.",
+                "Pass it: --base PATH or --base ORG/NAME",
+            )
+        new = Checkpoint(RebuiltSource(target))
+        check_place(delta, old, new)
+        check_licenses(target)
+        with Workers(threads) as workers:
+            workers.at_stop(target.cancel)
+            check_base(target, workers, progress=progress)
+        return write_delta(
+            old,
+            new,
+            delta,
+            _trace(target, old, new),
+            _side("base", first.manifest.base, first, old),
+            _side("target", target.manifest.target, target, new),
+            chunk_bytes=chunk_bytes,
+            force=force,
+            threads=threads,
+            progress=progress,
+        )
+
+
+def _side(
+    side: Literal["base", "target"], record: BaseRecord | TargetRecord, link: Target, checkpoint: Checkpoint
+) -> Side:
+    """What the manifest of ``link`` says of one side, license texts included."""
+    wanted = {file.path for file in record.license.files}
+    texts = {
+        file.path: b"".join(link.source.blocks(file.path))
+        for file in text_records(link.manifest)
+        if file.path in wanted
+    }
+    license = card.recall_license(checkpoint, side, record.license, texts)
+    files = record.files if isinstance(record, BaseRecord) else ()
+    return Side(record.repo_id, record.revision, license, files)
+
+
+def _trace(target: Target, old: Checkpoint, new: Checkpoint) -> list[Match]:
+    """The base tensor of every tensor of the target: the one that the deltas lead to, whatever its name; else
+    one of the same name."""
+    views = links(target)
+    traced = []
+    for tensor in new.tensors:
+        base: Tensor | None = tensor
+        for view in reversed(views):
+            base = view.base_of(base.shard.path, base.info.name) if base else None
+        traced.append(match_pair(tensor, base or old.find(tensor.info.name, tensor.shard.path)))
+    return traced
