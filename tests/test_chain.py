@@ -377,6 +377,21 @@ def test_a_chain_streams_from_the_hub(chain: Chain, hub: HubServer, tmp_path: Pa
         assert RebuiltSource(view).ranges(spans)
 
 
+def test_a_byte_that_comes_wrong_once_does_no_harm(hub: HubServer, tmp_path: Path) -> None:
+    """The chunk is decoded again, from a base that nothing may have overwritten meanwhile."""
+    values, moved = weights((1500, 1000), 1), weights((1500, 1000), 2, 1e-4)
+    for k in range(3):
+        write_safetensors(tmp_path / str(k) / "a.safetensors", {"w": bf16(values + moved * np.float32(k))})
+    hub.add_repo("org/base", contents(tmp_path / "0"))
+    for k in (1, 2):
+        make_delta(tmp_path / str(k - 1), tmp_path / str(k), tmp_path / f"d{k}", base_repo="org/base")
+        hub.add_repo(f"org/d{k}", contents(tmp_path / f"d{k}"))
+    # The third request for the file is the one with the byte: those before it are for the first bytes.
+    hub.fail("org/d1", "delta-00001-of-00001.safetensors", on="content", times=3, flip_byte=300_000)
+    apply_delta(["org/d1", "org/d2"], tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "2")
+
+
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
