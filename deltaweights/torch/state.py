@@ -1,0 +1,140 @@
+"""A model's state as bytes: every tensor readable and writable in chunks, on whatever device it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .. import codec
+from ..errors import CheckpointError
+from ..pipeline import Workers
+from .stream import CHUNK_BYTES, tensor_digest
+from .tensors import byte_view, code_of, stored_shape
+
+#: A model, or its tensors by name.
+State: TypeAlias = "nn.Module | Mapping[str, Tensor]"
+
+
+class StateTensor:
+    """One tensor, as its bytes in row-major order.
+
+    Attributes:
+        name: its name in the state.
+        code: its safetensors dtype.
+        shape: as a safetensors header gives it.
+        nbytes: how many bytes it has.
+        identity: another one for every tensor with bytes of its own; tied tensors have the same.
+    """
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        if tensor.layout != torch.strided or tensor.is_meta:
+            kind = "on the meta device" if tensor.is_meta else f"{tensor.layout}"
+            raise CheckpointError(
+                f"Tensor {name!r} has no bytes to read", f"It is {kind}.", "Pass dense tensors with data."
+            )
+        self.name = name
+        self.code = code_of(name, tensor.dtype)
+        self.shape = stored_shape(name, tensor)
+        self._tensor = tensor.detach()
+        contiguous = self._tensor.contiguous()
+        self._is_copy = contiguous.data_ptr() != tensor.data_ptr()
+        self._flat = byte_view(contiguous)
+        self.nbytes = self._flat.numel()
+        self.identity = (
+            str(tensor.device),
+            tensor.data_ptr(),
+            self.nbytes,
+            self.code,
+            self.shape,
+            tensor.stride(),
+        )
+        self._bytes: NDArray[np.uint8] | None = None
+        if tensor.device.type == "cpu":
+            self._bytes = self._flat.numpy()
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether its bytes are read without a copy."""
+        return self._bytes is not None
+
+    @property
+    def is_on_cuda(self) -> bool:
+        """Whether its bytes are copied faster to pinned memory."""
+        return self._tensor.is_cuda
+
+    @property
+    def version(self) -> int:
+        """Another number whenever torch has changed the tensor in place, as far as torch keeps count."""
+        return 0 if self._tensor.is_inference() else self._tensor._version
+
+    def read(self, start: int, end: int) -> NDArray[np.uint8]:
+        """The bytes from ``start`` to ``end`` (uint8): the tensor's own on a CPU, else a copy."""
+        if self._bytes is not None:
+            return self._bytes[start:end]
+        copy: NDArray[np.uint8] = self._flat[start:end].cpu().numpy()
+        return copy
+
+    def write(self, start: int, data: NDArray[np.uint8]) -> None:
+        """Replace the bytes from ``start`` on by ``data`` (uint8)."""
+        if self._bytes is not None:
+            self._bytes[start : start + data.size] = data
+        else:
+            self._flat[start : start + data.size].copy_(torch.from_numpy(data))
+
+    def finish(self) -> None:
+        """Bring what was written into a tensor whose bytes are not in row-major order."""
+        if self._is_copy:
+            with torch.no_grad():
+                self._tensor.copy_(self._flat.view(self._tensor.dtype).view(self._tensor.shape))
+
+
+def state_of(state: State) -> dict[str, StateTensor]:
+    """The state's tensors, sorted by name.
+
+    Raises:
+        CheckpointError: there is none; one has no bytes (sparse, meta), or no dtype that safetensors has.
+    """
+    tensors = state.state_dict() if isinstance(state, nn.Module) else state
+    found = {name: StateTensor(name, t) for name, t in sorted(tensors.items()) if isinstance(t, Tensor)}
+    if not found:
+        raise CheckpointError("The state has no tensors", "", "Pass a model or its state_dict().")
+    return found
+
+
+def owners(state: Mapping[str, StateTensor]) -> dict[str, str]:
+    """For every tensor the first one, by name, that has the same memory: mostly itself."""
+    first: dict[object, str] = {}
+    return {
+        name: first.setdefault(tensor.identity, name) if tensor.nbytes else name
+        for name, tensor in state.items()
+    }
+
+
+def plan_of(tensor: StateTensor) -> codec.ChunkPlan:
+    """How a tensor's bytes are cut, with a base or without."""
+    return codec.ChunkPlan(tensor.nbytes, tensor.nbytes, CHUNK_BYTES)
+
+
+def digests(state: Mapping[str, StateTensor], workers: Workers) -> dict[str, str]:
+    """The digest of every tensor, as records have it. Reads all bytes, those of tied tensors once."""
+    first = owners(state)
+    found = {
+        name: tensor_digest(sums.tobytes())
+        for name, sums in _checksums({name: state[name] for name in set(first.values())}, workers).items()
+    }
+    return {name: found[owner] for name, owner in first.items()}
+
+
+def _checksums(state: Mapping[str, StateTensor], workers: Workers) -> dict[str, NDArray[np.uint64]]:
+    """The XXH3-64 of every chunk of every tensor (little-endian)."""
+    spans = [(name, span) for name, t in state.items() for span in plan_of(t)]
+    sums = workers.map(lambda one: codec.checksum(state[one[0]].read(*one[1])), spans)
+    found: dict[str, list[int]] = {name: [] for name in state}
+    for (name, _), value in zip(spans, sums, strict=True):
+        found[name].append(value)
+    return {name: np.array(values, "<u8") for name, values in found.items()}
