@@ -68,10 +68,10 @@ class DeltaSubscriber:
 
     Args:
         location: the stream's folder, fsspec URL, or repository on the Hub (``hf://org/name``).
-        in_place: decode each chunk once, and write it as soon as it is checked. Else all are decoded and
-            checked before any is written, and then once more to be written. Either way, memory is two chunks
-            a thread. In place is faster; where the model turns out to have been changed by somebody else, a
-            part of it is written by then, and the last anchor replaces all of it.
+        in_place: write each chunk as soon as it is decoded and checked. Else all are decoded and checked
+            before any is written; what changes is kept in between in at most 256 MiB, and what does not fit is
+            decoded twice. In place is somewhat faster; but where the model turns out to have been changed by
+            somebody else, a part of it is written by then, and the last anchor replaces all of it.
         threads: how many; the number of usable cores if None.
     """
 
@@ -85,8 +85,8 @@ class DeltaSubscriber:
         """Bring ``model`` to the stream's newest state, bit for bit.
 
         It may be in any state of the stream, or in another: then the last anchor leads there. The whole way
-        is looked up and checked before anything is written, and nobody may use the model while this runs. If it
-        raises, nothing was written (``in_place`` aside); if it is interrupted while it writes, the next call
+        is looked up and checked before anything is written, and nobody may use the model while this runs. If
+        it raises, nothing was written (``in_place`` aside); if it is interrupted while it writes, the next call
         notices. Where the model is there already, nothing is read but the head.
 
         Args:
