@@ -21,8 +21,8 @@ from ..manifest import Sha256, Shape, Size
 HEAD_NAME = "head.json"
 FORMAT_VERSION = 1
 
-#: Bytes of a tensor in a chunk: fixed, so that a chunk can be followed through any number of updates. Larger than
-#: in deltas: where little changes, what a chunk costs besides is most of the time, and nothing is sampled here.
+#: Bytes of a tensor in a chunk: fixed, so that a chunk can be followed through any number of updates. More
+#: than in a delta: where little changes, much of the time is what any chunk costs, and none is sampled here.
 CHUNK_BYTES = 1 << 21
 
 #: Far above any real head or record (about 300 bytes a tensor).

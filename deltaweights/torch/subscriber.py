@@ -69,9 +69,9 @@ class DeltaSubscriber:
     Args:
         location: the stream's folder, fsspec URL, or repository on the Hub (``hf://org/name``).
         in_place: write each chunk as soon as it is decoded and checked. Else all are decoded and checked
-            before any is written; what changes is kept in between in at most 256 MiB, and what does not fit is
-            decoded twice. In place is somewhat faster; but where the model turns out to have been changed by
-            somebody else, a part of it is written by then, and the last anchor replaces all of it.
+            before any is written; what changes is kept in between in at most 256 MiB, and what does not fit
+            is decoded twice. In place is somewhat faster; but where the model turns out to have been changed
+            by somebody else, a part of it is written by then, and the last anchor replaces all of it.
         threads: how many; the number of usable cores if None.
     """
 
@@ -86,8 +86,8 @@ class DeltaSubscriber:
 
         It may be in any state of the stream, or in another: then the last anchor leads there. The whole way
         is looked up and checked before anything is written, and nobody may use the model while this runs. If
-        it raises, nothing was written (``in_place`` aside); if it is interrupted while it writes, the next call
-        notices. Where the model is there already, nothing is read but the head.
+        it raises, nothing was written (``in_place`` aside); if it is interrupted while it writes, the next
+        call notices. Where the model is there already, nothing is read but the head.
 
         Args:
             model: a model, or tensors by name: the publisher's names, dtypes and shapes. They may lie on any
