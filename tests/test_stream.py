@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -657,3 +658,14 @@ def test_digests_are_the_documents(tmp_path: Path) -> None:
     assert record.previous
     previous = (stream / record.previous.name).read_bytes()
     assert hashlib.sha256(previous).hexdigest() == record.previous.record
+
+
+def test_the_document_s_script_runs(tmp_path: Path) -> None:
+    document = Path(__file__).parent.parent / "docs" / "training.md"
+    section = document.read_text().partition("\n## RL weight streams\n")[2].partition("\n## ")[0]
+    (script,) = re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    shown = [line.split(" ")[2:] for line in done.stdout.splitlines()]
+    assert shown == [["1", "1", "True"], ["2", "1", "False"], ["3", "1", "False"]]
