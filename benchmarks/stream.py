@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -28,6 +26,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import pairs
 import torch
 import zstandard
 from children import finish, print_table
@@ -151,18 +150,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tensors", type=int, default=64, help="of 16 MiB each")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="on a memory file system")  # noqa: S108
+    parser.add_argument("--folder", type=Path, help="where the files go; /dev/shm if it has room, else disk")
     options = parser.parse_args()
+    memory, needed = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 8 * options.tensors << 24
+    if memory < needed:
+        raise SystemExit(
+            f"{needed / pairs.GIB:.0f} GiB of memory are needed, {memory / pairs.GIB:.1f} are free"
+        )
     missed = []
     for title, pattern in (("as trained", as_trained), ("anywhere", anywhere)):
         both = states(pattern, options.tensors)
         plain, packed = places_and_values(*both)
-        folder = Path(tempfile.mkdtemp(prefix="stream-", dir=options.folder))
-        try:
-            update, took = measure(folder, both, options.repeats)
-        finally:
-            shutil.rmtree(folder)
         full = sum(tensor.nbytes for tensor in both[0].values())
+        with pairs.work_folder(options.folder, 2 * full) as folder:
+            update, took = measure(folder, both, options.repeats)
+        del both  # before the next ones
         rows = [[title, "bytes", "of the state", "times the update's"]]
         for name, size in (
             ("one update", update),
