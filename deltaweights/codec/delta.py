@@ -19,7 +19,7 @@ from .runs import BLOCK
 from .tables import DIRECT_BITS, TOKENS, ZERO_SCALE
 
 UNIT = 64  # the shortest segment
-SPARE = 16  # bytes that `split_bytes` may write beyond the last of a plane
+SPARE = 16  # bytes beyond the last of a plane that `split_bytes` may write and `append_bytes` read
 MAX_TABLES = 40  # that the encoder uses
 # layout of a delta: int64[4]
 LOG_SEGMENT, STEP, LOWEST, TABLES = 0, 1, 2, 3
@@ -169,7 +169,7 @@ def sample_rows(base, values, shift, mask, scales, log_segment, wide):
     for i in range(len(contexts)):
         contexts[i] -= low
     keys = np.empty(len(values), np.uint16)
-    return low - _OFFSET, runs.count_tokens(contexts, part, high - low + 1, DIRECT_BITS, keys)
+    return low - _OFFSET, runs.count_tokens(contexts, part, high - low + 1, DIRECT_BITS, 7, keys)
 
 
 @njit(nogil=True, cache=True)
@@ -405,14 +405,18 @@ def decode_elements(
     scales       int64, one a segment
     layout       int64[4]: log2 of the segment length, context step, lowest context, tables
     words ... rest   of a coder.OpenRun
-    planes       uint8: the planes one behind the other, plane p from starts[p] to starts[p + 1]
+    planes       uint8: the planes one behind the other, plane p from starts[p] to starts[p + 1]; SPARE more
     starts       int64[8]
     """
     log_segment, step = layout[LOG_SEGMENT], layout[STEP]
     lowest, last = layout[LOWEST], layout[TABLES] - 1
     contexts, values = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.uint32)
     cursor, cursors, limits = 0, starts[:7].copy(), plane_limits(layout)
-    for first in range(0, len(out), BLOCK):
+    done = 0
+    if base.itemsize <= 2 and settings[runs.LANES] == 64:  # what is left goes the slower way below
+        done = len(out) & ~63
+        cursor = decode_narrow(base, shift, mask, scales, layout, words, slots, settings, states, out)
+    for first in range(done, len(out), BLOCK):
         stop = min(first + BLOCK, len(out))
         block, part = contexts[: stop - first], out[first:stop]
         contexts_of(base[first:stop], first, shift, mask, scales, log_segment, lowest, step, last, block)
@@ -429,6 +433,23 @@ def decode_elements(
         if cursors[p] != starts[p + 1]:
             return False
     return runs.ended_well(words, cursor, settings[runs.LANES], states)
+
+
+@njit(nogil=True, cache=True)
+def decode_narrow(base, shift, mask, scales, layout, words, slots, settings, states, out):
+    """Fill the whole steps of out (elements of 8 or 16 bits) from a run of 64 lanes; the word cursor."""
+    log_segment, step, lowest, last = layout[LOG_SEGMENT], layout[STEP], layout[LOWEST], layout[TABLES] - 1
+    end, steps, precision = len(words) - runs.GUARD, len(out) >> 6, settings[runs.BITS]
+    log_segment = log_segment if log_segment else 62  # all in segment 0
+    if settings[runs.DIRECT]:
+        return simd.decode_floats_direct(
+            words, slots, base, out, states, 0, end, steps, precision, shift, mask, scales, log_segment,
+            0, lowest, step, last,
+        )  # fmt: skip
+    return simd.decode_floats(
+        words, slots, base, out, states, 0, end, steps, precision, shift, mask, scales, log_segment,
+        0, lowest, step, last,
+    )  # fmt: skip
 
 
 @njit(nogil=True, cache=True)

@@ -88,7 +88,9 @@ def _encode_under(
     delta.measure(before, after, form.shift, form.mask, layout, scales, values, contexts, planes, sizes)
     if rows:
         delta.split_bytes(values, contexts, layout, planes, sizes)
-    found = coder.encode_run(contexts, values, delta.members(layout, rows > 0, 0), limit=after.nbytes)
+    bits = min(8 * form.itemsize, 32)
+    members = delta.members(layout, rows > 0, 0)
+    found = coder.encode_run(contexts, values, members, limit=after.nbytes, value_bits=bits)
     if found is None:
         return None
     tweak, run = found
@@ -117,13 +119,14 @@ def decode_delta(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> Non
     if layout[0]:
         section, data = take_section(data)
         scales += coder.decode_list(section, len(scales)) & 0xFFFF
-    joined, starts = np.empty(0, np.uint8), np.zeros(8, np.int64)
+    joined, starts = np.empty(delta.SPARE, np.uint8), np.zeros(8, np.int64)
     if rows:
         section, data = take_section(data)
         planes = get_planes(data, rows, len(result))
         starts[1 : rows + 1] = np.cumsum([len(plane) for plane in planes])
         starts[rows + 1 :] = starts[rows]
-        joined = np.concatenate(planes, out=scratch("planes", int(starts[rows]), np.uint8))
+        joined = scratch("planes", int(starts[rows]) + delta.SPARE, np.uint8)
+        np.concatenate(planes, out=joined[: int(starts[rows])])
         data = section
     run = coder.open_run(data, delta.members(layout, rows > 0, tweak))
     if not delta.decode_elements(

@@ -84,7 +84,8 @@ def test_tokens(value: int) -> None:
     token = token_of(value)
     assert lead_of(token) == value >> raw_bits_of(token)
     contexts, keys = np.zeros(17, np.uint8), np.empty(17, np.uint16)
-    runs.keys_of(np.full(17, value, np.uint32), contexts, DIRECT_BITS, keys)
+    span = runs.log_span(DIRECT_BITS, 32)
+    runs.keys_of(np.full(17, value, np.uint32), contexts, DIRECT_BITS, span, keys)
     assert set(keys.tolist()) == {token}
 
 
