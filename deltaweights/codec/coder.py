@@ -39,6 +39,7 @@ def encode_run(
     direct_bits: int = DIRECT_BITS,
     limit: float = np.inf,
     value_bits: int = 32,
+    tail: int = 0,
 ) -> tuple[int, bytes] | None:
     """(tweak, run): the values, each under its context, with the cheapest tables found.
 
@@ -47,15 +48,17 @@ def encode_run(
     members    each context's member of the family, before the tweak is added
     limit      bytes; None is returned where the run would be longer
     value_bits how many bits the values have at most
+    tail       how many low bits of each value are raw; the others are bytes then
     """
     keys = scratch("keys", len(values), np.uint16)
     span = runs.log_span(direct_bits, value_bits)
-    counts = runs.count_tokens(contexts, values, len(members), direct_bits, span, keys)
+    leading = values >> np.uint32(tail) if tail else values
+    counts = runs.count_tokens(contexts, leading, len(members), direct_bits, span, keys)
     totals = counts.sum(axis=0)
     highest = int(np.flatnonzero(totals).max(initial=0))
     tweak, spread = _fit_family(counts, members, len(values), highest)
     tables = _choose_tables(counts, members + tweak, spread, PRECISION, highest)
-    raw_bits = float(totals @ _raw_bits[direct_bits])
+    raw_bits = float(totals @ _raw_bits[direct_bits]) + tail * len(values)
     if len(values) >= _SMALL:
         coarse = _choose_tables(counts, members + tweak, spread, PRECISION - 1, highest)
         if coarse.bits + raw_bits <= _COARSE * (tables.bits + raw_bits):
@@ -66,7 +69,16 @@ def encode_run(
     code = sum(size >= least and len(values) >= 4 * lanes for least, lanes in _LANES_FROM)
     states, words = np.empty(64, np.uint32), scratch("words", 3 * len(values), np.uint16)
     first = runs.encode_words(
-        words, tables.frequencies, keys, values, 1 << 2 * code, direct_bits, span, tables.precision, states
+        words,
+        tables.frequencies,
+        keys,
+        values,
+        1 << 2 * code,
+        direct_bits,
+        tail,
+        span,
+        tables.precision,
+        states,
     )
     head = bytes([tables.precision - 8 | code << 3 | spread << 5, highest])
     body = (tables.to_bytes(), states[: 1 << 2 * code].tobytes(), words[first:].tobytes())
@@ -131,10 +143,12 @@ class OpenRun:
     rest: NDArray[np.int64]
 
 
-def open_run(data: Bytes, members: NDArray[np.int64], direct_bits: int = DIRECT_BITS) -> OpenRun:
+def open_run(
+    data: Bytes, members: NDArray[np.int64], direct_bits: int = DIRECT_BITS, tail: int = 0
+) -> OpenRun:
     """Read the head of a run that takes up all of `data`; PayloadError where it cannot be one."""
     slots = scratch("slots", len(members) << PRECISION, np.uint32)
-    states, settings = np.empty(64, np.uint32), np.empty(3, np.int64)
+    states, settings = np.empty(64, np.uint32), np.full(4, tail, np.int64)
     start = runs.open_head(data, members, _family, direct_bits, slots, states, settings)
     if start == runs.BAD:
         raise PayloadError("the head of a run of tokens is damaged")
@@ -145,16 +159,21 @@ def open_run(data: Bytes, members: NDArray[np.int64], direct_bits: int = DIRECT_
     return OpenRun(words, slots, settings, states, np.zeros(64, np.int64))
 
 
-def encode_list(values: Values, direct_bits: int = DIRECT_BITS) -> bytes:
+def encode_list(values: Values, direct_bits: int = DIRECT_BITS, tail: int = 0) -> bytes:
     """Numbers as a run of one context."""
-    found = encode_run(np.zeros(len(values), np.uint8), values, _lone_member, direct_bits)
+    found = encode_run(np.zeros(len(values), np.uint8), values, _lone_member, direct_bits, tail=tail)
     assert found is not None  # no limit was set
     return found[1]
 
 
+def open_list(data: Bytes, direct_bits: int = DIRECT_BITS, tail: int = 0) -> OpenRun:
+    """Read the head of what `encode_list` wrote; PayloadError where it did not."""
+    return open_run(data, _lone_member, direct_bits, tail)
+
+
 def decode_list(data: Bytes, count: int, direct_bits: int = DIRECT_BITS) -> Values:
-    """The `count` numbers that `encode_list` made data of; PayloadError where it did not."""
-    run = open_run(data, _lone_member, direct_bits)
+    """The `count` numbers that `encode_list` made data of, without a tail; PayloadError where it did not."""
+    run = open_list(data, direct_bits)
     values = np.empty(count, np.uint32)
     contexts = np.zeros(count, np.uint8)
     at = runs.decode_values(run.words, 0, run.slots, contexts, values, run.settings, run.states, run.rest)

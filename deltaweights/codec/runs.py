@@ -420,8 +420,8 @@ def count_tokens(contexts, values, tables, direct_bits, span, keys):
 # ---------------------------------------------------------------------------------------- writing
 
 
-@kernel(_i(_words_out, _i, _numbers, _words, _numbers, _numbers_out, _i, _i, _i, _i, _i))
-def _encode_scalar(words, at, table, keys, values, states, first, count, direct_bits, span, precision):
+@kernel(_i(_words_out, _i, _numbers, _words, _numbers, _numbers_out, _i, _i, _i, _i, _i, _i))
+def _encode_scalar(words, at, table, keys, values, states, first, count, direct_bits, tail, span, precision):
     """One step of `count` lanes, values from `first`, in front of `at`; the new `at`.
 
     The mirror image of `_decode_scalar`: raw bits of the second pull, of the first, then tokens.
@@ -430,7 +430,7 @@ def _encode_scalar(words, at, table, keys, values, states, first, count, direct_
     for pull in (2, 1):
         for lane in range(count - 1, -1, -1):
             value = np.int64(values[first + lane])
-            raw = raw_bits_of(np.int64(keys[first + lane]) & tokens, direct_bits)
+            raw = raw_bits_of(np.int64(keys[first + lane]) & tokens, direct_bits) + tail
             rest = max(raw - inline, 0)
             width = min(rest, 16) if pull == 1 else max(rest - 16, 0)
             if width == 0:
@@ -444,7 +444,7 @@ def _encode_scalar(words, at, table, keys, values, states, first, count, direct_
             states[lane] = (state << width) | (part & ((1 << width) - 1))
     for lane in range(count - 1, -1, -1):
         value, key = np.int64(values[first + lane]), np.int64(keys[first + lane])
-        raw = raw_bits_of(key & tokens, direct_bits)
+        raw = raw_bits_of(key & tokens, direct_bits) + tail
         width = min(raw, inline)
         entry = np.int64(table[key])
         frequency, start = entry >> 16, entry & 0xFFFF
@@ -471,38 +471,31 @@ def encoder_table(frequencies, span):
     return table
 
 
-@kernel(_i(_words_out, _tables, _words, _numbers, _i, _i, _i, _i, _numbers_out))
-def encode_words(words, frequencies, keys, values, lanes, direct_bits, span, precision, states):
+@kernel(_i(_words_out, _tables, _words, _numbers, _i, _i, _i, _i, _i, _numbers_out))
+def encode_words(words, frequencies, keys, values, lanes, direct_bits, tail, span, precision, states):
     """Code the values into the end of `words` (at least 3 a value); where the words begin.
 
     frequencies  uint32[tables, TOKENS], each table adding up to 1 << precision
-    keys         uint16, one a value (see `keys_of`)
+    keys         uint16, one a value (see `keys_of`), of the values without their tails
+    tail         how many low bits of each value are raw, whatever its token; none has more raw bits then
     states       uint32[64], the lanes' final states: what the decoder begins with
     """
     at, count = len(words), len(values)
     table = encoder_table(frequencies, span)
     states[:lanes] = STATE_FLOOR
     steps = count // lanes
+    direct = 1 << direct_bits + tail
     at = _encode_scalar(
-        words,
-        at,
-        table,
-        keys,
-        values,
-        states,
-        steps * lanes,
-        count - steps * lanes,
-        direct_bits,
-        span,
-        precision,
-    )
+        words, at, table, keys, values, states, steps * lanes, count - steps * lanes, direct_bits, tail,
+        span, precision,
+    )  # fmt: skip
     if lanes == 64:
-        return simd.encode_64(words, table, keys, values, states, at, steps, 1 << direct_bits, precision)
+        return simd.encode_64(words, table, keys, values, states, at, steps, direct, tail, precision)
     if lanes == 16:
-        return simd.encode_16(words, table, keys, values, states, at, steps, 1 << direct_bits, precision)
+        return simd.encode_16(words, table, keys, values, states, at, steps, direct, tail, precision)
     for step in range(steps - 1, -1, -1):
         at = _encode_scalar(
-            words, at, table, keys, values, states, step * lanes, lanes, direct_bits, span, precision
+            words, at, table, keys, values, states, step * lanes, lanes, direct_bits, tail, span, precision
         )
     return at
 
@@ -518,8 +511,10 @@ def _refill(words, at, end, state):
     return ((state << 16) | np.int64(words[at]) if at < end else np.int64(STATE_FLOOR)), at + 1
 
 
-@kernel(_i(_words, _i, _i, _numbers, _bytes, _numbers_out, _numbers_out, _write(_i), _i, _i, _i, _flag))
-def _decode_scalar(words, at, end, slots, contexts, values, states, rest, first, count, precision, direct):
+@kernel(_i(_words, _i, _i, _numbers, _bytes, _numbers_out, _numbers_out, _write(_i), _i, _i, _i, _flag, _i))
+def _decode_scalar(
+    words, at, end, slots, contexts, values, states, rest, first, count, precision, direct, tail
+):
     """One step of `count` lanes, values from `first`; the new `at`, beyond `end` when exhausted.
 
     `rest` is scratch, int64[64]: the raw bits each lane still waits for.
@@ -531,7 +526,7 @@ def _decode_scalar(words, at, end, slots, contexts, values, states, rest, first,
         slot = state & ((1 << precision) - 1)
         entry = np.int64(slots[(np.int64(contexts[first + lane]) << precision) | slot])
         state = ((entry >> 11) & 4095) * (state >> precision) + (entry & 2047)
-        raw, lead = (0, entry >> 23) if direct else (entry >> 27, (entry >> 23) & 15)
+        raw, lead = (tail, entry >> 23) if direct else (entry >> 27, (entry >> 23) & 15)
         width = min(raw, inline)
         values[first + lane] = (lead << width) | (state & ((1 << width) - 1))
         states[lane], at = _refill(words, at, end, state >> width)
@@ -549,8 +544,8 @@ def _decode_scalar(words, at, end, slots, contexts, values, states, rest, first,
     return at
 
 
-# settings of a run: int64[3]
-LANES, BITS, DIRECT = 0, 1, 2
+# settings of a run: int64[4]. DIRECT: no token has raw bits but for the TAIL that all have.
+LANES, BITS, DIRECT, TAIL = 0, 1, 2, 3
 
 
 @kernel(_i(_bytes, _longs, _tables, _i, _numbers_out, _numbers_out, _write(_i)))
@@ -558,7 +553,7 @@ def open_head(data, members, family, direct_bits, slots, states, settings):
     """Read the head of a run that takes up all of `data`; where its words begin, or BAD.
 
     slots      uint32, len(members) << PRECISION
-    states     uint32[64], settings int64[3]: written
+    states     uint32[64], settings int64[4]: written, but for settings[TAIL]
     """
     if len(data) < 2:
         return BAD
@@ -589,32 +584,34 @@ def open_head(data, members, family, direct_bits, slots, states, settings):
 def decode_values(words, at, slots, contexts, values, settings, states, rest):
     """Decode len(contexts) values, whole steps unless they are the run's last; the word cursor.
 
-    settings     int64[3]: lanes, precision, whether no token carries raw bits
+    settings     int64[4], see above; a tail wants a run of bytes
     words        uint16, with GUARD words behind the stream
     A cursor beyond `len(words) - GUARD` says that the stream was too short.
     """
-    lanes, precision, direct = settings[LANES], settings[BITS], settings[DIRECT] != 0
+    lanes, precision, direct, tail = settings[LANES], settings[BITS], settings[DIRECT] != 0, settings[TAIL]
     count, end = len(contexts), len(words) - GUARD
     steps = count // lanes
-    if lanes == 64 and direct:
-        at = simd.decode_64_direct(words, slots, contexts, values, states, at, end, steps, precision)
+    if lanes == 64 and tail:
+        at = simd.decode_64_tail(words, slots, contexts, values, states, at, end, steps, precision, tail)
+    elif lanes == 64 and direct:
+        at = simd.decode_64_direct(words, slots, contexts, values, states, at, end, steps, precision, tail)
     elif lanes == 64:
-        at = simd.decode_64(words, slots, contexts, values, states, at, end, steps, precision)
-    elif lanes == 16 and direct:
-        at = simd.decode_16_direct(words, slots, contexts, values, states, at, end, steps, precision)
-    elif lanes == 16:
-        at = simd.decode_16(words, slots, contexts, values, states, at, end, steps, precision)
+        at = simd.decode_64(words, slots, contexts, values, states, at, end, steps, precision, tail)
+    elif lanes == 16 and direct and not tail:
+        at = simd.decode_16_direct(words, slots, contexts, values, states, at, end, steps, precision, tail)
+    elif lanes == 16 and not tail:
+        at = simd.decode_16(words, slots, contexts, values, states, at, end, steps, precision, tail)
     else:
         for step in range(steps):
             at = _decode_scalar(
                 words, at, end, slots, contexts, values, states, rest, step * lanes, lanes,
-                precision, direct,
+                precision, direct, tail,
             )  # fmt: skip
     if at > end:
         return at
     return _decode_scalar(
         words, at, end, slots, contexts, values, states, rest, steps * lanes,
-        count - steps * lanes, precision, direct,
+        count - steps * lanes, precision, direct, tail,
     )  # fmt: skip
 
 

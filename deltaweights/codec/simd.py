@@ -319,7 +319,7 @@ class _Loop:
 class _ValueLoop(_Loop):
     """Decoding: contexts come from an array, values go to one."""
 
-    names = ("words", "table", "contexts", "values", "states", "at", "end", "steps", "precision")
+    names = ("words", "table", "contexts", "values", "states", "at", "end", "steps", "precision", "tail")
 
     def begin(self, place: Callable[[int], ir.Value]) -> None:
         """Nothing to prepare for a step."""
@@ -444,6 +444,16 @@ def _decode_step_direct(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
     loop.put([slot >> 23 for slot in slots], place)
 
 
+def _decode_step_tail(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
+    """One step in which every token carries as many raw bits: `tail`, all inline."""
+    loop.begin(place)
+    slots = [_decode_slot(loop, v, place(v)) for v in loop.vectors]
+    for v, slot in zip(loop.vectors, slots, strict=True):
+        _take_token(loop, v, slot)
+    tail = splat(loop.b, loop.b.trunc(loop.tail, _I32))
+    loop.put([_take_bits(loop, v, slot >> 23, tail) for v, slot in enumerate(slots)], place)
+
+
 def _encode_step(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
     """The mirror image of decoding a step: raw bits last to first, then tokens last to first."""
     b = loop.b
@@ -451,7 +461,7 @@ def _encode_step(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
     raws = []
     for value in values:
         wide = value >= loop.direct
-        raws.append(wide.choose(value.floor_log2() - 2, value & 0))
+        raws.append(wide.choose(value.floor_log2() - 2, loop.tail))
     inline = [raw.at_most(loop.inline) for raw in raws]
     rest = [raw - i for raw, i in zip(raws, inline, strict=True)]
     with b.if_then(_any(loop, [r.nonzero() for r in rest]), likely=False):
@@ -512,7 +522,7 @@ def _place(loop: _Loop, step: ir.Value) -> Callable[[int], ir.Value]:
 class _WriteLoop(_Loop):
     """Encoding."""
 
-    names = ("words", "table", "keys", "values", "states", "at", "steps", "direct", "precision")
+    names = ("words", "table", "keys", "values", "states", "at", "steps", "direct", "tail", "precision")
 
 
 def _make_decoder(
@@ -538,6 +548,7 @@ def _make_encoder(vectors: int) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             loop = _WriteLoop(context, builder, signature, args, vectors)
             loop.direct = builder.trunc(loop.direct, _I32)
+            loop.tail = splat(builder, builder.trunc(loop.tail, _I32))
             last = builder.sub(loop.steps, loop.index(1))
             with cgutils.for_range(builder, loop.steps) as turn:
                 _encode_step(loop, _place(loop, builder.sub(last, turn.index)))
@@ -843,7 +854,7 @@ def bit_length(typingctx: Any, value: Any) -> Any:
     return types.uint32(types.uint32), codegen
 
 
-# decode_64(words, table, contexts, values, states, at, end, steps, precision) -> at
+# decode_64(words, table, contexts, values, states, at, end, steps, precision, tail) -> at
 #
 #   words      uint16, readable up to 3 * 64 + 16 words past `end`
 #   table      uint32, contexts << precision entries (runs.fill_slots)
@@ -852,11 +863,12 @@ def bit_length(typingctx: Any, value: Any) -> Any:
 #   states     uint32, 64, updated
 #
 # Stops early, with a cursor beyond `end`, once the stream is exhausted. The `direct` ones are for
-# tables whose tokens carry no raw bits.
+# tables whose tokens carry no raw bits, the `tail` one for runs in which each carries `tail`.
 decode_64 = _make_decoder(_decode_step_wide, _ValueLoop, 4)
 decode_16 = _make_decoder(_decode_step_wide, _ValueLoop, 1)
 decode_64_direct = _make_decoder(_decode_step_direct, _ValueLoop, 4)
 decode_16_direct = _make_decoder(_decode_step_direct, _ValueLoop, 1)
+decode_64_tail = _make_decoder(_decode_step_tail, _ValueLoop, 4)
 
 # decode_floats(words, table, base, out, states, at, end, steps, precision, shift, mask, scales,
 # log_segment, first, lowest, step, last) -> at: decode_64, contexts_vectors and restore_vectors in one,
@@ -864,12 +876,13 @@ decode_16_direct = _make_decoder(_decode_step_direct, _ValueLoop, 1)
 decode_floats = _make_decoder(_decode_step_wide, _FloatLoop, 4)
 decode_floats_direct = _make_decoder(_decode_step_direct, _FloatLoop, 4)
 
-# encode_64(words, table, keys, values, states, at, steps, direct, precision) -> at: from the last step to
-# the first, writing words in front of `at`, where the caller leaves room for 3 words a value.
+# encode_64(words, table, keys, values, states, at, steps, direct, tail, precision) -> at: from the last step
+# to the first, writing words in front of `at`, where the caller leaves room for 3 words a value.
 #
 #   table      uint32, by key (runs.encoder_table)
 #   keys       uint16 (runs.keys_of)
 #   direct     values from this one on have an octave token and raw bits
+#   tail       how many raw bits all others have
 #   precision  10 or 11
 encode_64 = _make_encoder(4)
 encode_16 = _make_encoder(1)
