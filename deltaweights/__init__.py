@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .diff import make_delta
     from .manifest import Manifest
     from .patch import ApplyReport, apply_delta
+    from .plan import Plan, plan_apply
     from .push import PushReport, push_delta
     from .target import Target, TensorView, open_target
     from .verify import Problem, VerifyReport, verify_delta
@@ -42,6 +43,7 @@ __all__ = [
     "ManifestError",
     "OutputError",
     "PayloadError",
+    "Plan",
     "Problem",
     "PushReport",
     "Target",
@@ -51,6 +53,7 @@ __all__ = [
     "apply_delta",
     "make_delta",
     "open_target",
+    "plan_apply",
     "push_delta",
     "verify_delta",
 ]
@@ -59,6 +62,7 @@ __all__ = [
 _LAZY = {
     "ApplyReport": "patch",
     "Manifest": "manifest",
+    "Plan": "plan",
     "Problem": "verify",
     "PushReport": "push",
     "Target": "target",
@@ -67,6 +71,7 @@ _LAZY = {
     "apply_delta": "patch",
     "make_delta": "diff",
     "open_target": "target",
+    "plan_apply": "plan",
     "push_delta": "push",
     "verify_delta": "verify",
 }

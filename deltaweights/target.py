@@ -66,7 +66,7 @@ def open_target(delta: Location, base: Readable | None = None) -> Target:
     with ExitStack() as on_error:
         source = on_error.enter_context(closing(open_source(delta)))
         manifest = read_manifest(source)
-        _check_whole(source, manifest)
+        require_whole(source, manifest)
         opened = open_base(manifest, base)
         if opened:
             on_error.enter_context(opened)
@@ -97,7 +97,7 @@ def read_manifest(source: Source) -> Manifest:
     return Manifest.from_json(source.open(MANIFEST_NAME).read(0, size))
 
 
-def _check_whole(source: Source, manifest: Manifest) -> None:
+def require_whole(source: Source, manifest: Manifest) -> None:
     """Raise :class:`DeltaError` where a file of the delta is missing or cut (a broken download)."""
     wrong = [file.path for file in manifest.files if source.sizes.get(file.path) != file.size]
     if wrong:
@@ -272,7 +272,7 @@ class Target(Mapping[str, TensorView]):
                 f"{len(entries)} tensors are promised, {len(tensors)} are there.",
                 "Get the delta again.",
             )
-        return ShardRecipe(file, header, tensors, self)
+        return ShardRecipe(file, header, tensors, delta_shard, self)
 
     def _find_bases(self) -> dict[tuple[str, str], Tensor]:
         """The base tensor of every entry that has one.
@@ -339,8 +339,9 @@ class Target(Mapping[str, TensorView]):
         ]
 
     def read_tables(self, recipes: Iterable[TensorRecipe]) -> None:
-        """Read the chunk records of several tensors, side by side where the delta is far away."""
-        recipes = list(recipes)
+        """Read the chunk records of several tensors, side by side where the delta is far away; those that
+        were read before are not announced, so not fetched, once more."""
+        recipes = [recipe for recipe in recipes if "table" not in vars(recipe)]
         with self.source.expect(recipe.table_span for recipe in recipes):
             for recipe in recipes:
                 recipe.table  # noqa: B018
@@ -380,6 +381,18 @@ class Target(Mapping[str, TensorView]):
         found = self.source.published_sha256(path) or sha256_of(self.source.blocks(path))
         return found != record.sha256
 
+    def base_source(self, file: TargetFile) -> Source:
+        """Where a file comes from that the target has in common with its base.
+
+        Raises:
+            BaseMismatchError: the base does not have it, or not of its size.
+        """
+        if not self.base or file.source not in self.base.source.sizes:
+            raise self.wrong_base(f"it lacks {file.source!r}, a file that the target has in common with it")
+        if self.base.source.sizes[file.source] != file.size:
+            raise self.wrong_base(f"its file {file.source!r} has another size")
+        return self.base.source
+
     def blocks(self, file: TargetFile) -> Iterator[bytes]:
         """The bytes of a file that is not a shard, in blocks of at most 1 MiB.
 
@@ -388,13 +401,7 @@ class Target(Mapping[str, TensorView]):
             PayloadError: it does not decompress, or to more than the manifest says.
         """
         if file.stored == "base":
-            if not self.base or file.source not in self.base.source.sizes:
-                raise self.wrong_base(
-                    f"it lacks {file.source!r}, a file that the target has in common with it"
-                )
-            if self.base.source.sizes[file.source] != file.size:
-                raise self.wrong_base(f"its file {file.source!r} has another size")
-            yield from self.base.source.blocks(file.source)
+            yield from self.base_source(file).blocks(file.source)
             return
         blocks = self.source.blocks(file.source)
         if file.stored == "zstd":
@@ -432,11 +439,13 @@ def _target_header(delta_shard: Shard, file: TargetFile) -> Header:
 
 @dataclass(frozen=True, slots=True)
 class ShardRecipe:
-    """How to rebuild one shard of ``target``: its header, and its tensors in the order of their bytes."""
+    """How to rebuild one shard of ``target``: its header, and its tensors in the order of their bytes.
+    ``delta_shard`` holds their payloads."""
 
     file: TargetFile
     header: Header
     tensors: dict[str, TensorRecipe]
+    delta_shard: Shard
     target: Target
 
     def chunks(self) -> Iterator[tuple[TensorRecipe, int]]:
@@ -487,9 +496,14 @@ class TensorRecipe:
             )
 
     @property
+    def delta_shard(self) -> Shard:
+        """The delta's shard that holds the payload."""
+        return self._payload.shard
+
+    @property
     def source(self) -> str:
-        """The delta's file that holds the payload."""
-        return self._payload.shard.path
+        """Its path."""
+        return self.delta_shard.path
 
     @property
     def base_name(self) -> str:

@@ -303,6 +303,11 @@ class HubServer:
         """Bytes of files sent so far, repeated ones counted again."""
         return sum(request.nbytes for request in self.requests(repo, file, kind="content"))
 
+    def weight_bytes(self, repo: str) -> int:
+        """:meth:`bytes_sent` of a repository's safetensors files."""
+        files = {request.file for request in self.requests(repo) if request.file}
+        return sum(self.bytes_sent(repo, file) for file in files if file.endswith(".safetensors"))
+
     # links to the CDN
 
     def signed(self, path: str) -> str:

@@ -32,6 +32,7 @@ RANKS = {
     "diff": 4,
     "patch": 4,
     "summary": 4,
+    "plan": 5,
     "verify": 5,
     "demo": 5,
     "push": 6,
@@ -56,6 +57,7 @@ def test_public_names_are_these() -> None:
         "ManifestError",
         "OutputError",
         "PayloadError",
+        "Plan",
         "Problem",
         "PushReport",
         "Target",
@@ -65,6 +67,7 @@ def test_public_names_are_these() -> None:
         "apply_delta",
         "make_delta",
         "open_target",
+        "plan_apply",
         "push_delta",
         "verify_delta",
     ]
@@ -93,7 +96,10 @@ def test_every_module_has_a_rank() -> None:
     [
         ("import deltaweights", ["numpy", "torch", "huggingface_hub", "rich", "msgspec", "zstandard"]),
         ("import deltaweights.cli", ["numpy", "torch", "huggingface_hub"]),
-        ("from deltaweights import apply_delta, verify_delta, open_target", ["torch", "huggingface_hub"]),
+        (
+            "from deltaweights import apply_delta, plan_apply, verify_delta, open_target",
+            ["torch", "huggingface_hub"],
+        ),
         ("from deltaweights import make_delta", ["torch", "huggingface_hub"]),
     ],
 )

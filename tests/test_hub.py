@@ -43,55 +43,7 @@ from .checkpoints import bf16, contents, weights, write_safetensors
 from .conftest import CHUNK_BYTES, Trio
 from .hub_server import HubServer
 
-PATIENCE = 30
-
-
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attempts follow each other at once."""
-    monkeypatch.setattr(client, "RETRY_DELAYS", tuple(0.0 for _ in client.RETRY_DELAYS))
-
-
-@pytest.fixture(scope="session")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Trio:
-    """A pair of about 6 MB, sharded differently and in another order, in which some tensors need no base."""
-    folder = tmp_path_factory.mktemp("large")
-    old = {f"layer.{k}": weights((300, 1000), k) for k in range(9)}
-    new = {name: value + weights(value.shape, 100 + k, 1e-4) for k, (name, value) in enumerate(old.items())}
-    new["layer.3"] = old["layer.3"]
-    new["layer.7"] = weights((300, 1000), 99)  # trained anew: coded without the base
-    del new["layer.5"]
-    new["added"] = weights((100, 1000), 98)
-    names, others = list(old), list(new)[::-1]
-    for k in range(3):
-        shard = {name: bf16(old[name]) for name in names[3 * k : 3 * k + 3]}
-        write_safetensors(folder / "base" / f"model-0000{k + 1}-of-00003.safetensors", shard)
-    for k in range(2):
-        shard = {name: bf16(new[name]) for name in others[k::2]}
-        write_safetensors(folder / "target" / f"model-0000{k + 1}-of-00002.safetensors", shard)
-    for side in ("base", "target"):
-        (folder / side / "config.json").write_text("{}")
-    (folder / "target" / "tokenizer.bin").write_bytes(np.random.default_rng(0).bytes(200_000))
-    make_delta(folder / "base", folder / "target", folder / "delta", chunk_bytes=CHUNK_BYTES)
-    return Trio(folder / "base", folder / "target", folder / "delta")
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder for the delta on the shelf: made once, since commits of the same files have the same ids."""
-    return tmp_path_factory.mktemp("made")
-
-
-@pytest.fixture
-def shelf(hub: HubServer, large: Trio, made: Path) -> HubServer:
-    """The Hub with org/base, org/target and, made from these two, org/delta."""
-    hub.add_repo("org/base", contents(large.base))
-    hub.add_repo("org/target", contents(large.target))
-    if not any(made.iterdir()):
-        make_delta("org/base", "org/target", made, chunk_bytes=CHUNK_BYTES)
-    hub.add_repo("org/delta", contents(made))
-    hub.log.clear()
-    return hub
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
 def needed_bytes(delta: Path, base: Path) -> int:
@@ -105,12 +57,6 @@ def needed_bytes(delta: Path, base: Path) -> int:
             if recipe.needs_base(index)
         ]
     return sum(span.end - span.start for span in spans)
-
-
-def weight_bytes(hub: HubServer, repo: str) -> int:
-    """Bytes sent of a repository's safetensors files."""
-    files = {request.file for request in hub.requests(repo) if request.file}
-    return sum(hub.bytes_sent(repo, file) for file in files if file.endswith(".safetensors"))
 
 
 def cached_files(hub: HubServer) -> list[str]:
@@ -173,7 +119,7 @@ def test_open_target_reads_one_tensor_from_the_hub(shelf: HubServer, large: Trio
         expected = np.empty(data.size, np.uint8)
         whole.named("layer.2")[0].read_into(0, expected)
         assert np.array_equal(data, expected)
-    assert weight_bytes(shelf, "org/base") == data.nbytes
+    assert shelf.weight_bytes("org/base") == data.nbytes
 
 
 def test_a_renamed_repository_is_followed_and_pinned_under_its_new_name(
@@ -214,9 +160,9 @@ def test_apply_fetches_what_it_needs_and_that_once(
     assert contents(tmp_path / "out") == contents(large.target)
     needed = needed_bytes(made, large.base)
     assert needed == 7 * 600_000  # not the tensors that only the base has, or that were coded without it
-    assert needed <= weight_bytes(shelf, "org/base") <= 1.05 * needed
+    assert needed <= shelf.weight_bytes("org/base") <= 1.05 * needed
     payloads = sum(path.stat().st_size for path in (made).glob("*.safetensors"))
-    assert weight_bytes(shelf, "org/delta") <= 1.005 * payloads
+    assert shelf.weight_bytes("org/delta") <= 1.005 * payloads
     assert not cached_files(shelf)
 
 
@@ -243,16 +189,16 @@ def test_with_the_base_sharded_by_somebody_else_too(
     )
     assert contents(tmp_path / "out") == contents(large.target)
     sampled = phases["check base"] * CHUNK_BYTES
-    assert 0 < weight_bytes(shelf, "org/mirror") <= 1.05 * needed_bytes(made, large.base) + sampled
+    assert 0 < shelf.weight_bytes("org/mirror") <= 1.05 * needed_bytes(made, large.base) + sampled
 
 
 def test_diff_fetches_every_byte_once(shelf: HubServer, large: Trio, tmp_path: Path) -> None:
     """The base's SHA-256 are the published ones."""
     make_delta("org/base", "org/target", tmp_path / "delta", threads=2)
     compared = sum(600_000 for _ in range(8))  # all but layer.5
-    assert compared <= weight_bytes(shelf, "org/base") <= 1.05 * compared
+    assert compared <= shelf.weight_bytes("org/base") <= 1.05 * compared
     size = sum(path.stat().st_size for path in large.target.glob("*.safetensors"))
-    assert size <= weight_bytes(shelf, "org/target") <= 1.001 * size
+    assert size <= shelf.weight_bytes("org/target") <= 1.001 * size
 
 
 def test_neighbouring_tensors_share_requests(shelf: HubServer, tmp_path: Path) -> None:
@@ -302,7 +248,7 @@ def test_a_wrong_base_is_refused_by_its_published_digests(shelf: HubServer, tmp_
     with pytest.raises(BaseMismatchError, match=r"Its file 'model-00002-of-00003\.safetensors' has SHA-256"):
         apply_delta("org/delta", tmp_path / "out", base="org/base@main")
     assert not (tmp_path / "out").exists()
-    assert weight_bytes(shelf, "org/base") <= 3 << 16  # headers
+    assert shelf.weight_bytes("org/base") <= 3 << 16  # headers
 
 
 def test_base_files_that_are_not_needed_may_differ(shelf: HubServer, large: Trio, tmp_path: Path) -> None:
@@ -355,7 +301,7 @@ def test_verify_compares_published_digests_without_reading(shelf: HubServer) -> 
     report = verify_delta("org/delta", target="org/target")
     assert report.ok
     assert report.published == 6  # of each side two shards and a file of more than a mebibyte or of that kind
-    assert weight_bytes(shelf, "org/target") == weight_bytes(shelf, "org/delta") == 0
+    assert shelf.weight_bytes("org/target") == shelf.weight_bytes("org/delta") == 0
 
 
 def test_verify_with_the_base_compares_what_the_targets_repository_publishes(
@@ -422,7 +368,7 @@ def test_apply_goes_on_after_faults(
     apply_delta("org/delta", tmp_path / "out")
     assert contents(tmp_path / "out") == contents(large.target)
     # What had come before a connection broke is not fetched again.
-    assert weight_bytes(shelf, "org/base") <= 1.05 * needed_bytes(made, large.base)
+    assert shelf.weight_bytes("org/base") <= 1.05 * needed_bytes(made, large.base)
 
 
 @pytest.mark.parametrize("fault", ["cut", "500"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import stat
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -168,6 +169,12 @@ def local_path(location: str | os.PathLike[str]) -> Path:
             f"{os.fspath(location)[:200]!r} cannot be opened", f"{why}.".capitalize(), "Check the path."
         ) from error
     return path
+
+
+def free_space(path: Path) -> int:
+    """Free bytes on the disk of ``path``, which may be still to be made."""
+    here = path.absolute()
+    return shutil.disk_usage(next(place for place in (here, *here.parents) if place.exists())).free
 
 
 def file_blocks(file: ReadableFile) -> Iterator[bytes]:
