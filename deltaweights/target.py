@@ -29,6 +29,7 @@ from .checkpoint import (
     Span,
     Tensor,
     TensorInfo,
+    cached_sha256,
     open_checkpoint,
     open_hub,
     open_source,
@@ -311,8 +312,9 @@ class Target(Mapping[str, TensorView]):
         published, and is the manifest's.
 
         Raises:
-            BaseMismatchError: it is another one. (Where shards have other names than those of the manifest's
-                base, the base is sharded otherwise, and theirs say nothing.)
+            BaseMismatchError: it is another one, there or by the name that the file has in the Hub cache.
+                (Where shards have other names than those of the manifest's base, the base is sharded
+                otherwise, and theirs say nothing.)
         """
         if self.base is None:
             return set()
@@ -322,12 +324,13 @@ class Target(Mapping[str, TensorView]):
         proven = set()
         for path in self.base_files():
             published = self.base.source.published_sha256(path)
-            if published is None or path not in records:
+            told = published or cached_sha256(self.base.source.full_path(path))
+            if told is None or path not in records:
                 continue
+            if told != records[path] and (is_alike or path not in self.base.shards):
+                raise self.wrong_base(f"its file {path!r} has SHA-256 {told}, not {records[path]}")
             if published == records[path]:
                 proven.add(path)
-            elif is_alike or path not in self.base.shards:
-                raise self.wrong_base(f"its file {path!r} has SHA-256 {published}, not {records[path]}")
         return proven
 
     def with_base(self, skipped: Collection[str] = ()) -> list[TensorRecipe]:

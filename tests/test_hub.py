@@ -684,6 +684,38 @@ def test_a_wrong_base_is_found_before_it_is_downloaded(shelf: HubServer, tmp_pat
     assert not cached_files(shelf)
 
 
+@pytest.mark.parametrize("how", ["offline", "by its folder"])
+def test_the_names_in_the_cache_tell_another_version_of_the_base(
+    shelf: HubServer, tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """It differs in one bit, in a tensor of which nothing is sampled: only the SHA-256 shows it."""
+    path = "model-00002-of-00003.safetensors"
+    data = bytearray(shelf.files("org/base")[path])
+    data[-100_000] ^= 1
+    shelf.commit("org/base", {path: bytes(data)})
+    download("org/base")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    snapshot = next(Path(shelf.env["HF_HUB_CACHE"]).glob("models--org--base/snapshots/*"))
+    base = "org/base@main" if how == "offline" else str(snapshot)
+    with pytest.raises(BaseMismatchError, match=f"Its file '{path}' has SHA-256 "):
+        apply_delta(made, tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_right_name_in_the_cache_proves_nothing(
+    shelf: HubServer, tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes may have gone wrong since: chunks are sampled all the same."""
+    download("org/base")
+    path = next(Path(shelf.env["HF_HUB_CACHE"]).glob("**/model-00001*")).resolve()
+    data = bytearray(path.read_bytes())
+    data[10_000] ^= 1
+    path.write_bytes(bytes(data))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(BaseMismatchError, match="tensors sampled, 1 differ"):
+        apply_delta(made, tmp_path / "out", base="org/base")
+
+
 # Interrupted ------------------------------------------------------------------------------------------
 
 
@@ -812,3 +844,88 @@ def test_the_commands_take_hub_ids(shelf: HubServer, large: Trio, tmp_path: Path
     done = CliRunner().invoke(app, ["apply", "org/missing", "-o", str(out)])
     assert done.exit_code == 1
     assert "org/missing cannot be found" in done.stderr
+
+
+def test_the_environment_counts_in_a_process_of_its_own(
+    shelf: HubServer, large: Trio, tmp_path: Path
+) -> None:
+    """`HF_ENDPOINT` and the cache's place come from there; with `HF_HUB_OFFLINE` nothing is asked."""
+
+    def apply(name: str, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "deltaweights", "apply", "org/delta", "-o", str(tmp_path / name)]
+        env = {**shelf.env, **env}
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+    done = apply("never", HF_HUB_OFFLINE="1")
+    assert done.returncode == 1
+    assert "error: org/delta is not here\n" in done.stderr
+    assert "HF_HUB_OFFLINE is set" in done.stderr
+    assert not shelf.log
+    done = apply("online")
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "online") == contents(large.target)
+    assert shelf.weight_bytes("org/base")
+    download("org/base")
+    download("org/delta")
+    shelf.log.clear()
+    done = apply("offline", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "offline") == contents(large.target)
+    assert not shelf.log
+
+
+# Licenses ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def licensed(hub: HubServer, trio: Trio, tmp_path: Path) -> HubServer:
+    """The Hub with org/base, whose license is not an open one until it is said to be MIT; and org/delta."""
+    texts = {"Notice": b"the notice\n", "USE_POLICY.md": b"the policy\n"}
+    commit = hub.add_repo("org/base", contents(trio.base) | texts)
+    hub.commit("org/base", {"README.md": b"---\nlicense: mit\n---\n"}, delete=["LICENSE", *texts])
+    make_delta(f"org/base@{commit}", trio.target, tmp_path / "delta")
+    hub.add_repo("org/delta", contents(tmp_path / "delta"))
+    hub.log.clear()
+    return hub
+
+
+def test_licenses_are_read_at_the_pinned_commit(licensed: HubServer, trio: Trio, tmp_path: Path) -> None:
+    manifest = read_manifest(open_source(tmp_path / "delta"))
+    license = manifest.base.license
+    assert (license.id, license.name, license.link) == ("other", "qwen", "LICENSE")
+    texts = {
+        file.path.partition("-")[2]: (tmp_path / "delta" / file.path).read_bytes() for file in license.files
+    }
+    assert texts == {
+        "LICENSE": (trio.base / "LICENSE").read_bytes(),
+        "Notice": b"the notice\n",
+        "USE_POLICY.md": b"the policy\n",
+    }
+    assert manifest.base.revision == next(iter(licensed.repos["org/base"].commits))
+
+
+def test_without_acceptance_nothing_but_the_manifest_is_downloaded(
+    licensed: HubServer, tmp_path: Path
+) -> None:
+    done = CliRunner().invoke(app, ["apply", "org/delta", "-o", str(tmp_path / "out")])
+    assert done.exit_code == 3, done.output
+    assert {request.file for request in licensed.requests(kind="content")} == {"deltaweights.json"}
+    assert not licensed.requests("org/base")
+    assert not cached_files(licensed)
+    assert not (tmp_path / "out").exists()
+    done = CliRunner().invoke(
+        app, ["apply", "org/delta", "-o", str(tmp_path / "out"), "--accept-license", "qwen"]
+    )
+    assert done.exit_code == 0, done.output
+    kept = {path.name.partition("-")[2] for path in (tmp_path / "out/.deltaweights/licenses").iterdir()}
+    assert kept >= {"LICENSE", "Notice", "USE_POLICY.md"}
+
+
+def test_license_and_bom_read_no_weights(licensed: HubServer) -> None:
+    for arguments in (["license", "org/delta", "--texts"], ["bom", "org/delta"]):
+        licensed.log.clear()
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+        assert "the policy" in done.stdout
+        assert licensed.weight_bytes("org/delta") == 0
+        assert not licensed.requests("org/base")

@@ -13,7 +13,17 @@ from .checkpoint import (
 from .header import DTYPE_BITS, MAX_HEADER_BYTES, Header, TensorInfo, build_header, parse_header
 from .hub import HubSource, open_hub
 from .output import OutputFolder, PartialFile
-from .source import HubId, LocalSource, ReadableFile, Source, Span, file_blocks, local_path, sha256_of
+from .source import (
+    HubId,
+    LocalSource,
+    ReadableFile,
+    Source,
+    Span,
+    cached_sha256,
+    file_blocks,
+    local_path,
+    sha256_of,
+)
 
 __all__ = [
     "DTYPE_BITS",
@@ -34,6 +44,7 @@ __all__ = [
     "Tensor",
     "TensorInfo",
     "build_header",
+    "cached_sha256",
     "file_blocks",
     "local_path",
     "open_checkpoint",
