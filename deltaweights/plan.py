@@ -89,7 +89,7 @@ class Plan:
         delta: where it is, what of it is needed and downloaded.
         base: likewise; None where the delta needs none.
         base_check: how the base was compared. ``published``: the Hub publishes the SHA-256 of all its shards
-            that are needed, and they are the manifest's. ``sampled``: it is on disk, and a sample of its
+            that are needed, and they are the manifest's. ``sampled``: it is here, and a sample of its
             chunks is right. ``headers``: names, dtypes and shapes are right; apply is to compare a sample of
             chunks first. None where there is no base, or the wrong one.
         mismatch: why the base is not the right one, in lines; None where it is. Apply would refuse it, so
@@ -257,7 +257,7 @@ def _check(target: Target, workers: Workers) -> BaseCheck | None:
     """
     if target.base is None:
         return None
-    if target.base.source.root is not None:
+    if not isinstance(target.base.source, HubSource):
         check_base(target, workers)
         return "sampled"
     for file in target.manifest.target.files:
