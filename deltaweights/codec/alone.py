@@ -94,19 +94,6 @@ def decode_joined(words, slots, settings, states, rest, planes, out):
 
 
 @njit(nogil=True, cache=True)
-def decode_all(words, slots, settings, states, rest, values):
-    """Fill values (uint32[n]) from an open run of one context; False: bad."""
-    contexts = np.zeros(BLOCK, np.uint8)
-    cursor = 0
-    for first in range(0, len(values), BLOCK):
-        part = values[first : first + BLOCK]
-        cursor = runs.decode_values(words, cursor, slots, contexts[: len(part)], part, settings, states, rest)
-        if cursor > len(words) - runs.GUARD:
-            return False
-    return runs.ended_well(words, cursor, settings[runs.LANES], states)
-
-
-@njit(nogil=True, cache=True)
 def byte_bits(values, stride):
     """The order-0 entropy of bytes in bits each, from every `stride`-th run of 256."""
     counts = np.zeros(256, np.int64)

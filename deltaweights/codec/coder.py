@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -166,17 +167,10 @@ def encode_list(values: Values, direct_bits: int = DIRECT_BITS, tail: int = 0) -
     return found[1]
 
 
-def open_list(data: Bytes, direct_bits: int = DIRECT_BITS, tail: int = 0) -> OpenRun:
-    """Read the head of what `encode_list` wrote; PayloadError where it did not."""
-    return open_run(data, _lone_member, direct_bits, tail)
-
-
-def decode_list(data: Bytes, count: int, direct_bits: int = DIRECT_BITS) -> Values:
-    """The `count` numbers that `encode_list` made data of, without a tail; PayloadError where it did not."""
-    run = open_list(data, direct_bits)
-    values = np.empty(count, np.uint32)
-    contexts = np.zeros(count, np.uint8)
-    at = runs.decode_values(run.words, 0, run.slots, contexts, values, run.settings, run.states, run.rest)
-    if not runs.ended_well(run.words, at, int(run.settings[0]), run.states):
+def decode_list(
+    data: Bytes, out: NDArray[np.unsignedinteger[Any]], direct_bits: int = DIRECT_BITS, tail: int = 0
+) -> None:
+    """Fill out with the numbers that `encode_list` made data of; PayloadError where it did not."""
+    run = open_run(data, _lone_member, direct_bits, tail)
+    if not runs.decode_list(run.words, run.slots, run.settings, run.states, run.rest, out):
         raise PayloadError("a list of numbers is damaged")
-    return values

@@ -24,7 +24,7 @@ MAX_TABLES = 40  # that the encoder uses
 # layout of a delta: int64[4]
 LOG_SEGMENT, STEP, LOWEST, TABLES = 0, 1, 2, 3
 _OFFSET = 100  # histogram row of a ULP that is worth the mean update
-_TABLE_BITS = 70.0  # what one more table costs, about
+_TABLE_BITS = 300.0  # what one more table costs, about
 _STILL = 8  # how many half octaves below all others a segment is put that did not move
 _LENGTHS = (0, 7, 9)  # logarithms of the segment lengths tried; 0 is one scale for all
 PATCH = 512  # elements in a row of a sample; whole segments of every length

@@ -624,3 +624,19 @@ def ended_well(words, at, lanes, states):
         if states[lane] != STATE_FLOOR:
             return False
     return True
+
+
+@njit(nogil=True, cache=True)
+def decode_list(words, slots, settings, states, rest, out):
+    """Fill out (unsigned[n]) from an open run of one context; False where it does not fit."""
+    contexts, values = np.zeros(BLOCK, np.uint8), np.empty(BLOCK, np.uint32)
+    cursor = 0
+    for first in range(0, len(out), BLOCK):
+        part = out[first : first + BLOCK]
+        here = contexts[: len(part)]
+        cursor = decode_values(words, cursor, slots, here, values, settings, states, rest)
+        if cursor > len(words) - GUARD:
+            return False
+        for i in range(len(part)):
+            part[i] = values[i]
+    return ended_well(words, cursor, settings[LANES], states)

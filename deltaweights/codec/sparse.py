@@ -165,7 +165,9 @@ def _take_exceptions(
     lists = []
     for _ in range(3 if form.itemsize == 8 else 2):
         section, data = floats.take_section(data)
-        lists.append(coder.decode_list(section, count))
+        numbers = np.empty(count, np.uint32)
+        coder.decode_list(section, numbers)
+        lists.append(numbers)
     places = np.cumsum(lists[0].astype(np.int64) + 1) - 1
     if places[-1] >= limit:
         raise PayloadError("an exception lies beyond the end of its chunk")

@@ -75,14 +75,12 @@ def decode_window(data: Bytes, form: FloatFormat, out: Bytes) -> None:
     bias = int.from_bytes(data[:2].tobytes(), "little")
     section, data = floats.take_section(data[2:])
     values = scratch("values", len(result), np.uint32)
-    run = coder.open_list(section, coder.BYTE_BITS, TAIL)
-    if not alone.decode_all(run.words, run.slots, run.settings, run.states, run.rest, values):
-        raise PayloadError("a standalone chunk is damaged")
+    coder.decode_list(section, values, coder.BYTE_BITS, TAIL)
     places = np.flatnonzero(values == 0)
-    outside = np.empty(0, np.uint32)
+    outside = np.empty(len(places), np.uint32)
     if len(places):
         section, data = floats.take_section(data)
-        outside = coder.decode_list(section, len(places))
+        coder.decode_list(section, outside)
     planes = get_planes(data, form.itemsize - 2, len(result))
     if any(len(plane) != len(result) for plane in planes):
         raise PayloadError("a plane of a standalone chunk has the wrong length")
