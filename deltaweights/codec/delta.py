@@ -24,7 +24,9 @@ MAX_TABLES = 40  # that the encoder uses
 # layout of a delta: int64[4]
 LOG_SEGMENT, STEP, LOWEST, TABLES = 0, 1, 2, 3
 _OFFSET = 100  # histogram row of a ULP that is worth the mean update
-_TABLE_BITS = 300.0  # what one more table costs, about
+# What one more table costs, about: small chunks take theirs from the family, large ones write them down, and
+# the decoder's cache has to hold them.
+_FAMILY_BITS, _TABLE_BITS, _SMALL = 70.0, 300.0, 1 << 14
 _STILL = 8  # how many half octaves below all others a segment is put that did not move
 _LENGTHS = (0, 7, 9)  # logarithms of the segment lengths tried; 0 is one scale for all
 PATCH = 512  # elements in a row of a sample; whole segments of every length
@@ -189,10 +191,10 @@ def entropy(row):
 
 
 @njit(nogil=True, cache=True)
-def trim_rows(rows, step, scale_up):
+def trim_rows(rows, step, scale_up, table_bits):
     """The span of rows worth a table each: rows beyond are clamped to the nearest.
 
-    Merges the outermost rows inwards as long as that costs less than a table, `scale_up` being
+    Merges the outermost rows inwards as long as that costs less than `table_bits`, `scale_up` being
     how many elements each counted one stands for. Tables are `step` rows apart. Destroys `rows`.
     Returns (lowest row, tables, bits in all).
     """
@@ -210,7 +212,7 @@ def trim_rows(rows, step, scale_up):
             extra = entropy(merged) - costs[a] - costs[b]
             if extra < best:
                 best, from_row, to_row = extra, a, b
-        if best * scale_up > _TABLE_BITS and high - low < MAX_TABLES * step:
+        if best * scale_up > table_bits and high - low < MAX_TABLES * step:
             break
         for t in range(TOKENS):
             rows[to_row, t] += rows[from_row, t]
@@ -256,6 +258,7 @@ def choose_contexts(base, target, shift, mask, wide, scale_up):
     block_distances(base, target, 0, values, planes, sizes)
     unit_moves(base, values, shift, mask, sums)
     best, scale = (0, 1, 0, 1, np.inf), np.int64(0)
+    table_bits = _FAMILY_BITS if count * scale_up < _SMALL else _TABLE_BITS
     for log_segment in _LENGTHS:
         if log_segment and count * scale_up < 4 << log_segment:
             continue
@@ -263,8 +266,8 @@ def choose_contexts(base, target, shift, mask, wide, scale_up):
         base_scale = scales_from(sums, count, log_segment, mask, scales)
         first, rows = sample_rows(base, values, shift, mask, scales, log_segment, wide)
         step = 0 if log_segment else 1
-        low, tables, bits = trim_rows(rows, 1 << step, scale_up)
-        bits = bits * scale_up + _TABLE_BITS * tables
+        low, tables, bits = trim_rows(rows, 1 << step, scale_up, table_bits)
+        bits = bits * scale_up + table_bits * tables
         if log_segment:
             bits += list_bits(scales, base_scale, scale_up)
         else:
