@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .diff import make_delta
     from .manifest import Manifest
     from .patch import ApplyReport, apply_delta
+    from .plan import Plan, plan_apply
     from .push import PushReport, push_delta
     from .target import Target, TensorView, open_target
     from .verify import Problem, VerifyReport, verify_delta
@@ -44,6 +45,7 @@ __all__ = [
     "ManifestError",
     "OutputError",
     "PayloadError",
+    "Plan",
     "Problem",
     "PushReport",
     "Target",
@@ -55,6 +57,7 @@ __all__ = [
     "make_delta",
     "open_chain",
     "open_target",
+    "plan_apply",
     "push_delta",
     "verify_delta",
 ]
@@ -63,6 +66,7 @@ __all__ = [
 _LAZY = {
     "ApplyReport": "patch",
     "Manifest": "manifest",
+    "Plan": "plan",
     "Problem": "verify",
     "PushReport": "push",
     "Target": "target",
@@ -73,6 +77,7 @@ _LAZY = {
     "make_delta": "diff",
     "open_chain": "chain",
     "open_target": "target",
+    "plan_apply": "plan",
     "push_delta": "push",
     "verify_delta": "verify",
 }

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from .checkpoint import HubId, Location, Readable, ReadableFile, Source, Span, file_blocks, open_source
 from .errors import BaseMismatchError, CheckpointError, DeltaError
 from .manifest import Manifest, TargetFile
-from .target import ShardRecipe, Target, TensorRecipe, check_digest, check_whole, open_base, read_manifest
+from .target import ShardRecipe, Target, TensorRecipe, check_digest, open_base, read_manifest, require_whole
 
 #: One delta, or several in the order in which they were made.
 Deltas: TypeAlias = "Location | Sequence[Location]"
@@ -53,7 +53,7 @@ def open_chain(deltas: Sequence[Readable], base: Readable | None = None) -> Targ
         sources = [on_error.enter_context(closing(open_source(delta))) for delta in deltas]
         manifests = [read_manifest(source) for source in sources]
         for source, manifest in zip(sources, manifests, strict=True):
-            check_whole(source, manifest)
+            require_whole(source, manifest)
         check_continuity(sources, manifests)
         target = connect(sources, manifests, base)
         on_error.pop_all()

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -26,6 +26,7 @@ from .errors import DeltaWeightsError, LicenseNotAcceptedError, OutputError
 if TYPE_CHECKING:
     from .manifest import Manifest
     from .pipeline import ProgressCallback
+    from .plan import Plan, Side, Space
 
 app = typer.Typer(
     name="deltaweights",
@@ -200,6 +201,9 @@ def apply(
     base: BaseOption = None,
     keep_base: KeepBase = False,
     accept_license: AcceptLicense = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, as `plan` does, and do nothing.")
+    ] = False,
     force: Force = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -207,6 +211,11 @@ def apply(
     debug: Debug = False,
 ) -> None:
     """Rebuild the target from DELTA and its base. Run it again to go on after an interruption."""
+    if dry_run:
+        if len(deltas) > 1:
+            raise typer.BadParameter("It takes one delta.", param_hint="--dry-run")
+        plan(deltas[0], base, keep_base, output, None, threads, as_json, quiet, debug)
+        return
     with _errors_explained(debug, as_json, resumes=True):
         _settle_license(deltas, accept_license or [], quiet=quiet, may_ask=not (quiet or as_json))
     with _errors_explained(debug, as_json, resumes=True), _progress(quiet) as progress:
@@ -241,6 +250,45 @@ def compact(
 
         manifest = compact_deltas(deltas, output, base=base, force=force, threads=threads, progress=progress)
     _show_written(output, manifest, as_json=as_json, quiet=quiet)
+
+
+@app.command()
+def plan(
+    delta: Delta,
+    base: BaseOption = None,
+    keep_base: KeepBase = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT", help="Count what stands there already as done."),
+    ] = None,
+    bandwidth: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="BITS",
+            help="Say how long the download takes at so many bits a second, such as 100M or 2.5G. "
+            "May be given several times.",
+        ),
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Say what `apply` would download and need, and whether the base is right. Downloads no weights."""
+    rates = [_bits(text) for text in bandwidth or ("100M", "1G", "10G")]
+    with _errors_explained(debug, as_json):
+        from .plan import plan_apply
+
+        found = plan_apply(
+            delta, base=base, keep_base=keep_base, out=output, bandwidth=rates, threads=threads
+        )
+    if as_json:
+        _print_json({"ok": found.mismatch is None, "download": found.download, **asdict(found)})
+    elif not quiet:
+        _show_plan(found)
+    if found.mismatch is not None:
+        typer.echo("\n".join(map(_plain, f"error: {found.mismatch}".splitlines())), err=True)
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -414,6 +462,60 @@ def _show_summary(summary: dict[str, Any], *, every_tensor: bool) -> None:
     console.print(table)
 
 
+def _show_plan(plan: Plan) -> None:
+    """One fact in each line, however long."""
+    is_right = plan.mismatch is None
+    facts = {"delta": _side_line(plan.delta) if is_right else plan.delta.where}
+    if plan.base:
+        facts["base"] = _side_line(plan.base) if is_right else plan.base.where
+        facts["base check"] = {
+            "published": "the SHA-256 that the Hub publishes are those of the right base",
+            "sampled": "a sample of its chunks is right",
+            "headers": "names, dtypes and shapes are right; a sample of chunks will be compared first",
+            None: "it is the wrong one",
+        }[plan.base_check]
+    if is_right:
+        times = (f"{_duration(one.seconds)} at {_rate(one.bandwidth)}" for one in plan.transfers)
+        facts["download"] = f"{_bytes(plan.download)}: {', '.join(times)}" if plan.download else "nothing"
+        facts |= {f"disk, {space.use}": _space_line(space) for space in plan.disk}
+        facts["memory"] = f"about {_bytes(plan.memory)}"
+    facts["license"] = plan.license["expression"] or "not stated"
+    facts["to accept"] = " ".join(f"--accept-license {id}" for id in plan.license["to_accept"]) or "nothing"
+    for name, fact in facts.items():
+        typer.echo(f"{name:14}{_plain(fact)}")
+
+
+def _space_line(space: Space) -> str:
+    line = _bytes(space.needed) + (f" in {space.folder}" if space.folder else "")
+    free = "" if space.free is None else f", {_bytes(space.free)} are free"
+    return line + free + ("" if space.is_enough else ": TOO LITTLE")
+
+
+def _side_line(side: Side) -> str:
+    here = f"{_bytes(side.download)} to download" if side.download else "nothing to download"
+    return f"{side.where}, {_bytes(side.needed)} needed, {here}"
+
+
+def _bits(text: str) -> float:
+    """Bits a second, as in ``100M``."""
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)([kKMGT]?)", text, re.ASCII)
+    rate = float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ") if match else 0
+    if not rate:
+        raise typer.BadParameter(f"{text!r} is not a number of bits, such as 100M.", param_hint="--bandwidth")
+    return rate
+
+
+def _rate(bits: float) -> str:
+    return _scaled(bits, ("bit/s", "kbit/s", "Mbit/s", "Gbit/s", "Tbit/s"))
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 1 else "less than 1 s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
 def _settle_license(deltas: list[str], accepted: list[str], *, quiet: bool, may_ask: bool) -> None:
     """Show bases and licenses. Where somebody has to accept one and nobody has, ask, or raise."""
     from .license import describe, not_accepted, unaccepted
@@ -489,12 +591,17 @@ def _license_line(license: dict[str, Any]) -> str:
 
 
 def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("bytes", "KB", "MB", "GB"):
+    return _scaled(count, ("bytes", "KB", "MB", "GB", "TB"))
+
+
+def _scaled(size: float, units: Sequence[str]) -> str:
+    """Three figures, in the unit (each a thousand of the one before) that suits them."""
+    *smaller, largest = units
+    for unit in smaller:
         if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"
+            return f"{size:.0f} {unit}" if unit == units[0] else f"{size:.3g} {unit}"
         size /= 1000
-    return f"{size:.3g} TB"
+    return f"{size:.3g} {largest}"
 
 
 def _plain(text: str) -> str:

@@ -197,7 +197,7 @@ def _check_chunks(
     """Compare a sample of the base's chunks with the delta's checksums, but for the files ``proven``."""
     recipes = target.with_base(proven)
     target.read_tables(recipes)
-    sample = _sample(recipes)
+    sample = sample_chunks(recipes)
     meter = Meter(progress, "check base", len(sample))
     differ = []
     with target.expect_base(sample):
@@ -217,7 +217,7 @@ def _check_chunks(
         raise target.wrong_base(f"of {count} tensors sampled, {len(names)} differ, such as {names[0]!r}")
 
 
-def _sample(recipes: list[TensorRecipe]) -> list[tuple[TensorRecipe, int]]:
+def sample_chunks(recipes: list[TensorRecipe]) -> list[tuple[TensorRecipe, int]]:
     """Chunks of every tensor, chosen at random, the same ones each time."""
     per_tensor = max(1, -(-_SAMPLED_CHUNKS // max(1, len(recipes))))
     choice = random.Random(0)  # noqa: S311

@@ -28,6 +28,7 @@ from .checkpoint import (
     Span,
     Tensor,
     TensorInfo,
+    cached_sha256,
     open_checkpoint,
     open_hub,
     open_source,
@@ -66,7 +67,7 @@ def open_target(delta: Readable, base: Readable | None = None) -> Target:
     with ExitStack() as on_error:
         source = on_error.enter_context(closing(open_source(delta)))
         manifest = read_manifest(source)
-        check_whole(source, manifest)
+        require_whole(source, manifest)
         opened = open_base(manifest, base)
         if opened:
             on_error.enter_context(opened)
@@ -97,7 +98,7 @@ def read_manifest(source: Source) -> Manifest:
     return Manifest.from_json(source.open(MANIFEST_NAME).read(0, size))
 
 
-def check_whole(source: Source, manifest: Manifest) -> None:
+def require_whole(source: Source, manifest: Manifest) -> None:
     """Raise :class:`DeltaError` where a file of the delta is missing or cut (a broken download)."""
     wrong = [file.path for file in manifest.files if source.sizes.get(file.path) != file.size]
     if wrong:
@@ -272,7 +273,7 @@ class Target(Mapping[str, TensorView]):
                 f"{len(entries)} tensors are promised, {len(tensors)} are there.",
                 "Get the delta again.",
             )
-        return ShardRecipe(file, header, tensors, self)
+        return ShardRecipe(file, header, tensors, delta_shard, self)
 
     def _find_bases(self) -> dict[tuple[str, str], Tensor]:
         """The base tensor of every entry that has one.
@@ -315,8 +316,9 @@ class Target(Mapping[str, TensorView]):
         published, and is the manifest's.
 
         Raises:
-            BaseMismatchError: it is another one. (Where shards have other names than those of the manifest's
-                base, the base is sharded otherwise, and theirs say nothing.)
+            BaseMismatchError: it is another one, there or by the name that the file has in the Hub cache.
+                (Where shards have other names than those of the manifest's base, the base is sharded
+                otherwise, and theirs say nothing.)
         """
         if self.base is None:
             return set()
@@ -326,12 +328,13 @@ class Target(Mapping[str, TensorView]):
         proven = set()
         for path in self.base_files():
             published = self.base.source.published_sha256(path)
-            if published is None or path not in records:
+            told = published or cached_sha256(self.base.source.full_path(path))
+            if told is None or path not in records:
                 continue
+            if told != records[path] and (is_alike or path not in self.base.shards):
+                raise self.wrong_base(f"its file {path!r} has SHA-256 {told}, not {records[path]}")
             if published == records[path]:
                 proven.add(path)
-            elif is_alike or path not in self.base.shards:
-                raise self.wrong_base(f"its file {path!r} has SHA-256 {published}, not {records[path]}")
         return proven
 
     def with_base(self, skipped: Collection[str] = ()) -> list[TensorRecipe]:
@@ -343,8 +346,9 @@ class Target(Mapping[str, TensorView]):
         ]
 
     def read_tables(self, recipes: Iterable[TensorRecipe]) -> None:
-        """Read the chunk records of several tensors, side by side where the delta is far away."""
-        recipes = list(recipes)
+        """Read the chunk records of several tensors, side by side where the delta is far away; those that
+        were read before are not announced, so not fetched, once more."""
+        recipes = [recipe for recipe in recipes if "table" not in vars(recipe)]
         with self.source.expect(recipe.table_span for recipe in recipes):
             for recipe in recipes:
                 recipe.table  # noqa: B018
@@ -384,6 +388,18 @@ class Target(Mapping[str, TensorView]):
         found = self.source.published_sha256(path) or sha256_of(self.source.blocks(path))
         return found != record.sha256
 
+    def base_source(self, file: TargetFile) -> Source:
+        """Where a file comes from that the target has in common with its base.
+
+        Raises:
+            BaseMismatchError: the base does not have it, or not of its size.
+        """
+        if not self.base or file.source not in self.base.source.sizes:
+            raise self.wrong_base(f"it lacks {file.source!r}, a file that the target has in common with it")
+        if self.base.source.sizes[file.source] != file.size:
+            raise self.wrong_base(f"its file {file.source!r} has another size")
+        return self.base.source
+
     def blocks(self, file: TargetFile) -> Iterator[bytes]:
         """The bytes of a file that is not a shard, in blocks of at most 1 MiB.
 
@@ -392,13 +408,7 @@ class Target(Mapping[str, TensorView]):
             PayloadError: it does not decompress, or to more than the manifest says.
         """
         if file.stored == "base":
-            if not self.base or file.source not in self.base.source.sizes:
-                raise self.wrong_base(
-                    f"it lacks {file.source!r}, a file that the target has in common with it"
-                )
-            if self.base.source.sizes[file.source] != file.size:
-                raise self.wrong_base(f"its file {file.source!r} has another size")
-            yield from self.base.source.blocks(file.source)
+            yield from self.base_source(file).blocks(file.source)
             return
         blocks = self.source.blocks(file.source)
         if file.stored == "zstd":
@@ -446,11 +456,13 @@ def _target_header(delta_shard: Shard, file: TargetFile) -> Header:
 
 @dataclass(frozen=True, slots=True)
 class ShardRecipe:
-    """How to rebuild one shard of ``target``: its header, and its tensors in the order of their bytes."""
+    """How to rebuild one shard of ``target``: its header, and its tensors in the order of their bytes.
+    ``delta_shard`` holds their payloads."""
 
     file: TargetFile
     header: Header
     tensors: dict[str, TensorRecipe]
+    delta_shard: Shard
     target: Target
 
     def chunks(self) -> Iterator[tuple[TensorRecipe, int]]:
@@ -516,9 +528,14 @@ class TensorRecipe:
             )
 
     @property
+    def delta_shard(self) -> Shard:
+        """The delta's shard that holds the payload."""
+        return self._payload.shard
+
+    @property
     def source(self) -> str:
-        """The delta's file that holds the payload."""
-        return self._payload.shard.path
+        """Its path."""
+        return self.delta_shard.path
 
     @property
     def base_name(self) -> str:

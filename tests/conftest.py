@@ -13,12 +13,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
 from deltaweights import make_delta
+from deltaweights.checkpoint import client
 
-from .checkpoints import write_pair
+from .checkpoints import bf16, contents, weights, write_pair, write_safetensors
 from .hub_server import HubServer
 
 settings.register_profile(
@@ -141,3 +143,51 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr(_http, "time", clock)
     monkeypatch.setattr(file_download, "time", clock)
     return naps
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own attempts follow each other at once."""
+    monkeypatch.setattr(client, "RETRY_DELAYS", tuple(0.0 for _ in client.RETRY_DELAYS))
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Trio:
+    """A pair of about 6 MB, sharded differently and in another order, in which some tensors need no base."""
+    folder = tmp_path_factory.mktemp("large")
+    old = {f"layer.{k}": weights((300, 1000), k) for k in range(9)}
+    new = {name: value + weights(value.shape, 100 + k, 1e-4) for k, (name, value) in enumerate(old.items())}
+    new["layer.3"] = old["layer.3"]
+    new["layer.7"] = weights((300, 1000), 99)  # trained anew: coded without the base
+    del new["layer.5"]
+    new["added"] = weights((100, 1000), 98)
+    names, others = list(old), list(new)[::-1]
+    for k in range(3):
+        shard = {name: bf16(old[name]) for name in names[3 * k : 3 * k + 3]}
+        write_safetensors(folder / "base" / f"model-0000{k + 1}-of-00003.safetensors", shard)
+    for k in range(2):
+        shard = {name: bf16(new[name]) for name in others[k::2]}
+        write_safetensors(folder / "target" / f"model-0000{k + 1}-of-00002.safetensors", shard)
+    for side in ("base", "target"):
+        (folder / side / "config.json").write_text("{}")
+    (folder / "target" / "tokenizer.bin").write_bytes(np.random.default_rng(0).bytes(200_000))
+    make_delta(folder / "base", folder / "target", folder / "delta", chunk_bytes=CHUNK_BYTES)
+    return Trio(folder / "base", folder / "target", folder / "delta")
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder for the delta on the shelf: made once, since commits of the same files have the same ids."""
+    return tmp_path_factory.mktemp("made")
+
+
+@pytest.fixture
+def shelf(hub: HubServer, large: Trio, made: Path) -> HubServer:
+    """The Hub with org/base, org/target and, made from these two, org/delta."""
+    hub.add_repo("org/base", contents(large.base))
+    hub.add_repo("org/target", contents(large.target))
+    if not any(made.iterdir()):
+        make_delta("org/base", "org/target", made, chunk_bytes=CHUNK_BYTES)
+    hub.add_repo("org/delta", contents(made))
+    hub.log.clear()
+    return hub

@@ -26,6 +26,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.message import Message
+from fnmatch import fnmatch
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from urllib.parse import parse_qs, quote, urlencode
@@ -446,11 +447,13 @@ def add_ref(call: Call, refs: dict[str, Commit], name: str, revision: str | None
 @route("POST", "/api/models/{repo}/preupload/{revision}")
 def preupload(call: Call) -> Reply:
     files = call.commit(call.repo(write=True)).files
+    ignored = files[".gitignore"].bytes().decode().split() if ".gitignore" in files else []
     answer = []
     for asked in call.json()["files"]:
         path, known = asked["path"], files.get(asked["path"])
         lfs = call.hub.is_lfs(path, asked["size"])
-        entry = {"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
+        entry = {"path": path, "uploadMode": "lfs" if lfs else "regular"}
+        entry["shouldIgnore"] = any(fnmatch(path, pattern) for pattern in ignored)
         if known:
             entry["oid"] = known.content.sha256 if known.lfs else known.oid
         answer.append(entry)

@@ -63,12 +63,18 @@ class Fault:
     file: str | None
     on: Kind | None
     times: int | None
+    #: Only for requests with paths that end so.
+    path: str = ""
     #: Answer with this status instead.
     status: int | None = None
     #: With status 429 or 503: seconds that the client is asked to wait.
     retry_after: int | None = None
+    #: Let so many of them pass first.
+    skip: int = 0
     #: Close the connection without an answer.
     drop: bool = False
+    #: Do what was asked for, and close the connection without an answer.
+    lose_answer: bool = False
     #: Seconds before the answer, or before a cut.
     delay: float = 0
     #: Close the connection after so many bytes of the body.
@@ -96,6 +102,7 @@ class Fault:
             and self.repo in (None, request.repo)
             and self.file in (None, request.file)
             and self.on in (None, request.kind)
+            and request.path.endswith(self.path)
         )
 
     def reply(self) -> Reply:
@@ -287,6 +294,9 @@ class HubServer:
         with self.lock:
             for fault in self._faults:
                 if fault.is_for(request, body=body):
+                    if fault.skip:
+                        fault.skip -= 1
+                        continue
                     if fault.times is not None:
                         fault.times -= 1
                     return fault
@@ -302,6 +312,11 @@ class HubServer:
     def bytes_sent(self, repo: str | None = None, file: str | None = None) -> int:
         """Bytes of files sent so far, repeated ones counted again."""
         return sum(request.nbytes for request in self.requests(repo, file, kind="content"))
+
+    def weight_bytes(self, repo: str) -> int:
+        """:meth:`bytes_sent` of a repository's safetensors files."""
+        files = {request.file for request in self.requests(repo) if request.file}
+        return sum(self.bytes_sent(repo, file) for file in files if file.endswith(".safetensors"))
 
     # links to the CDN
 
@@ -395,6 +410,7 @@ class _Connection(BaseHTTPRequestHandler):
                 raise Refused(404, "Not Found")
             parts = {name: unquote(part) for name, part in match.groupdict().items()}
             entry.kind, entry.repo, entry.file = route.kind, parts.get("repo"), parts.get("path")
+            call = Call(hub, entry, parts, query, self.headers, body)
             fault = hub.fault_for(entry)
             if fault:
                 hub.closing.wait(fault.delay)
@@ -402,7 +418,10 @@ class _Connection(BaseHTTPRequestHandler):
                     raise ConnectionAbortedError
                 if fault.status:
                     return fault.reply()
-            return route.answer(Call(hub, entry, parts, query, self.headers, body))
+                if fault.lose_answer:
+                    route.answer(call)
+                    raise ConnectionAbortedError
+            return route.answer(call)
         except Refused as refused:
             return refused.reply
 

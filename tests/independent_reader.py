@@ -404,11 +404,13 @@ def decode_chunk(method: int, data: bytes, base: bytes | None, dtype: str, size:
     if method == 0:
         need(base is not None and not data, "SAME")
         return base or b""
-    need(method in (2, 3, 6), f"method {method}")
+    need(method in (2, 3, 6, 7), f"method {method}")
     need(dtype in FLOATS and size % FLOATS[dtype].width == 0, f"method {method} for {dtype}")
     form = FLOATS[dtype]
-    if method == 3:
-        return decode_alone(Data(data), form, size // form.width)
+    if method in (3, 7):
+        need(method == 3 or form.width >= 2, "WINDOW of bytes")
+        alone = decode_alone if method == 3 else decode_window
+        return alone(Data(data), form, size // form.width)
     need(base is not None, f"method {method} without a base")
     elements = np.frombuffer(base or b"", f"<u{form.width}").astype(np.uint64)
     decode = decode_delta if method == 2 else decode_sparse
@@ -451,14 +453,29 @@ def decode_words(data: Data, base: bytes | None, width: int, size: int) -> bytes
 def decode_alone(data: Data, form: FloatFormat, count: int) -> bytes:
     """ALONE."""
     rotated = np.array(decode_list(data.sized(), count, direct=8), np.uint64)
-    rotated <<= np.uint64(8 * (form.width - 1))
-    for k in range(form.width - 1):
-        plane = data.plane(count)
-        need(len(plane) == count, "ALONE: a plane's length")
+    return finish_rotated(rotated, data, form, form.width - 1)
+
+
+def finish_rotated(upper: Elements, data: Data, form: FloatFormat, planes: int) -> bytes:
+    """The elements of which ``upper`` are the rotated upper bytes; the other ones follow in planes."""
+    rotated = upper << np.uint64(8 * planes)
+    for k in range(planes):
+        plane = data.plane(len(upper))
+        need(len(plane) == len(upper), "a plane's length")
         rotated |= plane.astype(np.uint64) << np.uint64(8 * k)
     data.end()
     one, top = np.uint64(1), np.uint64(8 * form.width - 1)
     return (rotated >> one | (rotated & one) << top).astype(f"<u{form.width}").tobytes()
+
+
+def decode_window(data: Data, form: FloatFormat, count: int) -> bytes:
+    """WINDOW."""
+    (bias,) = data.numbers("<H")
+    values = decode_list(data.sized(), count, direct=8, long=True)
+    outside = values.count(0)
+    others = iter(decode_list(data.sized(), outside) if outside else [])
+    words = [(bias + v if v else next(others)) & 0xFFFF for v in values]
+    return finish_rotated(np.array(words, np.uint64), data, form, form.width - 2)
 
 
 def decode_delta(data: Data, base: Elements, form: FloatFormat) -> Elements:
@@ -544,12 +561,14 @@ def at_distance(base: Elements, distances: Elements, form: FloatFormat) -> Eleme
 # Runs
 
 
-def decode_list(run: bytes, count: int, direct: int = 4) -> list[int]:
-    """``count`` numbers."""
-    return decode_run(run, [0], [0] * count, direct)
+def decode_list(run: bytes, count: int, direct: int = 4, *, long: bool = False) -> list[int]:
+    """``count`` numbers; ``long``: long bytes."""
+    return decode_run(run, [0], [0] * count, direct, long)
 
 
-def decode_run(run: bytes, members: list[int], contexts: list[int], direct: int = 4) -> list[int]:
+def decode_run(
+    run: bytes, members: list[int], contexts: list[int], direct: int = 4, long: bool = False
+) -> list[int]:
     """The values of a run; ``members``: of each context, ``contexts``: of each value."""
     need(len(run) >= 2, "run: head")
     precision, lanes, spread, highest = 8 + (run[0] & 7), 4 ** (run[0] >> 3 & 3), run[0] >> 5, run[1]
@@ -577,7 +596,7 @@ def decode_run(run: bytes, members: list[int], contexts: list[int], direct: int 
             slot = state & ((1 << precision) - 1)
             token = bisect.bisect_right(starts[context], slot) - 1
             state = frequencies[context][token] * (state >> precision) + slot - starts[context][token]
-            value, raw = lead_of(token, direct)
+            value, raw = (token, 5) if long else lead_of(token, direct)
             count = min(raw, 16 - precision)
             values.append(value << count | state & ((1 << count) - 1))
             put(lane, state >> count)

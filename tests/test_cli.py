@@ -172,7 +172,9 @@ def test_version() -> None:
     assert run("--version").stdout == f"deltaweights {__version__}\n"
 
 
-@pytest.mark.parametrize("verb", ["diff", "apply", "verify", "inspect", "license", "demo"])
+@pytest.mark.parametrize(
+    "verb", ["diff", "push", "apply", "plan", "verify", "inspect", "license", "bom", "demo"]
+)
 def test_every_verb_has_help(verb: str) -> None:
     shown = run(verb, "--help")
     assert shown.exit_code == 0

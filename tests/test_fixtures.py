@@ -11,41 +11,48 @@ from deltaweights import apply_delta, open_target, verify_delta
 from deltaweights.codec import RECORD, Method
 from deltaweights.manifest import FORMAT_VERSION, STATUSES, Manifest
 
+from . import independent_reader
 from .checkpoints import digests
 
 FIXTURES = Path(__file__).parent / "fixtures"
-VERSIONS = ["v1"]
+#: The sets of each format version: one of all that it began with, one for each later method.
+VERSIONS = {1: ["v1", "v1-window"]}
+SETS = [name for names in VERSIONS.values() for name in names]
 
 
 def test_every_format_version_has_its_fixtures() -> None:
-    assert len(VERSIONS) == FORMAT_VERSION
-    assert sorted(path.name for path in FIXTURES.glob("v*")) == VERSIONS
+    assert list(VERSIONS) == list(range(1, FORMAT_VERSION + 1))
+    assert sorted(path.name for path in FIXTURES.glob("v*")) == SETS
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_a_frozen_delta_gives_the_files_it_always_gave(version: str, tmp_path: Path) -> None:
-    folder = FIXTURES / version
+@pytest.mark.parametrize("name", SETS)
+def test_a_frozen_delta_gives_the_files_it_always_gave(name: str, tmp_path: Path) -> None:
+    folder = FIXTURES / name
     expected = json.loads((folder / "target.json").read_text())
     apply_delta(folder / "delta", tmp_path / "out", base=folder / "base")
     assert digests(tmp_path / "out") == expected
     assert verify_delta(folder / "delta", base=folder / "base", target=tmp_path / "out").ok
+    independent_reader.rebuild(folder / "delta", folder / "base", tmp_path / "independent")
+    assert digests(tmp_path / "independent") == expected
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_frozen_deltas_hold_every_status_and_method(version: str) -> None:
-    folder = FIXTURES / version
-    manifest = Manifest.from_json((folder / "delta" / "deltaweights.json").read_bytes())
-    assert {entry.status for entry in manifest.tensors} == set(STATUSES)
-    methods: set[int] = set()
-    with open_target(folder / "delta", folder / "base") as target:
-        for file in manifest.target.files:
-            if file.stored == "tensors":
-                for recipe in target.shard(file.path).tensors.values():
-                    records, _ = recipe.table
-                    assert records.dtype == RECORD
-                    methods |= set(records["method"].tolist())
+def test_the_frozen_deltas_hold_every_status_and_method(version: int) -> None:
+    statuses, stored, methods = set[str](), set[str](), set[int]()
+    for name in VERSIONS[version]:
+        folder = FIXTURES / name
+        manifest = Manifest.from_json((folder / "delta" / "deltaweights.json").read_bytes())
+        statuses |= {entry.status for entry in manifest.tensors}
+        stored |= {file.stored for file in manifest.target.files}
+        with open_target(folder / "delta", folder / "base") as target:
+            shards = [file.path for file in manifest.target.files if file.stored == "tensors"]
+            for recipe in (recipe for path in shards for recipe in target.shard(path).tensors.values()):
+                records, _ = recipe.table
+                assert records.dtype == RECORD
+                methods |= set(records["method"].tolist())
+    assert statuses == set(STATUSES)
     assert methods == set(Method)
-    assert {file.stored for file in manifest.target.files} == {"tensors", "verbatim", "zstd", "base"}
+    assert stored == {"tensors", "verbatim", "zstd", "base"}
 
 
 def test_fixtures_stay_small() -> None:

@@ -34,6 +34,7 @@ RANKS = {
     "patch": 4,
     "summary": 4,
     "compact": 5,
+    "plan": 5,
     "verify": 5,
     "demo": 5,
     "push": 6,
@@ -59,6 +60,7 @@ def test_public_names_are_these() -> None:
         "ManifestError",
         "OutputError",
         "PayloadError",
+        "Plan",
         "Problem",
         "PushReport",
         "Target",
@@ -70,6 +72,7 @@ def test_public_names_are_these() -> None:
         "make_delta",
         "open_chain",
         "open_target",
+        "plan_apply",
         "push_delta",
         "verify_delta",
     ]
@@ -98,7 +101,10 @@ def test_every_module_has_a_rank() -> None:
     [
         ("import deltaweights", ["numpy", "torch", "huggingface_hub", "rich", "msgspec", "zstandard"]),
         ("import deltaweights.cli", ["numpy", "torch", "huggingface_hub"]),
-        ("from deltaweights import apply_delta, verify_delta, open_target", ["torch", "huggingface_hub"]),
+        (
+            "from deltaweights import apply_delta, plan_apply, verify_delta, open_target",
+            ["torch", "huggingface_hub"],
+        ),
         ("from deltaweights import make_delta", ["torch", "huggingface_hub"]),
     ],
 )

@@ -43,55 +43,7 @@ from .checkpoints import bf16, contents, weights, write_safetensors
 from .conftest import CHUNK_BYTES, Trio
 from .hub_server import HubServer
 
-PATIENCE = 30
-
-
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attempts follow each other at once."""
-    monkeypatch.setattr(client, "RETRY_DELAYS", tuple(0.0 for _ in client.RETRY_DELAYS))
-
-
-@pytest.fixture(scope="session")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Trio:
-    """A pair of about 6 MB, sharded differently and in another order, in which some tensors need no base."""
-    folder = tmp_path_factory.mktemp("large")
-    old = {f"layer.{k}": weights((300, 1000), k) for k in range(9)}
-    new = {name: value + weights(value.shape, 100 + k, 1e-4) for k, (name, value) in enumerate(old.items())}
-    new["layer.3"] = old["layer.3"]
-    new["layer.7"] = weights((300, 1000), 99)  # trained anew: coded without the base
-    del new["layer.5"]
-    new["added"] = weights((100, 1000), 98)
-    names, others = list(old), list(new)[::-1]
-    for k in range(3):
-        shard = {name: bf16(old[name]) for name in names[3 * k : 3 * k + 3]}
-        write_safetensors(folder / "base" / f"model-0000{k + 1}-of-00003.safetensors", shard)
-    for k in range(2):
-        shard = {name: bf16(new[name]) for name in others[k::2]}
-        write_safetensors(folder / "target" / f"model-0000{k + 1}-of-00002.safetensors", shard)
-    for side in ("base", "target"):
-        (folder / side / "config.json").write_text("{}")
-    (folder / "target" / "tokenizer.bin").write_bytes(np.random.default_rng(0).bytes(200_000))
-    make_delta(folder / "base", folder / "target", folder / "delta", chunk_bytes=CHUNK_BYTES)
-    return Trio(folder / "base", folder / "target", folder / "delta")
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder for the delta on the shelf: made once, since commits of the same files have the same ids."""
-    return tmp_path_factory.mktemp("made")
-
-
-@pytest.fixture
-def shelf(hub: HubServer, large: Trio, made: Path) -> HubServer:
-    """The Hub with org/base, org/target and, made from these two, org/delta."""
-    hub.add_repo("org/base", contents(large.base))
-    hub.add_repo("org/target", contents(large.target))
-    if not any(made.iterdir()):
-        make_delta("org/base", "org/target", made, chunk_bytes=CHUNK_BYTES)
-    hub.add_repo("org/delta", contents(made))
-    hub.log.clear()
-    return hub
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
 def needed_bytes(delta: Path, base: Path) -> int:
@@ -105,12 +57,6 @@ def needed_bytes(delta: Path, base: Path) -> int:
             if recipe.needs_base(index)
         ]
     return sum(span.end - span.start for span in spans)
-
-
-def weight_bytes(hub: HubServer, repo: str) -> int:
-    """Bytes sent of a repository's safetensors files."""
-    files = {request.file for request in hub.requests(repo) if request.file}
-    return sum(hub.bytes_sent(repo, file) for file in files if file.endswith(".safetensors"))
 
 
 def cached_files(hub: HubServer) -> list[str]:
@@ -173,7 +119,7 @@ def test_open_target_reads_one_tensor_from_the_hub(shelf: HubServer, large: Trio
         expected = np.empty(data.size, np.uint8)
         whole.named("layer.2")[0].read_into(0, expected)
         assert np.array_equal(data, expected)
-    assert weight_bytes(shelf, "org/base") == data.nbytes
+    assert shelf.weight_bytes("org/base") == data.nbytes
 
 
 def test_a_renamed_repository_is_followed_and_pinned_under_its_new_name(
@@ -214,9 +160,9 @@ def test_apply_fetches_what_it_needs_and_that_once(
     assert contents(tmp_path / "out") == contents(large.target)
     needed = needed_bytes(made, large.base)
     assert needed == 7 * 600_000  # not the tensors that only the base has, or that were coded without it
-    assert needed <= weight_bytes(shelf, "org/base") <= 1.05 * needed
+    assert needed <= shelf.weight_bytes("org/base") <= 1.05 * needed
     payloads = sum(path.stat().st_size for path in (made).glob("*.safetensors"))
-    assert weight_bytes(shelf, "org/delta") <= 1.005 * payloads
+    assert shelf.weight_bytes("org/delta") <= 1.005 * payloads
     assert not cached_files(shelf)
 
 
@@ -243,16 +189,16 @@ def test_with_the_base_sharded_by_somebody_else_too(
     )
     assert contents(tmp_path / "out") == contents(large.target)
     sampled = phases["check base"] * CHUNK_BYTES
-    assert 0 < weight_bytes(shelf, "org/mirror") <= 1.05 * needed_bytes(made, large.base) + sampled
+    assert 0 < shelf.weight_bytes("org/mirror") <= 1.05 * needed_bytes(made, large.base) + sampled
 
 
 def test_diff_fetches_every_byte_once(shelf: HubServer, large: Trio, tmp_path: Path) -> None:
     """The base's SHA-256 are the published ones."""
     make_delta("org/base", "org/target", tmp_path / "delta", threads=2)
     compared = sum(600_000 for _ in range(8))  # all but layer.5
-    assert compared <= weight_bytes(shelf, "org/base") <= 1.05 * compared
+    assert compared <= shelf.weight_bytes("org/base") <= 1.05 * compared
     size = sum(path.stat().st_size for path in large.target.glob("*.safetensors"))
-    assert size <= weight_bytes(shelf, "org/target") <= 1.001 * size
+    assert size <= shelf.weight_bytes("org/target") <= 1.001 * size
 
 
 def test_neighbouring_tensors_share_requests(shelf: HubServer, tmp_path: Path) -> None:
@@ -302,7 +248,7 @@ def test_a_wrong_base_is_refused_by_its_published_digests(shelf: HubServer, tmp_
     with pytest.raises(BaseMismatchError, match=r"Its file 'model-00002-of-00003\.safetensors' has SHA-256"):
         apply_delta("org/delta", tmp_path / "out", base="org/base@main")
     assert not (tmp_path / "out").exists()
-    assert weight_bytes(shelf, "org/base") <= 3 << 16  # headers
+    assert shelf.weight_bytes("org/base") <= 3 << 16  # headers
 
 
 def test_base_files_that_are_not_needed_may_differ(shelf: HubServer, large: Trio, tmp_path: Path) -> None:
@@ -355,7 +301,7 @@ def test_verify_compares_published_digests_without_reading(shelf: HubServer) -> 
     report = verify_delta("org/delta", target="org/target")
     assert report.ok
     assert report.published == 6  # of each side two shards and a file of more than a mebibyte or of that kind
-    assert weight_bytes(shelf, "org/target") == weight_bytes(shelf, "org/delta") == 0
+    assert shelf.weight_bytes("org/target") == shelf.weight_bytes("org/delta") == 0
 
 
 def test_verify_with_the_base_compares_what_the_targets_repository_publishes(
@@ -422,7 +368,7 @@ def test_apply_goes_on_after_faults(
     apply_delta("org/delta", tmp_path / "out")
     assert contents(tmp_path / "out") == contents(large.target)
     # What had come before a connection broke is not fetched again.
-    assert weight_bytes(shelf, "org/base") <= 1.05 * needed_bytes(made, large.base)
+    assert shelf.weight_bytes("org/base") <= 1.05 * needed_bytes(made, large.base)
 
 
 @pytest.mark.parametrize("fault", ["cut", "500"])
@@ -738,6 +684,38 @@ def test_a_wrong_base_is_found_before_it_is_downloaded(shelf: HubServer, tmp_pat
     assert not cached_files(shelf)
 
 
+@pytest.mark.parametrize("how", ["offline", "by its folder"])
+def test_the_names_in_the_cache_tell_another_version_of_the_base(
+    shelf: HubServer, tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """It differs in one bit, in a tensor of which nothing is sampled: only the SHA-256 shows it."""
+    path = "model-00002-of-00003.safetensors"
+    data = bytearray(shelf.files("org/base")[path])
+    data[-100_000] ^= 1
+    shelf.commit("org/base", {path: bytes(data)})
+    download("org/base")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    snapshot = next(Path(shelf.env["HF_HUB_CACHE"]).glob("models--org--base/snapshots/*"))
+    base = "org/base@main" if how == "offline" else str(snapshot)
+    with pytest.raises(BaseMismatchError, match=f"Its file '{path}' has SHA-256 "):
+        apply_delta(made, tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_right_name_in_the_cache_proves_nothing(
+    shelf: HubServer, tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes may have gone wrong since: chunks are sampled all the same."""
+    download("org/base")
+    path = next(Path(shelf.env["HF_HUB_CACHE"]).glob("**/model-00001*")).resolve()
+    data = bytearray(path.read_bytes())
+    data[10_000] ^= 1
+    path.write_bytes(bytes(data))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(BaseMismatchError, match="tensors sampled, 1 differ"):
+        apply_delta(made, tmp_path / "out", base="org/base")
+
+
 # Interrupted ------------------------------------------------------------------------------------------
 
 
@@ -866,3 +844,88 @@ def test_the_commands_take_hub_ids(shelf: HubServer, large: Trio, tmp_path: Path
     done = CliRunner().invoke(app, ["apply", "org/missing", "-o", str(out)])
     assert done.exit_code == 1
     assert "org/missing cannot be found" in done.stderr
+
+
+def test_the_environment_counts_in_a_process_of_its_own(
+    shelf: HubServer, large: Trio, tmp_path: Path
+) -> None:
+    """`HF_ENDPOINT` and the cache's place come from there; with `HF_HUB_OFFLINE` nothing is asked."""
+
+    def apply(name: str, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "deltaweights", "apply", "org/delta", "-o", str(tmp_path / name)]
+        env = {**shelf.env, **env}
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+    done = apply("never", HF_HUB_OFFLINE="1")
+    assert done.returncode == 1
+    assert "error: org/delta is not here\n" in done.stderr
+    assert "HF_HUB_OFFLINE is set" in done.stderr
+    assert not shelf.log
+    done = apply("online")
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "online") == contents(large.target)
+    assert shelf.weight_bytes("org/base")
+    download("org/base")
+    download("org/delta")
+    shelf.log.clear()
+    done = apply("offline", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "offline") == contents(large.target)
+    assert not shelf.log
+
+
+# Licenses ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def licensed(hub: HubServer, trio: Trio, tmp_path: Path) -> HubServer:
+    """The Hub with org/base, whose license is not an open one until it is said to be MIT; and org/delta."""
+    texts = {"Notice": b"the notice\n", "USE_POLICY.md": b"the policy\n"}
+    commit = hub.add_repo("org/base", contents(trio.base) | texts)
+    hub.commit("org/base", {"README.md": b"---\nlicense: mit\n---\n"}, delete=["LICENSE", *texts])
+    make_delta(f"org/base@{commit}", trio.target, tmp_path / "delta")
+    hub.add_repo("org/delta", contents(tmp_path / "delta"))
+    hub.log.clear()
+    return hub
+
+
+def test_licenses_are_read_at_the_pinned_commit(licensed: HubServer, trio: Trio, tmp_path: Path) -> None:
+    manifest = read_manifest(open_source(tmp_path / "delta"))
+    license = manifest.base.license
+    assert (license.id, license.name, license.link) == ("other", "qwen", "LICENSE")
+    texts = {
+        file.path.partition("-")[2]: (tmp_path / "delta" / file.path).read_bytes() for file in license.files
+    }
+    assert texts == {
+        "LICENSE": (trio.base / "LICENSE").read_bytes(),
+        "Notice": b"the notice\n",
+        "USE_POLICY.md": b"the policy\n",
+    }
+    assert manifest.base.revision == next(iter(licensed.repos["org/base"].commits))
+
+
+def test_without_acceptance_nothing_but_the_manifest_is_downloaded(
+    licensed: HubServer, tmp_path: Path
+) -> None:
+    done = CliRunner().invoke(app, ["apply", "org/delta", "-o", str(tmp_path / "out")])
+    assert done.exit_code == 3, done.output
+    assert {request.file for request in licensed.requests(kind="content")} == {"deltaweights.json"}
+    assert not licensed.requests("org/base")
+    assert not cached_files(licensed)
+    assert not (tmp_path / "out").exists()
+    done = CliRunner().invoke(
+        app, ["apply", "org/delta", "-o", str(tmp_path / "out"), "--accept-license", "qwen"]
+    )
+    assert done.exit_code == 0, done.output
+    kept = {path.name.partition("-")[2] for path in (tmp_path / "out/.deltaweights/licenses").iterdir()}
+    assert kept >= {"LICENSE", "Notice", "USE_POLICY.md"}
+
+
+def test_license_and_bom_read_no_weights(licensed: HubServer) -> None:
+    for arguments in (["license", "org/delta", "--texts"], ["bom", "org/delta"]):
+        licensed.log.clear()
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+        assert "the policy" in done.stdout
+        assert licensed.weight_bytes("org/delta") == 0
+        assert not licensed.requests("org/base")

@@ -444,6 +444,15 @@ def test_no_reply_at_all(hub: HubServer, base: str) -> None:
     assert model_info("org/base").sha == base
 
 
+def test_a_fault_may_let_some_pass_and_wait_for_a_path(hub: HubServer, base: str) -> None:
+    hub.fail("org/base", path="/revision/main", status=418, skip=1)
+    assert model_info("org/base", revision="main").sha == base
+    assert model_info("org/base").sha == base
+    with pytest.raises(HfHubHTTPError, match="418"):
+        model_info("org/base", revision="main")
+    assert model_info("org/base", revision="main").sha == base
+
+
 def test_a_hub_that_says_nothing_of_lfs(hub: HubServer, base: str) -> None:
     hub.repos["org/base"].lfs_metadata = False
     siblings = model_info("org/base", files_metadata=True).siblings or []
@@ -550,6 +559,20 @@ def test_branches_and_tags(hub: HubServer, writer: HfApi, base: str) -> None:
     assert hub.files("org/base") == FILES
     with pytest.raises(RevisionNotFoundError):
         writer.upload_file(repo_id="org/base", path_or_fileobj=b"x", path_in_repo="x", revision="nowhere")
+
+
+def test_an_answer_that_is_lost_after_the_work(hub: HubServer, writer: HfApi, base: str) -> None:
+    hub.fail("org/base", path="/commit/main", lose_answer=True)
+    with pytest.raises(Exception, match="disconnected"):
+        writer.upload_file(repo_id="org/base", path_or_fileobj=b"x", path_in_repo="x.json")
+    assert hub.files("org/base") == FILES | {"x.json": b"x"}
+
+
+def test_what_gitignore_names_is_left_out(hub: HubServer, writer: HfApi) -> None:
+    hub.add_repo("org/new", {".gitignore": b"*.tmp\n"})
+    for name in ("a.tmp", "a.txt"):
+        writer.upload_file(repo_id="org/new", path_or_fileobj=b"x", path_in_repo=name)
+    assert sorted(hub.files("org/new")) == [".gitignore", "a.txt"]
 
 
 def test_who_may_write(hub: HubServer, base: str) -> None:

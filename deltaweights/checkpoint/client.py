@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 from .._version import __version__
 from ..errors import CheckpointError
 from .explain import cache_full, explained, http_error
+from .source import free_space
 
 #: Seconds before each further attempt while nothing comes, about two minutes in all. Each is drawn out by up
 #: to a half, so that many connections do not come back at one moment.
@@ -232,12 +232,16 @@ def find_snapshot(repo_id: str, revision: str | None) -> Path | None:
         return None
 
 
-def require_cache_space(nbytes: int) -> None:
-    """Raise :class:`CheckpointError` where the cache's disk has less room than this."""
+def cache_folder() -> Path:
+    """Where the local Hub cache is, or will be."""
     from huggingface_hub import constants
 
-    cache = Path(constants.HF_HUB_CACHE).absolute()
-    free = shutil.disk_usage(next(place for place in (cache, *cache.parents) if place.exists())).free
+    return Path(constants.HF_HUB_CACHE).absolute()
+
+
+def require_cache_space(nbytes: int) -> None:
+    """Raise :class:`CheckpointError` where the cache's disk has less room than this."""
+    free = free_space(cache_folder())
     if nbytes > free:
         raise cache_full(f"{nbytes:,} bytes are needed, {free:,} are free")
 

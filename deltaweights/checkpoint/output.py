@@ -11,7 +11,6 @@ import errno
 import fcntl
 import hashlib
 import os
-import shutil
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import DiskSpaceError, OutputError
-from .source import Source, blocks_at, local_path, sha256_of
+from .source import Source, blocks_at, free_space, local_path, sha256_of
 
 _WORKSPACE = ".deltaweights"
 _KEPT = "licenses"  # in the workspace: the texts that go with the result and are no part of it
@@ -299,7 +298,7 @@ class OutputFolder:
 
     def require_space(self, nbytes: int) -> None:
         """Raise :class:`DiskSpaceError` where fewer than ``nbytes`` bytes are free."""
-        free = shutil.disk_usage(self.root).free
+        free = free_space(self.root)
         if nbytes > free:
             raise DiskSpaceError(
                 f"Not enough free space for {self.root}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import stat
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -177,6 +178,12 @@ def local_path(location: str | os.PathLike[str]) -> Path:
     return path
 
 
+def free_space(path: Path) -> int:
+    """Free bytes on the disk of ``path``, which may be still to be made."""
+    here = path.absolute()
+    return shutil.disk_usage(next(place for place in (here, *here.parents) if place.exists())).free
+
+
 def file_blocks(file: ReadableFile) -> Iterator[bytes]:
     """A file's bytes in order, in blocks of at most 1 MiB."""
     for start in range(0, file.size, _BLOCK_BYTES):
@@ -277,6 +284,13 @@ def _hub_id(path: Path) -> HubId:
     """What the Hub cache's layout tells: ``models--org--name/snapshots/<commit>``."""
     match = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})(/|$)", path.absolute().as_posix())
     return HubId(match[1].replace("--", "/"), match[2]) if match else HubId()
+
+
+def cached_sha256(path: Path | None) -> str | None:
+    """The SHA-256 that a large file in the Hub cache is stored under, as the Hub published it at the time of
+    the download; None elsewhere. It says what the file was to be: its bytes may have changed since."""
+    match = re.search(r"/models--[^/]+/blobs/([0-9a-f]{64})$", path.as_posix()) if path else None
+    return match[1] if match else None
 
 
 def is_left_out(path: str) -> bool:

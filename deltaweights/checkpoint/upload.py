@@ -151,7 +151,9 @@ def upload(
     with _explained(repo_id), _quiet():
         operations: list[Any] = [CommitOperationDelete(path, is_folder=False) for path in removed]
         for file in files:
-            content = file.content if isinstance(file.content, bytes) else str(file.content)
+            content = file.content
+            if isinstance(content, Path):
+                content.stat()  # of a file that is gone, huggingface_hub says that the argument is wrong
             operation = CommitOperationAdd(file.path, content)
             operations.append(operation)
             if file.size > _LARGE_BYTES:

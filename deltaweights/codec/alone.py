@@ -30,11 +30,36 @@ def rotated_byte(bits, place, out):
 
 
 @njit(nogil=True, cache=True)
+def upper_words(bits, out):
+    """The upper 16 bits of each element (uint16 or wider), rotated so that its sign comes last."""
+    top = 8 * bits.itemsize - 1
+    if bits.itemsize == 2:
+        for i in range(len(bits)):
+            value = np.int64(bits[i])
+            out[i] = ((value << 1) | (value >> top)) & 0xFFFF
+    else:
+        for i in range(len(bits)):
+            out[i] = (np.uint64(bits[i]) >> np.uint64(top - 16)) & np.uint64(0xFFFF)
+
+
+@njit(nogil=True, cache=True)
+def enter_window(words, bias, span, values):
+    """Words as their distance from the bias, 1 to span - 1, and 0 for those farther off; how many are."""
+    outside = 0
+    for i in range(len(words)):
+        value = (np.int64(words[i]) - bias) & 0xFFFF
+        inside = value < span
+        values[i] = value if inside else 0
+        outside += (not inside) | (value == 0)
+    return outside
+
+
+@njit(nogil=True, cache=True)
 def join(leading, planes, out):
-    """The elements with these leading bytes (uint32[n]) and planes (uint8[itemsize - 1, n])."""
+    """The elements with these leading bits (uint32[n]) and planes of lower bytes (uint8[.., n])."""
     size = out.itemsize
     if size <= 4:
-        for p in range(size - 2, -1, -1):
+        for p in range(len(planes) - 1, -1, -1):
             plane = planes[p]
             for i in range(len(out)):
                 leading[i] = (leading[i] << np.uint32(8)) | np.uint32(plane[i])
@@ -45,7 +70,7 @@ def join(leading, planes, out):
     else:
         for i in range(len(out)):
             whole = np.uint64(leading[i])
-            for p in range(size - 2, -1, -1):
+            for p in range(len(planes) - 1, -1, -1):
                 whole = whole << np.uint64(8) | np.uint64(planes[p, i])
             out[i] = (whole >> np.uint64(1)) | (whole << np.uint64(63))
 

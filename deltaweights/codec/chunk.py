@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PayloadError
-from . import floats, generic, planes, sparse
+from . import floats, generic, planes, sparse, window
 from .ulp import FORMATS, FloatFormat
 
 __all__ = ["MAX_CHUNK", "Method", "decode_chunk", "encode_chunk"]
@@ -38,6 +38,7 @@ class Method(IntEnum):
     PLANES = 4  # words of any type in byte planes, against the base where there is one
     ZSTD = 5  # one zstd frame
     SPARSE = 6  # floats of which few moved, against the base's
+    WINDOW = 7  # floats by themselves, their exponents close together
 
 
 def encode_chunk(base: Bytes | None, target: Bytes, dtype: str) -> tuple[Method, bytes]:
@@ -85,10 +86,12 @@ def _encode_float(base: Bytes | None, target: Bytes, form: FloatFormat) -> Candi
         limit = len(target) if data is None else len(data)
         if limit < _WORTH_A_LOOK * len(target):
             return candidates
-    alone = floats.alone_bits(target, form) / 8
-    if _repeats(target, min(alone, limit)):
+    alone, windowed = floats.alone_bits(target, form) / 8, window.window_bits(target, form) / 8
+    if _repeats(target, min(alone, windowed, limit)):
         candidates.append((Method.ZSTD, planes.compress(target)))
-    if alone < limit:
+    if windowed < min(alone, limit):
+        candidates.append((Method.WINDOW, window.encode_window(target, form)))
+    elif alone < limit:
         candidates.append((Method.ALONE, floats.encode_alone(target, form)))
     return candidates
 
@@ -138,6 +141,8 @@ def decode_chunk(
         sparse.decode_sparse(source, base, form, out)
     elif method == Method.ALONE and form is not None:
         floats.decode_alone(source, form, out)
+    elif method == Method.WINDOW and form is not None:
+        window.decode_window(source, form, out)
     elif method == Method.PLANES:
         generic.decode_planes(source, base, generic.ITEMSIZES.get(dtype, 1), out)
     elif method == Method.ZSTD:

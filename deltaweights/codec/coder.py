@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,8 @@ _raw_bits = {
 }
 _lone_member = np.zeros(1, np.int64)
 _SMALL = 1 << 14  # values below which tables weigh enough to search the family
+#: With probabilities of one bit less the decoder's tables fit its nearest cache: worth this much more space.
+_COARSE = 1.002
 _SPREADS = (0, 2, 4)
 _TWEAKS = range(-4, 5)
 _USUAL_SPREAD = 2
@@ -36,6 +39,8 @@ def encode_run(
     members: NDArray[np.int64],
     direct_bits: int = DIRECT_BITS,
     limit: float = np.inf,
+    value_bits: int = 32,
+    tail: int = 0,
 ) -> tuple[int, bytes] | None:
     """(tweak, run): the values, each under its context, with the cheapest tables found.
 
@@ -43,29 +48,69 @@ def encode_run(
     values     uint32[n]
     members    each context's member of the family, before the tweak is added
     limit      bytes; None is returned where the run would be longer
+    value_bits how many bits the values have at most
+    tail       how many low bits of each value are raw; the others are bytes then
     """
     keys = scratch("keys", len(values), np.uint16)
-    counts = runs.count_tokens(contexts, values, len(members), direct_bits, keys)
+    span = runs.log_span(direct_bits, value_bits)
+    leading = values >> np.uint32(tail) if tail else values
+    counts = runs.count_tokens(contexts, leading, len(members), direct_bits, span, keys)
     totals = counts.sum(axis=0)
     highest = int(np.flatnonzero(totals).max(initial=0))
     tweak, spread = _fit_family(counts, members, len(values), highest)
-    explicit = np.empty(len(members), np.bool_)
-    weights = np.empty_like(counts)
-    frequencies = np.empty_like(counts)
-    bits = runs.choose_tables(
-        counts, members + tweak, _family, spread, PRECISION, highest, explicit, weights, frequencies
-    )
-    size = (bits + float(totals @ _raw_bits[direct_bits])) / 8
+    tables = _choose_tables(counts, members + tweak, spread, PRECISION, highest)
+    raw_bits = float(totals @ _raw_bits[direct_bits]) + tail * len(values)
+    if len(values) >= _SMALL:
+        coarse = _choose_tables(counts, members + tweak, spread, PRECISION - 1, highest)
+        if coarse.bits + raw_bits <= _COARSE * (tables.bits + raw_bits):
+            tables = coarse
+    size = (tables.bits + raw_bits) / 8
     if size > limit:
         return None
-    tables = np.zeros(runs.write_tables(np.empty(0, np.uint8), explicit, weights), np.uint8)
-    runs.write_tables(tables, explicit, weights)
     code = sum(size >= least and len(values) >= 4 * lanes for least, lanes in _LANES_FROM)
     states, words = np.empty(64, np.uint32), scratch("words", 3 * len(values), np.uint16)
-    first = runs.encode_words(words, frequencies, keys, values, 1 << 2 * code, direct_bits, states)
-    head = bytes([PRECISION - 8 | code << 3 | spread << 5, highest])
-    body = (tables.tobytes(), states[: 1 << 2 * code].tobytes(), words[first:].tobytes())
+    first = runs.encode_words(
+        words,
+        tables.frequencies,
+        keys,
+        values,
+        1 << 2 * code,
+        direct_bits,
+        tail,
+        span,
+        tables.precision,
+        states,
+    )
+    head = bytes([tables.precision - 8 | code << 3 | spread << 5, highest])
+    body = (tables.to_bytes(), states[: 1 << 2 * code].tobytes(), words[first:].tobytes())
     return tweak, b"".join([head, *body])
+
+
+@dataclass
+class _Tables:
+    """One table a context: explicit or of the family; ``bits`` is what tokens and tables take."""
+
+    precision: int
+    bits: float
+    explicit: NDArray[np.bool_]
+    weights: NDArray[np.uint32]
+    frequencies: NDArray[np.uint32]
+
+    def to_bytes(self) -> bytes:
+        written = np.zeros(runs.write_tables(np.empty(0, np.uint8), self.explicit, self.weights), np.uint8)
+        runs.write_tables(written, self.explicit, self.weights)
+        return written.tobytes()
+
+
+def _choose_tables(
+    counts: NDArray[np.uint32], members: NDArray[np.int64], spread: int, precision: int, highest: int
+) -> _Tables:
+    explicit = np.empty(len(members), np.bool_)
+    weights, frequencies = np.empty_like(counts), np.empty_like(counts)
+    bits = runs.choose_tables(
+        counts, members, _family, spread, precision, highest, explicit, weights, frequencies
+    )
+    return _Tables(precision, bits, explicit, weights, frequencies)
 
 
 def _fit_family(
@@ -99,10 +144,12 @@ class OpenRun:
     rest: NDArray[np.int64]
 
 
-def open_run(data: Bytes, members: NDArray[np.int64], direct_bits: int = DIRECT_BITS) -> OpenRun:
+def open_run(
+    data: Bytes, members: NDArray[np.int64], direct_bits: int = DIRECT_BITS, tail: int = 0
+) -> OpenRun:
     """Read the head of a run that takes up all of `data`; PayloadError where it cannot be one."""
     slots = scratch("slots", len(members) << PRECISION, np.uint32)
-    states, settings = np.empty(64, np.uint32), np.empty(3, np.int64)
+    states, settings = np.empty(64, np.uint32), np.full(4, tail, np.int64)
     start = runs.open_head(data, members, _family, direct_bits, slots, states, settings)
     if start == runs.BAD:
         raise PayloadError("the head of a run of tokens is damaged")
@@ -113,19 +160,17 @@ def open_run(data: Bytes, members: NDArray[np.int64], direct_bits: int = DIRECT_
     return OpenRun(words, slots, settings, states, np.zeros(64, np.int64))
 
 
-def encode_list(values: Values, direct_bits: int = DIRECT_BITS) -> bytes:
+def encode_list(values: Values, direct_bits: int = DIRECT_BITS, tail: int = 0) -> bytes:
     """Numbers as a run of one context."""
-    found = encode_run(np.zeros(len(values), np.uint8), values, _lone_member, direct_bits)
+    found = encode_run(np.zeros(len(values), np.uint8), values, _lone_member, direct_bits, tail=tail)
     assert found is not None  # no limit was set
     return found[1]
 
 
-def decode_list(data: Bytes, count: int, direct_bits: int = DIRECT_BITS) -> Values:
-    """The `count` numbers that `encode_list` made data of; PayloadError where it did not."""
-    run = open_run(data, _lone_member, direct_bits)
-    values = np.empty(count, np.uint32)
-    contexts = np.zeros(count, np.uint8)
-    at = runs.decode_values(run.words, 0, run.slots, contexts, values, run.settings, run.states, run.rest)
-    if not runs.ended_well(run.words, at, int(run.settings[0]), run.states):
+def decode_list(
+    data: Bytes, out: NDArray[np.unsignedinteger[Any]], direct_bits: int = DIRECT_BITS, tail: int = 0
+) -> None:
+    """Fill out with the numbers that `encode_list` made data of; PayloadError where it did not."""
+    run = open_run(data, _lone_member, direct_bits, tail)
+    if not runs.decode_list(run.words, run.slots, run.settings, run.states, run.rest, out):
         raise PayloadError("a list of numbers is damaged")
-    return values

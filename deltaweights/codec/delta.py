@@ -19,12 +19,14 @@ from .runs import BLOCK
 from .tables import DIRECT_BITS, TOKENS, ZERO_SCALE
 
 UNIT = 64  # the shortest segment
-SPARE = 16  # bytes that `split_bytes` may write beyond the last of a plane
+SPARE = 16  # bytes beyond the last of a plane that `split_bytes` may write and `append_bytes` read
 MAX_TABLES = 40  # that the encoder uses
 # layout of a delta: int64[4]
 LOG_SEGMENT, STEP, LOWEST, TABLES = 0, 1, 2, 3
 _OFFSET = 100  # histogram row of a ULP that is worth the mean update
-_TABLE_BITS = 70.0  # what one more table costs, about
+# What one more table costs, about: small chunks take theirs from the family, large ones write them down, and
+# the decoder's cache has to hold them.
+_FAMILY_BITS, _TABLE_BITS, _SMALL = 70.0, 300.0, 1 << 14
 _STILL = 8  # how many half octaves below all others a segment is put that did not move
 _LENGTHS = (0, 7, 9)  # logarithms of the segment lengths tried; 0 is one scale for all
 PATCH = 512  # elements in a row of a sample; whole segments of every length
@@ -169,7 +171,7 @@ def sample_rows(base, values, shift, mask, scales, log_segment, wide):
     for i in range(len(contexts)):
         contexts[i] -= low
     keys = np.empty(len(values), np.uint16)
-    return low - _OFFSET, runs.count_tokens(contexts, part, high - low + 1, DIRECT_BITS, keys)
+    return low - _OFFSET, runs.count_tokens(contexts, part, high - low + 1, DIRECT_BITS, 7, keys)
 
 
 @njit(nogil=True, cache=True)
@@ -189,10 +191,10 @@ def entropy(row):
 
 
 @njit(nogil=True, cache=True)
-def trim_rows(rows, step, scale_up):
+def trim_rows(rows, step, scale_up, table_bits):
     """The span of rows worth a table each: rows beyond are clamped to the nearest.
 
-    Merges the outermost rows inwards as long as that costs less than a table, `scale_up` being
+    Merges the outermost rows inwards as long as that costs less than `table_bits`, `scale_up` being
     how many elements each counted one stands for. Tables are `step` rows apart. Destroys `rows`.
     Returns (lowest row, tables, bits in all).
     """
@@ -210,7 +212,7 @@ def trim_rows(rows, step, scale_up):
             extra = entropy(merged) - costs[a] - costs[b]
             if extra < best:
                 best, from_row, to_row = extra, a, b
-        if best * scale_up > _TABLE_BITS and high - low < MAX_TABLES * step:
+        if best * scale_up > table_bits and high - low < MAX_TABLES * step:
             break
         for t in range(TOKENS):
             rows[to_row, t] += rows[from_row, t]
@@ -256,6 +258,7 @@ def choose_contexts(base, target, shift, mask, wide, scale_up):
     block_distances(base, target, 0, values, planes, sizes)
     unit_moves(base, values, shift, mask, sums)
     best, scale = (0, 1, 0, 1, np.inf), np.int64(0)
+    table_bits = _FAMILY_BITS if count * scale_up < _SMALL else _TABLE_BITS
     for log_segment in _LENGTHS:
         if log_segment and count * scale_up < 4 << log_segment:
             continue
@@ -263,8 +266,8 @@ def choose_contexts(base, target, shift, mask, wide, scale_up):
         base_scale = scales_from(sums, count, log_segment, mask, scales)
         first, rows = sample_rows(base, values, shift, mask, scales, log_segment, wide)
         step = 0 if log_segment else 1
-        low, tables, bits = trim_rows(rows, 1 << step, scale_up)
-        bits = bits * scale_up + _TABLE_BITS * tables
+        low, tables, bits = trim_rows(rows, 1 << step, scale_up, table_bits)
+        bits = bits * scale_up + table_bits * tables
         if log_segment:
             bits += list_bits(scales, base_scale, scale_up)
         else:
@@ -405,14 +408,18 @@ def decode_elements(
     scales       int64, one a segment
     layout       int64[4]: log2 of the segment length, context step, lowest context, tables
     words ... rest   of a coder.OpenRun
-    planes       uint8: the planes one behind the other, plane p from starts[p] to starts[p + 1]
+    planes       uint8: the planes one behind the other, plane p from starts[p] to starts[p + 1]; SPARE more
     starts       int64[8]
     """
     log_segment, step = layout[LOG_SEGMENT], layout[STEP]
     lowest, last = layout[LOWEST], layout[TABLES] - 1
     contexts, values = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.uint32)
     cursor, cursors, limits = 0, starts[:7].copy(), plane_limits(layout)
-    for first in range(0, len(out), BLOCK):
+    done = 0
+    if base.itemsize <= 2 and settings[runs.LANES] == 64:  # what is left goes the slower way below
+        done = len(out) & ~63
+        cursor = decode_narrow(base, shift, mask, scales, layout, words, slots, settings, states, out)
+    for first in range(done, len(out), BLOCK):
         stop = min(first + BLOCK, len(out))
         block, part = contexts[: stop - first], out[first:stop]
         contexts_of(base[first:stop], first, shift, mask, scales, log_segment, lowest, step, last, block)
@@ -429,6 +436,23 @@ def decode_elements(
         if cursors[p] != starts[p + 1]:
             return False
     return runs.ended_well(words, cursor, settings[runs.LANES], states)
+
+
+@njit(nogil=True, cache=True)
+def decode_narrow(base, shift, mask, scales, layout, words, slots, settings, states, out):
+    """Fill the whole steps of out (elements of 8 or 16 bits) from a run of 64 lanes; the word cursor."""
+    log_segment, step, lowest, last = layout[LOG_SEGMENT], layout[STEP], layout[LOWEST], layout[TABLES] - 1
+    end, steps, precision = len(words) - runs.GUARD, len(out) >> 6, settings[runs.BITS]
+    log_segment = log_segment if log_segment else 62  # all in segment 0
+    if settings[runs.DIRECT]:
+        return simd.decode_floats_direct(
+            words, slots, base, out, states, 0, end, steps, precision, shift, mask, scales, log_segment,
+            0, lowest, step, last,
+        )  # fmt: skip
+    return simd.decode_floats(
+        words, slots, base, out, states, 0, end, steps, precision, shift, mask, scales, log_segment,
+        0, lowest, step, last,
+    )  # fmt: skip
 
 
 @njit(nogil=True, cache=True)

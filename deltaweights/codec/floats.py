@@ -41,9 +41,8 @@ _GLANCE = 1 << 15  # elements whose bytes are counted to foresee a standalone si
 
 def elements(data: Bytes, form: FloatFormat) -> NDArray[Any]:
     """The bit patterns in data: a view where the memory is aligned, else a copy."""
-    if data.ctypes.data % form.itemsize:
-        data = data.copy()
-    return data.view(form.dtype)
+    found = data.view(form.dtype)
+    return found if found.flags.aligned else data.copy().view(form.dtype)
 
 
 def sample(elements: NDArray[Any], patch: int) -> NDArray[Any]:
@@ -88,7 +87,9 @@ def _encode_under(
     delta.measure(before, after, form.shift, form.mask, layout, scales, values, contexts, planes, sizes)
     if rows:
         delta.split_bytes(values, contexts, layout, planes, sizes)
-    found = coder.encode_run(contexts, values, delta.members(layout, rows > 0, 0), limit=after.nbytes)
+    bits = min(8 * form.itemsize, 32)
+    members = delta.members(layout, rows > 0, 0)
+    found = coder.encode_run(contexts, values, members, limit=after.nbytes, value_bits=bits)
     if found is None:
         return None
     tweak, run = found
@@ -116,14 +117,17 @@ def decode_delta(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> Non
     scales = np.full(delta.segments_of(len(result), layout[0]), base_scale, np.int64)
     if layout[0]:
         section, data = take_section(data)
-        scales += coder.decode_list(section, len(scales)) & 0xFFFF
-    joined, starts = np.empty(0, np.uint8), np.zeros(8, np.int64)
+        above = np.empty(len(scales), np.uint32)
+        coder.decode_list(section, above)
+        scales += above & 0xFFFF
+    joined, starts = np.empty(delta.SPARE, np.uint8), np.zeros(8, np.int64)
     if rows:
         section, data = take_section(data)
         planes = get_planes(data, rows, len(result))
         starts[1 : rows + 1] = np.cumsum([len(plane) for plane in planes])
         starts[rows + 1 :] = starts[rows]
-        joined = np.concatenate(planes, out=scratch("planes", int(starts[rows]), np.uint8))
+        joined = scratch("planes", int(starts[rows]) + delta.SPARE, np.uint8)
+        np.concatenate(planes, out=joined[: int(starts[rows])])
         data = section
     run = coder.open_run(data, delta.members(layout, rows > 0, tweak))
     if not delta.decode_elements(
@@ -154,7 +158,7 @@ def take_section(data: Bytes) -> tuple[Bytes, Bytes]:
 
 def deliver(result: NDArray[Any], out: Bytes) -> None:
     """Copy a result that had to be decoded beside an unaligned `out`."""
-    if result.ctypes.data != out.ctypes.data:
+    if not out.view(result.dtype).flags.aligned:
         out[:] = result.view(np.uint8)
 
 

@@ -188,14 +188,17 @@ def decode(
     if old is not None and old.size != out.size:
         raise ValueError(f"base has {old.size} bytes, target {out.size}")
     plan = ChunkPlan(out.size, 0 if old is None else out.size, chunk_bytes)
-    table = payload[: plan.count * RECORD.itemsize]
+    table = bytes(payload[: plan.count * RECORD.itemsize])
     records, starts = check_records(table, plan, len(payload))
-    for record, position, (start, end) in zip(records, starts, plan, strict=True):
-        reference = None if old is None else old[start:end]
-        if reference is not None and checksum(reference) != record["base"]:
+    data = np.frombuffer(payload, np.uint8)
+    columns = (records[name].tolist() for name in ("method", "length", "base", "target"))
+    for method, length, base_sum, target_sum, position, (start, end) in zip(
+        *columns, starts.tolist(), plan, strict=True
+    ):
+        reference, part = None if old is None else old[start:end], out[start:end]
+        if reference is not None and checksum(reference) != base_sum:
             raise PayloadError(f"Bytes {start} to {end} of the base are not those it was coded against")
-        data = payload[position : position + record["length"]]
-        decode_chunk(record["method"], data, reference, dtype, out[start:end])
-        if checksum(out[start:end]) != record["target"]:
+        decode_chunk(method, data[position : position + length], reference, dtype, part)
+        if checksum(part) != target_sum:
             raise PayloadError(f"Bytes {start} to {end} do not decode to what was encoded")
     return out

@@ -137,4 +137,6 @@ def _decode(kind: int, data: Bytes, size: int) -> Bytes:
 def _unrans(data: Bytes, size: int) -> Bytes:
     from .compiled import coder
 
-    return coder.decode_list(data, size, coder.BYTE_BITS).astype(np.uint8)
+    plane = np.empty(size, np.uint8)
+    coder.decode_list(data, plane, coder.BYTE_BITS)
+    return plane

@@ -119,8 +119,10 @@ def parse_run(data: Bytes, members: Numbers) -> Run:
 # ---------------------------------------------------------------------------------------- rANS
 
 
-def decode_values(run: Run, contexts: Bytes, direct_bits: int = DIRECT_BITS) -> Numbers:
+def decode_values(run: Run, contexts: Bytes, direct_bits: int = DIRECT_BITS, tail: int = 0) -> Numbers:
     """All values of a run; PayloadError where the words do not come out even.
+
+    `tail` is how many raw bits all tokens have besides.
 
     Lane i takes the values i, i + lanes, ...: one step is one value of each lane. In a step, each
     lane's token and up to 16 - precision raw bits come first; then, for lanes whose token has more,
@@ -129,7 +131,7 @@ def decode_values(run: Run, contexts: Bytes, direct_bits: int = DIRECT_BITS) -> 
     """
     starts = np.cumsum(run.frequencies, axis=1) - run.frequencies
     token_at = np.array([np.repeat(np.arange(TOKENS), row) for row in run.frequencies])
-    raw_bits = np.array([raw_bits_of(t, direct_bits) for t in range(TOKENS)])
+    raw_bits = np.array([raw_bits_of(t, direct_bits) + tail for t in range(TOKENS)])
     leads = np.array([lead_of(t, direct_bits) for t in range(TOKENS)])
     states, words, at = run.states.copy(), run.words, 0
 
@@ -163,7 +165,9 @@ def decode_values(run: Run, contexts: Bytes, direct_bits: int = DIRECT_BITS) -> 
     return values
 
 
-def encode_values(run: Run, contexts: Bytes, values: Numbers, direct_bits: int = DIRECT_BITS) -> Run:
+def encode_values(
+    run: Run, contexts: Bytes, values: Numbers, direct_bits: int = DIRECT_BITS, tail: int = 0
+) -> Run:
     """The states and words that decode to `values`; everything happens in the opposite order.
 
     Before a lane takes up something of probability 2**-k * frequency / 2**precision, it gives its
@@ -183,8 +187,8 @@ def encode_values(run: Run, contexts: Bytes, values: Numbers, direct_bits: int =
     inline = 16 - run.precision
     for first in reversed(range(0, len(values), lanes)):
         here = [int(value) for value in values[first : first + lanes]]
-        tokens = [token_of(value, direct_bits) for value in here]
-        raws = [raw_bits_of(token, direct_bits) for token in tokens]
+        tokens = [token_of(value >> tail, direct_bits) for value in here]
+        raws = [raw_bits_of(token, direct_bits) + tail for token in tokens]
         for lane in reversed(range(len(here))):
             if raws[lane] > inline + 16:
                 push_raw(lane, here[lane], raws[lane] - inline - 16)
@@ -213,9 +217,9 @@ def _section(data: Bytes) -> tuple[Bytes, Bytes]:
     return data[4 : 4 + size], data[4 + size :]
 
 
-def _list(data: Bytes, count: int, direct_bits: int = DIRECT_BITS) -> Numbers:
+def _list(data: Bytes, count: int, direct_bits: int = DIRECT_BITS, tail: int = 0) -> Numbers:
     run = parse_run(data, np.zeros(1, np.int64))
-    return decode_values(run, np.zeros(count, np.uint8), direct_bits)
+    return decode_values(run, np.zeros(count, np.uint8), direct_bits, tail)
 
 
 @dataclass
@@ -273,4 +277,20 @@ def decode_alone(data: Bytes, count: int, form: ulp.FloatFormat) -> ulp.Unsigned
     rotated = np.zeros(count, form.dtype)
     for plane in (leading, *reversed(planes)):
         rotated = (rotated << form.dtype.type(8 % (8 * form.itemsize))) | plane.astype(form.dtype)
+    return ulp.unrotate(rotated)
+
+
+def decode_window(data: Bytes, count: int, form: ulp.FloatFormat) -> ulp.Unsigned:
+    """The target's bit patterns from a windowed chunk."""
+    bias = int.from_bytes(data[:2].tobytes(), "little")
+    section, data = _section(data[2:])
+    words = _list(section, count, direct_bits=8, tail=5)
+    outside = words == 0
+    words = (words + bias) & 0xFFFF
+    if outside.any():
+        section, data = _section(data)
+        words[outside] = _list(section, int(outside.sum())) & 0xFFFF
+    rotated = words.astype(form.dtype)
+    for plane in reversed(get_planes(data, form.itemsize - 2, count)):
+        rotated = (rotated << form.dtype.type(8)) | plane.astype(form.dtype)
     return ulp.unrotate(rotated)

@@ -32,6 +32,8 @@ _WEIGHT_TOTAL = 1 << 14  # explicit tables: weights add up to about this
 _MANTISSA = 3  # explicit tables: bits kept after a weight's highest bit
 BAD = -1  # what the readers return for a run that no encoder wrote
 
+_WAYS = 4  # sets of counters
+
 _i = types.int64
 _flag = types.boolean
 _real = types.float64
@@ -50,7 +52,6 @@ _bytes, _out = _read(types.uint8), _write(types.uint8)
 _longs = _read(types.int64)
 _numbers, _numbers_out = _read(types.uint32), _write(types.uint32)
 _words, _words_out = _read(types.uint16), _write(types.uint16)
-_entries = _read(types.uint64)
 _tables, _tables_out = _read(types.uint32, 2), _write(types.uint32, 2)
 
 
@@ -362,24 +363,32 @@ def fill_slots(frequencies, direct_bits, slots):
 # ---------------------------------------------------------------------------------------- counting
 
 
-@kernel(types.void(_numbers, _bytes, _i, _words_out))
-def keys_of(values, contexts, direct_bits, keys):
-    """context << 8 | token of each value into keys (uint16)."""
-    done = simd.key_vectors(len(keys), values, contexts, keys, direct_bits)
+@kernel(_i(_i, _i))
+def log_span(direct_bits, value_bits):
+    """log2 of how many tokens values of so many bits may have: the length of a row of keys."""
+    if direct_bits == 8:
+        return 8
+    return 6 if value_bits <= 16 else 7
+
+
+@kernel(types.void(_numbers, _bytes, _i, _i, _words_out))
+def keys_of(values, contexts, direct_bits, span, keys):
+    """context << span | token of each value into keys (uint16)."""
+    done = simd.key_vectors(len(keys), values, contexts, keys, direct_bits, span)
     for i in range(done, len(keys)):
-        keys[i] = np.int64(contexts[i]) << 8 | token_of(values[i], direct_bits)
+        keys[i] = np.int64(contexts[i]) << span | token_of(values[i], direct_bits)
 
 
 @kernel(types.void(_words, _tables_out))
 def add_keys(keys, counts):
-    """Add keys up in counts (uint32[4, ...]).
+    """Add keys up in counts (uint32[_WAYS, ...]).
 
-    Every fourth place has its own counters: adding to the one just written has to wait for it.
+    Neighbours have counters of their own: adding to the one just written has to wait for it.
     """
     first, second, third, fourth = counts[0], counts[1], counts[2], counts[3]
-    whole = len(keys) & ~3
+    whole = len(keys) & ~(_WAYS - 1)
     one = np.uint32(1)
-    for i in range(0, whole, 4):
+    for i in range(0, whole, _WAYS):
         first[keys[i]] += one
         second[keys[i + 1]] += one
         third[keys[i + 2]] += one
@@ -388,39 +397,40 @@ def add_keys(keys, counts):
         first[keys[i]] += one
 
 
-@kernel(_tables_out(_bytes, _numbers, _i, _i, _words_out))
-def count_tokens(contexts, values, tables, direct_bits, keys):
+@kernel(_tables_out(_bytes, _numbers, _i, _i, _i, _words_out))
+def count_tokens(contexts, values, tables, direct_bits, span, keys):
     """How often each token comes in each context: uint32[tables, TOKENS]. Fills keys (see `keys_of`)."""
-    # The room between the four keeps their counters of one key from looking alike to a processor,
-    # which compares the last 12 bits of addresses to find out whether a load must wait for a store.
-    counts = np.zeros((4, tables * TOKENS + 48), np.uint32)
+    # The room between the counters of one key keeps them from looking alike to a processor, which
+    # compares the last 12 bits of addresses to find out whether a load must wait for a store.
+    counts = np.zeros((_WAYS, (tables << span) + 48), np.uint32)
     for first in range(0, len(values), BLOCK):
         last = min(first + BLOCK, len(values))
         part = keys[first:last]
-        keys_of(values[first:last], contexts[first:last], direct_bits, part)
+        keys_of(values[first:last], contexts[first:last], direct_bits, span, part)
         add_keys(part, counts)
-    total = np.empty((tables, TOKENS), np.uint32)
-    for c in range(tables):
-        for t in range(TOKENS):
-            at = c * TOKENS + t
-            total[c, t] = counts[0, at] + counts[1, at] + counts[2, at] + counts[3, at]
+    total = np.zeros((tables, TOKENS), np.uint32)
+    for way in range(_WAYS):
+        row = counts[way]
+        for c in range(tables):
+            for t in range(1 << span):
+                total[c, t] += row[c << span | t]
     return total
 
 
 # ---------------------------------------------------------------------------------------- writing
 
 
-@kernel(_i(_words_out, _i, _entries, _words, _numbers, _numbers_out, _i, _i, _i))
-def _encode_scalar(words, at, table, keys, values, states, first, count, direct_bits):
+@kernel(_i(_words_out, _i, _numbers, _words, _numbers, _numbers_out, _i, _i, _i, _i, _i, _i))
+def _encode_scalar(words, at, table, keys, values, states, first, count, direct_bits, tail, span, precision):
     """One step of `count` lanes, values from `first`, in front of `at`; the new `at`.
 
     The mirror image of `_decode_scalar`: raw bits of the second pull, of the first, then tokens.
     """
-    inline = 16 - PRECISION
+    inline, tokens = 16 - precision, (1 << span) - 1
     for pull in (2, 1):
         for lane in range(count - 1, -1, -1):
             value = np.int64(values[first + lane])
-            raw = raw_bits_of(np.int64(keys[first + lane]) & 255, direct_bits)
+            raw = raw_bits_of(np.int64(keys[first + lane]) & tokens, direct_bits) + tail
             rest = max(raw - inline, 0)
             width = min(rest, 16) if pull == 1 else max(rest - 16, 0)
             if width == 0:
@@ -434,63 +444,59 @@ def _encode_scalar(words, at, table, keys, values, states, first, count, direct_
             states[lane] = (state << width) | (part & ((1 << width) - 1))
     for lane in range(count - 1, -1, -1):
         value, key = np.int64(values[first + lane]), np.int64(keys[first + lane])
-        raw = raw_bits_of(key & 255, direct_bits)
+        raw = raw_bits_of(key & tokens, direct_bits) + tail
         width = min(raw, inline)
-        entry = np.int64(table[key] & np.uint64(0xFFFFFFFF))
+        entry = np.int64(table[key])
         frequency, start = entry >> 16, entry & 0xFFFF
         state = np.int64(states[lane])
-        if state >> (32 - PRECISION - width) >= frequency:
+        if state >> (32 - precision - width) >= frequency:
             at -= 1
             words[at] = state & 0xFFFF
             state >>= 16
         state = (state << width) | ((value >> (raw - width)) & ((1 << width) - 1))
-        states[lane] = ((state // frequency) << PRECISION) + state % frequency + start
+        states[lane] = ((state // frequency) << precision) + state % frequency + start
     return at
 
 
-@kernel(_write(types.uint64)(_tables))
-def encoder_table(frequencies):
-    """uint64, 256 entries a context: float32 bits of 1 / frequency << 32 | frequency << 16 | start.
-
-    The reciprocal is made smaller by 2**-22 of itself (see simd._underestimate).
-    """
-    table = np.zeros(frequencies.size, np.uint64)
-    reciprocals = np.zeros(frequencies.size, np.float32)
+@kernel(_numbers_out(_tables, _i))
+def encoder_table(frequencies, span):
+    """uint32, 1 << span entries a context: frequency << 16 | start, by key (see `keys_of`)."""
+    table = np.zeros(len(frequencies) << span, np.uint32)
     for c in range(len(frequencies)):
         start = 0
-        for t in range(TOKENS):
+        for t in range(1 << span):
             frequency = np.int64(frequencies[c, t])
-            table[c * TOKENS + t] = frequency << 16 | start
-            if frequency:
-                reciprocals[c * TOKENS + t] = (1.0 - 2.0**-22) / frequency
+            table[c << span | t] = frequency << 16 | start
             start += frequency
-    bits = reciprocals.view(np.uint32)
-    for i in range(len(table)):
-        table[i] |= np.uint64(bits[i]) << np.uint64(32)
     return table
 
 
-@kernel(_i(_words_out, _tables, _words, _numbers, _i, _i, _numbers_out))
-def encode_words(words, frequencies, keys, values, lanes, direct_bits, states):
+@kernel(_i(_words_out, _tables, _words, _numbers, _i, _i, _i, _i, _i, _numbers_out))
+def encode_words(words, frequencies, keys, values, lanes, direct_bits, tail, span, precision, states):
     """Code the values into the end of `words` (at least 3 a value); where the words begin.
 
-    frequencies  uint32[tables, TOKENS], each table adding up to 1 << PRECISION
-    keys         uint16, one a value (see `keys_of`)
+    frequencies  uint32[tables, TOKENS], each table adding up to 1 << precision
+    keys         uint16, one a value (see `keys_of`), of the values without their tails
+    tail         how many low bits of each value are raw, whatever its token; none has more raw bits then
     states       uint32[64], the lanes' final states: what the decoder begins with
     """
     at, count = len(words), len(values)
-    table = encoder_table(frequencies)
+    table = encoder_table(frequencies, span)
     states[:lanes] = STATE_FLOOR
     steps = count // lanes
+    direct = 1 << direct_bits + tail
     at = _encode_scalar(
-        words, at, table, keys, values, states, steps * lanes, count - steps * lanes, direct_bits
-    )
+        words, at, table, keys, values, states, steps * lanes, count - steps * lanes, direct_bits, tail,
+        span, precision,
+    )  # fmt: skip
     if lanes == 64:
-        return simd.encode_64(words, table, keys, values, states, at, steps, 1 << direct_bits)
+        return simd.encode_64(words, table, keys, values, states, at, steps, direct, tail, precision)
     if lanes == 16:
-        return simd.encode_16(words, table, keys, values, states, at, steps, 1 << direct_bits)
+        return simd.encode_16(words, table, keys, values, states, at, steps, direct, tail, precision)
     for step in range(steps - 1, -1, -1):
-        at = _encode_scalar(words, at, table, keys, values, states, step * lanes, lanes, direct_bits)
+        at = _encode_scalar(
+            words, at, table, keys, values, states, step * lanes, lanes, direct_bits, tail, span, precision
+        )
     return at
 
 
@@ -505,8 +511,10 @@ def _refill(words, at, end, state):
     return ((state << 16) | np.int64(words[at]) if at < end else np.int64(STATE_FLOOR)), at + 1
 
 
-@kernel(_i(_words, _i, _i, _numbers, _bytes, _numbers_out, _numbers_out, _write(_i), _i, _i, _i, _flag))
-def _decode_scalar(words, at, end, slots, contexts, values, states, rest, first, count, precision, direct):
+@kernel(_i(_words, _i, _i, _numbers, _bytes, _numbers_out, _numbers_out, _write(_i), _i, _i, _i, _flag, _i))
+def _decode_scalar(
+    words, at, end, slots, contexts, values, states, rest, first, count, precision, direct, tail
+):
     """One step of `count` lanes, values from `first`; the new `at`, beyond `end` when exhausted.
 
     `rest` is scratch, int64[64]: the raw bits each lane still waits for.
@@ -518,7 +526,7 @@ def _decode_scalar(words, at, end, slots, contexts, values, states, rest, first,
         slot = state & ((1 << precision) - 1)
         entry = np.int64(slots[(np.int64(contexts[first + lane]) << precision) | slot])
         state = ((entry >> 11) & 4095) * (state >> precision) + (entry & 2047)
-        raw, lead = (0, entry >> 23) if direct else (entry >> 27, (entry >> 23) & 15)
+        raw, lead = (tail, entry >> 23) if direct else (entry >> 27, (entry >> 23) & 15)
         width = min(raw, inline)
         values[first + lane] = (lead << width) | (state & ((1 << width) - 1))
         states[lane], at = _refill(words, at, end, state >> width)
@@ -536,8 +544,8 @@ def _decode_scalar(words, at, end, slots, contexts, values, states, rest, first,
     return at
 
 
-# settings of a run: int64[3]
-LANES, BITS, DIRECT = 0, 1, 2
+# settings of a run: int64[4]. DIRECT: no token has raw bits but for the TAIL that all have.
+LANES, BITS, DIRECT, TAIL = 0, 1, 2, 3
 
 
 @kernel(_i(_bytes, _longs, _tables, _i, _numbers_out, _numbers_out, _write(_i)))
@@ -545,7 +553,7 @@ def open_head(data, members, family, direct_bits, slots, states, settings):
     """Read the head of a run that takes up all of `data`; where its words begin, or BAD.
 
     slots      uint32, len(members) << PRECISION
-    states     uint32[64], settings int64[3]: written
+    states     uint32[64], settings int64[4]: written, but for settings[TAIL]
     """
     if len(data) < 2:
         return BAD
@@ -576,32 +584,34 @@ def open_head(data, members, family, direct_bits, slots, states, settings):
 def decode_values(words, at, slots, contexts, values, settings, states, rest):
     """Decode len(contexts) values, whole steps unless they are the run's last; the word cursor.
 
-    settings     int64[3]: lanes, precision, whether no token carries raw bits
+    settings     int64[4], see above; a tail wants a run of bytes
     words        uint16, with GUARD words behind the stream
     A cursor beyond `len(words) - GUARD` says that the stream was too short.
     """
-    lanes, precision, direct = settings[LANES], settings[BITS], settings[DIRECT] != 0
+    lanes, precision, direct, tail = settings[LANES], settings[BITS], settings[DIRECT] != 0, settings[TAIL]
     count, end = len(contexts), len(words) - GUARD
     steps = count // lanes
-    if lanes == 64 and precision == PRECISION and direct:
-        at = simd.decode_64_direct(words, slots, contexts, values, states, at, end, steps)
-    elif lanes == 64 and precision == PRECISION:
-        at = simd.decode_64(words, slots, contexts, values, states, at, end, steps)
-    elif lanes == 16 and precision == PRECISION and direct:
-        at = simd.decode_16_direct(words, slots, contexts, values, states, at, end, steps)
-    elif lanes == 16 and precision == PRECISION:
-        at = simd.decode_16(words, slots, contexts, values, states, at, end, steps)
+    if lanes == 64 and tail:
+        at = simd.decode_64_tail(words, slots, contexts, values, states, at, end, steps, precision, tail)
+    elif lanes == 64 and direct:
+        at = simd.decode_64_direct(words, slots, contexts, values, states, at, end, steps, precision, tail)
+    elif lanes == 64:
+        at = simd.decode_64(words, slots, contexts, values, states, at, end, steps, precision, tail)
+    elif lanes == 16 and direct and not tail:
+        at = simd.decode_16_direct(words, slots, contexts, values, states, at, end, steps, precision, tail)
+    elif lanes == 16 and not tail:
+        at = simd.decode_16(words, slots, contexts, values, states, at, end, steps, precision, tail)
     else:
         for step in range(steps):
             at = _decode_scalar(
                 words, at, end, slots, contexts, values, states, rest, step * lanes, lanes,
-                precision, direct,
+                precision, direct, tail,
             )  # fmt: skip
     if at > end:
         return at
     return _decode_scalar(
         words, at, end, slots, contexts, values, states, rest, steps * lanes,
-        count - steps * lanes, precision, direct,
+        count - steps * lanes, precision, direct, tail,
     )  # fmt: skip
 
 
@@ -614,3 +624,19 @@ def ended_well(words, at, lanes, states):
         if states[lane] != STATE_FLOOR:
             return False
     return True
+
+
+@njit(nogil=True, cache=True)
+def decode_list(words, slots, settings, states, rest, out):
+    """Fill out (unsigned[n]) from an open run of one context; False where it does not fit."""
+    contexts, values = np.zeros(BLOCK, np.uint8), np.empty(BLOCK, np.uint32)
+    cursor = 0
+    for first in range(0, len(out), BLOCK):
+        part = out[first : first + BLOCK]
+        here = contexts[: len(part)]
+        cursor = decode_values(words, cursor, slots, here, values, settings, states, rest)
+        if cursor > len(words) - GUARD:
+            return False
+        for i in range(len(part)):
+            part[i] = values[i]
+    return ended_well(words, cursor, settings[LANES], states)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ..errors import PayloadError
 from . import floats, ulp
 from .planes import put_plane, take_plane
+from .scratch import scratch
 from .ulp import FloatFormat
 
 Bytes = NDArray[np.uint8]
@@ -53,10 +54,10 @@ def encode_sparse(base: Bytes, target: Bytes, form: FloatFormat) -> bytes | None
     if active.mean() > _ACTIVE:
         active[:] = 1
     cutoff = _cutoff(before, places, active, form)
-    chosen = _chosen(before, before, cutoff, active, form)
+    chosen = _chosen("chosen", before, before, cutoff, active, form)
     if len(chosen) > _MOST * len(before):
         return None
-    changed = _chosen(before, after, cutoff, active, form)
+    changed = _chosen("changed", before, after, cutoff, active, form)
     outside = places[ulp.exponent(before[places], form) > cutoff]
     delta = b""
     if not np.array_equal(chosen, changed):
@@ -104,12 +105,12 @@ def _place_bits(moved: NDArray[Any], among: NDArray[Any]) -> NDArray[np.float64]
 
 
 def _chosen(
-    before: NDArray[Any], source: NDArray[Any], cutoff: int, active: Bytes, form: FloatFormat
+    name: str, before: NDArray[Any], source: NDArray[Any], cutoff: int, active: Bytes, form: FloatFormat
 ) -> NDArray[Any]:
-    """The chosen elements of source in a row."""
+    """The chosen elements of source in a row, in this thread's working memory of that name."""
     from .compiled import subset
 
-    row = np.empty(len(before) + subset.SPARE, form.dtype)
+    row = scratch(name, len(before) + subset.SPARE, form.dtype)
     count = subset.choose(before, source, form.shift, form.mask, cutoff, active, row)
     return row[:count]
 
@@ -142,8 +143,8 @@ def decode_sparse(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> No
     if follows != (len(data) > 0):
         raise PayloadError("a sparse chunk's delta is missing or unannounced")
     if follows:
-        chosen = _chosen(before, before, cutoff, active, form)
-        changed = np.empty(len(chosen) + subset.SPARE, form.dtype)
+        chosen = _chosen("chosen", before, before, cutoff, active, form)
+        changed = scratch("changed", len(chosen) + subset.SPARE, form.dtype)
         part = changed[: len(chosen)]
         floats.decode_delta(data, chosen.view(np.uint8), form, part.view(np.uint8))
         subset.merge(before, form.shift, form.mask, cutoff, active, changed, result)
@@ -164,7 +165,9 @@ def _take_exceptions(
     lists = []
     for _ in range(3 if form.itemsize == 8 else 2):
         section, data = floats.take_section(data)
-        lists.append(coder.decode_list(section, count))
+        numbers = np.empty(count, np.uint32)
+        coder.decode_list(section, numbers)
+        lists.append(numbers)
     places = np.cumsum(lists[0].astype(np.int64) + 1) - 1
     if places[-1] >= limit:
         raise PayloadError("an exception lies beyond the end of its chunk")

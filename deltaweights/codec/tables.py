@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 TOKENS = 256  # tokens a table has room for
-PRECISION = 11  # bits of a probability: what encoders write, and the most that a reader takes
+PRECISION = 11  # bits of a probability, at most; encoders write one less where that costs next to nothing
 DIRECT_BITS = 4  # values below 2**DIRECT_BITS are their own tokens
 SCALES = 48  # members of the family
 ZERO_SCALE = 10  # the member whose mean |distance| is one

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaweights.codec import floats, reference, ulp
+from deltaweights.codec import floats, reference, ulp, window
 from deltaweights.codec.tables import (
     DIRECT_BITS,
     SCALES,
@@ -51,6 +51,40 @@ def test_standalone(dtype: str) -> None:
         assert np.array_equal(reference.decode_alone(data, count, form), target.view(form.dtype))
 
 
+@pytest.mark.parametrize("dtype", [dtype for dtype, form in FORMATS.items() if form.itemsize > 1])
+@pytest.mark.parametrize("count", [3, 700, 20_000])
+def test_windows(dtype: str, count: int) -> None:
+    """Everything inside, some outside (zeros and infinities), and nearly everything outside."""
+    form = FORMATS[dtype]
+    weights = fine_tune(dtype, count, 0)[0]
+    some = weights.view(form.dtype).copy()
+    some[::7] = 0
+    some[1::50] = form.mask << form.shift
+    for target in (weights, some.view(np.uint8), noise(dtype, count)):
+        data = np.frombuffer(window.encode_window(target, form), np.uint8)
+        assert np.array_equal(reference.decode_window(data, count, form), target.view(form.dtype))
+        out = np.empty_like(target)
+        window.decode_window(data, form, out)
+        assert np.array_equal(out, target)
+
+
+@pytest.mark.parametrize("tail", [0, 1, 5])
+@pytest.mark.parametrize("count", [17, 300, 9001])
+def test_runs_with_tails(tail: int, count: int) -> None:
+    """The reference encodes a run of long values to the kernels' bytes."""
+    from deltaweights.codec.compiled import coder
+
+    values = np.random.default_rng(tail).binomial(255 << tail, 0.4, count).astype(np.uint32)
+    run = reference.parse_run(
+        np.frombuffer(coder.encode_list(values, 8, tail), np.uint8), np.zeros(1, np.int64)
+    )
+    contexts = np.zeros(count, np.uint8)
+    assert np.array_equal(reference.decode_values(run, contexts, 8, tail), values)
+    again = reference.encode_values(run, contexts, values.astype(np.int64), 8, tail)
+    assert np.array_equal(again.states, run.states)
+    assert np.array_equal(again.words, run.words)
+
+
 @pytest.mark.parametrize("dtype", ["BF16", "F32", "F64", "F8_E4M3"])
 def test_transforms(dtype: str) -> None:
     from deltaweights.codec.compiled import delta
@@ -84,7 +118,8 @@ def test_tokens(value: int) -> None:
     token = token_of(value)
     assert lead_of(token) == value >> raw_bits_of(token)
     contexts, keys = np.zeros(17, np.uint8), np.empty(17, np.uint16)
-    runs.keys_of(np.full(17, value, np.uint32), contexts, DIRECT_BITS, keys)
+    span = runs.log_span(DIRECT_BITS, 32)
+    runs.keys_of(np.full(17, value, np.uint32), contexts, DIRECT_BITS, span, keys)
     assert set(keys.tolist()) == {token}
 
 

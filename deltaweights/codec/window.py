@@ -1,0 +1,114 @@
+"""Floats without a base whose exponents lie close together: the top mantissa bits coded with them.
+
+The *word* of an element is the upper 16 bits of it, rotated so that its sign comes last (see alone.py). Words
+are counted from a bias on; those in the window of 2**13 above it are coded by their upper eight bits, which
+are an exponent and, where exponents have eight bits, three mantissa bits. Within an octave small values are
+more frequent than large ones, which is what the mantissa bits know.
+
+u16              bias
+u32, run         n values of 13 bits: word - bias, or 0 for a word outside of the window
+u32, list        the words outside, in order (only if there are any)
+planes           itemsize - 2: the other bytes of the rotated elements, the lowest first
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import PayloadError
+from . import floats
+from .planes import get_planes, put_plane
+from .scratch import scratch
+from .ulp import FloatFormat
+
+Bytes = NDArray[np.uint8]
+TAIL = 5  # bits of a value that are raw
+_SPAN = 1 << 8 + TAIL
+_GLANCE = 1 << 15  # elements looked at to place the window and to foresee the size
+
+
+def encode_window(target: Bytes, form: FloatFormat) -> bytes:
+    """The target by itself; elements have two bytes or more."""
+    from .compiled import alone, coder, frozen
+
+    patterns = frozen(floats.elements(target, form))
+    words, values = scratch("words", len(patterns), np.uint32), scratch("values", len(patterns), np.uint32)
+    alone.upper_words(patterns, words)
+    bias = _bias(words)
+    parts = [bias.to_bytes(2, "little")]
+    outside = words[values == 0] if alone.enter_window(words, bias, _SPAN, values) else words[:0]
+    others = coder.encode_list(outside.copy()) if len(outside) else b""
+    parts.append(floats.sized(coder.encode_list(values, coder.BYTE_BITS, TAIL)))
+    if others:
+        parts.append(floats.sized(others))
+    plane = scratch("planes", len(patterns), np.uint8)
+    for p in range(form.itemsize - 2):
+        alone.rotated_byte(patterns, p, plane)
+        parts.append(put_plane(plane))
+    return b"".join(parts)
+
+
+def _bias(words: NDArray[np.uint32]) -> int:
+    """One less than the first word of the window that holds most of a sample: in the middle, of several."""
+    counts = np.bincount(_glance(words) >> np.uint32(8), minlength=256)
+    width = _SPAN >> 8
+    sums = np.convolve(counts, np.ones(width, np.int64), "valid")
+    best = np.flatnonzero(sums == sums.max())
+    return (int(best[len(best) // 2]) << 8) - 1 & 0xFFFF
+
+
+def _glance(values: NDArray[Any]) -> NDArray[Any]:
+    start = max((len(values) - _GLANCE) // 2, 0)
+    return values[start : start + _GLANCE]
+
+
+def decode_window(data: Bytes, form: FloatFormat, out: Bytes) -> None:
+    """Fill out with the target; PayloadError where data does not code that many elements."""
+    from .compiled import alone, coder, frozen
+
+    if form.itemsize < 2 or len(data) < 2:
+        raise PayloadError("a chunk of these elements has no window")
+    result = floats.elements(out, form)
+    bias = int.from_bytes(data[:2].tobytes(), "little")
+    section, data = floats.take_section(data[2:])
+    values = scratch("values", len(result), np.uint32)
+    coder.decode_list(section, values, coder.BYTE_BITS, TAIL)
+    places = np.flatnonzero(values == 0)
+    outside = np.empty(len(places), np.uint32)
+    if len(places):
+        section, data = floats.take_section(data)
+        coder.decode_list(section, outside)
+    planes = get_planes(data, form.itemsize - 2, len(result))
+    if any(len(plane) != len(result) for plane in planes):
+        raise PayloadError("a plane of a standalone chunk has the wrong length")
+    stacked = scratch("planes", (form.itemsize - 2) * len(result), np.uint8)
+    stacked = stacked.reshape(form.itemsize - 2, len(result))
+    for row, plane in zip(stacked, planes, strict=True):
+        row[:] = plane
+    values += np.uint32(bias)
+    values[places] = outside
+    values &= np.uint32(0xFFFF)
+    alone.join(values, frozen(stacked), result)
+    floats.deliver(result, out)
+
+
+def window_bits(target: Bytes, form: FloatFormat) -> float:
+    """About how many bits `encode_window` would need, from the entropies of a sample; infinite for bytes."""
+    from .compiled import alone, frozen
+
+    if form.itemsize < 2:
+        return np.inf
+    part = _glance(frozen(floats.elements(target, form)))
+    words, values = np.empty(len(part), np.uint32), np.empty(len(part), np.uint32)
+    alone.upper_words(part, words)
+    alone.enter_window(words, _bias(words), _SPAN, values)
+    byte = (values >> np.uint32(TAIL)).astype(np.uint8)
+    bits = alone.byte_bits(byte, 1) + TAIL
+    bits += 16 * np.count_nonzero(words[values == 0]) / max(len(part), 1)  # zeros cost next to nothing
+    for p in range(form.itemsize - 2):
+        alone.rotated_byte(part, p, byte)
+        bits += alone.byte_bits(byte, 1)
+    return float(bits * (len(target) // form.itemsize))
