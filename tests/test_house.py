@@ -37,6 +37,7 @@ RANKS = {
     "verify": 5,
     "demo": 5,
     "push": 6,
+    "torch": 6,
     "cli": 7,
     "__main__": 8,
     "__init__": 8,

@@ -1,0 +1,72 @@
+"""torch tensors as safetensors sees them: dtype codes, shapes, and bytes in row-major order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+#: torch's dtype for each code. Those that this version of torch does not have are left out.
+DTYPES: dict[str, torch.dtype] = {
+    code: getattr(torch, name)
+    for code, name in {
+        "BOOL": "bool",
+        "U8": "uint8", "I8": "int8",
+        "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32", "I64": "int64", "U64": "uint64",
+        "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
+        "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+        "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+        "F4": "float4_e2m1fn_x2",
+    }.items()
+    if hasattr(torch, name)
+}  # fmt: skip
+
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def code_of(name: str, dtype: torch.dtype) -> str:
+    """The safetensors code of the tensor called ``name``.
+
+    Raises:
+        CheckpointError: safetensors has none for its dtype.
+    """
+    if dtype not in _CODES:
+        raise CheckpointError(
+            f"Tensor {name!r} cannot be saved", f"safetensors has no {dtype}.", "Convert it first."
+        )
+    return _CODES[dtype]
+
+
+def dtype_of(name: str, code: str) -> torch.dtype:
+    """torch's dtype for the safetensors code of the tensor called ``name``.
+
+    Raises:
+        CheckpointError: torch has none.
+    """
+    if code not in DTYPES:
+        raise CheckpointError(
+            f"Tensor {name!r} cannot be loaded",
+            f"It is {code}, for which torch {torch.__version__} has no dtype.",
+            "Rebuild the target with apply_delta, or read the bytes with deltaweights.open_target.",
+        )
+    return DTYPES[code]
+
+
+def stored_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape that a safetensors header gives. It counts elements; torch counts pairs of F4."""
+    return _double_last(tensor) if _CODES.get(tensor.dtype) == "F4" else tuple(tensor.shape)
+
+
+def _double_last(tensor: Tensor) -> tuple[int, ...]:
+    return (*tensor.shape[:-1], 2 * tensor.shape[-1])
+
+
+def torch_shape(code: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in torch of a tensor that a header describes so."""
+    return (*shape[:-1], shape[-1] // 2) if code == "F4" and shape else shape
+
+
+def byte_view(tensor: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor: uint8, one dimension, the same memory on the same device."""
+    return tensor.detach().reshape(-1).view(torch.uint8)
