@@ -39,6 +39,7 @@ class DeltaCallback(TrainerCallback):
         Raises:
             OutputError: the Trainer resumes before the last checkpoint.
         """
+        self.checkpointer.wait()
         last = max(self.checkpointer.steps, default=0)
         self._first = 0 if state.global_step else last
         if 0 < state.global_step < last and state.is_world_process_zero:

@@ -146,13 +146,16 @@ class DeltaCheckpointer:
             OutputError: there is a checkpoint of this step or a later one.
             CheckpointError: a tensor cannot be saved.
             DeltaWeightsError: what went wrong with the checkpoint before this one, which was not kept.
+            ValueError: ``step`` is negative.
         """
+        if step < 0:
+            raise ValueError(f"step is {step}, not at least 0")
         self.wait()
         later = [other for other in self.steps if other >= step]
-        if later or step < 0:
+        if later:
             raise OutputError(
                 f"Checkpoint {step} cannot be written to {self.folder}",
-                f"It holds one of step {later[-1]}." if later else "A step is not negative.",
+                f"It holds one of step {later[-1]}.",
                 f"Remove those of a run that was given up: discard_after({step - 1}).",
             )
         layout = self._copy(lay_out(state, self._max_shard_size))
@@ -194,7 +197,9 @@ class DeltaCheckpointer:
         self.wait()
         chains = list_checkpoints(self.folder)
         if not chains:
-            raise CheckpointError(f"{self.folder} holds no checkpoint", "None was finished.", "Save one first.")
+            raise CheckpointError(
+                f"{self.folder} holds no checkpoint", "None was finished.", "Save one first."
+            )
         step = max(chains) if step is None else step
         if step not in chains:
             there = f"It has those of steps {', '.join(map(str, chains))}."

@@ -153,9 +153,15 @@ def _pretrained(model: nn.Module) -> PreTrainedModel | None:
 def _lay_out_pretrained(model: PreTrainedModel, size: dict[str, Any]) -> Layout:
     """As ``model.save_pretrained`` does it, in the same order; with that library's own functions for what
     depends on the kind of model (which names stay of tied weights, how a checkpoint's tensors were fused)."""
-    from transformers.core_model_loading import revert_weight_conversion
-    from transformers.modeling_utils import remove_tied_weights_from_state_dict
-
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+        from transformers.modeling_utils import remove_tied_weights_from_state_dict
+    except ImportError as error:
+        raise CheckpointError(
+            f"{type(model).__name__} cannot be saved from memory",
+            f"{error}.",
+            "Install transformers 5; or save it to a folder and use make_delta.",
+        ) from error
     if getattr(model, "hf_quantizer", None) or getattr(model, "_hf_peft_config_loaded", False):
         raise CheckpointError(
             f"{type(model).__name__} cannot be saved from memory",

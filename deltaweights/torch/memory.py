@@ -163,7 +163,7 @@ def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     infos, position = [], 0
     for name in sorted(tensors, key=lambda name: (_ORDER.index(codes[name]), name)):
         end = position + tensors[name].nbytes
-        infos.append(TensorInfo(name, codes[name], stored_shape(tensors[name]), position, end))
+        infos.append(TensorInfo(name, codes[name], stored_shape(name, tensors[name]), position, end))
         position = end
     yield np.frombuffer(build_header(infos, dict(sorted(metadata.items()))), np.uint8)
     for info in infos:

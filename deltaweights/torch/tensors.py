@@ -53,12 +53,18 @@ def dtype_of(name: str, code: str) -> torch.dtype:
     return DTYPES[code]
 
 
-def stored_shape(tensor: Tensor) -> tuple[int, ...]:
-    """The shape that a safetensors header gives. It counts elements; torch counts pairs of F4."""
-    return _double_last(tensor) if _CODES.get(tensor.dtype) == "F4" else tuple(tensor.shape)
+def stored_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
+    """The shape that a safetensors header gives. It counts elements of F4, where torch counts pairs.
 
-
-def _double_last(tensor: Tensor) -> tuple[int, ...]:
+    Raises:
+        CheckpointError: a pair without a dimension to count its elements in.
+    """
+    if _CODES[tensor.dtype] != "F4":
+        return tuple(tensor.shape)
+    if not tensor.dim():
+        raise CheckpointError(
+            f"Tensor {name!r} cannot be saved", "It is F4 and has no dimension.", "Reshape it."
+        )
     return (*tensor.shape[:-1], 2 * tensor.shape[-1])
 
 
