@@ -79,8 +79,8 @@ class DeltaCheckpointer:
 
     Args:
         folder: where the checkpoints go; made if need be. One process at a time may write to it.
-        base: what they are deltas against: a folder, one .safetensors file or a Hub id. It has to stay as it
-        is.
+        base: what they are deltas against: a folder, one .safetensors file or a Hub id. It has to stay the
+            same.
         anchor_every: every so many checkpoints, one is made against the base; those between, against the one
             before, which makes them smaller and slower to restore. 1: all against the base. At most 100.
         keep: how many of the last checkpoints to keep; None: all. Those that a kept one is made against stay.

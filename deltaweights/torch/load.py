@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..chain import Deltas, listed, open_chain
+from ..chain import Deltas, links, listed, open_chain
 from ..checkpoint import Location, OutputFolder, Readable
 from ..errors import CheckpointError
 from ..pipeline import Meter, ProgressCallback, Workers
@@ -52,11 +52,10 @@ def load_state_dict(
         dtype: what floating-point tensors are converted to; None: as they are stored.
         shards: load only from the target's shards whose path matches this pattern, such as
             ``"model*.safetensors"``.
-        sha256: also compare the SHA-256 of each shard, where all of it is loaded unconverted to the CPU.
-        Without
-            it, what is certain is this: every chunk of base and target that was used has the XXH3-64 checksum
-            that the delta records. That finds any damage and any wrong base; it is no proof against somebody
-            who makes up a false delta.
+        sha256: also compare the SHA-256 of each shard, where all of it is loaded unconverted to the CPU; that
+            takes about twice as long. Without it, what is certain is this: every chunk of base and target
+            that was used has the XXH3-64 checksum that the delta records. That finds any damage and any wrong
+            base; it is no proof against somebody who makes up a false delta.
         threads: how many; the number of usable cores if None.
         progress: called with a phase ("load"), bytes done, bytes in all.
 
@@ -70,12 +69,17 @@ def load_state_dict(
     def take(recipe: TensorRecipe) -> Tensor:
         name, stored = recipe.info.name, dtype_of(recipe.info.name, recipe.info.dtype)
         kept = dtype if dtype is not None and stored.is_floating_point else stored
-        shape = torch_shape(recipe.info.dtype, recipe.info.shape)
-        tensors[name] = torch.empty(shape, dtype=kept, device=device)
+        shape = torch_shape(name, recipe.info.dtype, recipe.info.shape)
+        try:
+            tensors[name] = torch.empty(shape, dtype=kept, device=device)
+        except (RuntimeError, TypeError, OverflowError) as error:  # no such shape, or no such memory
+            why = f"{list(shape)} of {kept}: {error}".splitlines()[0]
+            raise CheckpointError(f"Tensor {name!r} cannot be loaded", f"{why}.") from error
         return tensors[name]
 
     with open_chain(listed(delta), base) as target:
         found = _tensors_by_shard(target, shards)
+        links(target)[0].published_base_files()  # finds a wrong base on the Hub before it is fetched
         _fill(target, found, take, sha256, threads, progress)
     return {name: tensors[name] for names in found.values() for name in names}
 
@@ -127,6 +131,7 @@ def load_into(
         names = dict.fromkeys(name for shard in found.values() for name in shard)
         report = _compare(model, state, names, strict)
         _check_shapes(target, {name: state[name] for name in names if name in state})
+        links(target)[0].published_base_files()  # finds a wrong base on the Hub before it is fetched
         chosen = _one_of_each(state, set(names))
         wanted = {path: [name for name in shard if name in chosen] for path, shard in found.items()}
         _leave_meta(model, {id(state[name]) for name in chosen}, torch.device(device))
@@ -135,9 +140,7 @@ def load_into(
     return report
 
 
-def write_files(
-    delta: Deltas, out: Location, base: Readable | None = None, *, threads: int | None = None
-) -> list[str]:
+def write_files(delta: Deltas, out: Location, base: Readable | None = None) -> list[str]:
     """Write the target's files that hold no weights (config, tokenizer, …) to the folder ``out``.
 
     Returns:
@@ -148,8 +151,7 @@ def write_files(
         DeltaError: the delta is incomplete or damaged.
         OutputError: ``out`` cannot be written to.
     """
-    with open_chain(listed(delta), base) as target, Workers(threads) as workers, OutputFolder(out) as folder:
-        workers.at_stop(target.cancel)
+    with open_chain(listed(delta), base) as target, OutputFolder(out) as folder:
         files = [
             file
             for file in target.manifest.target.files
@@ -159,7 +161,7 @@ def write_files(
         folder.require_apart([file.path for file in files], target.sources)
         for record in files:
             with folder.create(record.path) as file:
-                file.write_blocks(workers.watch(target.blocks(record)))
+                file.write_blocks(target.blocks(record))
                 check_digest(record, file.digest()[1])
                 file.commit()
     return sorted(file.path for file in files)
@@ -222,8 +224,15 @@ def _memory(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _check_shapes(target: Target, state: Mapping[str, Tensor]) -> None:
+    """Raise :class:`CheckpointError` where the model's tensor cannot hold the target's of that name."""
     for name, tensor in state.items():
-        shape = torch_shape(target.dtype(name), target.shape(name))
+        if hasattr(tensor, "full_tensor"):
+            raise CheckpointError(
+                "The model cannot be loaded into",
+                f"{name!r} is sharded over several processes (a DTensor).",
+                "Load it before it is sharded, or use distributed checkpoints.",
+            )
+        shape = torch_shape(name, target.dtype(name), target.shape(name))
         if shape != tuple(tensor.shape):
             raise CheckpointError(
                 "The target does not fit the model",
@@ -265,15 +274,15 @@ def _fill(
     progress: ProgressCallback | None,
 ) -> None:
     """Decode the tensors ``names`` of each shard into what ``take`` gives for them."""
-    sizes = {path: target.shard(path).tensors for path in names}
-    total = sum(sizes[path][name].info.nbytes for path in names for name in names[path])
-    meter = Meter(progress, "load", total)
+    recipes = (target.shard(path).tensors[name] for path in names for name in names[path])
+    meter = Meter(progress, "load", sum(recipe.info.nbytes for recipe in recipes))
     with Workers(threads) as workers, torch.no_grad():
         workers.at_stop(target.cancel)
 
         def fill_shard(path: str) -> None:
             recipe = target.shard(path)
-            chosen = [tensor for name, tensor in recipe.tensors.items() if name in set(names[path])]
+            wanted = set(names[path])
+            chosen = [tensor for name, tensor in recipe.tensors.items() if name in wanted]
             target.read_tables(chosen)  # before memory is taken: payloads that long must exist
             slots = [_Slot(tensor, take(tensor)) for tensor in chosen]
             is_whole = len(chosen) == len(recipe.tensors) and all(slot.direct is not None for slot in slots)

@@ -38,8 +38,8 @@ def save_delta(
         base: a folder, one .safetensors file, or a Hub id.
         out: the folder to write; new or empty.
         files: a folder or Hub id whose other files (tokenizer, license, model card, custom code) belong to
-        the
-            target too: all but .safetensors files and their index. A config made from the model counts more.
+            the target too: all but .safetensors files and their index. A config made from the model counts
+            more.
         max_shard_size: bytes, or a text like ``"5GB"``; None: the default of the library above.
         options: more arguments of :func:`deltaweights.make_delta`, such as ``base_repo`` or ``threads``.
 
@@ -51,7 +51,7 @@ def save_delta(
         OutputError: the folder cannot be used, or its disk is full.
     """
     layout = lay_out(state, max_shard_size)
-    with ExitStack() as on_error:
-        others = None if files is None else on_error.enter_context(closing(open_source(files)))
+    with ExitStack() as opened:
+        others = None if files is None else opened.enter_context(closing(open_source(files)))
         source = MemorySource(layout.shards, layout.files, others)
         return make_delta(base, source, out, **options)

@@ -25,9 +25,9 @@ from deltaweights import (
     Manifest,
     make_delta,
 )
-from deltaweights.torch import LoadReport, load_into, load_state_dict, write_files
+from deltaweights.torch import LoadReport, load_into, load_state_dict, save_delta, write_files
 
-from ..checkpoints import contents
+from ..checkpoints import Array, contents, write_safetensors
 from ..conftest import Trio
 from .models import Tied, nudge, raw, raw_state, saved_state, tiny_qwen2
 
@@ -248,14 +248,42 @@ def test_chunks_that_cut_elements_are_no_crash(qwen2: Trio, tmp_path: Path) -> N
         load_state_dict(delta, qwen2.base, dtype=torch.float64)
 
 
-def test_dtype_that_torch_lacks_is_an_error(tmp_path: Path) -> None:
-    from ..checkpoints import Array, write_safetensors
-
+@pytest.mark.parametrize(
+    ("array", "why"),
+    [
+        (Array("F6_E2M3", (4,), b"abc"), "F6_E2M3, for which torch"),
+        (Array("F4", (2, 3), b"abc"), "pairs along the last dimension"),
+        (Array("F32", (2**63, 0), b""), r"\[9223372036854775808, 0\] of torch.float32"),
+    ],
+    ids=["dtype", "pairs", "shape"],
+)
+def test_what_torch_cannot_hold_is_an_error(tmp_path: Path, array: Array, why: str) -> None:
     for side in ("base", "target"):
-        write_safetensors(tmp_path / side / "m.safetensors", {"x": Array("F6_E2M3", (4,), b"abc")})
+        write_safetensors(tmp_path / side / "m.safetensors", {"x": array})
     make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta")
-    with pytest.raises(CheckpointError, match="F6_E2M3"):
+    with pytest.raises(CheckpointError, match=why):
         load_state_dict(tmp_path / "delta", tmp_path / "base")
+
+
+def test_sharded_tensors_are_refused(qwen2: Trio, tmp_path: Path) -> None:
+    """They are distributed checkpoints' business: here, each process has only a part."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    store = (tmp_path / "store").as_uri()
+    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        model = tiny_qwen2()
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = distribute_tensor(model.model.norm.weight.detach(), mesh)
+        model.model.norm.weight = nn.Parameter(sharded)
+        with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' is sharded"):
+            load_into(model, qwen2.delta, qwen2.base)
+        with pytest.raises(CheckpointError, match="sharded over several processes"):
+            save_delta(model, qwen2.base, tmp_path / "delta")
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_other_files_are_checked(qwen2: Trio, tmp_path: Path) -> None:
