@@ -44,13 +44,12 @@ def lay_out(state: nn.Module | Mapping[str, Tensor], max_shard_size: int | str |
 
     Args:
         state: a model, or its tensors by name. Nothing is copied but tensors that are not contiguous.
-        max_shard_size: in bytes, or a text like ``"5GB"``; None: what the library that saves such a state
-        takes.
+        max_shard_size: in bytes, or a text like ``"5GB"``; None: the default of the library
+            that saves such a state.
 
     Raises:
         CheckpointError: a tensor cannot be saved, tied weights cannot be told apart, or a transformers model
-        is
-            quantized or has adapters.
+            is quantized or has adapters.
         ValueError: ``max_shard_size`` is not a size.
     """
     size: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
