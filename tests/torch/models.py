@@ -8,7 +8,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from deltaweights.torch.tensors import byte_view
 
@@ -22,6 +28,17 @@ def tiny_qwen2(*, tied: bool = True, seed: int = 0) -> PreTrainedModel:
     )  # fmt: skip
     model: PreTrainedModel = Qwen2ForCausalLM(config)
     nn.Module.to(model, torch.bfloat16)
+    return model
+
+
+def tiny_mixtral() -> PreTrainedModel:
+    """Experts are one tensor in memory and many in a checkpoint."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model: PreTrainedModel = MixtralForCausalLM(config)
     return model
 
 

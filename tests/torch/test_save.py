@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from deltaweights import CheckpointError, apply_delta, make_delta
 from deltaweights.torch import save_delta
@@ -23,7 +22,7 @@ from deltaweights.torch.tensors import DTYPES
 
 from ..checkpoints import contents
 from ..conftest import Trio
-from .models import Tied, nudge, saved_state, tiny_qwen2
+from .models import Tied, nudge, saved_state, tiny_mixtral, tiny_qwen2
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 SHAPES = st.lists(st.integers(0, 4), max_size=3)
@@ -75,12 +74,7 @@ def test_pretrained_models_are_saved_as_save_pretrained_does(
 
 
 def test_tensors_that_transformers_fuses_are_saved_apart(tmp_path: Path) -> None:
-    """Experts are one tensor in memory and many in a checkpoint."""
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=4,
-    )  # fmt: skip
-    model: PreTrainedModel = MixtralForCausalLM(config)
+    model = tiny_mixtral()
     model.save_pretrained(tmp_path / "base")
     nudge(model)
     model.save_pretrained(tmp_path / "target")
