@@ -35,6 +35,7 @@ RANKS = {
     "verify": 5,
     "demo": 5,
     "push": 6,
+    "torch": 6,
     "cli": 7,
     "__main__": 8,
     "__init__": 8,
@@ -95,6 +96,7 @@ def test_every_module_has_a_rank() -> None:
         ("import deltaweights.cli", ["numpy", "torch", "huggingface_hub"]),
         ("from deltaweights import apply_delta, verify_delta, open_target", ["torch", "huggingface_hub"]),
         ("from deltaweights import make_delta", ["torch", "huggingface_hub"]),
+        ("import deltaweights.torch", ["torch", "numpy"]),
     ],
 )
 def test_heavy_imports_are_lazy(code: str, unwanted: list[str]) -> None:
