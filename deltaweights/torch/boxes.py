@@ -133,23 +133,24 @@ def read_box(
 
 
 def _merged(shape: Sequence[int], box: Box) -> tuple[tuple[int, ...], Box]:
-    """The same elements in fewer dimensions, at least one: a last one that is whole joins the one before."""
-    shape = [1, *shape]
-    offsets, sizes = [0, *box.offsets], [1, *box.sizes]
-    while len(shape) > 1 and (sizes[-1] == shape[-1] or sizes[-2] == 1):
-        # Whole, or but one index of the dimension before: either way one run along both.
-        length = shape.pop()
-        offset, size = offsets.pop(), sizes.pop()
-        offsets[-1] = offsets[-1] * length + offset
-        sizes[-1] = sizes[-1] * length if size == length else size
-        shape[-1] *= length
-    return tuple(shape), Box(tuple(offsets), tuple(sizes))
+    """The same elements in as few dimensions as they take, at least one."""
+    lengths, offsets, sizes = [1], [0], [1]
+    for length, offset, size in zip(shape, box.offsets, box.sizes, strict=True):
+        if size == length or sizes[-1] == 1:  # all of it, or one index of the one before: still one run
+            lengths[-1] *= length
+            offsets[-1] = offsets[-1] * length + offset
+            sizes[-1] *= size
+        else:
+            lengths.append(length)
+            offsets.append(offset)
+            sizes.append(size)
+    return tuple(lengths), Box(tuple(offsets), tuple(sizes))
 
 
 def fill(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
     """Whether the boxes hold each element of a tensor of ``shape`` once, and nothing else."""
     whole = Box((0,) * len(shape), tuple(shape))
-    if any(len(box.sizes) != len(shape) or _leaves(box, shape) for box in boxes):
+    if not all(_is_inside(box, shape) for box in boxes):
         return False
     if sum(box.numel for box in boxes) != whole.numel:
         return False
@@ -170,8 +171,10 @@ def fill(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
     return True
 
 
-def _leaves(box: Box, shape: Sequence[int]) -> bool:
-    return any(
-        offset < 0 or size < 0 or offset + size > length
+def _is_inside(box: Box, shape: Sequence[int]) -> bool:
+    if not len(box.offsets) == len(box.sizes) == len(shape):
+        return False
+    return all(
+        0 <= offset <= offset + size <= length
         for offset, size, length in zip(box.offsets, box.sizes, shape, strict=True)
     )
