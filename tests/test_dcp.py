@@ -21,6 +21,14 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict_loader as loader
 from torch.distributed.checkpoint import state_dict_saver as saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
 
 import deltaweights.torch
 from deltaweights import (
@@ -33,8 +41,19 @@ from deltaweights import (
     OutputError,
 )
 from deltaweights.checkpoint import LocalSource
+from deltaweights.manifest import FileRecord
 from deltaweights.torch import DeltaStorageReader, DeltaStorageWriter, dcp_write
-from deltaweights.torch.dcp_record import DTYPES, RECORD_NAME, Record, parse_record, read_record
+from deltaweights.torch.boxes import Box
+from deltaweights.torch.dcp_record import (
+    DTYPES,
+    RECORD_NAME,
+    Base,
+    BaseTensor,
+    Record,
+    parse_record,
+    read_record,
+)
+from deltaweights.torch.dcp_write import Item, Written, make_record
 
 from .checkpoints import contents
 from .dcp_ranks import assert_equal, blank, state
@@ -373,6 +392,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Fields], Any], str]] = {
         lambda f: f["values"].update({"model.norm": f["values"]["run.step"]}),
         "both a tensor and a value",
     ),
+    "value": (lambda f: f["values"]["run.step"].update(nbytes=2**40), "<= 268435456"),
     "list": (lambda f: f["paths"].update({"run.step": ["run", 2**30]}), "<= 1048575"),
     "format": (lambda f: f.update(format="deltaweights"), "Invalid enum value"),
 }
@@ -437,6 +457,41 @@ def test_a_value_that_runs_code_is_never_run(tmp_path: Path, monkeypatch: pytest
     assert isinstance(failure(raised), DeltaError)
     assert "weights_only" in str(failure(raised))
     assert not (tmp_path / "harmed").exists()
+
+
+def test_a_value_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dcp_write, "MAX_VALUE_BYTES", 10_000)
+    save({"value": (torch.ones(1000),)}, tmp_path / "one")
+    with pytest.raises(CheckpointException) as raised:
+        save({"value": (torch.ones(10_000),)}, tmp_path / "one")
+    assert "not in tuples" in str(failure(raised))
+
+
+def _written(offset: int, length: int, **changed: Any) -> WriteResult:
+    """What a rank says of the elements of ``w`` from ``offset`` on."""
+    file = FileRecord(f"delta-{offset:05d}-{0:016x}.safetensors", 1, "0" * 64)
+    base = changed.pop("base", None)
+    item = replace(Item(4 * length, Box((offset,), (length,)), "float32", None), **changed)
+    return WriteResult(MetadataIndex("w", [offset]), 1, Written(item, file, base))
+
+
+def test_what_ranks_say_has_to_fit_together() -> None:
+    """Ranks that had different bases, or only a part of the state, as with no_dist=True."""
+    chunks = [ChunkStorageMetadata(torch.Size([n]), torch.Size([5])) for n in (0, 5)]
+    tensor = TensorStorageMetadata(TensorProperties(), torch.Size([10]), chunks)
+    metadata = Metadata({"w": tensor})
+    assert make_record(metadata, [_written(5, 5), _written(0, 5)]).tensors["w"].shape == (10,)
+    for results, message in (
+        ([_written(0, 5)], "is not whole"),
+        ([_written(0, 10), _written(5, 5)], "is not whole"),
+        ([_written(0, 5), _written(5, 5, dtype="float64")], "alike"),
+        ([_written(0, 5), _written(5, 5, counterpart=BaseTensor("w", "F32"))], "alike"),
+        ([_written(0, 5), _written(5, 5, base=Base("safetensors"))], "against one base"),
+    ):
+        with pytest.raises(OutputError, match=message):
+            make_record(metadata, results)
+    with pytest.raises(OutputError, match="What the planner keeps"):
+        make_record(replace(metadata, planner_data=[1]), [_written(5, 5), _written(0, 5)])
 
 
 @pytest.mark.parametrize(

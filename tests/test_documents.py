@@ -105,6 +105,11 @@ def test_guide_shows_what_happens(tmp_path: Path) -> None:
     check_blocks("docs/guide.md", tmp_path)
 
 
+def test_training_document_runs(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    check_blocks("docs/training.md", tmp_path)
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):

@@ -14,8 +14,10 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,9 +124,9 @@ class DeltaStorageWriter(StorageWriter):
         """Find out now what would fail later."""
         for item in plan.items:
             require_storable(item)
-        if self._base is not None and self._opened is None:
-            base = self._base
-            self._opened = base.open() if isinstance(base, DeltaStorageReader) else open_base(base)
+        opener = _opener(self._base)
+        if opener and self._opened is None:
+            self._opened = opener()
         folder = local_path(self.checkpoint_id)
         if isinstance(self._opened, DeltaFolder) and folder.resolve() in self._opened.roots:
             raise OutputError(
@@ -157,9 +159,10 @@ class DeltaStorageWriter(StorageWriter):
             file.write_at(0, data)
             file.commit()
         mine = {file.path for file in record.files}
-        for path in folder.iterdir():
-            if _FILE_NAME.fullmatch(path.name) and path.name not in mine:
-                path.unlink(missing_ok=True)
+        with suppress(OSError):  # the checkpoint is whole: what cannot be removed only takes space
+            for path in folder.iterdir():
+                if _FILE_NAME.fullmatch(path.name) and path.name not in mine:
+                    path.unlink(missing_ok=True)
 
 
 class DeltaStorageReader(StorageReader):
@@ -202,8 +205,7 @@ class DeltaStorageReader(StorageReader):
             CheckpointError: the base cannot be found or read.
             BaseMismatchError: it is not the base.
         """
-        base = self._base.open() if isinstance(self._base, DeltaStorageReader) else self._base
-        return DeltaFolder(open_source(self.checkpoint_id), base)
+        return DeltaFolder(open_source(self.checkpoint_id), _opener(self._base))
 
     def check_files(self) -> None:
         """Compare the SHA-256 of every file of the checkpoint with its record; the base's bytes are not read.
@@ -268,34 +270,21 @@ class DeltaStorageReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         assert self._folder is not None
-        tensors = [item for item in plan.items if item.type == LoadItemType.TENSOR]
+        wanted: list[_Wanted] = []
         for item in plan.items:
             if item.type == LoadItemType.BYTE_IO:
                 planner.load_bytes(item, self._value(item.storage_index.fqn))
-        with (
-            self._folder.expect_base(map(self._shard, tensors)),
-            Workers(self._threads) as workers,
-        ):
-            for job in workers.map(_Copy.run, self._copies(tensors, planner)):
+            else:
+                shard, box = self._shard(item), Box(tuple(item.storage_offsets), tuple(item.lengths))
+                wanted.append(_Wanted(item, shard, box, list(shard.chunks(box))))
+        chunks = ((one.shard, index) for one in wanted for index in one.chunks)
+        with self._folder.expect_base(chunks), Workers(self._threads) as workers:
+            for job in workers.map(_Copy.run, _copies(wanted, planner)):
                 if job.is_last:
-                    planner.commit_tensor(job.item, job.out)
+                    planner.commit_tensor(job.wanted.item, job.out)
         done: Future[None] = Future()
         done.set_result(None)
         return done
-
-    def _copies(self, items: Sequence[ReadItem], planner: LoadPlanner) -> Iterator[_Copy]:
-        """Every chunk to decode, tensor by tensor."""
-        for item in items:
-            shard, wanted = self._shard(item), Box(tuple(item.storage_offsets), tuple(item.lengths))
-            out = planner.resolve_tensor(item).detach()
-            if out.size() != item.lengths:
-                raise CheckpointError(
-                    f"{item.dest_index.fqn} cannot be loaded",
-                    f"There are {list(item.lengths)} elements of it for a tensor of {list(out.size())}.",
-                )
-            chunks = list(shard.chunks(wanted))
-            for index in chunks:
-                yield _Copy(item, shard, index, wanted, out, index == chunks[-1])
 
     def _value(self, name: str) -> io.BytesIO:
         """A value as ``torch.save`` writes it: written again from what is safe to read, since a planner may
@@ -316,20 +305,51 @@ class DeltaStorageReader(StorageReader):
         return clean
 
 
+def _opener(base: Readable | DeltaStorageReader | None) -> Callable[[], BaseTensors] | None:
+    """What opens a base, if there is one."""
+    if base is None:
+        return None
+    return base.open if isinstance(base, DeltaStorageReader) else partial(open_base, base)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """The part ``box`` of a shard, which lies in these chunks of it."""
+
+    item: ReadItem
+    shard: StoredShard
+    box: Box
+    chunks: list[int]
+
+
 @dataclass(frozen=True, slots=True)
 class _Copy:
     """One chunk of a shard, on its way into a tensor."""
 
-    item: ReadItem
-    shard: StoredShard
+    wanted: _Wanted
     index: int
-    wanted: Box
     out: torch.Tensor
-    is_last: bool
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.wanted.chunks[-1]
 
     def run(self) -> _Copy:
-        self.shard.copy(self.index, self.wanted, self.out)
+        self.wanted.shard.copy(self.index, self.wanted.box, self.out)
         return self
+
+
+def _copies(wanted: Sequence[_Wanted], planner: LoadPlanner) -> Iterator[_Copy]:
+    """Every chunk to decode, tensor by tensor."""
+    for one in wanted:
+        out = planner.resolve_tensor(one.item).detach()
+        if tuple(out.size()) != one.box.sizes:
+            raise CheckpointError(
+                f"{one.item.dest_index.fqn} cannot be loaded",
+                f"There are {list(one.box.sizes)} elements of it for a tensor of {list(out.size())}.",
+            )
+        for index in one.chunks:
+            yield _Copy(one, index, out)
 
 
 def _metadata(record: Record, storage_meta: StorageMeta) -> Metadata:

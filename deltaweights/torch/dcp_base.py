@@ -108,6 +108,10 @@ class Reference:
         itemsize = _ITEMSIZES[self.dtype]
         return self.tensors.read(self.base.name, self.box, start // itemsize, end // itemsize)
 
+    def expect(self) -> AbstractContextManager[None]:
+        """Within the block, all of it will be read, about in order."""
+        return self.tensors.expect([(self.base.name, self.box)])
+
     def convert(self, data: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """What :meth:`read` gave, in the shard's dtype."""
         return codec.convert(data, self.base.dtype, self.dtype)

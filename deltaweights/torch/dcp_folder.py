@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -37,15 +37,13 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FIX = "Get it again, or go back to an earlier checkpoint."
 
 
-def open_base(base: Readable | BaseTensors) -> BaseTensors:
-    """The base at a location, a safetensors checkpoint or an earlier distributed one; or the one given.
+def open_base(location: Readable) -> BaseTensors:
+    """The base at a location: a safetensors checkpoint or an earlier distributed one.
 
     Raises:
         CheckpointError, DeltaError: there is none, or it cannot be read.
     """
-    if isinstance(base, (CheckpointBase, DeltaFolder)):
-        return base
-    source = open_source(base)  # type: ignore[arg-type]
+    source = open_source(location)
     return DeltaFolder(source, None) if RECORD_NAME in source.sizes else CheckpointBase(Checkpoint(source))
 
 
@@ -54,7 +52,7 @@ class DeltaFolder:
 
     Args:
         source: where its files are; closed with it, and where it cannot be opened.
-        base: the base; if None, the repository on the Hub that the record names, at its commit.
+        base: opens the base; if None, it is the repository on the Hub that the record names, at its commit.
 
     Raises:
         DeltaError: the record is missing or damaged.
@@ -62,7 +60,7 @@ class DeltaFolder:
         BaseMismatchError: it is another checkpoint, or its tensors' names, dtypes or shapes differ.
     """
 
-    def __init__(self, source: Source, base: Readable | BaseTensors | None) -> None:
+    def __init__(self, source: Source, base: Callable[[], BaseTensors] | None) -> None:
         self.where = source.where
         self.source = source
         self._base: BaseTensors | None = None
@@ -82,12 +80,12 @@ class DeltaFolder:
         if self._base:
             self._base.close()
 
-    def _open_base(self, base: Readable | BaseTensors | None) -> BaseTensors | None:
+    def _open_base(self, base: Callable[[], BaseTensors] | None) -> BaseTensors | None:
         named = self.record.base
         if named is None:
             return None
         if base is not None:
-            return open_base(base)
+            return base()
         if named.repo_id:  # never a path: a record must not name our folders
             return CheckpointBase(Checkpoint(open_hub(named.repo_id, named.revision)))
         raise CheckpointError(
@@ -234,11 +232,16 @@ class DeltaFolder:
         """Does nothing."""
         return nullcontext()
 
-    def expect_base(self, shards: Iterable[StoredShard]) -> AbstractContextManager[None]:
-        """Within the block, these shards will be decoded."""
+    def expect_base(self, chunks: Iterable[tuple[StoredShard, int]]) -> AbstractContextManager[None]:
+        """Within the block, these chunks of shards will be decoded, about in this order."""
         if self._base is None:
             return nullcontext()
-        return self._base.expect((s.reference.base.name, s.box) for s in shards if s.reference)
+        return self._base.expect(
+            (shard.reference.base.name, part.moved_by(shard.box.offsets))
+            for shard, index in chunks
+            if shard.reference
+            for part in shard.parts(index)
+        )
 
     def check_sample(self, shards: Iterable[StoredShard], workers: Workers) -> None:
         """Compare some of the base's chunks, at least one of each shard, with the payloads' checksums.
@@ -309,10 +312,11 @@ class StoredShard:
         """The chunks in which elements of the box ``wanted`` (counted from the shard's first one) lie."""
         first, end = (n * self._itemsize for n in envelope(self.box.sizes, wanted))
         for index in range(first // codec.CHUNK_BYTES, -(-end // codec.CHUNK_BYTES)):
-            if any(part.overlap(wanted) for part in self._parts(index)):
+            if any(part.overlap(wanted) for part in self.parts(index)):
                 yield index
 
-    def _parts(self, index: int) -> Iterator[Box]:
+    def parts(self, index: int) -> Iterator[Box]:
+        """The elements of chunk ``index`` as boxes, counted from the shard's first one."""
         start, end = self.plan.span(index)
         return cut(self.box.sizes, start // self._itemsize, end // self._itemsize)
 
@@ -327,7 +331,7 @@ class StoredShard:
         if out.dtype == self._dtype and (word := _WORDS.get(self._itemsize)):
             values, out = values.view(word), out.view(word)
         position = 0
-        for part in self._parts(index):
+        for part in self.parts(index):
             if common := part.overlap(wanted):
                 block = values[position : position + part.numel].view(part.sizes)
                 out[common.seen_from(wanted.offsets).slices].copy_(

@@ -25,6 +25,9 @@ FORMAT_VERSION = 1
 #: Far above any real record (about 50 bytes for each tensor and rank).
 MAX_RECORD_BYTES = 1 << 29
 
+#: A value is read whole: hostile ones must not take much memory.
+MAX_VALUE_BYTES = 1 << 28
+
 #: A step on the way to a value in the nested state: a key, or a place in a list. Whoever rebuilds a list
 #: makes it as long as its last place says, so that is bounded.
 Step: TypeAlias = str | Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)]
@@ -89,7 +92,7 @@ class Tensor:
 class Value:
     """Anything else in the state: ``nbytes`` bytes from ``torch.save``, in the file of number ``file``."""
 
-    nbytes: Size
+    nbytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_VALUE_BYTES)]
     file: Size
 
 

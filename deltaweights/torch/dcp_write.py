@@ -6,6 +6,7 @@ import io
 import math
 import secrets
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ..match import CompiledRule
 from ..pipeline import Workers
 from .boxes import Box, fill
 from .dcp_base import BaseTensors, Reference, find_counterpart
-from .dcp_record import DTYPES, Base, BaseTensor, Record, Shard, Tensor, Value, payload_name
+from .dcp_record import DTYPES, MAX_VALUE_BYTES, Base, BaseTensor, Record, Shard, Tensor, Value, payload_name
 
 _METADATA = {"format": "deltaweights-dcp"}
 
@@ -156,6 +157,12 @@ def _value(item: WriteItem, planner: SavePlanner) -> bytes:
     """The bytes of a value, which a reader will take."""
     data = planner.resolve_data(item)
     assert isinstance(data, io.BytesIO)
+    if len(data.getbuffer()) > MAX_VALUE_BYTES:
+        raise OutputError(
+            f"{item.index.fqn} cannot be saved as a delta",
+            f"It is a value of {len(data.getbuffer()):,} bytes; no more than {MAX_VALUE_BYTES:,} are read.",
+            "Keep large tensors in dicts or lists, not in tuples or objects: then each is saved as a tensor.",
+        )
     try:
         load_value(data.getvalue())
     except Exception as error:
@@ -223,11 +230,12 @@ def _write_payload(file: PartialFile, offset: int, part: _Part, workers: Workers
         method, coded = codec.encode_chunk(base, data[start:end], part.code)
         return method, base_sum, codec.checksum(data[start:end]), coded
 
-    chunks = workers.map(encode, range(plan.count))
-    for index, (method, base_sum, target_sum, coded) in enumerate(chunks):
-        file.write_at(offset + position, coded)
-        records[index] = (method, (0, 0, 0), len(coded), base_sum, target_sum)
-        position += len(coded)
+    with reference.expect() if reference else nullcontext():
+        chunks = workers.map(encode, range(plan.count))
+        for index, (method, base_sum, target_sum, coded) in enumerate(chunks):
+            file.write_at(offset + position, coded)
+            records[index] = (method, (0, 0, 0), len(coded), base_sum, target_sum)
+            position += len(coded)
     file.write_at(offset, records.tobytes())
     return position
 
