@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -40,7 +41,8 @@ from deltaweights import (
     ManifestError,
     OutputError,
 )
-from deltaweights.checkpoint import LocalSource
+from deltaweights.checkpoint import LocalSource, read_shard
+from deltaweights.codec import RECORD
 from deltaweights.manifest import FileRecord
 from deltaweights.torch import DeltaStorageReader, DeltaStorageWriter, dcp_write
 from deltaweights.torch.boxes import Box
@@ -349,6 +351,20 @@ def test_flipped_bits_are_found(folder: Path, tmp_path: Path) -> None:
                 assert_equal(found, small(1))  # it was the header's white space
     assert loaded < 20
     reader.check_files()
+
+
+def test_a_damaged_checksum_of_the_base_does_not_blame_the_base(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "one", tmp_path / "one")
+    (file,) = record_of(tmp_path / "one").files
+    shard = read_shard(LocalSource(tmp_path / "one"), file.path)
+    payload = next(info for info in shard.header.tensors if info.name == "model.norm@0")
+    data = bytearray((tmp_path / "one" / file.path).read_bytes())
+    record = np.frombuffer(data, RECORD, 1, shard.header.data_start + payload.start)
+    record["base"] ^= np.uint64(1)
+    (tmp_path / "one" / file.path).write_bytes(data)
+    with pytest.raises(CheckpointException) as raised:
+        load(tmp_path / "one", folder / "base", small(1))
+    assert isinstance(failure(raised), DeltaError)
 
 
 def test_a_missing_or_cut_file_is_found(folder: Path, tmp_path: Path) -> None:

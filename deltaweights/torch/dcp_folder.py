@@ -185,13 +185,11 @@ class DeltaFolder:
 
     def _open_shard(self, name: str, shard: Shard) -> StoredShard:
         tensor = self.record.tensors[name]
-        code, itemsize = DTYPES[tensor.dtype]
         reference = None
         if tensor.base and self._base:
-            reference = Reference(self._base, tensor.base, shard.box, code)
+            reference = Reference(self._base, tensor.base, shard.box, DTYPES[tensor.dtype][0])
         payload = self._payload(shard.file, payload_name(name, shard.offsets))
-        nbytes = shard.box.numel * itemsize
-        return StoredShard(self, shard.file, payload, nbytes, code, reference, shard.box, tensor.dtype)
+        return StoredShard(self, shard.file, payload, shard.box, tensor.dtype, reference)
 
     def value(self, name: str) -> bytes:
         """The bytes of a state's value that is not a tensor.
@@ -201,8 +199,7 @@ class DeltaFolder:
         """
         value = self.record.values[name]
         payload = self._payload(value.file, payload_name(name, None))
-        box = Box((0,), (value.nbytes,))
-        stored = StoredShard(self, value.file, payload, value.nbytes, "U8", None, box, "uint8")
+        stored = StoredShard(self, value.file, payload, Box((0,), (value.nbytes,)), "uint8", None)
         stored.table  # noqa: B018  # a payload that long must exist before so much memory is taken
         return b"".join(stored.decode(index).tobytes() for index in range(stored.plan.count))
 
@@ -270,20 +267,18 @@ class StoredShard:
         folder: DeltaFolder,
         file: int,
         payload: Payload,
-        nbytes: int,
-        code: str,
-        reference: Reference | None,
         box: Box,
         dtype: str,
+        reference: Reference | None,
     ) -> None:
         self.box = box
         self.reference = reference
+        self._code, self._itemsize = DTYPES[dtype]
+        nbytes = box.numel * self._itemsize
         self.plan = codec.ChunkPlan(nbytes, nbytes if reference else 0)
         self._folder = folder
         self._file = file
         self._payload = payload
-        self._code = code
-        self._itemsize = DTYPES[dtype][1]
         self._dtype: torch.dtype = getattr(torch, dtype)
 
     @property
