@@ -178,7 +178,7 @@ def run(task: str, folder: Path) -> None:
         load_fsdp(folder)
     elif task == "kill":  # 2 ranks
         load(DeltaStorageReader(folder / "four", base=first), 2)
-        print("loaded", flush=True)
+        (folder / f"loaded-{dist.get_rank()}").touch()
         writer = DeltaStorageWriter(folder / "four", base=base)
         saver.save(sharded(3), storage_writer=writer, planner=Killed())
 
