@@ -84,6 +84,8 @@ def test_public_names_for_torch_are_these() -> None:
         "DeltaCallback",
         "DeltaCheckpointer",
         "DeltaPublisher",
+        "DeltaStorageReader",
+        "DeltaStorageWriter",
         "DeltaSubscriber",
         "LoadReport",
         "PublishReport",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .callback import DeltaCallback
     from .checkpoints import DeltaCheckpointer, list_checkpoints
+    from .dcp import DeltaStorageReader, DeltaStorageWriter
     from .load import LoadReport, load_into, load_state_dict, write_files
     from .publisher import DeltaPublisher, PublishReport
     from .save import save_delta
@@ -17,6 +18,8 @@ __all__ = [
     "DeltaCallback",
     "DeltaCheckpointer",
     "DeltaPublisher",
+    "DeltaStorageReader",
+    "DeltaStorageWriter",
     "DeltaSubscriber",
     "LoadReport",
     "PublishReport",
@@ -33,6 +36,8 @@ _LAZY = {
     "DeltaCallback": "callback",
     "DeltaCheckpointer": "checkpoints",
     "DeltaPublisher": "publisher",
+    "DeltaStorageReader": "dcp",
+    "DeltaStorageWriter": "dcp",
     "DeltaSubscriber": "subscriber",
     "LoadReport": "load",
     "PublishReport": "publisher",
