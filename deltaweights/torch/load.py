@@ -20,7 +20,6 @@ from ..pipeline import Meter, ProgressCallback, Workers
 from ..target import Target, TensorRecipe, check_digest
 from .tensors import byte_view, dtype_of, torch_shape
 
-
 #: Chunks that a thread takes at once.
 _BATCH = 16
 
