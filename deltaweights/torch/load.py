@@ -20,6 +20,9 @@ from ..pipeline import Meter, ProgressCallback, Workers
 from ..target import Target, TensorRecipe, check_digest
 from .tensors import byte_view, dtype_of, torch_shape
 
+#: Chunks that a thread takes at once.
+_BATCH = 16
+
 
 class LoadReport(NamedTuple):
     """Names that only the model has, and names that only the target has; as ``load_state_dict`` of torch."""
@@ -288,24 +291,38 @@ def _fill(
             is_whole = len(chosen) == len(recipe.tensors) and all(slot.direct is not None for slot in slots)
             digest = hashlib.sha256(recipe.header.raw) if sha256 and is_whole else None
             with target.expect((slot.recipe, i) for slot in slots for i in range(slot.recipe.plan.count)):
-                for slot, index in workers.map(lambda job: job[0].decode(job[1]), _jobs(slots)):
-                    start, end = slot.recipe.plan.span(index)
-                    if digest and slot.direct is not None:
-                        digest.update(slot.direct.data[start:end])
-                    if end == slot.recipe.info.nbytes:
-                        slot.finish()
-                    meter.add(end - start)
+                for batch in workers.map(_decode, _batches(slots)):
+                    for slot, index in batch:
+                        start, end = slot.recipe.plan.span(index)
+                        if digest and slot.direct is not None:
+                            digest.update(slot.direct.data[start:end])
+                        if end == slot.recipe.info.nbytes:
+                            slot.finish()
+                        meter.add(end - start)
             if digest:
                 check_digest(recipe.file, digest.hexdigest())
 
         workers.each(fill_shard, [path for path in names if names[path]])
 
 
-def _jobs(slots: Sequence[_Slot]) -> Iterator[tuple[_Slot, int]]:
+def _batches(slots: Sequence[_Slot]) -> Iterator[list[tuple[_Slot, int]]]:
+    """All chunks in order, some at a time: to hand over each one alone takes as long as to decode it."""
+    batch: list[tuple[_Slot, int]] = []
     for slot in slots:
         slot.begin()
         for index in range(slot.recipe.plan.count):
-            yield slot, index
+            batch.append((slot, index))
+            if len(batch) == _BATCH:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
+
+
+def _decode(batch: list[tuple[_Slot, int]]) -> list[tuple[_Slot, int]]:
+    for slot, index in batch:
+        slot.decode(index)
+    return batch
 
 
 class _Scratch(threading.local):
@@ -347,7 +364,7 @@ class _Slot:
         if not self.is_chunked:
             self.whole = torch.empty(self.tensor.shape, dtype=self.dtype)
 
-    def decode(self, index: int) -> tuple[_Slot, int]:
+    def decode(self, index: int) -> None:
         """Rebuild chunk ``index``; from any thread."""
         start, end = self.recipe.plan.span(index)
         if self.direct is not None:
@@ -360,7 +377,6 @@ class _Slot:
             chunk = torch.from_numpy(data)
             elements = chunk if self.flat.dtype == torch.uint8 and self.size == 1 else chunk.view(self.dtype)
             self.flat[start // self.size : end // self.size].copy_(elements)
-        return self, index
 
     def finish(self) -> None:
         """After the last chunk."""
