@@ -26,6 +26,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/apply.py
 	$(BIN)/python benchmarks/rehearsal.py
 	$(BIN)/python benchmarks/stream.py
+	$(BIN)/python benchmarks/training.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

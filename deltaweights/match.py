@@ -28,6 +28,8 @@ _MAX_BLOCKS = 64
 #: (``re.sub``) to get the base tensor's name.
 RenameRule = tuple[str, str]
 
+CompiledRule = tuple[re.Pattern[str], str]
+
 
 @dataclass(frozen=True, slots=True)
 class Match:
@@ -45,13 +47,10 @@ def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameR
     Raises:
         DeltaWeightsError: a rename rule is not a valid regular expression or replacement.
     """
-    renames = _compile(rename)
+    rules = compile_rules(rename)
     found: dict[Tensor, Tensor] = {}
     for tensor in target.tensors:
-        name = tensor.info.name
-        for pattern, replacement in renames:
-            name = pattern.sub(replacement, name)
-        if candidate := base.find(name, tensor.shard.path):
+        if candidate := base.find(renamed(tensor.info.name, rules), tensor.shard.path):
             found[tensor] = candidate
     used = set(found.values())
     unmatched = [tensor for tensor in target.tensors if tensor not in found]
@@ -62,7 +61,19 @@ def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameR
     return [match_pair(tensor, found.get(tensor)) for tensor in target.tensors]
 
 
-def _compile(rename: Sequence[RenameRule]) -> list[tuple[re.Pattern[str], str]]:
+def renamed(name: str, rules: Sequence[CompiledRule]) -> str:
+    """The base's name for the tensor that the target calls ``name``."""
+    for pattern, replacement in rules:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def compile_rules(rename: Sequence[RenameRule]) -> list[CompiledRule]:
+    """The rules, checked, for :func:`renamed`.
+
+    Raises:
+        DeltaWeightsError: one is not a valid regular expression or replacement.
+    """
     compiled = []
     for pattern, replacement in rename:
         try:

@@ -27,6 +27,7 @@ from . import independent_reader
 from .checkpoints import Array, contents, digests, random_array, weights, write_pair, write_safetensors
 from .codec.pairs import fine_tune
 from .conftest import Trio
+from .torch.models import nudge, tiny_qwen2
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -103,6 +104,24 @@ def test_guide_shows_what_happens(tmp_path: Path) -> None:
     data[-1000] ^= 1
     shard.write_bytes(data)
     check_blocks("docs/guide.md", tmp_path)
+
+
+def test_training_document_runs(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    write_small_model(tmp_path)
+    texts = [text for language, text in blocks("docs/training.md") if language == "python"]
+    # One process for all: each would take seconds to import transformers.
+    code, output = run([sys.executable, "-c", "".join(f"exec({text!r}, {{}})\n" for text in texts)], tmp_path)
+    assert code == 0, output
+
+
+def write_small_model(folder: Path) -> None:
+    """The model, fine-tune and delta of docs/training.md."""
+    model = tiny_qwen2()
+    model.save_pretrained(folder / "small-base")
+    nudge(model)
+    model.save_pretrained(folder / "small-tuned")
+    make_delta(folder / "small-base", folder / "small-tuned", folder / "small-delta")
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

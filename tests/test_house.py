@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import deltaweights
+import deltaweights.torch
 
 PACKAGE = Path(deltaweights.__file__).parent
 
@@ -78,6 +79,29 @@ def test_public_names_are_these() -> None:
     ]
 
 
+def test_public_names_for_torch_are_these() -> None:
+    assert deltaweights.torch.__all__ == [
+        "DeltaCallback",
+        "DeltaCheckpointer",
+        "DeltaPublisher",
+        "DeltaStorageReader",
+        "DeltaStorageWriter",
+        "DeltaSubscriber",
+        "LoadReport",
+        "PublishReport",
+        "SyncReport",
+        "list_checkpoints",
+        "load_into",
+        "load_state_dict",
+        "save_delta",
+        "write_files",
+    ]
+    assert all(getattr(deltaweights.torch, name) is not None for name in deltaweights.torch.__all__)
+    assert dir(deltaweights.torch) == sorted(deltaweights.torch.__all__)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        deltaweights.torch.no_such_name  # noqa: B018
+
+
 def test_public_names_exist() -> None:
     assert all(getattr(deltaweights, name) is not None for name in deltaweights.__all__)
     assert dir(deltaweights) == sorted(deltaweights.__all__)
@@ -106,6 +130,8 @@ def test_every_module_has_a_rank() -> None:
             ["torch", "huggingface_hub"],
         ),
         ("from deltaweights import make_delta", ["torch", "huggingface_hub"]),
+        ("import deltaweights.torch", ["numpy", "torch", "huggingface_hub"]),
+        ("from deltaweights.torch import DeltaCheckpointer, load_into, save_delta", ["transformers"]),
     ],
 )
 def test_heavy_imports_are_lazy(code: str, unwanted: list[str]) -> None:

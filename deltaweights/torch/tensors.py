@@ -68,9 +68,21 @@ def stored_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
     return (*tensor.shape[:-1], 2 * tensor.shape[-1])
 
 
-def torch_shape(code: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in torch of a tensor that a header describes so."""
-    return (*shape[:-1], shape[-1] // 2) if code == "F4" and shape else shape
+def torch_shape(name: str, code: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in torch of the tensor that a header describes so.
+
+    Raises:
+        CheckpointError: elements of F4 that torch cannot pair.
+    """
+    if code != "F4":
+        return shape
+    if not shape or shape[-1] % 2:
+        raise CheckpointError(
+            f"Tensor {name!r} cannot be loaded",
+            f"It is F4 of shape {list(shape)}; torch keeps pairs along the last dimension.",
+            "Read the bytes with deltaweights.open_target.",
+        )
+    return (*shape[:-1], shape[-1] // 2)
 
 
 def byte_view(tensor: Tensor) -> Tensor:

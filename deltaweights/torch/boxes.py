@@ -1,0 +1,180 @@
+"""Boxes: the parts of a tensor that ranks hold, and where their elements lie in its bytes."""
+
+from __future__ import annotations
+
+import math
+from bisect import insort
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Shorter runs of a box are not worth a read each: whole rows are read and cut.
+_RUN_BYTES = 1 << 14
+
+#: How much is read at once for that.
+_COVER_BYTES = 1 << 20
+
+#: Fills an array (uint8) from a byte of a tensor on.
+ReadInto = Callable[[int, NDArray[np.uint8]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """The elements from ``offsets`` on, ``sizes`` of them along each dimension; of a 0-d tensor, its one."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.sizes)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """What takes the box out of an array."""
+        return tuple(slice(first, first + size) for first, size in zip(self.offsets, self.sizes, strict=True))
+
+    def overlap(self, other: Box) -> Box | None:
+        """The elements that are in both, None if none is."""
+        spans = [
+            (max(a, b), min(a + m, b + n))
+            for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        ]
+        if any(first >= end for first, end in spans):
+            return None
+        return Box(tuple(first for first, _ in spans), tuple(end - first for first, end in spans))
+
+    def seen_from(self, offsets: Sequence[int]) -> Box:
+        """The same elements, counted from ``offsets``."""
+        return Box(tuple(a - b for a, b in zip(self.offsets, offsets, strict=True)), self.sizes)
+
+    def moved_by(self, offsets: Sequence[int]) -> Box:
+        """The inverse of :meth:`seen_from`."""
+        return Box(tuple(a + b for a, b in zip(self.offsets, offsets, strict=True)), self.sizes)
+
+
+def cut(sizes: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+    """The elements ``start`` to ``stop``, in row-major order, of an array of ``sizes``: as few boxes, in that
+    order, each of them row-major in itself."""
+    if start >= stop:
+        return
+    if not sizes:
+        yield Box((), ())
+        return
+    inner = math.prod(sizes[1:])
+    first, end = -(-start // inner), stop // inner  # the whole rows
+    if first > end:  # all within one row
+        yield from _in_row(sizes, end, start, stop)
+        return
+    if start < first * inner:
+        yield from _in_row(sizes, first - 1, start, first * inner)
+    if first < end:
+        yield Box((first, *(0 for _ in sizes[1:])), (end - first, *sizes[1:]))
+    if end * inner < stop:
+        yield from _in_row(sizes, end, end * inner, stop)
+
+
+def _in_row(sizes: Sequence[int], row: int, start: int, stop: int) -> Iterator[Box]:
+    shift = row * math.prod(sizes[1:])
+    for box in cut(sizes[1:], start - shift, stop - shift):
+        yield Box((row, *box.offsets), (1, *box.sizes))
+
+
+def envelope(sizes: Sequence[int], box: Box) -> tuple[int, int]:
+    """The first element of ``box`` and the end of its last one, in row-major order in ``sizes``."""
+    first = last = 0
+    for size, offset, length in zip(sizes, box.offsets, box.sizes, strict=True):
+        first = first * size + offset
+        last = last * size + offset + length - 1
+    return first, last + 1
+
+
+def read_box(
+    read_into: ReadInto, shape: Sequence[int], itemsize: int, box: Box, out: NDArray[np.uint8]
+) -> None:
+    """Fill ``out`` (uint8, contiguous) with the elements of ``box``, in row-major order.
+
+    Args:
+        read_into: reads the bytes of a row-major tensor of ``shape``, with ``itemsize`` bytes an element.
+
+    Long runs are read by themselves; where they are short, what lies between is read too, at most
+    1 MiB at once, or one run.
+    """
+    if out.size == 0:
+        return
+    shape, box = _merged(shape, box)
+    row = math.prod(shape[1:]) * itemsize  # bytes from one index of the first dimension to the next
+    start = box.offsets[0] * row
+    if len(shape) == 1:
+        read_into(start, out)
+        return
+    needed = math.prod(box.sizes[1:]) * itemsize  # of a row
+    rows = max(1, _COVER_BYTES // row)
+    if needed >= _RUN_BYTES or (rows == 1 and row > _COVER_BYTES):
+        inner = Box(box.offsets[1:], box.sizes[1:])
+        for index in range(box.sizes[0]):
+
+            def read_row(offset: int, part: NDArray[np.uint8], first: int = start + index * row) -> None:
+                read_into(first + offset, part)
+
+            read_box(read_row, shape[1:], itemsize, inner, out[index * needed : (index + 1) * needed])
+        return
+    word = np.dtype(f"V{itemsize}")
+    for index in range(0, box.sizes[0], rows):
+        count = min(rows, box.sizes[0] - index)
+        inner = Box((0, *box.offsets[1:]), (count, *box.sizes[1:]))
+        first, end = (n * itemsize for n in envelope((count, *shape[1:]), inner))
+        covered = np.empty(count * row, np.uint8)
+        read_into(start + index * row + first, covered[first:end])
+        part = covered.view(word).reshape(count, *shape[1:])[inner.slices]
+        out[index * needed : (index + count) * needed] = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+
+
+def _merged(shape: Sequence[int], box: Box) -> tuple[tuple[int, ...], Box]:
+    """The same elements in as few dimensions as they take, at least one."""
+    lengths, offsets, sizes = [1], [0], [1]
+    for length, offset, size in zip(shape, box.offsets, box.sizes, strict=True):
+        if size == length or sizes[-1] == 1:  # all of it, or one index of the one before: still one run
+            lengths[-1] *= length
+            offsets[-1] = offsets[-1] * length + offset
+            sizes[-1] *= size
+        else:
+            lengths.append(length)
+            offsets.append(offset)
+            sizes.append(size)
+    return tuple(lengths), Box(tuple(offsets), tuple(sizes))
+
+
+def fill(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
+    """Whether the boxes hold each element of a tensor of ``shape`` once, and nothing else."""
+    whole = Box((0,) * len(shape), tuple(shape))
+    if not all(_is_inside(box, shape) for box in boxes):
+        return False
+    if sum(box.numel for box in boxes) != whole.numel:
+        return False
+    # Sorted along the longest dimension, only boxes that are open at once there can have elements in common.
+    along = max(range(len(shape)), key=lambda dim: shape[dim], default=None)
+    if along is None:
+        return len(boxes) == 1
+    open_boxes: list[tuple[int, int]] = []
+    for index, box in sorted(enumerate(boxes), key=lambda pair: pair[1].offsets[along]):
+        if box.numel == 0:
+            continue
+        start = box.offsets[along]
+        while open_boxes and open_boxes[0][0] <= start:
+            open_boxes.pop(0)
+        if any(box.overlap(boxes[other]) for _, other in open_boxes):
+            return False
+        insort(open_boxes, (start + box.sizes[along], index))
+    return True
+
+
+def _is_inside(box: Box, shape: Sequence[int]) -> bool:
+    if not len(box.offsets) == len(box.sizes) == len(shape):
+        return False
+    return all(
+        0 <= offset <= offset + size <= length
+        for offset, size, length in zip(box.offsets, box.sizes, shape, strict=True)
+    )
