@@ -25,6 +25,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/apply.py
 	$(BIN)/python benchmarks/rehearsal.py
+	$(BIN)/python benchmarks/stream.py
 	$(BIN)/python benchmarks/training.py
 
 clean:

@@ -323,7 +323,6 @@ def test_unchanged_tensors_take_no_payload(tmp_path: Path) -> None:
     for name, code in (("embed.weight", "BF16"), ("norm.weight", "F32")):
         decoded = codec.decode(old[name], payloads[name], code, chunk_bytes=CHUNK_BYTES)
         assert decoded.tobytes() == new[name]
-        assert payloads[name] == codec.encode(old[name], new[name], code, chunk_bytes=CHUNK_BYTES)
 
 
 # What is kept ------------------------------------------------------------------------------------------

@@ -41,12 +41,15 @@ class Method(IntEnum):
     WINDOW = 7  # floats by themselves, their exponents close together
 
 
-def encode_chunk(base: Bytes | None, target: Bytes, dtype: str) -> tuple[Method, bytes]:
+def encode_chunk(
+    base: Bytes | None, target: Bytes, dtype: str, *, quick: bool = False
+) -> tuple[Method, bytes]:
     """Code one chunk; the shortest of the ways that are worth trying.
 
     base     uint8[n] of the same dtype, or None for a chunk that has no counterpart
     target   uint8[n], a tensor's little-endian bytes; n is free, at most MAX_CHUNK
     dtype    safetensors' code, such as "BF16"; unknown ones are taken as bytes
+    quick    where hardly anything changed, save time on both sides rather than the last bytes
 
     Raises ValueError where the lengths differ or exceed MAX_CHUNK.
     """
@@ -56,7 +59,7 @@ def encode_chunk(base: Bytes | None, target: Bytes, dtype: str) -> tuple[Method,
     form = FORMATS.get(dtype)
     if form is None or len(target) % form.itemsize:
         return _shortest(target, _encode_generic(base, target, dtype))
-    return _shortest(target, _encode_float(base, target, form))
+    return _shortest(target, _encode_float(base, target, form, quick))
 
 
 def _equal(base: Bytes, target: Bytes) -> bool:
@@ -75,11 +78,11 @@ def _shortest(target: Bytes, candidates: Candidates) -> tuple[Method, bytes]:
     return method, data
 
 
-def _encode_float(base: Bytes | None, target: Bytes, form: FloatFormat) -> Candidates:
+def _encode_float(base: Bytes | None, target: Bytes, form: FloatFormat, quick: bool) -> Candidates:
     candidates: Candidates = []
     limit = float(len(target))
     if base is not None:
-        method, data = Method.SPARSE, sparse.encode_sparse(base, target, form)
+        method, data = Method.SPARSE, sparse.encode_sparse(base, target, form, quick=quick)
         if data is None:
             method, data = Method.DELTA, floats.encode_delta(base, target, form)
         candidates.append((method, data))

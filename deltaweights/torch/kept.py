@@ -93,7 +93,7 @@ class KeptState:
         def encode(name: str, index: int) -> _Coded:
             start, end = self._plans[name].span(index)
             old, new = self._bytes[name][start:end], state[name].read(start, end)
-            method, data = codec.encode_chunk(old, new, self._codes[name])
+            method, data = codec.encode_chunk(old, new, self._codes[name], quick=True)
             before = int(self._sums[name][index])
             if method == codec.Method.SAME:
                 return _Coded((method, 0, before, before), b"")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +17,6 @@ from ..errors import BaseMismatchError, CheckpointError, HeaderError, PayloadErr
 from ..pipeline import Workers
 from .state import StateTensor, owners, plan_of
 from .stream import CHUNK_BYTES, Record, damaged, tensor_digest
-
-#: Memory for what is checked and not yet written; beyond it, chunks are decoded twice.
-_STAGED_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +45,6 @@ class _Payload:
         found = np.empty(length, np.uint8)
         self.file.read_into(int(self.starts[index]), found)
         return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Staged:
-    """What becomes of one chunk: new values of its elements at ``places``, or of all bytes if None."""
-
-    places: NDArray[np.uint32] | None
-    values: NDArray[Any]
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + (0 if self.places is None else self.places.nbytes)
 
 
 class _Buffers(threading.local):
@@ -109,41 +93,19 @@ class Replay:
                     "Untie them, as the publisher does.",
                 )
         self._buffers = _Buffers()
-        self._staged: dict[tuple[str, int], _Staged] = {}
 
     def verify(self, workers: Workers) -> None:
-        """Decode all of it and write nothing. What :meth:`write` needs is kept, as far as there is room.
+        """Decode all of it and write nothing.
 
         Raises:
             BaseMismatchError: the tensors are not what the first update was made from.
             DeltaError: a payload is damaged.
         """
-        room = _STAGED_BYTES
-
-        def stage(name: str, index: int) -> _Staged | None:
-            data = self._decode(name, index, check=True)
-            return self._stage(name, index, data) if data is not None and room > 0 else None
-
-        for chunk, staged in zip(
-            self._chunks(), workers.map(lambda chunk: stage(*chunk), self._chunks()), strict=True
-        ):
-            if staged and staged.nbytes <= room:
-                self._staged[chunk] = staged
-                room -= staged.nbytes
-
-    def _stage(self, name: str, index: int, data: NDArray[np.uint8]) -> _Staged:
-        """What is to be written: the elements that change, or all where these are many."""
-        tensor = self._state[name]
-        word = np.dtype(f"u{codec.element_bytes(tensor.code, tensor.nbytes)}")
-        new = data.view(word)
-        if not self._starts_anew:
-            places = np.flatnonzero(tensor.read(*plan_of(tensor).span(index)).view(word) != new)
-            if places.size * 8 < new.size:
-                return _Staged(places.astype(np.uint32), new[places])
-        return _Staged(None, data.copy())
+        for _ in workers.map(lambda chunk: self._decode(*chunk, check=True), self._chunks()):
+            pass
 
     def write(self, workers: Workers, *, check: bool) -> None:
-        """Write all of it to the tensors.
+        """Decode all of it and write it to the tensors.
 
         Args:
             check: whether to make sure, of each chunk before it is written, that it is right; what
@@ -151,15 +113,9 @@ class Replay:
         """
 
         def write(name: str, index: int) -> None:
-            tensor = self._state[name]
-            start, end = plan_of(tensor).span(index)
-            staged = self._staged.pop((name, index), None)
-            if staged and staged.places is not None:
-                tensor.write_elements(start, end, staged.places, staged.values)
-                return
-            data = staged.values if staged else self._decode(name, index, check=check)
+            data = self._decode(name, index, check=check)
             if data is not None:
-                tensor.write(start, data)
+                self._state[name].write(plan_of(self._state[name]).span(index)[0], data)
 
         for _ in workers.map(lambda chunk: write(*chunk), self._chunks()):
             pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -85,17 +85,6 @@ class StateTensor:
             self._bytes[start : start + data.size] = data
         else:
             self._flat[start : start + data.size].copy_(torch.from_numpy(data))
-
-    def write_elements(
-        self, start: int, end: int, places: NDArray[np.uint32], values: NDArray[np.unsignedinteger[Any]]
-    ) -> None:
-        """Replace elements (words as wide as ``values``) of those in the bytes ``start`` to ``end``."""
-        if self._bytes is not None:
-            self._bytes[start:end].view(values.dtype)[places] = values
-        else:  # only these few cross the bus
-            signed = torch.from_numpy(values.view(f"i{values.itemsize}")).to(self._flat.device)
-            where = torch.from_numpy(places.astype(np.int64)).to(self._flat.device)
-            self._flat[start:end].view(signed.dtype)[where] = signed
 
     def finish(self) -> None:
         """Bring what was written into a tensor whose bytes are not in row-major order."""

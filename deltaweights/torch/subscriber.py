@@ -68,10 +68,10 @@ class DeltaSubscriber:
 
     Args:
         location: the stream's folder, fsspec URL, or repository on the Hub (``hf://org/name``).
-        in_place: write each chunk as soon as it is decoded and checked. Else all are decoded and checked
-            before any is written; what changes is kept in between in at most 256 MiB, and what does not fit
-            is decoded twice. In place is somewhat faster; but where the model turns out to have been changed
-            by somebody else, a part of it is written by then, and the last anchor replaces all of it.
+        in_place: decode each chunk once, and write it as soon as it is checked. Else all are decoded and
+            checked before any is written, and then once more to be written. Either way, memory is two chunks
+            a thread. In place is faster; but where the model turns out to have been changed by somebody else,
+            a part of it is written by then, and the last anchor replaces all of it.
         threads: how many; the number of usable cores if None.
     """
 

@@ -54,6 +54,22 @@ def test_any_bytes_round_trip(
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("share", [1e-4, 0.01, 0.019, 0.03, 0.5])
+def test_quick_chunks_round_trip(dtype: str, share: float) -> None:
+    """And are not much longer, nor at all where more changed."""
+    rng = np.random.default_rng(0)
+    base, _ = fine_tune(dtype, 100_000, 1e-3, seed=1)
+    word = base.view(f"<u{FORMATS[dtype].itemsize}")
+    target = word ^ (rng.random(len(word)) < share).astype(word.dtype)
+    method, data = encode_chunk(base, target.view(np.uint8), dtype, quick=True)
+    out = np.zeros_like(base)
+    decode_chunk(method, data, base, dtype, out)
+    assert np.array_equal(out, target.view(np.uint8))
+    least = len(encode_chunk(base, target.view(np.uint8), dtype)[1])
+    assert len(data) <= (1.6 * least + 64 if share < 0.02 else least)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("count", [1, 15, 64, 1000, 4096, 20_001, 150_000])
 def test_fine_tunes_round_trip(dtype: str, count: int) -> None:
     for update in (1e-6, 1e-4, 1e-2, 1.0):
