@@ -504,9 +504,6 @@ class _Scratch(threading.local):
 
 _scratch = _Scratch()
 
-#: Ways to code a chunk that do not look at the base, though it may have a counterpart there.
-_WITHOUT_BASE = (codec.Method.RAW, codec.Method.ALONE, codec.Method.ZSTD)
-
 
 class TensorRecipe:
     """How to rebuild one tensor, chunk by chunk."""
@@ -576,7 +573,7 @@ class TensorRecipe:
 
     def needs_base(self, index: int) -> bool:
         """Whether chunk ``index`` is decoded from the base's bytes."""
-        return self.plan.has_base(index) and int(self.table[0]["method"][index]) not in _WITHOUT_BASE
+        return self.plan.has_base(index) and int(self.table[0]["method"][index]) not in codec.STANDALONE
 
     def base_span(self, index: int) -> Span:
         """Where the base has the bytes for chunk ``index``."""

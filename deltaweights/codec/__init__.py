@@ -8,7 +8,7 @@ layers use the same pieces a chunk at a time: :class:`ChunkPlan`, :func:`encode_
 :func:`decode_chunk`, :func:`check_records`.
 """
 
-from .chunk import MAX_CHUNK, Method, decode_chunk, encode_chunk
+from .chunk import MAX_CHUNK, STANDALONE, Method, decode_chunk, encode_chunk
 from .convert import convert, is_convertible, rescale
 from .opaque import compress_blocks, decompress_blocks
 from .payload import (
@@ -27,6 +27,7 @@ __all__ = [
     "CHUNK_BYTES",
     "MAX_CHUNK",
     "RECORD",
+    "STANDALONE",
     "ChunkPlan",
     "Method",
     "check_records",

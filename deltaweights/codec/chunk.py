@@ -20,7 +20,7 @@ from ..errors import PayloadError
 from . import floats, generic, planes, sparse, window
 from .ulp import FORMATS, FloatFormat
 
-__all__ = ["MAX_CHUNK", "Method", "decode_chunk", "encode_chunk"]
+__all__ = ["MAX_CHUNK", "STANDALONE", "Method", "decode_chunk", "encode_chunk"]
 
 Bytes = NDArray[np.uint8]
 
@@ -39,6 +39,10 @@ class Method(IntEnum):
     ZSTD = 5  # one zstd frame
     SPARSE = 6  # floats of which few moved, against the base's
     WINDOW = 7  # floats by themselves, their exponents close together
+
+
+#: The methods whose chunks are decoded without the base, also where there is one.
+STANDALONE = frozenset({Method.RAW, Method.ALONE, Method.ZSTD, Method.WINDOW})
 
 
 def encode_chunk(

@@ -36,6 +36,7 @@ from .ulp import FloatFormat
 Bytes = NDArray[np.uint8]
 _HEAD = struct.Struct("<BBBhhb")
 _SAMPLED = 1 << 14  # elements looked at to choose a way and its parameters
+_TOKEN_BITS = 6.0  # what each token takes in an explicit table, about
 _GLANCE = 1 << 15  # elements whose bytes are counted to foresee a standalone size
 
 
@@ -210,4 +211,9 @@ def alone_bits(target: Bytes, form: FloatFormat) -> float:
     for p in range(form.itemsize):
         alone.rotated_byte(part, p, byte)
         bits += alone.byte_bits(byte, 1)
-    return bits * len(patterns)
+    return bits * len(patterns) + table_bits(byte)
+
+
+def table_bits(tokens: Bytes) -> float:
+    """About what an explicit table for these tokens takes."""
+    return _TOKEN_BITS * np.count_nonzero(np.bincount(tokens, minlength=1))

@@ -106,9 +106,9 @@ def window_bits(target: Bytes, form: FloatFormat) -> float:
     alone.upper_words(part, words)
     alone.enter_window(words, _bias(words), _SPAN, values)
     byte = (values >> np.uint32(TAIL)).astype(np.uint8)
-    bits = alone.byte_bits(byte, 1) + TAIL
+    bits, table_bits = alone.byte_bits(byte, 1) + TAIL, floats.table_bits(byte)
     bits += 16 * np.count_nonzero(words[values == 0]) / max(len(part), 1)  # zeros cost next to nothing
     for p in range(form.itemsize - 2):
         alone.rotated_byte(part, p, byte)
         bits += alone.byte_bits(byte, 1)
-    return float(bits * (len(target) // form.itemsize))
+    return float(bits * (len(target) // form.itemsize) + table_bits)
