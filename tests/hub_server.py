@@ -105,6 +105,10 @@ class Fault:
             and request.path.endswith(self.path)
         )
 
+    def concerns(self, start: int, stop: int) -> bool:
+        """Whether there is anything for it to spoil in these bytes of the file."""
+        return self.flip_byte is None or start <= self.flip_byte < stop
+
     def reply(self) -> Reply:
         assert self.status
         phrase = HTTPStatus(self.status).phrase
@@ -290,10 +294,13 @@ class HubServer:
         with self.lock:
             self._faults.clear()
 
-    def fault_for(self, request: Request, *, body: bool = False) -> Fault | None:
+    def fault_for(
+        self, request: Request, *, body: bool = False, span: tuple[int, int] = (0, 0)
+    ) -> Fault | None:
+        """The fault that a request meets; ``span``: which bytes of the file its body is."""
         with self.lock:
             for fault in self._faults:
-                if fault.is_for(request, body=body):
+                if fault.is_for(request, body=body) and fault.concerns(*span):
                     if fault.skip:
                         fault.skip -= 1
                         continue
@@ -456,11 +463,14 @@ class _Connection(BaseHTTPRequestHandler):
         self.end_headers()
 
     def send_file(self, entry: Request, reply: Reply, blob: Blob) -> None:
-        fault = None if entry.method == "HEAD" else self.server.hub.fault_for(entry, body=True)
-        fault = fault or NO_FAULT
         size = blob.content.size
         zipped = self.may_gzip(entry, blob)
-        asked = None if zipped or fault.ignore_range else self.asked_range(reply, size)
+        asked = None if zipped else self.asked_range(reply, size)
+        span = asked or (0, size)
+        fault = None if entry.method == "HEAD" else self.server.hub.fault_for(entry, body=True, span=span)
+        fault = fault or NO_FAULT
+        if fault.ignore_range:
+            asked = None
         start, stop = asked or (0, size)
         headers, status = reply.headers, reply.status
         if asked:

@@ -401,9 +401,10 @@ def test_a_connection_is_cut(hub: HubServer, base: str) -> None:
 
 def test_a_wrong_byte(hub: HubServer, base: str) -> None:
     hub.fail("org/base", "model.safetensors", flip_byte=2_000_000, times=2)
+    url = hf_hub_url("org/base", "model.safetensors")
+    assert fetch(url, Range="bytes=0-99").content == WEIGHTS[:100]  # the fault waits for its byte
     data = Path(hf_hub_download("org/base", "model.safetensors")).read_bytes()
     assert [i for i in range(len(data)) if data[i] != WEIGHTS[i]] == [2_000_000]
-    url = hf_hub_url("org/base", "model.safetensors")
     part = fetch(url, Range="bytes=1999999-2000001").content
     assert part == bytes([WEIGHTS[1_999_999], WEIGHTS[2_000_000] ^ 0xFF, WEIGHTS[2_000_001]])
     assert fetch(url).content == WEIGHTS
