@@ -474,7 +474,7 @@ def decode_window(data: Data, form: FloatFormat, count: int) -> bytes:
     values = decode_list(data.sized(), count, direct=8, long=True)
     outside = values.count(0)
     others = iter(decode_list(data.sized(), outside) if outside else [])
-    words = [(bias + v if v else next(others)) & 0xFFFF for v in values]
+    words = [(bias + v if v else 0 if (k := next(others)) == 0 else bias + 1 - k) & 0xFFFF for v in values]
     return finish_rotated(np.array(words, np.uint64), data, form, form.width - 2)
 
 

@@ -289,7 +289,8 @@ def decode_window(data: Bytes, count: int, form: ulp.FloatFormat) -> ulp.Unsigne
     words = (words + bias) & 0xFFFF
     if outside.any():
         section, data = _section(data)
-        words[outside] = _list(section, int(outside.sum())) & 0xFFFF
+        below = _list(section, int(outside.sum()))
+        words[outside] = np.where(below == 0, 0, (bias + 1 - below) & 0xFFFF)
     rotated = words.astype(form.dtype)
     for plane in reversed(get_planes(data, form.itemsize - 2, count)):
         rotated = (rotated << form.dtype.type(8)) | plane.astype(form.dtype)

@@ -7,7 +7,8 @@ more frequent than large ones, which is what the mantissa bits know.
 
 u16              bias
 u32, run         n values of 13 bits: word - bias, or 0 for a word outside of the window
-u32, list        the words outside, in order (only if there are any)
+u32, list        the words outside, in order (only if there are any): 0 for a word of 0, else one more than
+                 how far it lies below the bias
 planes           itemsize - 2: the other bytes of the rotated elements, the lowest first
 """
 
@@ -27,6 +28,9 @@ from .ulp import FloatFormat
 Bytes = NDArray[np.uint8]
 TAIL = 5  # bits of a value that are raw
 _SPAN = 1 << 8 + TAIL
+_TOKENS, _SLOTS = 8, 1 << 11  # tokens of an exponent; what a table's frequencies add up to
+_OUTSIDE_BITS = 15  # what a word outside costs besides the entropy of there being one, about
+_RARE_BITS = 2.9  # what all pay for each slot that a table gives to a token too rare for it, about
 _GLANCE = 1 << 15  # elements looked at to place the window and to foresee the size
 
 
@@ -40,7 +44,7 @@ def encode_window(target: Bytes, form: FloatFormat) -> bytes:
     bias = _bias(words)
     parts = [bias.to_bytes(2, "little")]
     outside = words[values == 0] if alone.enter_window(words, bias, _SPAN, values) else words[:0]
-    others = coder.encode_list(outside.copy()) if len(outside) else b""
+    others = coder.encode_list(_below(outside, bias)) if len(outside) else b""
     parts.append(floats.sized(coder.encode_list(values, coder.BYTE_BITS, TAIL)))
     if others:
         parts.append(floats.sized(others))
@@ -51,13 +55,27 @@ def encode_window(target: Bytes, form: FloatFormat) -> bytes:
     return b"".join(parts)
 
 
+def _below(words: NDArray[np.uint32], bias: int) -> NDArray[np.uint32]:
+    """Words outside as numbers, most of them small: what is below the window is near it, or zero."""
+    return np.where(words == 0, np.uint32(0), (np.uint32(bias + 1) - words) & np.uint32(0xFFFF))
+
+
 def _bias(words: NDArray[np.uint32]) -> int:
-    """One less than the first word of the window that holds most of a sample: in the middle, of several."""
-    counts = np.bincount(_glance(words) >> np.uint32(8), minlength=256)
-    width = _SPAN >> 8
-    sums = np.convolve(counts, np.ones(width, np.int64), "valid")
-    best = np.flatnonzero(sums == sums.max())
-    return (int(best[len(best) // 2]) << 8) - 1 & 0xFFFF
+    """One less than the first word of a window, by a sample of the words.
+
+    Of all places the one where the words outside cost least, with the tokens inside that are rarer than a
+    table can say.
+    """
+    counts = np.bincount(_glance(words) >> np.uint32(8), minlength=256).astype(np.float64)
+    width, total = _SPAN >> 8, max(counts.sum(), 1.0)
+    rare = _RARE_BITS * np.where(counts > 0, np.maximum(_TOKENS * total / _SLOTS - counts, 0.0), 0.0)
+    counts[0] = 0.0  # zeros cost next to nothing
+    inside, lost = (
+        np.convolve(np.pad(values, (0, width - 1)), np.ones(width))[width - 1 :] for values in (counts, rare)
+    )
+    outside = counts.sum() - inside
+    costs = outside * (np.log2(total / np.maximum(outside, 1)) + _OUTSIDE_BITS) + lost
+    return (int(np.argmin(costs)) << 8) - 1 & 0xFFFF
 
 
 def _glance(values: NDArray[Any]) -> NDArray[Any]:
@@ -89,7 +107,7 @@ def decode_window(data: Bytes, form: FloatFormat, out: Bytes) -> None:
     for row, plane in zip(stacked, planes, strict=True):
         row[:] = plane
     values += np.uint32(bias)
-    values[places] = outside
+    values[places] = np.where(outside == 0, np.uint32(0), np.uint32(bias + 1) - outside)
     values &= np.uint32(0xFFFF)
     alone.join(values, frozen(stacked), result)
     floats.deliver(result, out)
