@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -385,10 +386,10 @@ class _DeltaWriter:
                     "Save the target in smaller shards.",
                 )
             entries, payloads, position = [], [], 0
-            with self._expect(matches):
+            with self._expect(matches), closing(self._encode_all(matches)) as chunks:
                 for match, plan in zip(matches, self._plans(matches), strict=True):
                     length, changed, is_same = self._write_payload(
-                        file, room + position, match, plan, sha256.update
+                        file, room + position, plan, islice(chunks, plan.count), sha256.update
                     )
                     entries.append(_entry(match, is_same, changed, length, self._old))
                     payloads.append(
@@ -436,23 +437,28 @@ class _DeltaWriter:
     def _plans(self, matches: Sequence[Match]) -> list[codec.ChunkPlan]:
         return [codec.ChunkPlan(m.target.info.nbytes, m.shared_bytes, self._chunk_bytes) for m in matches]
 
+    def _encode_all(self, matches: Sequence[Match]) -> Generator[_Coded, None, None]:
+        """The chunks of all tensors, in order: while one tensor is written, the next ones are encoded."""
+        jobs = (
+            (match, plan, index)
+            for match, plan in zip(matches, self._plans(matches), strict=True)
+            for index in range(plan.count)
+        )
+        yield from self._workers.map(lambda job: _encode(*job), jobs)
+
     def _write_payload(
         self,
         file: PartialFile,
         offset: int,
-        match: Match,
         plan: codec.ChunkPlan,
+        chunks: Iterable[_Coded],
         hash_target: Callable[[memoryview], None],
     ) -> tuple[int, int, bool]:
-        """Encode one tensor to ``offset``. Returns the payload's length, how many elements changed, and
-        whether all bytes are the base's."""
+        """Write one tensor's chunks to ``offset``. Returns the payload's length, how many elements changed,
+        and whether all bytes are the base's."""
         records = np.zeros(plan.count, codec.RECORD)
         position, changed = records.nbytes, 0
-
-        def encode(index: int) -> _Coded:
-            return _encode(match, plan, index)
-
-        for index, coded in enumerate(self._workers.map(encode, range(plan.count))):
+        for index, coded in enumerate(chunks):
             hash_target(coded.target.data)
             file.write_at(offset + position, coded.data)
             for key, value in zip(("method", "length", "base", "target"), coded.record, strict=True):
