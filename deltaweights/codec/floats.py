@@ -184,19 +184,24 @@ def decode_alone(data: Bytes, form: FloatFormat, out: Bytes) -> None:
 
     result = elements(out, form)
     section, behind = take_section(data)
-    planes = get_planes(behind, form.itemsize - 1, len(result))
-    if any(len(plane) != len(result) for plane in planes):
-        raise PayloadError("a plane of a standalone chunk has the wrong length")
-    stacked = scratch("planes", (form.itemsize - 1) * len(result), np.uint8)
-    stacked = stacked.reshape(form.itemsize - 1, len(result))
-    for row, plane in zip(stacked, planes, strict=True):
-        row[:] = plane
+    stacked = stack_planes(behind, form.itemsize - 1, len(result))
     run = coder.open_run(section, np.zeros(1, np.int64), coder.BYTE_BITS)
     if not alone.decode_joined(
         run.words, run.slots, run.settings, run.states, run.rest, frozen(stacked), result
     ):
         raise PayloadError("a standalone chunk is damaged")
     deliver(result, out)
+
+
+def stack_planes(data: Bytes, rows: int, count: int) -> NDArray[np.uint8]:
+    """The planes that make up data, uint8[rows, count], in working memory; PayloadError for others."""
+    planes = get_planes(data, rows, count)
+    if any(len(plane) != count for plane in planes):
+        raise PayloadError("a plane of a standalone chunk has the wrong length")
+    stacked = scratch("planes", rows * count, np.uint8).reshape(rows, count)
+    for row, plane in zip(stacked, planes, strict=True):
+        row[:] = plane
+    return stacked
 
 
 def alone_bits(target: Bytes, form: FloatFormat) -> float:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..errors import PayloadError
 from . import floats
-from .planes import get_planes, put_plane
+from .planes import put_plane
 from .scratch import scratch
 from .ulp import FloatFormat
 
@@ -99,13 +99,7 @@ def decode_window(data: Bytes, form: FloatFormat, out: Bytes) -> None:
     if len(places):
         section, data = floats.take_section(data)
         coder.decode_list(section, outside)
-    planes = get_planes(data, form.itemsize - 2, len(result))
-    if any(len(plane) != len(result) for plane in planes):
-        raise PayloadError("a plane of a standalone chunk has the wrong length")
-    stacked = scratch("planes", (form.itemsize - 2) * len(result), np.uint8)
-    stacked = stacked.reshape(form.itemsize - 2, len(result))
-    for row, plane in zip(stacked, planes, strict=True):
-        row[:] = plane
+    stacked = floats.stack_planes(data, form.itemsize - 2, len(result))
     values += np.uint32(bias)
     values[places] = np.where(outside == 0, np.uint32(0), np.uint32(bias + 1) - outside)
     values &= np.uint32(0xFFFF)
