@@ -21,7 +21,7 @@ from .checkpoint import Location, OutputFolder, Readable, local_path, sha256_of
 from .errors import DeltaError, OutputError
 from .license import landing_place, text_records
 from .manifest import Manifest, TargetFile
-from .pipeline import Meter, ProgressCallback, Workers
+from .pipeline import Buffers, Meter, ProgressCallback, Workers
 from .target import ShardRecipe, Target, TensorRecipe, check_digest
 
 #: At least so many chunks of the base are compared with the delta before anything is written, and at least
@@ -279,24 +279,21 @@ def rebuild_shard(recipe: ShardRecipe, workers: Workers, meter: Meter, sink: Sin
     if sink:
         sink(0, memoryview(recipe.header.raw))
     meter.add(len(recipe.header.raw))
-    # A stack: the buffer that was used last is the one in the cache. Untouched ones take no memory.
-    chunk_bytes = recipe.target.manifest.chunk_bytes
-    buffers = [np.empty(chunk_bytes, np.uint8) for _ in range(workers.window + 1)]
+    buffers = Buffers(recipe.target.manifest.chunk_bytes)
 
-    def decode(chunk: tuple[TensorRecipe, int]) -> tuple[NDArray[np.uint8], int]:
+    def decode(chunk: tuple[TensorRecipe, int]) -> NDArray[np.uint8]:
         tensor, index = chunk
         start, end = tensor.plan.span(index)
-        buffer = buffers.pop()
-        tensor.decode(index, buffer[: end - start])
+        data = buffers.take(end - start)
+        tensor.decode(index, data)
         if sink:
-            offset = recipe.header.data_start + tensor.info.start + start
-            sink(offset, buffer.data[: end - start])
-        return buffer, end - start
+            sink(recipe.header.data_start + tensor.info.start + start, data.data)
+        return data
 
     recipe.target.read_tables(recipe.tensors.values())
     with recipe.target.expect(recipe.chunks()):
-        for buffer, length in workers.map(decode, recipe.chunks()):
-            sha256.update(buffer.data[:length])
-            buffers.append(buffer)
-            meter.add(length)
+        for data in workers.map(decode, recipe.chunks()):
+            sha256.update(data.data)
+            meter.add(data.size)
+            buffers.give(data)
     return sha256.hexdigest()

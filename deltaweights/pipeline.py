@@ -7,7 +7,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from functools import partial
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -21,8 +25,32 @@ class Stopped(CancelledError):  # noqa: N818
     """Another thread failed first; its error is the one to report."""
 
 
+class _Task(Generic[Result]):
+    """A call for a pool of threads, or for whoever waits for its result: the first who comes to it."""
+
+    def __init__(self, pool: ThreadPoolExecutor, call: Callable[[], Result]) -> None:
+        self._call = call
+        self.future = pool.submit(call)
+
+    def take(self) -> bool:
+        """Make the call in this thread, unless it was begun before. Returns whether it was made now."""
+        if self.future.cancelled() or not self.future.cancel():
+            return False
+        self.future = Future()
+        try:
+            self.future.set_result(self._call())
+        except Exception as error:  # it is raised where the result is asked for
+            self.future.set_exception(error)
+        return True
+
+    def result(self) -> Result:
+        self.take()
+        return self.future.result()
+
+
 class Workers:
-    """A pool of threads; a context manager. Any error inside it stops all the work.
+    """Threads to work with, that of the caller being one; a context manager. Any error inside it stops all
+    the work.
 
     Args:
         threads: how many; the number of usable cores, but no more than 16, if None: more would wait for
@@ -33,7 +61,7 @@ class Workers:
         self.threads = threads or min(usable_cores(), 16)
         self._lock = threading.Lock()
         self._unfinished = 0  # items of each()
-        self._pool = ThreadPoolExecutor(self.threads)
+        self._pool = ThreadPoolExecutor(max(1, self.threads - 1))  # used only if there are two or more
         self._stopped = threading.Event()
         self._at_stop: list[Callable[[], None]] = []
 
@@ -73,28 +101,42 @@ class Workers:
         return 2 * self.threads + 2
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """``function`` of each item, in order, at most ``window`` of them ahead of the consumer.
+        """``function`` of each item, in order, at most ``window`` of them ahead of the consumer, whose thread
+        works as well while it would have to wait.
 
         While :meth:`each` has an item for every thread, nothing runs ahead: one thread does all of an item,
         and what it just decoded is still in its core's cache when it hashes it.
         """
-        ahead: deque[Future[Result]] = deque()
+        ahead: deque[_Task[Result]] = deque()
         try:
             for item in items:
                 self.check()
-                if not ahead and self._unfinished >= self.threads:
+                if not ahead and self._is_alone:
                     yield function(item)
                     continue
-                ahead.append(self._pool.submit(function, item))
+                ahead.append(_Task(self._pool, partial(function, item)))
                 if len(ahead) >= self.window:
-                    yield ahead.popleft().result()
+                    yield _first(ahead)
             while ahead:
-                yield ahead.popleft().result()
+                yield _first(ahead)
         except KeyboardInterrupt:
             self.stop()
             raise
         finally:  # nothing may still use the consumer's files when its error is handled
-            _cancel(ahead)
+            _cancel(task.future for task in ahead)
+
+    def aside(self, call: Callable[[], Result]) -> Callable[[], Result]:
+        """Have ``call`` made by another thread, if one is free before the function that is returned is called
+        for the result."""
+        if self._is_alone:
+            result = call()
+            return lambda: result
+        return _Task(self._pool, call).result
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether all other threads have work of their own."""
+        return self.threads == 1 or self._unfinished >= self.threads
 
     def each(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """``function`` of each item, in order, where the function itself uses :meth:`map`: several items
@@ -127,6 +169,13 @@ class Workers:
         return [future.result() for future in futures]
 
 
+def _first(ahead: deque[_Task[Result]]) -> Result:
+    """The first task's result. Until it is there, this thread takes tasks that nobody has begun."""
+    while not ahead[0].future.done() and any(task.take() for task in ahead):
+        pass
+    return ahead.popleft().future.result()
+
+
 def _cancel(futures: Iterable[Future[Result]]) -> None:
     """Cancel what has not begun, wait for what has. (To wait for a cancelled one may take for ever: a pool
     that was shut down never says so.)"""
@@ -146,6 +195,31 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+class Buffers:
+    """Arrays that are used again and again, by any thread: memory given back to the system and asked for
+    again costs a page fault for each 4 KiB.
+
+    Args:
+        nbytes: how long they usually are.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._free: list[NDArray[np.uint8]] = []  # the one that was used last is in the cache
+
+    def take(self, nbytes: int) -> NDArray[np.uint8]:
+        """An array of so many bytes, to be given back when it is no longer used."""
+        try:
+            buffer = self._free.pop()
+        except IndexError:
+            buffer = np.empty(max(nbytes, self._nbytes), np.uint8)
+        return (buffer if buffer.size >= nbytes else np.empty(nbytes, np.uint8))[:nbytes]
+
+    def give(self, array: NDArray[np.uint8]) -> None:
+        """Take back what :meth:`take` gave."""
+        self._free.append(array if array.base is None else array.base)
 
 
 class Meter:

@@ -8,11 +8,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaweights.pipeline import Meter, Stopped, Workers, usable_cores
+from deltaweights.pipeline import Buffers, Meter, Stopped, Workers, usable_cores
 
 #: Far longer than anything here takes: a test that waits so long has failed.
 PATIENCE = 5
@@ -71,6 +72,20 @@ def test_all_threads_work_at_once(workers: Workers) -> None:
     assert not together.broken
 
 
+def test_the_consumers_thread_works_too() -> None:
+    """While the others are busy, and nothing is there to consume."""
+    elsewhere = threading.Event()
+
+    def work(item: int) -> int:
+        if threading.current_thread() is threading.main_thread():
+            elsewhere.set()
+        assert item or elsewhere.wait(PATIENCE)
+        return item
+
+    with Workers(2) as workers:
+        assert list(workers.map(work, range(3))) == [0, 1, 2]
+
+
 def test_an_items_error_comes_at_its_place(workers: Workers) -> None:
     def work(item: int) -> int:
         if item == 5:
@@ -92,23 +107,24 @@ def test_an_error_of_the_items_themselves_is_raised(workers: Workers) -> None:
         list(workers.map(lambda item: item, items()))
 
 
-def test_closing_early_waits_for_the_work_in_progress() -> None:
+def test_ending_early_waits_for_the_work_in_progress() -> None:
     """The consumer may close its files then."""
     begun, go_on, done = threading.Event(), threading.Event(), threading.Event()
 
-    def work(item: int) -> int:
-        if item == 1:
-            begun.set()
-            assert go_on.wait(PATIENCE)
-            done.set()
-        return item
+    def work(item: int) -> None:
+        begun.set()
+        assert go_on.wait(PATIENCE)
+        done.set()
 
-    with Workers(2) as workers:
-        results = workers.map(work, range(100))
-        assert next(results) == 0
+    def items() -> Iterator[int]:
+        yield 0
         assert begun.wait(PATIENCE)
         threading.Timer(0.02, go_on.set).start()
-        results.close()  # type: ignore[attr-defined]
+        raise KeyError("source")
+
+    with Workers(2) as workers:
+        with pytest.raises(KeyError, match="source"):
+            list(workers.map(work, items()))
         assert done.is_set()
 
 
@@ -132,6 +148,52 @@ def test_stopped_workers_take_no_more(workers: Workers) -> None:
     with pytest.raises(Stopped):
         list(workers.watch([b"block"]))
     assert list(workers.map(lambda item: item, [])) == []
+
+
+# aside -----------------------------------------------------------------------------------------------
+
+
+def test_what_goes_on_aside_gives_its_result_whoever_comes_to_it(workers: Workers) -> None:
+    results = [workers.aside(lambda item=item: -item) for item in range(50)]  # type: ignore[misc]
+    assert [result() for result in results] == [-item for item in range(50)]
+    assert results[7]() == -7
+
+
+def test_what_goes_on_aside_takes_another_thread_where_one_is_free() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def call() -> bool:
+        begun.set()
+        return go_on.wait(PATIENCE)
+
+    with Workers(2) as workers:
+        result = workers.aside(call)
+        assert begun.wait(PATIENCE)
+        go_on.set()
+        assert result()
+
+
+def test_an_error_aside_is_raised_where_its_result_is_asked_for() -> None:
+    def call() -> None:
+        raise KeyError("aside")
+
+    with Workers(2) as workers, pytest.raises(KeyError, match="aside"):
+        workers.aside(call)()
+
+
+# Buffers ---------------------------------------------------------------------------------------------
+
+
+def test_buffers_are_used_again() -> None:
+    buffers = Buffers(8)
+    first = buffers.take(8)
+    other = buffers.take(3)
+    assert (first.size, other.size) == (8, 3)
+    assert not np.shares_memory(first, other)
+    buffers.give(other)
+    again = buffers.take(8)
+    assert np.shares_memory(again, other)
+    assert buffers.take(20).size == 20
 
 
 # each ------------------------------------------------------------------------------------------------
@@ -220,7 +282,7 @@ def test_stopping_wakes_what_waits_elsewhere() -> None:
             pool.each(work, range(2))
 
 
-def test_ctrl_c_while_the_main_thread_waits_for_a_result_wakes_too() -> None:
+def test_ctrl_c_wakes_what_the_other_threads_wait_for() -> None:
     woken = threading.Event()
 
     def work(item: int) -> None:

@@ -49,6 +49,9 @@ class ReadableFile(Protocol):
                 f"It has {self.size} bytes; {offset + nbytes} are needed.",
                 "Get the file again.",
             )
+        return self._read(offset, nbytes)
+
+    def _read(self, offset: int, nbytes: int) -> bytes:
         out = np.empty(nbytes, np.uint8)
         self.read_into(offset, out)
         return out.tobytes()
@@ -149,6 +152,14 @@ class LocalFile(ReadableFile):
                     "Get the file again.",
                 )
             view, offset = view[done:], offset + done
+
+    def _read(self, offset: int, nbytes: int) -> bytes:
+        """Without the copy that an array would need."""
+        try:
+            data = os.pread(self._fd, nbytes, offset)
+        except OSError as error:
+            raise CheckpointError(f"Cannot read {self.path}", f"{error.strerror}.") from error
+        return data if len(data) == nbytes else super()._read(offset, nbytes)
 
 
 def _pread_into(fd: int, view: memoryview, offset: int) -> int:

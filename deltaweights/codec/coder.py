@@ -82,8 +82,7 @@ def encode_run(
         states,
     )
     head = bytes([tables.precision - 8 | code << 3 | spread << 5, highest])
-    body = (tables.to_bytes(), states[: 1 << 2 * code].tobytes(), words[first:].tobytes())
-    return tweak, b"".join([head, *body])
+    return tweak, b"".join([head, tables.to_bytes(), states[: 1 << 2 * code].data, words[first:].data])
 
 
 @dataclass

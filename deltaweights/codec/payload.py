@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ..errors import PayloadError
 from .chunk import decode_chunk, encode_chunk
 from .generic import ITEMSIZES
+from .scratch import scratch
 from .ulp import FORMATS
 
 _ELEMENT_BYTES = ITEMSIZES | {dtype: form.itemsize for dtype, form in FORMATS.items()} | {"C64": 8}
@@ -91,7 +92,8 @@ def count_changed(base: NDArray[np.uint8], target: NDArray[np.uint8], dtype: str
     element is not a whole number of them)."""
     word = np.dtype(f"u{element_bytes(dtype, target.size)}")
     base, target = base.view(word), target.view(word)
-    return int(np.count_nonzero(base != target))
+    differ = np.not_equal(base, target, out=scratch("differ", target.size, np.bool_))
+    return int(np.count_nonzero(differ))
 
 
 def check_records(
