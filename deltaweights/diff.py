@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import islice, pairwise
 from pathlib import Path
 
 import msgspec
@@ -32,6 +33,7 @@ from .checkpoint import (
     Readable,
     Shard,
     Source,
+    Span,
     TensorInfo,
     build_header,
     local_path,
@@ -58,7 +60,7 @@ from .manifest import (
     is_safe_path,
 )
 from .match import Match, RenameRule, match_tensors
-from .pipeline import Meter, ProgressCallback, Workers
+from .pipeline import Buffers, Meter, ProgressCallback, Workers
 from .target import read_manifest
 
 #: Compressing a file pays if it saves this share of it; small ones stay readable on the Hub.
@@ -270,12 +272,14 @@ def _removed(old: Checkpoint, matches: Iterable[Match]) -> list[TensorEntry]:
 
 @dataclass(frozen=True, slots=True)
 class _Coded:
-    """One chunk, encoded: its record, its data, its target bytes and how many elements changed."""
+    """One chunk, encoded: its record, its data, how many elements changed, and the bytes of target and base
+    as they were read."""
 
     record: tuple[int, int, int, int]
     data: bytes
-    target: NDArray[np.uint8]
     changed: int
+    target: NDArray[np.uint8]
+    base: NDArray[np.uint8] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +306,8 @@ class _DeltaWriter:
         progress: ProgressCallback | None,
     ) -> None:
         self.files: list[FileRecord] = []
+        self._passing: dict[str, Shard] = {}  # the base's shards that are hashed while shards are written
+        self._passed: dict[str, str] = {}  # their SHA-256
         self._old = old
         self._new = new
         self._folder = folder
@@ -320,23 +326,35 @@ class _DeltaWriter:
         Args:
             known: the base's files, if somebody has told.
         """
+        by_shard: dict[str, list[Match]] = {path: [] for path in self._new.shards}
+        for match in matches:
+            by_shard[match.target.shard.path].append(match)
+        self._passing = _read_in_order(by_shard, self._old)
         with ThreadPoolExecutor(1) as aside:
             try:
-                base_files = aside.submit(self._digest_base, known)
-                shards, entries = self._write_shards(matches)
-                others = self._write_other_files(base_files.result())
+                digests = aside.submit(self._digest_base)
+                shards, entries = self._write_shards(by_shard)
+                base_files = self._base_records(digests.result(), known)
+                others = self._write_other_files(base_files)
             except BaseException:
                 self._workers.stop()
                 raise
         files = sorted([*shards, *others], key=lambda file: file.path)
-        return base_files.result(), tuple(files), entries
+        return base_files, tuple(files), entries
 
-    def _digest_base(self, known: Sequence[FileRecord]) -> tuple[FileRecord, ...]:
+    def _digest_base(self) -> dict[str, str]:
+        """The SHA-256 of the base's files, but for those that pass while shards are written."""
+        source = self._old.source
+        passing = {shard.path for shard in self._passing.values()}
+        return {path: self._digest(source, path) for path in source.sizes if path not in passing}
+
+    def _base_records(
+        self, digests: Mapping[str, str], known: Sequence[FileRecord]
+    ) -> tuple[FileRecord, ...]:
         """The base's files as they are; or as they are ``known``, where it is sharded like that."""
         source = self._old.source
-        found = tuple(
-            FileRecord(path, size, self._digest(source, path)) for path, size in source.sizes.items()
-        )
+        digests = {**digests, **self._passed}
+        found = tuple(FileRecord(path, size, digests[path]) for path, size in source.sizes.items())
         told = {file.path: file for file in known if file.path.endswith(".safetensors")}
         if not told or set(told) != set(self._old.shards):
             return found
@@ -358,11 +376,10 @@ class _DeltaWriter:
             meter.add(source.sizes[path])
         return published
 
-    def _write_shards(self, matches: Sequence[Match]) -> tuple[list[TargetFile], list[TensorEntry]]:
+    def _write_shards(
+        self, by_shard: Mapping[str, list[Match]]
+    ) -> tuple[list[TargetFile], list[TensorEntry]]:
         """One delta shard for each shard of the target."""
-        by_shard: dict[str, list[Match]] = {path: [] for path in self._new.shards}
-        for match in matches:
-            by_shard[match.target.shard.path].append(match)
         count = len(by_shard)
         names = (f"delta-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count))
         written = self._workers.each(self._write_shard, zip(by_shard.items(), names, strict=True))
@@ -370,12 +387,15 @@ class _DeltaWriter:
 
     def _write_shard(self, job: tuple[tuple[str, list[Match]], str]) -> tuple[TargetFile, list[TensorEntry]]:
         (path, matches), name = job
+        base = self._passing.get(path)
         if done := self._finished_before(name):
             self.files.append(done.file)
             self._meter.add(done.target.size)
+            if base:
+                self._passed[base.path] = self._digest(self._old.source, base.path)
             return done.target, list(done.entries)
         shard = self._new.shards[path]
-        sha256 = hashlib.sha256(shard.header.raw)
+        digests = _Digests(shard, base, self._workers)
         with self._folder.create(name) as file:
             room = _header_room(shard, self._plans(matches))
             if room > MAX_HEADER_BYTES:
@@ -386,20 +406,20 @@ class _DeltaWriter:
                     "Save the target in smaller shards.",
                 )
             entries, payloads, position = [], [], 0
-            with self._expect(matches), closing(self._encode_all(matches)) as chunks:
+            with self._expect(matches), closing(self._encode_all(matches, digests)) as chunks:
                 for match, plan in zip(matches, self._plans(matches), strict=True):
                     length, changed, is_same = self._write_payload(
-                        file, room + position, plan, islice(chunks, plan.count), sha256.update
+                        file, room + position, plan, islice(chunks, plan.count)
                     )
                     entries.append(_entry(match, is_same, changed, length, self._old))
                     payloads.append(
                         TensorInfo(match.target.info.name, "U8", (length,), position, position + length)
                     )
                     position += length
-            if self._new.source.published_sha256(path) not in (None, sha256.hexdigest()):
+            if self._new.source.published_sha256(path) not in (None, digests.target):
                 raise CheckpointError(
                     f"{self._new.source.name(path)} was damaged on the way",
-                    f"What came has SHA-256 {sha256.hexdigest()}, which is not the one that is published.",
+                    f"What came has SHA-256 {digests.target}, which is not the one that is published.",
                     "Run the same command again.",
                 )
             header = build_header(payloads, _shard_metadata(shard), room)
@@ -407,7 +427,9 @@ class _DeltaWriter:
             file.write_at(0, header)
             stored = self._finish(file)
         self._meter.add(shard.header.data_start)
-        record = TargetFile(path, shard.file.size, sha256.hexdigest(), "tensors", name)
+        if base:
+            self._passed[base.path] = digests.base
+        record = TargetFile(path, shard.file.size, digests.target, "tensors", name)
         finished = _Finished(self._inputs, stored, record, tuple(entries))
         self._folder.remember(name, msgspec.json.encode(finished))
         return record, entries
@@ -415,13 +437,8 @@ class _DeltaWriter:
     @contextmanager
     def _expect(self, matches: Sequence[Match]) -> Iterator[None]:
         """Within the block, the matches' tensors will be read, about in order."""
-        bases = (
-            m.base.span(0, codec.rescale(m.shared_bytes, m.target.info.dtype, m.base.info.dtype))
-            for m in matches
-            if m.base and m.shared_bytes
-        )
         targets = (m.target.span(0, m.target.info.nbytes) for m in matches)
-        with self._old.source.expect(bases), self._new.source.expect(targets):
+        with self._old.source.expect(_base_spans(matches)), self._new.source.expect(targets):
             yield
 
     def _finished_before(self, name: str) -> _Finished | None:
@@ -437,29 +454,30 @@ class _DeltaWriter:
     def _plans(self, matches: Sequence[Match]) -> list[codec.ChunkPlan]:
         return [codec.ChunkPlan(m.target.info.nbytes, m.shared_bytes, self._chunk_bytes) for m in matches]
 
-    def _encode_all(self, matches: Sequence[Match]) -> Generator[_Coded, None, None]:
-        """The chunks of all tensors, in order: while one tensor is written, the next ones are encoded."""
+    def _encode_all(self, matches: Sequence[Match], digests: _Digests) -> Generator[_Coded, None, None]:
+        """The chunks of all tensors, in order: while one tensor is written, the next ones are encoded. What
+        was read for a chunk is hashed, and counts until the next one is asked for."""
+        buffers = Buffers(self._chunk_bytes)
         jobs = (
             (match, plan, index)
             for match, plan in zip(matches, self._plans(matches), strict=True)
             for index in range(plan.count)
         )
-        yield from self._workers.map(lambda job: _encode(*job), jobs)
+        for coded in self._workers.map(lambda job: _encode(*job, buffers), jobs):
+            digests.update(coded)
+            yield coded
+            buffers.give(coded.target)
+            if coded.base is not None:
+                buffers.give(coded.base)
 
     def _write_payload(
-        self,
-        file: PartialFile,
-        offset: int,
-        plan: codec.ChunkPlan,
-        chunks: Iterable[_Coded],
-        hash_target: Callable[[memoryview], None],
+        self, file: PartialFile, offset: int, plan: codec.ChunkPlan, chunks: Iterable[_Coded]
     ) -> tuple[int, int, bool]:
         """Write one tensor's chunks to ``offset``. Returns the payload's length, how many elements changed,
         and whether all bytes are the base's."""
         records = np.zeros(plan.count, codec.RECORD)
         position, changed = records.nbytes, 0
         for index, coded in enumerate(chunks):
-            hash_target(coded.target.data)
             file.write_at(offset + position, coded.data)
             for key, value in zip(("method", "length", "base", "target"), coded.record, strict=True):
                 records[key][index] = value
@@ -545,26 +563,77 @@ class _DeltaWriter:
         return record
 
 
-def _encode(match: Match, plan: codec.ChunkPlan, index: int) -> _Coded:
+class _Digests:
+    """SHA-256 of a target's shard, and of the base's shard that is read along with it, if there is one."""
+
+    def __init__(self, shard: Shard, base: Shard | None, workers: Workers) -> None:
+        self._target = hashlib.sha256(shard.header.raw)
+        self._base = hashlib.sha256(base.header.raw) if base else None
+        self._workers = workers
+
+    def update(self, coded: _Coded) -> None:
+        """Take in the next chunk."""
+        done = None
+        if self._base and coded.base is not None:
+            done = self._workers.aside(partial(self._base.update, coded.base.data))
+        self._target.update(coded.target.data)
+        if done:
+            done()
+
+    @property
+    def target(self) -> str:
+        return self._target.hexdigest()
+
+    @property
+    def base(self) -> str:
+        assert self._base
+        return self._base.hexdigest()
+
+
+def _read_in_order(by_shard: Mapping[str, Sequence[Match]], old: Checkpoint) -> dict[str, Shard]:
+    """The base's shards that are read from the first byte to the last while a target's shard is coded, by
+    that one's path: they need not be read once more to be hashed."""
+    found: dict[str, Shard] = {}
+    for path, matches in by_shard.items():
+        spans = _base_spans(matches)
+        shard = old.shards[spans[0].path] if spans else None
+        if shard and shard not in found.values() and old.source.published_sha256(shard.path) is None:
+            ends = [Span(shard.path, 0, shard.header.data_start), *spans]
+            in_order = all(a.path == b.path and a.end == b.start for a, b in pairwise(ends))
+            if in_order and spans[-1].end == shard.file.size:
+                found[path] = shard
+    return found
+
+
+def _base_spans(matches: Iterable[Match]) -> list[Span]:
+    """What the matches are compared with, in the base's files."""
+    return [
+        m.base.span(0, codec.rescale(m.shared_bytes, m.target.info.dtype, m.base.info.dtype))
+        for m in matches
+        if m.base and m.shared_bytes
+    ]
+
+
+def _encode(match: Match, plan: codec.ChunkPlan, index: int, buffers: Buffers) -> _Coded:
     """Read and encode one chunk."""
     start, end = plan.span(index)
     info = match.target.info
-    target = np.empty(end - start, np.uint8)
+    target = buffers.take(end - start)
     match.target.read_into(start, target)
-    base, base_sum, changed = None, 0, 0
+    read, base, base_sum, changed = None, None, 0, 0
     if plan.has_base(index):
         assert match.base is not None
         source = match.base.info.dtype
         first, last = (codec.rescale(n, info.dtype, source) for n in (start, end))
-        base = np.empty(last - first, np.uint8)
-        match.base.read_into(first, base)
-        base_sum = codec.checksum(base)
-        base = codec.convert(base, source, info.dtype)
+        read = buffers.take(last - first)
+        match.base.read_into(first, read)
+        base_sum = codec.checksum(read)
+        base = codec.convert(read, source, info.dtype)
         changed = codec.count_changed(base, target, info.dtype)
     method, data = codec.encode_chunk(base, target, info.dtype)
     is_same = method == codec.Method.SAME and source == info.dtype
     target_sum = base_sum if is_same else codec.checksum(target)
-    return _Coded((method, len(data), base_sum, target_sum), data, target, changed)
+    return _Coded((method, len(data), base_sum, target_sum), data, changed, target, read)
 
 
 def _entry(match: Match, is_same: bool, changed: int, payload_bytes: int, old: Checkpoint) -> TensorEntry:
