@@ -397,7 +397,8 @@ class _DeltaWriter:
         shard = self._new.shards[path]
         digests = _Digests(shard, base, self._workers)
         with self._folder.create(name) as file:
-            room = _header_room(shard, self._plans(matches))
+            metadata = _shard_metadata(shard)
+            room = _header_room(shard, self._plans(matches), metadata)
             if room > MAX_HEADER_BYTES:
                 raise CheckpointError(
                     f"{path} cannot be part of a delta",
@@ -422,7 +423,7 @@ class _DeltaWriter:
                     f"What came has SHA-256 {digests.target}, which is not the one that is published.",
                     "Run the same command again.",
                 )
-            header = build_header(payloads, _shard_metadata(shard), room)
+            header = build_header(payloads, metadata, room)
             assert len(header) == room
             file.write_at(0, header)
             stored = self._finish(file)
@@ -668,14 +669,14 @@ def _status(match: Match, is_same: bool) -> Status:
     return "same" if is_same else "changed"
 
 
-def _header_room(shard: Shard, plans: Sequence[codec.ChunkPlan]) -> int:
+def _header_room(shard: Shard, plans: Sequence[codec.ChunkPlan], metadata: dict[str, str]) -> int:
     """Bytes that the delta shard's header may need: its payloads' sizes are known only after it."""
     largest, position = [], 0
     for info, plan in zip(shard.header.tensors, plans, strict=True):
         length = plan.nbytes + plan.count * codec.RECORD.itemsize
         largest.append(TensorInfo(info.name, "U8", (length,), position, position + length))
         position += length
-    return len(build_header(largest, _shard_metadata(shard)))
+    return len(build_header(largest, metadata))
 
 
 def _shard_metadata(shard: Shard) -> dict[str, str]:

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaweights import Manifest, make_delta
-from deltaweights.card import read_license, write_card
+from deltaweights.card import FRONT_MATTER, read_license, write_card
 from deltaweights.checkpoint import open_checkpoint
 from deltaweights.license_table import KNOWN, LISTED
 from deltaweights.manifest import BaseRecord, FileRecord, License, TargetRecord, Tool
@@ -35,6 +36,23 @@ def test_the_hub_reads_base_license_and_library() -> None:
         "library_name": "deltaweights",
         "tags": ["deltaweights", "delta", "safetensors"],
     }
+
+
+def test_the_card_is_written_as_the_hubs_library_would() -> None:
+    for manifest in (EXAMPLE, _with(base_id=None, base=License(), target=License())):
+        written = write_card(manifest).decode()
+        assert str(ModelCard(written)) == written
+
+
+PIECES = st.lists(st.sampled_from(["\n", "\r\n", "\r", "a: b", " ", "\t", "-", "---"]), max_size=4).map(
+    "".join
+)
+
+
+@given(st.builds("{}---{}---{}".format, PIECES, PIECES, PIECES))
+def test_the_fields_are_where_the_hubs_library_finds_them(card: str) -> None:
+    ours, theirs = FRONT_MATTER.match(card), REGEX_YAML_BLOCK.search(card)
+    assert (ours and ours["fields"]) == (theirs and theirs[2])
 
 
 def test_a_target_that_states_no_license_shows_the_bases() -> None:
