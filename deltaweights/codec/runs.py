@@ -453,6 +453,13 @@ def fill_encoder_table(frequencies, span, table):
             start += frequency
 
 
+@kernel(types.void(_numbers, _words, _numbers))
+def look_up(table, keys, entries):
+    """table[keys] into entries, one by one: gathering them takes half as long again on Zen 4."""
+    for i in range(len(keys)):
+        entries[i] = simd.firm(table, np.int64(keys[i]))
+
+
 @kernel(_i(_words, _tables, _words, _numbers, _i, _i, _i, _i, _i, _numbers, _numbers))
 def encode_words(words, frequencies, keys, values, lanes, direct_bits, tail, span, precision, table, states):
     """Code the values into the end of `words` (at least 3 a value); where the words begin.
@@ -472,10 +479,18 @@ def encode_words(words, frequencies, keys, values, lanes, direct_bits, tail, spa
         words, at, table, keys, values, states, steps * lanes, count - steps * lanes, direct_bits, tail,
         span, precision,
     )  # fmt: skip
-    if lanes == 64:
-        return simd.encode_64(words, table, keys, values, states, at, steps, direct, tail, precision)
-    if lanes == 16:
-        return simd.encode_16(words, table, keys, values, states, at, steps, direct, tail, precision)
+    if lanes >= 16:
+        entries, stop = _block_of_numbers(), steps * lanes
+        while stop > 0:
+            first = (stop - 1) // BLOCK * BLOCK
+            look_up(table, keys[first:stop], entries)
+            part, turns = values[first:stop], (stop - first) // lanes
+            if lanes == 64:
+                at = simd.encode_64(words, entries, part, states, at, turns, direct, tail, precision)
+            else:
+                at = simd.encode_16(words, entries, part, states, at, turns, direct, tail, precision)
+            stop = first
+        return at
     for step in range(steps - 1, -1, -1):
         at = _encode_scalar(
             words, at, table, keys, values, states, step * lanes, lanes, direct_bits, tail, span, precision
