@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from ..errors import PayloadError
 from .compiled import runs
 from .constants import APART, BAD, GUARD, WAYS
 from .scratch import scratch
-from .tables import DIRECT_BITS, PRECISION, TOKENS, laplace_family, raw_bits_of
+from .store import kept
+from .tables import DIRECT_BITS, PRECISION, SCALES, TOKENS, laplace_family, raw_bits_of
 
 Bytes = NDArray[np.uint8]
 Values = NDArray[np.uint32]
@@ -31,6 +33,13 @@ _TWEAKS = range(-4, 5)
 _USUAL_SPREAD = 2
 # Sizes in bytes from which a run has 4, 16, 64 lanes: a lane wastes two bytes.
 _LANES_FROM = ((256, 4), (1000, 16), (6000, 64))
+
+
+@cache
+def _family() -> NDArray[np.uint32]:
+    """The family of distributions, which takes longer to compute than to read."""
+    stored = kept("family", lambda: laplace_family().tobytes())
+    return np.frombuffer(stored, np.uint32).reshape(SCALES, TOKENS)
 
 
 def encode_run(
@@ -111,7 +120,7 @@ def _choose_tables(
     explicit = np.empty(len(members), np.bool_)
     weights, frequencies = np.empty_like(counts), np.empty_like(counts)
     bits = runs.choose_tables(
-        counts, members, laplace_family(), spread, precision, highest, explicit, weights, frequencies
+        counts, members, _family(), spread, precision, highest, explicit, weights, frequencies
     )
     return _Tables(precision, bits, explicit, weights, frequencies)
 
@@ -127,9 +136,7 @@ def _fit_family(
         return 0, _USUAL_SPREAD
 
     def cost(pair: tuple[int, int]) -> float:
-        bits: float = runs.family_cost(
-            counts, members + pair[0], laplace_family(), pair[1], PRECISION, highest
-        )
+        bits: float = runs.family_cost(counts, members + pair[0], _family(), pair[1], PRECISION, highest)
         return bits
 
     return min(((tweak, spread) for tweak in _TWEAKS for spread in _SPREADS), key=cost)
@@ -156,7 +163,7 @@ def open_run(
     slots = scratch("slots", len(members) << PRECISION, np.uint32)
     states, settings = np.empty(64, np.uint32), np.full(4, tail, np.int64)
     frequencies = scratch("frequencies", len(members) * TOKENS, np.uint32).reshape(-1, TOKENS)
-    start = runs.open_head(data, members, laplace_family(), direct_bits, frequencies, slots, states, settings)
+    start = runs.open_head(data, members, _family(), direct_bits, frequencies, slots, states, settings)
     if start == BAD:
         raise PayloadError("the head of a run of tokens is damaged")
     body = len(data) - start

@@ -1,4 +1,4 @@
-"""Object files of kernels on disk: found there, or compiled and left there.
+"""What takes long to make, on disk: object files of kernels above all, found there or made and left there.
 
 They are in a folder named by all that their content depends on: the processor, the compiler and the sources.
 That folder is in `NUMBA_CACHE_DIR` if that is set, else in `__pycache__` beside this file, or in the user's
@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from hashlib import sha256
@@ -28,22 +28,32 @@ _DIGEST = 32  # bytes of the SHA-256 that a file begins with
 
 def object_code(module: str, name: str, kinds: list[str]) -> tuple[str, bytes]:
     """(kind of the result, object file) of a kernel: see :func:`.build.object_code`."""
-    file = "-".join([module, name, *kinds])
+
+    def compile_it() -> bytes:
+        _announce()
+        from . import build
+
+        result, code = build.object_code(module, name, kinds)
+        return result.encode() + code
+
+    stored = kept("-".join([module, name, *kinds]), compile_it)
+    return chr(stored[0]), stored[1:]
+
+
+def kept(file: str, make: Callable[[], bytes]) -> bytes:
+    """What `make` returns, from disk if it is there; it may depend on nothing but the processor, the compiler
+    and this package's sources."""
     for place in _places():
         with suppress(OSError):
             stored = (place / _folder() / file).read_bytes()
             if sha256(stored[_DIGEST:]).digest() == stored[:_DIGEST]:
-                return chr(stored[_DIGEST]), stored[_DIGEST + 1 :]
-    _announce()
-    from . import build
-
-    result, code = build.object_code(module, name, kinds)
-    content = result.encode() + code
+                return stored[_DIGEST:]
+    content = make()
     for place in _places():
         with suppress(OSError):
             _keep(place / _folder() / file, sha256(content).digest() + content)
             break
-    return result, code
+    return content
 
 
 @cache
