@@ -124,7 +124,7 @@ def _base_models(value: object) -> tuple[str, ...]:
 
 def write_card(manifest: Manifest) -> bytes:
     """The delta's own model card, as Markdown with the Hub's front matter."""
-    from huggingface_hub.repocard_data import ModelCardData  # ModelCard takes 0.1 s to load
+    from huggingface_hub import ModelCardData  # ModelCard would import the Hub's client besides
 
     base = manifest.base
     data = ModelCardData(

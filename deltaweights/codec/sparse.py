@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PayloadError
-from . import floats, ulp
+from . import coder, floats, ulp
+from .compiled import subset
+from .constants import SUBSET_SPARE, SUBSET_UNIT
 from .planes import put_plane, take_plane
 from .scratch import scratch
 from .ulp import FloatFormat
@@ -45,21 +47,19 @@ def encode_sparse(base: Bytes, target: Bytes, form: FloatFormat, *, quick: bool 
     `quick` has all changes by place, where they are few enough: up to a half longer, but coded in a third of
     the time and decoded in less than half.
     """
-    from .compiled import frozen, subset
-
-    before, after = frozen(floats.elements(base, form)), frozen(floats.elements(target, form))
+    before, after = floats.elements(base, form), floats.elements(target, form)
     glance, there = floats.sample(before, _PATCH), floats.sample(after, _PATCH)
     if np.count_nonzero(glance != there) > 1.2 * _FEW * len(glance):
         return None
     places = np.flatnonzero(before != after)
     if len(places) > _FEW * len(before):
         return None
-    active = np.zeros(-(-len(before) // subset.UNIT), np.uint8)
+    active = np.zeros(-(-len(before) // SUBSET_UNIT), np.uint8)
     if quick and len(places) <= _QUICK * len(before):
         head = _HEAD.pack(-1, 0, len(places))
         exceptions = _put_exceptions(places, ulp.distance(before[places], after[places]))
         return b"".join([head, put_plane(np.packbits(active)), *exceptions])
-    active[places // subset.UNIT] = 1
+    active[places // SUBSET_UNIT] = 1
     if active.mean() > _ACTIVE:
         active[:] = 1
     cutoff = _cutoff(before, places, active, form)
@@ -86,11 +86,10 @@ def _cutoff(before: NDArray[Any], places: NDArray[np.int64], active: Bytes, form
     Coding an element that never moves costs next to nothing but time, so a slightly longer payload
     is accepted.
     """
-    from .compiled import subset
-
     stride = 1 + (len(before) >> 16)
-    counts = subset.count_exponents(before[::stride].copy(), form.shift, form.mask)
-    counts = counts * (stride * active.mean())
+    four = np.empty((4, form.mask + 1), np.uint32)
+    subset.count_exponents(before[::stride].copy(), form.shift, form.mask, four)
+    counts = four.sum(axis=0) * (stride * active.mean())
     moved = np.bincount(ulp.exponent(before[places], form), minlength=form.mask + 1)
     # What coding all elements up to each exponent costs, tables included.
     inside = np.cumsum(_place_bits(moved, counts) + _TABLE_BITS * (moved > 0)) + _DELTA_BITS
@@ -117,16 +116,12 @@ def _chosen(
     name: str, before: NDArray[Any], source: NDArray[Any], cutoff: int, active: Bytes, form: FloatFormat
 ) -> NDArray[Any]:
     """The chosen elements of source in a row, in this thread's working memory of that name."""
-    from .compiled import subset
-
-    row = scratch(name, len(before) + subset.SPARE, form.dtype)
+    row = scratch(name, len(before) + SUBSET_SPARE, form.dtype)
     count = subset.choose(before, source, form.shift, form.mask, cutoff, active, row)
     return row[:count]
 
 
 def _put_exceptions(places: NDArray[np.int64], distances: NDArray[Any]) -> list[bytes]:
-    from .compiled import coder
-
     gaps = np.diff(places, prepend=-1) - 1
     lists = [gaps.astype(np.uint32), distances.astype(np.uint32)]
     if distances.dtype.itemsize == 8:
@@ -136,13 +131,11 @@ def _put_exceptions(places: NDArray[np.int64], distances: NDArray[Any]) -> list[
 
 def decode_sparse(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> None:
     """Fill out with the target; PayloadError where data does not code that many elements."""
-    from .compiled import frozen, subset
-
-    before, result = frozen(floats.elements(base, form)), floats.elements(out, form)
+    before, result = floats.elements(base, form), floats.elements(out, form)
     if len(data) < _HEAD.size:
         raise PayloadError("the payload of a chunk is cut short")
     cutoff, follows, exceptions = _HEAD.unpack(data[: _HEAD.size].tobytes())
-    units = -(-len(before) // subset.UNIT)
+    units = -(-len(before) // SUBSET_UNIT)
     marks, data = take_plane(data[_HEAD.size :], -(-units // 8))
     if len(marks) != -(-units // 8) or follows > 1 or cutoff < -1 or exceptions > len(before) // _SHARE:
         raise PayloadError("the head of a sparse chunk is damaged")
@@ -153,7 +146,7 @@ def decode_sparse(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> No
         raise PayloadError("a sparse chunk's delta is missing or unannounced")
     if follows:
         chosen = _chosen("chosen", before, before, cutoff, active, form)
-        changed = scratch("changed", len(chosen) + subset.SPARE, form.dtype)
+        changed = scratch("changed", len(chosen) + SUBSET_SPARE, form.dtype)
         part = changed[: len(chosen)]
         floats.decode_delta(data, chosen.view(np.uint8), form, part.view(np.uint8))
         subset.merge(before, form.shift, form.mask, cutoff, active, changed, result)
@@ -167,8 +160,6 @@ def _take_exceptions(
     data: Bytes, count: int, limit: int, form: FloatFormat
 ) -> tuple[NDArray[np.int64], NDArray[Any], Bytes]:
     """(places, distances, what follows)."""
-    from .compiled import coder
-
     if count == 0:
         return np.empty(0, np.int64), np.empty(0, form.dtype), data
     lists = []

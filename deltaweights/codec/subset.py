@@ -10,32 +10,25 @@ active, and the base's exponent is at most a cutoff.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from . import simd
+from .constants import SUBSET_UNIT
+from .kernel import kernel
 
-UNIT = 256  # elements that are active or not together
-SPARE = 64  # elements that `choose` may write beyond the last
 
-
-@njit(nogil=True, cache=True)
-def count_exponents(base, shift, mask):
-    """How many elements have each exponent: int64[mask + 1]."""
-    counts = np.zeros((4, mask + 1), np.uint32)
+@kernel()
+def count_exponents(base, shift, mask, counts):
+    """How many elements have each exponent, in four parts that add up: uint32[4, mask + 1]."""
+    counts[:] = 0
     whole = len(base) & ~3
     for i in range(0, whole, 4):
         for k in range(4):
             counts[k, (np.int64(base[i + k]) >> shift) & mask] += np.uint32(1)
     for i in range(whole, len(base)):
         counts[0, (np.int64(base[i]) >> shift) & mask] += np.uint32(1)
-    total = np.zeros(mask + 1, np.int64)
-    for k in range(4):
-        for e in range(mask + 1):
-            total[e] += counts[k, e]
-    return total
 
 
-@njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def _stretch(active, unit):
     """The unit after the last of those that are active, or inactive, in a row from `unit` on."""
     last = unit + 1
@@ -44,27 +37,27 @@ def _stretch(active, unit):
     return last
 
 
-@njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def _worked(part):
     """How many elements of a stretch the vector loops work."""
     return len(part) - len(part) % (64 // part.itemsize) if part.itemsize <= 4 else 0
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def choose(base, source, shift, mask, cutoff, active, chosen):
     """The chosen elements of `source` in a row (chosen by `base`); how many.
 
     base, source   unsigned[n]
     cutoff         -1 to mask
     active         uint8[units], 0 or 1
-    chosen         unsigned[n + SPARE], written
+    chosen         unsigned[n + SUBSET_SPARE], written
     """
     at, unit = 0, 0
     while unit < len(active):
         after = _stretch(active, unit)
         if active[unit]:
-            part = base[unit * UNIT : min(after * UNIT, len(base))]
-            wanted = source[unit * UNIT : min(after * UNIT, len(base))]
+            part = base[unit * SUBSET_UNIT : min(after * SUBSET_UNIT, len(base))]
+            wanted = source[unit * SUBSET_UNIT : min(after * SUBSET_UNIT, len(base))]
             at = simd.select_vectors(part, shift, mask, cutoff, chosen, at, wanted)
             for i in range(_worked(part), len(part)):
                 chosen[at] = wanted[i]
@@ -73,14 +66,14 @@ def choose(base, source, shift, mask, cutoff, active, chosen):
     return at
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def merge(base, shift, mask, cutoff, active, chosen, out):
     """Fill out with the base, the chosen elements replaced by those in `chosen`, in order."""
     at, unit = 0, 0
     while unit < len(active):
         after = _stretch(active, unit)
-        part = base[unit * UNIT : min(after * UNIT, len(base))]
-        result = out[unit * UNIT : min(after * UNIT, len(base))]
+        part = base[unit * SUBSET_UNIT : min(after * SUBSET_UNIT, len(base))]
+        result = out[unit * SUBSET_UNIT : min(after * SUBSET_UNIT, len(base))]
         if active[unit]:
             at = simd.merge_vectors(part, shift, mask, cutoff, chosen, at, result)
             for i in range(_worked(part), len(part)):
@@ -88,5 +81,6 @@ def merge(base, shift, mask, cutoff, active, chosen, out):
                 result[i] = chosen[at] if inside else part[i]
                 at += inside
         else:
-            result[:] = part
+            for i in range(len(part)):
+                result[i] = part[i]
         unit = after
