@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaweights import CheckpointError, Manifest, OutputError, apply_delta, make_delta, verify_delta
-from deltaweights.checkpoint import DTYPE_BITS, open_checkpoint
+from deltaweights.checkpoint import DTYPE_BITS, LocalSource, open_checkpoint
 from deltaweights.codec import RECORD
 from deltaweights.manifest import FileRecord, TensorEntry
 
@@ -29,6 +29,7 @@ from .checkpoints import (
     Array,
     bf16,
     contents,
+    digests,
     f32,
     random_array,
     safetensors_bytes,
@@ -77,6 +78,7 @@ class Differ:
         manifest = make_delta(self.base, self.target, self.delta, **options)
         apply_delta(self.delta, self.out, base=self.base)
         assert contents(self.out) == contents(self.target)
+        assert {file.path: file.sha256 for file in manifest.base.files} == digests(self.base)
         return manifest
 
 
@@ -322,6 +324,62 @@ def test_base_and_target_files_are_recorded_with_size_and_sha256(trio: Trio) -> 
             (path, len(data), hashlib.sha256(data).hexdigest())
             for path, data in sorted(contents(side).items())
         ]
+
+
+class _WatchedSource(LocalSource):
+    """A folder that notes which of its files are read from end to end besides what is read by position."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.read_whole: list[str] = []
+
+    def blocks(self, path: str) -> Iterator[bytes]:
+        self.read_whole.append(path)
+        return super().blocks(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "read_whole"),
+    [
+        ("abc", []),
+        ("abcnew", []),
+        ("new1 abc", []),
+        ("cab", ["m.safetensors"]),
+        ("ab", ["m.safetensors"]),
+        ("bc", ["m.safetensors"]),
+        ("xyz", ["m.safetensors"]),
+    ],
+)
+def test_a_base_that_is_read_in_order_is_hashed_on_the_way(
+    diff: Differ, names: str, read_whole: list[str]
+) -> None:
+    """Not read once more; whoever cannot do without the base's files in order reads them aside."""
+    old = {name: random_array("BF16", (5000 + k,), k) for k, name in enumerate("abc")}
+    new = {name: old.get(name) or random_array("F32", (3, k), k) for k, name in enumerate(names)}
+    diff.write(diff.base, {"m.safetensors": safetensors_bytes(old), "note": b"text"})
+    diff.write(diff.target, {"m.safetensors": safetensors_bytes(new)})
+    base = _WatchedSource(diff.base)
+    manifest = make_delta(base, diff.target, diff.delta, chunk_bytes=4096, threads=2)
+    assert base.read_whole == [*read_whole, "note"]
+    assert {file.path: file.sha256 for file in manifest.base.files} == digests(diff.base)
+
+
+def test_a_resumed_run_records_the_base_of_what_was_finished_before(diff: Differ) -> None:
+    shards = {
+        f"m{k}.safetensors": safetensors_bytes({f"t{k}": random_array("BF16", (5000,), k)}) for k in range(3)
+    }
+    diff.write(diff.base, shards)
+    diff.write(diff.target, shards)
+
+    def fail(phase: str, done: int, total: int) -> None:
+        if done > total / 2:
+            raise RuntimeError(phase)
+
+    with pytest.raises(RuntimeError, match="diff"):
+        make_delta(diff.base, diff.target, diff.delta, threads=1, progress=fail)
+    assert (diff.delta / "delta-00001-of-00003.safetensors").exists()
+    manifest = make_delta(diff.base, diff.target, diff.delta)
+    assert {file.path: file.sha256 for file in manifest.base.files} == digests(diff.base)
 
 
 def test_what_a_delta_was_not_asked_for_is_not_known(trio: Trio) -> None:
