@@ -30,8 +30,10 @@ def run_measured(command: Command, output: IO[bytes] | None = None) -> Usage:
     Raises:
         SystemExit: it failed.
     """
+    # Modules are compiled once, as they are where a package is installed.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     start = time.perf_counter()
-    child = subprocess.Popen(command, stdout=output or subprocess.DEVNULL)
+    child = subprocess.Popen(command, stdout=output or subprocess.DEVNULL, env=environment)
     _, status, usage = os.wait4(child.pid, 0)
     wall = time.perf_counter() - start
     child.returncode = os.waitstatus_to_exitcode(status)

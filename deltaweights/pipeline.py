@@ -1,4 +1,4 @@
-"""Threads for diff and apply: work runs ahead, results come back in order, memory stays bounded."""
+"""Threads for diff and apply: work runs ahead, results come back in order, memory is bounded and reused."""
 
 from __future__ import annotations
 
