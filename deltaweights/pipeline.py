@@ -97,8 +97,8 @@ class Workers:
 
     @property
     def window(self) -> int:
-        """How many items :meth:`map` works on or holds at once."""
-        return 2 * self.threads + 2
+        """How many items :meth:`map` works on or holds at once: enough for its share of the threads."""
+        return 2 * -(-self.threads // max(1, self._unfinished)) + 2
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """``function`` of each item, in order, at most ``window`` of them ahead of the consumer, whose thread

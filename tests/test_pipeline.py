@@ -206,6 +206,21 @@ def test_items_of_each_may_use_map(workers: Workers) -> None:
     assert workers.each(work, range(10)) == [item * 190 for item in range(10)]
 
 
+def test_items_of_each_share_what_may_run_ahead() -> None:
+    """So that memory does not grow with the number of shards at work."""
+    together = threading.Barrier(4)
+
+    def work(_: int) -> int:
+        together.wait(PATIENCE)
+        window = workers.window
+        together.wait(PATIENCE)
+        return window
+
+    with Workers(8) as workers:
+        assert workers.window == 2 * 8 + 2
+        assert workers.each(work, range(4)) == [2 * 2 + 2] * 4
+
+
 @pytest.mark.parametrize("failing", [0, 1, 2, 3])
 def test_the_first_error_stops_the_others_and_is_the_one_raised(failing: int) -> None:
     """Wherever it stands in the order, and though the others then end with Stopped."""
