@@ -310,6 +310,8 @@ def _count_base_checks(target: Target, delta: _Reads, base: _Reads) -> None:
 def _count_shard(shard: ShardRecipe, delta: _Reads, base: _Reads | None) -> None:
     """What rebuilding one shard of the target takes."""
     delta.head(shard.delta_shard)
+    for recipe in shard.tensors.values():
+        delta.head(recipe.delta_shard)  # another one's, for duplicates of its tensors
     delta.tables(shard.tensors.values())
     shard.target.read_tables(shard.tensors.values())
     delta.spans(recipe.payload_span(index) for recipe, index in shard.chunks())
