@@ -112,7 +112,7 @@ def _trace(target: Target, old: Checkpoint, new: Checkpoint) -> list[Match]:
 
 
 def _checksums(target: Target, tensor: Tensor) -> bytes:
-    """The checksums of the tensor's chunks, which the last delta holds: to look for duplicates, nothing has to
-    be decoded that is none. (Equal tensors of which parts are shared may be cut otherwise, and are missed.)"""
+    """The checksums of the tensor's chunks, which the last delta holds: what has no duplicate need not be
+    decoded to know that. (Equal tensors of which parts are shared may be cut otherwise, and are missed.)"""
     records, _ = target.shard(tensor.shard.path).tensors[tensor.info.name].table
     return records["target"].tobytes()

@@ -1,7 +1,7 @@
 """Which tensors of a target are equal to another one of it, so that one payload serves them all.
 
-Most checkpoints have none, so what tells tensors apart comes first: dtype and shape, which are known; a few bytes of
-each; some more of those that are left. Only what agrees in all of that is read whole.
+Most checkpoints have none, so what tells tensors apart at little cost comes first: dtype and shape; a few
+bytes of each; some more of those that are left. Only what agrees in all of that is read whole.
 """
 
 from __future__ import annotations
@@ -97,7 +97,10 @@ def _whole(nbytes: int) -> Sequence[tuple[int, int]]:
 
 def _spans(groups: _Groups, parts: _Parts) -> Iterable[Span]:
     return (
-        match.target.span(*part) for group in groups for match in group for part in parts(match.target.info.nbytes)
+        match.target.span(*part)
+        for group in groups
+        for match in group
+        for part in parts(match.target.info.nbytes)
     )
 
 

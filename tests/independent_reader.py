@@ -280,7 +280,8 @@ def read_payload(entry: Fields, delta: Path, manifest: Fields) -> bytes:
     payloads, _, at = parse_header(data, len(data))
     start, end = payloads[entry["name"]]["data_offsets"]
     need(end - start == entry["payload_bytes"], f"{entry['name']}: payload_bytes")
-    return data[at + start : at + end]
+    payload: bytes = data[at + start : at + end]
+    return payload
 
 
 # Payloads

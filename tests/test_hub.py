@@ -202,8 +202,8 @@ def test_diff_fetches_every_byte_once(shelf: HubServer, large: Trio, tmp_path: P
 
 
 def test_neighbouring_tensors_share_requests(shelf: HubServer, tmp_path: Path) -> None:
-    """The target is one run of bytes for each shard, shorter than the longest request: header, then rest. Before
-    that, a few bytes of each tensor that might be a duplicate, by its dtype and shape."""
+    """The target is one run of bytes for each shard, shorter than the longest request: header, then rest.
+    Before that, a few bytes of each tensor that might be a duplicate, by its dtype and shape."""
     make_delta("org/base", "org/target", tmp_path / "delta", threads=1)
     ranges = [
         r for r in shelf.requests("org/target", kind="content") if (r.file or "").endswith("safetensors")

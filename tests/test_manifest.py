@@ -358,7 +358,11 @@ def _copy(**changes: Any) -> Callable[[Json], None]:
 
 
 def _both(*changes: Callable[[Json], None]) -> Callable[[Json], None]:
-    return lambda fields: [change(fields) for change in changes] and None
+    def change_all(fields: Json) -> None:
+        for change in changes:
+            change(fields)
+
+    return change_all
 
 
 def _repeat(*keys: Any) -> Callable[[Json], None]:
@@ -473,7 +477,10 @@ RULES: dict[str, tuple[Callable[[Json], None], str]] = {
     "a duplicate of nothing": (_copy(like=None), "Expected `object`"),
     "a tensor like another that is no duplicate": (_copy(status="added"), "is added, which does not go with"),
     "a duplicate that does not say of what": (_set("tensors", 0, "status", "duplicate"), "does not go with"),
-    "a removed tensor like another": (_set("tensors", 1, "like", _LIKE), "is removed, which does not go with"),
+    "a removed tensor like another": (
+        _set("tensors", 1, "like", _LIKE),
+        "is removed, which does not go with",
+    ),
     "a duplicate of an unknown name": (_copy(like=_LIKE | {"name": "x"}), "does not have"),
     "a duplicate from an unknown file": (_copy(like=_LIKE | {"file": "config.json"}), "does not have"),
     "a duplicate of a removed tensor": (_copy(like=_LIKE | {"name": "gone"}), "does not have"),

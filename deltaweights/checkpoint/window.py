@@ -92,8 +92,8 @@ class _Request:
 
 @dataclass(slots=True, eq=False)
 class _Schedule:
-    """What one ``expect`` announced: runs that have not begun, in order, and requests that have. ``announced``
-    is where all of them lie."""
+    """What one ``expect`` announced: where it lies, the runs that have not begun, in order, and requests that
+    have."""
 
     runs: deque[_Run]
     announced: list[Span]
@@ -192,8 +192,8 @@ class Window:
     # All that follows is for those who hold the lock, but for _run and _fill, the connections' threads.
 
     def _end_schedule(self, schedule: _Schedule, heirs: Sequence[_Schedule]) -> None:
-        """Give back what is left unread. Where one of ``heirs`` announced the same bytes, this schedule's readers
-        took those of the heir: they are the heir's from now on."""
+        """Give back what is left unread. Where one of ``heirs`` announced the same bytes, this schedule's
+        readers took those of the heir: they are the heir's from now on."""
         self._schedules.remove(schedule)
         for request in schedule.requests:
             if heir := _heir(request.path, request.unread, heirs):
