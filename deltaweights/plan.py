@@ -45,7 +45,7 @@ class Side:
         where: the folder or file; or repository and commit, where it is on the Hub.
         repo_id: the repository on the Hub; None for a folder that does not say from which it is.
         revision: its commit.
-        needed: bytes that the result is made from.
+        needed: bytes that the result is made from, once for each tensor that is made from them.
         download: bytes that come over the network: what is on disk or in the Hub cache does not; headers and
             what has to be compared first does.
     """
