@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaweights import (
+    DeltaError,
     Manifest,
     PayloadError,
     apply_delta,
@@ -414,7 +415,7 @@ def test_what_is_compacted_has_the_duplicates_of_the_last_target(chain: list[Pat
     assert contents(tmp_path / "out") == contents(second)
 
 
-# Damage ----------------------------------------------------------------------------------------------------
+# Damage, and lies ----------------------------------------------------------------------------------------------------
 
 
 def test_damage_of_what_others_are_like_is_found_in_all_of_them(diff: Pairs) -> None:
@@ -436,3 +437,19 @@ def test_damage_of_what_others_are_like_is_found_in_all_of_them(diff: Pairs) -> 
         ("rebuilt", PATHS[0]),
         ("rebuilt", PATHS[1]),
     }
+
+
+def test_what_is_like_another_that_is_not_equal_never_gets_its_name(diff: Pairs, tmp_path: Path) -> None:
+    """Of the same dtype and shape: nothing in the manifest contradicts it but the file's SHA-256."""
+    base = {"m.safetensors": {"embed": bf16(EMBED), "other": bf16(OTHER)}}
+    other = bf16(OTHER + weights(OTHER.shape, 4, 1e-4))
+    manifest = diff.diff(base, {"m.safetensors": {"a": bf16(MOVED), "embed": bf16(MOVED), "other": other}})
+    entries = {entry.name: entry for entry in manifest.tensors}
+    entries["a"] = replace(entries["a"], like=TargetTensor("other", "m.safetensors"))
+    (diff.delta / "deltaweights.json").write_bytes(
+        replace(manifest, tensors=tuple(entries.values())).to_json()
+    )
+    with pytest.raises(DeltaError, match=r"m\.safetensors was not rebuilt as it was published"):
+        apply_delta(diff.delta, tmp_path / "lie", base=diff.base)
+    assert not (tmp_path / "lie" / "m.safetensors").exists()
+    assert [p.place for p in verify_delta(diff.delta, base=diff.base).problems] == ["rebuilt"]

@@ -92,7 +92,7 @@ def test_shards_are_chosen_by_pattern(qwen2: Trio) -> None:
 
 @pytest.fixture
 def twice(tmp_path: Path) -> Trio:
-    """As `tied`, but the tied weight is saved under both names, in two shards: the first holds a duplicate."""
+    """As `tied`, but the tied weight is saved twice, in two shards: the first holds a duplicate."""
     model = Tied()
     for side, std in (("base", 0.02), ("target", 1e-3)):
         nudge(model, std=std)
