@@ -415,7 +415,7 @@ def test_what_is_compacted_has_the_duplicates_of_the_last_target(chain: list[Pat
     assert contents(tmp_path / "out") == contents(second)
 
 
-# Damage, and lies ----------------------------------------------------------------------------------------------------
+# Damage, and lies ------------------------------------------------------------------------------------
 
 
 def test_damage_of_what_others_are_like_is_found_in_all_of_them(diff: Pairs) -> None:
