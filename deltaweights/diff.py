@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ from .checkpoint import (
     Readable,
     Shard,
     Source,
+    Tensor,
     TensorInfo,
     build_header,
     local_path,
@@ -39,6 +40,7 @@ from .checkpoint import (
     origins,
     sha256_of,
 )
+from .duplicates import find_duplicates
 from .errors import BaseMismatchError, CheckpointError, DeltaError, DeltaWeightsError, OutputError
 from .manifest import (
     MANIFEST_NAME,
@@ -53,6 +55,7 @@ from .manifest import (
     Status,
     TargetFile,
     TargetRecord,
+    TargetTensor,
     TensorEntry,
     Tool,
     is_safe_path,
@@ -169,12 +172,16 @@ def write_delta(
     target: Side,
     *,
     rename: Sequence[RenameRule] = (),
+    glance: Callable[[Tensor], Hashable] | None = None,
     chunk_bytes: int,
     force: bool,
     threads: int | None,
     progress: ProgressCallback | None,
 ) -> Manifest:
     """:func:`make_delta` for checkpoints that are open, tensors that are matched and sides that are known.
+
+    Args:
+        glance: as for :func:`find_duplicates`.
 
     Raises:
         BaseMismatchError: the base's shards have the names in ``base.files``, but another SHA-256.
@@ -184,6 +191,7 @@ def write_delta(
             workers.at_stop(source.cancel)
         _check_vacant(folder, force)
         folder.require_distinct(new.source.sizes)
+        matches = find_duplicates(new, matches, chunk_bytes, workers, glance)
         writer = _DeltaWriter(old, new, folder, workers, chunk_bytes, rename, progress)
         base_files, target_files, entries = writer.write_files(matches, base.files)
         base_record = BaseRecord(base.repo_id, base.revision, base.license.license, base_files)
@@ -388,9 +396,12 @@ class _DeltaWriter:
             entries, payloads, position = [], [], 0
             with self._expect(matches), closing(self._encode_all(matches)) as chunks:
                 for match, plan in zip(matches, self._plans(matches), strict=True):
-                    length, changed, is_same = self._write_payload(
-                        file, room + position, plan, islice(chunks, plan.count), sha256.update
-                    )
+                    coded = self._hashed(islice(chunks, plan.count), sha256.update)
+                    length, changed, is_same = 0, 0, False
+                    if not match.like:
+                        length, changed, is_same = self._write_payload(file, room + position, plan, coded)
+                    for _ in coded:
+                        pass  # a duplicate's bytes are hashed, no more
                     entries.append(_entry(match, is_same, changed, length, self._old))
                     payloads.append(
                         TensorInfo(match.target.info.name, "U8", (length,), position, position + length)
@@ -446,26 +457,29 @@ class _DeltaWriter:
         )
         yield from self._workers.map(lambda job: _encode(*job), jobs)
 
+    def _hashed(
+        self, chunks: Iterable[_Coded], hash_target: Callable[[memoryview], None]
+    ) -> Iterator[_Coded]:
+        """The chunks; their target bytes are hashed, and counted when they were used."""
+        for coded in chunks:
+            hash_target(coded.target.data)
+            yield coded
+            self._meter.add(coded.target.nbytes)
+
+    @staticmethod
     def _write_payload(
-        self,
-        file: PartialFile,
-        offset: int,
-        plan: codec.ChunkPlan,
-        chunks: Iterable[_Coded],
-        hash_target: Callable[[memoryview], None],
+        file: PartialFile, offset: int, plan: codec.ChunkPlan, chunks: Iterable[_Coded]
     ) -> tuple[int, int, bool]:
         """Write one tensor's chunks to ``offset``. Returns the payload's length, how many elements changed,
         and whether all bytes are the base's."""
         records = np.zeros(plan.count, codec.RECORD)
         position, changed = records.nbytes, 0
         for index, coded in enumerate(chunks):
-            hash_target(coded.target.data)
             file.write_at(offset + position, coded.data)
             for key, value in zip(("method", "length", "base", "target"), coded.record, strict=True):
                 records[key][index] = value
             position += len(coded.data)
             changed += coded.changed
-            self._meter.add(coded.target.nbytes)
         file.write_at(offset, records.tobytes())
         is_same = plan.shared == plan.nbytes and not records["method"].any()
         return position, changed, is_same
@@ -546,18 +560,17 @@ class _DeltaWriter:
 
 
 def _encode(match: Match, plan: codec.ChunkPlan, index: int) -> _Coded:
-    """Read and encode one chunk."""
+    """Read and encode one chunk; what another tensor stands for is only read."""
     start, end = plan.span(index)
     info = match.target.info
-    target = np.empty(end - start, np.uint8)
-    match.target.read_into(start, target)
+    target = match.read(start, end)
+    if match.like:
+        return _Coded((0, 0, 0, 0), b"", target, 0)
     base, base_sum, changed = None, 0, 0
     if plan.has_base(index):
         assert match.base is not None
         source = match.base.info.dtype
-        first, last = (codec.rescale(n, info.dtype, source) for n in (start, end))
-        base = np.empty(last - first, np.uint8)
-        match.base.read_into(first, base)
+        base = match.read_base(start, end)
         base_sum = codec.checksum(base)
         base = codec.convert(base, source, info.dtype)
         changed = codec.count_changed(base, target, info.dtype)
@@ -584,10 +597,13 @@ def _entry(match: Match, is_same: bool, changed: int, payload_bytes: int, old: C
         shared_bytes=match.shared_bytes,
         changed=changed,
         payload_bytes=payload_bytes,
+        like=TargetTensor(match.like.info.name, match.like.shard.path) if match.like else msgspec.UNSET,
     )
 
 
 def _status(match: Match, is_same: bool) -> Status:
+    if match.like:
+        return "duplicate"
     if match.base is None:
         return "added"
     if match.base.info.shape != match.target.info.shape:

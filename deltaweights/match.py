@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .checkpoint import DTYPE_BITS, Checkpoint, Tensor
-from .codec import is_convertible
+from .codec import is_convertible, rescale
 from .errors import DeltaWeightsError
 
 _BLOCK_BYTES = 1 << 20
@@ -34,11 +35,31 @@ CompiledRule = tuple[re.Pattern[str], str]
 @dataclass(frozen=True, slots=True)
 class Match:
     """A target tensor and the base tensor to code it against, if any. The first ``shared_bytes`` of the
-    target tensor's bytes have counterparts in the base tensor."""
+    target tensor's bytes have counterparts in the base tensor.
+
+    ``like`` is another tensor of the target with the same bytes, which is coded in its place; none of its
+    own bytes are shared then."""
 
     target: Tensor
     base: Tensor | None
     shared_bytes: int
+    like: Tensor | None = None
+
+    def read(self, start: int, end: int) -> NDArray[np.uint8]:
+        """The target tensor's bytes ``start`` to ``end``."""
+        return _read(self.target, start, end)
+
+    def read_base(self, start: int, end: int) -> NDArray[np.uint8]:
+        """The base tensor's bytes, in its own dtype, for the target tensor's bytes ``start`` to ``end``."""
+        assert self.base is not None
+        dtypes = self.target.info.dtype, self.base.info.dtype
+        return _read(self.base, rescale(start, *dtypes), rescale(end, *dtypes))
+
+
+def _read(tensor: Tensor, start: int, end: int) -> NDArray[np.uint8]:
+    out = np.empty(end - start, np.uint8)
+    tensor.read_into(start, out)
+    return out
 
 
 def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameRule] = ()) -> list[Match]:
@@ -171,8 +192,7 @@ def _start_bytes(tensor: Tensor) -> int:
 
 def _start(tensor: Tensor) -> tuple[str, bytes]:
     """What tells most tensors apart at the cost of one small read: dtype, shape, first bytes."""
-    first = np.empty(_start_bytes(tensor), np.uint8)
-    tensor.read_into(0, first)
+    first = _read(tensor, 0, _start_bytes(tensor))
     return f"{tensor.info.dtype}{tensor.info.shape}", hashlib.sha256(first.data).digest()
 
 
@@ -191,9 +211,6 @@ def _equal(one: Tensor, other: Tensor, base: Checkpoint, target: Checkpoint) -> 
         base.source.expect(other.span(start, end) for start, end in blocks),
     ):
         for start, end in blocks:
-            first, second = (np.empty(end - start, np.uint8) for _ in "ab")
-            one.read_into(start, first)
-            other.read_into(start, second)
-            if not np.array_equal(first, second):
+            if not np.array_equal(_read(one, start, end), _read(other, start, end)):
                 return False
     return True
