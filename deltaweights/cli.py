@@ -451,7 +451,7 @@ def _show_summary(summary: dict[str, Any], *, every_tensor: bool) -> None:
             _plain(row["name"]),
             _plain(row["dtype"]),
             " x ".join(map(str, row["shape"])) or "scalar",
-            row["status"],
+            f"{row['status']} of {_plain(row['like']['name'])}" if "like" in row else row["status"],
             "" if changed is None else f"{changed:.1%}",
             _bytes(row["payload_bytes"]),
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ from .checkpoint import (
     Shard,
     Source,
     Span,
+    Tensor,
     TensorInfo,
     build_header,
     local_path,
@@ -41,6 +42,7 @@ from .checkpoint import (
     origins,
     sha256_of,
 )
+from .duplicates import find_duplicates
 from .errors import BaseMismatchError, CheckpointError, DeltaError, DeltaWeightsError, OutputError
 from .manifest import (
     MANIFEST_NAME,
@@ -55,6 +57,7 @@ from .manifest import (
     Status,
     TargetFile,
     TargetRecord,
+    TargetTensor,
     TensorEntry,
     Tool,
     is_safe_path,
@@ -171,12 +174,16 @@ def write_delta(
     target: Side,
     *,
     rename: Sequence[RenameRule] = (),
+    glance: Callable[[Tensor], Hashable] | None = None,
     chunk_bytes: int,
     force: bool,
     threads: int | None,
     progress: ProgressCallback | None,
 ) -> Manifest:
     """:func:`make_delta` for checkpoints that are open, tensors that are matched and sides that are known.
+
+    Args:
+        glance: as for :func:`find_duplicates`.
 
     Raises:
         BaseMismatchError: the base's shards have the names in ``base.files``, but another SHA-256.
@@ -186,6 +193,7 @@ def write_delta(
             workers.at_stop(source.cancel)
         _check_vacant(folder, force)
         folder.require_distinct(new.source.sizes)
+        matches = find_duplicates(new, matches, chunk_bytes, workers, glance)
         writer = _DeltaWriter(old, new, folder, workers, chunk_bytes, rename, progress)
         base_files, target_files, entries = writer.write_files(matches, base.files)
         base_record = BaseRecord(base.repo_id, base.revision, base.license.license, base_files)
@@ -409,9 +417,12 @@ class _DeltaWriter:
             entries, payloads, position = [], [], 0
             with self._expect(matches), closing(self._encode_all(matches, digests)) as chunks:
                 for match, plan in zip(matches, self._plans(matches), strict=True):
-                    length, changed, is_same = self._write_payload(
-                        file, room + position, plan, islice(chunks, plan.count)
-                    )
+                    coded = islice(chunks, plan.count)
+                    length, changed, is_same = 0, 0, False
+                    if not match.like:
+                        length, changed, is_same = self._write_payload(file, room + position, plan, coded)
+                    for _ in coded:
+                        pass  # a duplicate's bytes are hashed, no more
                     entries.append(_entry(match, is_same, changed, length, self._old))
                     payloads.append(
                         TensorInfo(match.target.info.name, "U8", (length,), position, position + length)
@@ -466,13 +477,15 @@ class _DeltaWriter:
         )
         for coded in self._workers.map(lambda job: _encode(*job, buffers), jobs):
             digests.update(coded)
+            self._meter.add(coded.target.nbytes)
             yield coded
             buffers.give(coded.target)
             if coded.base is not None:
                 buffers.give(coded.base)
 
+    @staticmethod
     def _write_payload(
-        self, file: PartialFile, offset: int, plan: codec.ChunkPlan, chunks: Iterable[_Coded]
+        file: PartialFile, offset: int, plan: codec.ChunkPlan, chunks: Iterable[_Coded]
     ) -> tuple[int, int, bool]:
         """Write one tensor's chunks to ``offset``. Returns the payload's length, how many elements changed,
         and whether all bytes are the base's."""
@@ -484,7 +497,6 @@ class _DeltaWriter:
                 records[key][index] = value
             position += len(coded.data)
             changed += coded.changed
-            self._meter.add(coded.target.nbytes)
         file.write_at(offset, records.tobytes())
         is_same = plan.shared == plan.nbytes and not records["method"].any()
         return position, changed, is_same
@@ -616,18 +628,17 @@ def _base_spans(matches: Iterable[Match]) -> list[Span]:
 
 
 def _encode(match: Match, plan: codec.ChunkPlan, index: int, buffers: Buffers) -> _Coded:
-    """Read and encode one chunk."""
+    """Read and encode one chunk; what another tensor stands for is only read."""
     start, end = plan.span(index)
     info = match.target.info
-    target = buffers.take(end - start)
-    match.target.read_into(start, target)
+    target = match.read(start, end, buffers.take)
+    if match.like:
+        return _Coded((0, 0, 0, 0), b"", 0, target, None)
     read, base, base_sum, changed = None, None, 0, 0
     if plan.has_base(index):
         assert match.base is not None
         source = match.base.info.dtype
-        first, last = (codec.rescale(n, info.dtype, source) for n in (start, end))
-        read = buffers.take(last - first)
-        match.base.read_into(first, read)
+        read = match.read_base(start, end, buffers.take)
         base_sum = codec.checksum(read)
         base = codec.convert(read, source, info.dtype)
         changed = codec.count_changed(base, target, info.dtype)
@@ -654,10 +665,13 @@ def _entry(match: Match, is_same: bool, changed: int, payload_bytes: int, old: C
         shared_bytes=match.shared_bytes,
         changed=changed,
         payload_bytes=payload_bytes,
+        like=TargetTensor(match.like.info.name, match.like.shard.path) if match.like else msgspec.UNSET,
     )
 
 
 def _status(match: Match, is_same: bool) -> Status:
+    if match.like:
+        return "duplicate"
     if match.base is None:
         return "added"
     if match.base.info.shape != match.target.info.shape:

@@ -36,9 +36,9 @@ RepoId: TypeAlias = Annotated[
 Revision: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*\Z", max_length=200)]
 Shape: TypeAlias = Annotated[tuple[Dim, ...], msgspec.Meta(max_length=64)]
 ChunkBytes: TypeAlias = Annotated[int, msgspec.Meta(ge=4096, le=MAX_CHUNK_BYTES, multiple_of=4096)]
-Status: TypeAlias = Literal["same", "changed", "added", "removed", "renamed", "resized"]
+Status: TypeAlias = Literal["same", "changed", "added", "removed", "renamed", "resized", "duplicate"]
 
-STATUSES: tuple[Status, ...] = ("same", "changed", "added", "removed", "renamed", "resized")
+STATUSES: tuple[Status, ...] = ("same", "changed", "added", "removed", "renamed", "resized", "duplicate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +121,21 @@ class BaseTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class TargetTensor:
+    """A tensor of the target, as a duplicate refers to it: its name, and the shard that holds it."""
+
+    name: str
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
     """One tensor of the target, or (status ``removed``, without a ``file``) one that only the base has.
 
     ``shared_bytes`` of its bytes, from the first on, are coded against ``base``; ``changed`` of those
     bytes' elements differ from it. ``payload_bytes`` is what it takes up in the delta shard.
+
+    A ``duplicate`` has none of these: its bytes are those of the tensor ``like``, which has a payload.
     """
 
     name: str
@@ -137,6 +147,7 @@ class TensorEntry:
     shared_bytes: Size
     changed: Size
     payload_bytes: Size
+    like: TargetTensor | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,12 +284,15 @@ def _validate(manifest: Manifest) -> None:
     if isinstance(manifest.license, DeltaLicense) and manifest.license.notice not in {None, *own}:
         raise _damaged("Its notice is missing from the delta's files")
     shards = {file.path for file in manifest.target.files if file.stored == "tensors"}
-    seen: set[tuple[str | None, str]] = set()
+    seen: dict[tuple[str | None, str], TensorEntry] = {}
     for entry in manifest.tensors:
         _validate_entry(entry, shards)
         if (entry.file, entry.name) in seen and entry.file is not None:
             raise _damaged(f"It names tensor {entry.name!r} of {entry.file!r} twice")
-        seen.add((entry.file, entry.name))
+        seen[entry.file, entry.name] = entry
+    for entry in manifest.tensors:
+        if isinstance(entry.like, TargetTensor):
+            _validate_duplicate(entry, seen.get((entry.like.file, entry.like.name)))
 
 
 def _validate_target_file(file: TargetFile, own: Collection[str], base: dict[str, FileRecord]) -> None:
@@ -300,3 +314,18 @@ def _validate_entry(entry: TensorEntry, shards: Collection[str]) -> None:
         raise _damaged(f"Tensor {entry.name!r} has more changed elements than shared bytes")
     if entry.shared_bytes and not entry.base:
         raise _damaged(f"Tensor {entry.name!r} shares bytes with no base tensor")
+    if (entry.status == "duplicate") != isinstance(entry.like, TargetTensor):
+        raise _damaged(f"Tensor {entry.name!r} is {entry.status}, which does not go with what it is like")
+
+
+def _validate_duplicate(entry: TensorEntry, other: TensorEntry | None) -> None:
+    """``other`` is the entry that it refers to. It has a payload, so references end there: none leads on to
+    another one, or back."""
+    if entry.base or entry.shared_bytes or entry.payload_bytes:
+        raise _damaged(f"Tensor {entry.name!r} is a duplicate, but has a base or a payload")
+    if other is None:
+        raise _damaged(f"Tensor {entry.name!r} is like one that the target does not have")
+    if isinstance(other.like, TargetTensor):
+        raise _damaged(f"Tensor {entry.name!r} is like {other.name!r}, which is a duplicate itself")
+    if (entry.dtype, entry.shape) != (other.dtype, other.shape):
+        raise _damaged(f"Tensor {entry.name!r} is like {other.name!r}, which has another dtype or shape")

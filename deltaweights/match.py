@@ -6,13 +6,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .checkpoint import DTYPE_BITS, Checkpoint, Tensor
-from .codec import is_convertible
+from .codec import is_convertible, rescale
 from .errors import DeltaWeightsError
 
 _BLOCK_BYTES = 1 << 20
@@ -30,15 +31,42 @@ RenameRule = tuple[str, str]
 
 CompiledRule = tuple[re.Pattern[str], str]
 
+#: Gives an array of so many bytes, of any content.
+Take = Callable[[int], NDArray[np.uint8]]
+
+
+def _new(nbytes: int) -> NDArray[np.uint8]:
+    return np.empty(nbytes, np.uint8)
+
 
 @dataclass(frozen=True, slots=True)
 class Match:
     """A target tensor and the base tensor to code it against, if any. The first ``shared_bytes`` of the
-    target tensor's bytes have counterparts in the base tensor."""
+    target tensor's bytes have counterparts in the base tensor.
+
+    ``like`` is another tensor of the target with the same bytes, which is coded in its place; none of its
+    own bytes are shared then."""
 
     target: Tensor
     base: Tensor | None
     shared_bytes: int
+    like: Tensor | None = None
+
+    def read(self, start: int, end: int, take: Take = _new) -> NDArray[np.uint8]:
+        """The target tensor's bytes ``start`` to ``end``, in memory that ``take`` gives."""
+        return _read(self.target, start, end, take)
+
+    def read_base(self, start: int, end: int, take: Take = _new) -> NDArray[np.uint8]:
+        """The base tensor's bytes, in its own dtype, for the target tensor's bytes ``start`` to ``end``."""
+        assert self.base is not None
+        dtypes = self.target.info.dtype, self.base.info.dtype
+        return _read(self.base, rescale(start, *dtypes), rescale(end, *dtypes), take)
+
+
+def _read(tensor: Tensor, start: int, end: int, take: Take = _new) -> NDArray[np.uint8]:
+    out = take(end - start)
+    tensor.read_into(start, out)
+    return out
 
 
 def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameRule] = ()) -> list[Match]:
@@ -171,8 +199,7 @@ def _start_bytes(tensor: Tensor) -> int:
 
 def _start(tensor: Tensor) -> tuple[str, bytes]:
     """What tells most tensors apart at the cost of one small read: dtype, shape, first bytes."""
-    first = np.empty(_start_bytes(tensor), np.uint8)
-    tensor.read_into(0, first)
+    first = _read(tensor, 0, _start_bytes(tensor))
     return f"{tensor.info.dtype}{tensor.info.shape}", hashlib.sha256(first.data).digest()
 
 
@@ -191,9 +218,6 @@ def _equal(one: Tensor, other: Tensor, base: Checkpoint, target: Checkpoint) -> 
         base.source.expect(other.span(start, end) for start, end in blocks),
     ):
         for start, end in blocks:
-            first, second = (np.empty(end - start, np.uint8) for _ in "ab")
-            one.read_into(start, first)
-            other.read_into(start, second)
-            if not np.array_equal(first, second):
+            if not np.array_equal(_read(one, start, end), _read(other, start, end)):
                 return False
     return True

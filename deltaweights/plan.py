@@ -45,7 +45,7 @@ class Side:
         where: the folder or file; or repository and commit, where it is on the Hub.
         repo_id: the repository on the Hub; None for a folder that does not say from which it is.
         revision: its commit.
-        needed: bytes that the result is made from.
+        needed: bytes that the result is made from, once for each tensor that is made from them.
         download: bytes that come over the network: what is on disk or in the Hub cache does not; headers and
             what has to be compared first does.
     """
@@ -310,6 +310,8 @@ def _count_base_checks(target: Target, delta: _Reads, base: _Reads) -> None:
 def _count_shard(shard: ShardRecipe, delta: _Reads, base: _Reads | None) -> None:
     """What rebuilding one shard of the target takes."""
     delta.head(shard.delta_shard)
+    for recipe in shard.tensors.values():
+        delta.head(recipe.delta_shard)  # another one's, for duplicates of its tensors
     delta.tables(shard.tensors.values())
     shard.target.read_tables(shard.tensors.values())
     delta.spans(recipe.payload_span(index) for recipe, index in shard.chunks())

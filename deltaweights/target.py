@@ -46,7 +46,7 @@ from .errors import (
     ManifestError,
     PayloadError,
 )
-from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, TargetFile, TensorEntry
+from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, TargetFile, TargetTensor, TensorEntry
 
 
 def open_target(delta: Readable, base: Readable | None = None) -> Target:
@@ -167,10 +167,11 @@ class Target(Mapping[str, TensorView]):
         self.source = source
         self.manifest = manifest
         self.base = base
-        self._entries: dict[str, dict[str, TensorEntry]] = {
-            file.path: {} for file in manifest.target.files if file.stored == "tensors"
-        }
+        self._files = {file.path: file for file in manifest.target.files if file.stored == "tensors"}
+        self._entries: dict[str, dict[str, TensorEntry]] = {path: {} for path in self._files}
         self._shards: dict[str, ShardRecipe] = {}
+        self._delta_shards: dict[str, _DeltaShard] = {}
+        self._locks = {path: threading.Lock() for path in self._files}
         self._first: dict[str, TensorEntry] = {}
         for entry in manifest.tensors:
             if entry.file is not None:
@@ -240,40 +241,39 @@ class Target(Mapping[str, TensorView]):
             DeltaError: the delta shard contradicts the manifest.
         """
         if path not in self._shards:
-            file = next(file for file in self.manifest.target.files if file.path == path)
-            self._shards[path] = self._read_shard(file)
+            self._shards[path] = self._read_shard(self._files[path])
         return self._shards[path]
 
     def _read_shard(self, file: TargetFile) -> ShardRecipe:
-        try:
-            delta_shard = read_shard(self.source, file.source)
-            header = _target_header(delta_shard, file)
-        except HeaderError as error:
-            raise DeltaError(
-                f"{file.source} in the delta is damaged", error.why, "Get the delta again."
-            ) from error
-        payloads = {info.name: Tensor(info, delta_shard) for info in delta_shard.header.tensors}
+        own = self._delta_shard(file.path)
         entries = self._entries[file.path]
         tensors = {}
-        for info in header.tensors:
+        for info in own.header.tensors:
             entry = entries.get(info.name)
-            payload = payloads.get(info.name)
-            promised = entry and (entry.dtype, entry.shape, entry.payload_bytes)
-            if not entry or not payload or promised != (info.dtype, info.shape, payload.info.nbytes):
-                raise PayloadError(
-                    f"{file.source} in the delta contradicts the manifest",
-                    f"They describe tensor {info.name!r} differently.",
-                    "Get the delta again.",
-                )
-            base = self._bases.get((file.path, info.name))
-            tensors[info.name] = TensorRecipe(info, entry, payload, base, self)
+            if not entry or (entry.dtype, entry.shape) != (info.dtype, info.shape):
+                raise _contradicts(file, f"They describe tensor {info.name!r} differently")
+            own.payload(entry)  # a duplicate's is empty
+            coded = self._coded(entry)
+            assert coded.file is not None
+            payload = self._delta_shard(coded.file).payload(coded)
+            base = self._bases.get((coded.file, coded.name))
+            tensors[info.name] = TensorRecipe(info, coded, payload, base, self)
         if len(tensors) != len(entries):
-            raise PayloadError(
-                f"{file.source} in the delta contradicts the manifest",
-                f"{len(entries)} tensors are promised, {len(tensors)} are there.",
-                "Get the delta again.",
-            )
-        return ShardRecipe(file, header, tensors, delta_shard, self)
+            raise _contradicts(file, f"{len(entries)} tensors are promised, {len(tensors)} are there")
+        return ShardRecipe(file, own.header, tensors, own.shard, self)
+
+    def _delta_shard(self, path: str) -> _DeltaShard:
+        """The delta shard of the target shard at ``path``. It is read once, whoever wants to know: the shards
+        that are rebuilt side by side may hold duplicates of each other's tensors."""
+        with self._locks[path]:
+            if path not in self._delta_shards:
+                self._delta_shards[path] = _read_delta_shard(self.source, self._files[path])
+            return self._delta_shards[path]
+
+    def _coded(self, entry: TensorEntry) -> TensorEntry:
+        """The entry whose payload and base give this one's bytes: its own, or that of what it is like."""
+        like = entry.like
+        return self._entries[like.file][like.name] if isinstance(like, TargetTensor) else entry
 
     def _find_bases(self) -> dict[tuple[str, str], Tensor]:
         """The base tensor of every entry that has one.
@@ -302,8 +302,12 @@ class Target(Mapping[str, TensorView]):
         return found
 
     def base_of(self, path: str, name: str) -> Tensor | None:
-        """The base tensor against which tensor ``name`` of the shard at ``path`` is coded, if any."""
-        return self._bases.get((path, name))
+        """The base tensor against which tensor ``name`` of the shard at ``path`` is coded, if any. For a
+        duplicate, the base tensor of its name; or else that of the tensor that it is like."""
+        entry = self._entries[path][name]
+        coded = self._coded(entry)
+        own = self.base.find(name, path) if self.base and coded is not entry else None
+        return own or self._bases.get((coded.file or path, coded.name))
 
     def base_files(self) -> list[str]:
         """The base's files that the target needs, by path."""
@@ -437,6 +441,44 @@ def check_digest(file: TargetFile, sha256: str) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _DeltaShard:
+    """A delta shard, its payloads by the tensors' names, and the header of the target shard ``file``."""
+
+    file: TargetFile
+    shard: Shard
+    header: Header
+    payloads: dict[str, Tensor]
+
+    def payload(self, entry: TensorEntry) -> Tensor:
+        """The payload of the entry's tensor.
+
+        Raises:
+            PayloadError: there is none, or not of the length that the manifest says.
+        """
+        payload = self.payloads.get(entry.name)
+        if not payload or payload.info.nbytes != entry.payload_bytes:
+            raise _contradicts(self.file, f"They describe tensor {entry.name!r} differently")
+        return payload
+
+
+def _read_delta_shard(source: Source, file: TargetFile) -> _DeltaShard:
+    try:
+        shard = read_shard(source, file.source)
+        header = _target_header(shard, file)
+    except HeaderError as error:
+        raise DeltaError(
+            f"{file.source} in the delta is damaged", error.why, "Get the delta again."
+        ) from error
+    return _DeltaShard(file, shard, header, {info.name: Tensor(info, shard) for info in shard.header.tensors})
+
+
+def _contradicts(file: TargetFile, why: str) -> PayloadError:
+    return PayloadError(
+        f"{file.source} in the delta contradicts the manifest", f"{why}.", "Get the delta again."
+    )
+
+
 def _target_header(delta_shard: Shard, file: TargetFile) -> Header:
     """The target shard's own header, out of the delta shard's metadata."""
     if delta_shard.header.metadata.get("format") != "deltaweights":
@@ -506,7 +548,8 @@ _scratch = _Scratch()
 
 
 class TensorRecipe:
-    """How to rebuild one tensor, chunk by chunk."""
+    """How to rebuild one tensor, chunk by chunk. ``entry``, ``payload`` and ``base`` are those of the tensor
+    whose bytes are coded: for a duplicate, the one that it is like."""
 
     def __init__(
         self, info: TensorInfo, entry: TensorEntry, payload: Tensor, base: Tensor | None, target: Target

@@ -116,6 +116,7 @@ def write_pair(folder: Path) -> tuple[Path, Path]:
         "model.added": bf16(weights((33, 5), 28)),
         "tower.a.weight": bf16(weights((20, 3), 25) + weights((20, 3), 29, 1e-3)),
         "tower.a.bias": bf16(weights((20,), 26)),
+        "ema.layers.1.weight": bf16(moved[1]),
     }
     names = list(old)
     write_safetensors(base / "model-00001-of-00002.safetensors", {n: old[n] for n in names[:5]})

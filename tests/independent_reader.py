@@ -49,10 +49,11 @@ FIELDS = {
         *("shared_bytes", "changed", "payload_bytes"),
     },
     "base tensor": {"name", "dtype", "shape", "file"},
+    "target tensor": {"name", "file"},
 }
 
 #: Fields that may be absent.
-OPTIONAL = {"manifest": {"license"}, "license": {"expression"}}
+OPTIONAL = {"manifest": {"license"}, "license": {"expression"}, "tensor": {"like"}}
 
 
 class BadDeltaError(Exception):
@@ -83,7 +84,7 @@ def rebuild(delta: Path, base: Path, out: Path) -> None:
     for file in manifest["target"]["files"]:
         source = file["source"]
         if file["stored"] == "tensors":
-            data = rebuild_shard((delta / source).read_bytes(), file, manifest, tensors)
+            data = rebuild_shard(file, delta, manifest, tensors)
         elif file["stored"] == "base":
             data = (base / source).read_bytes()
         elif file["stored"] == "zstd":
@@ -135,7 +136,22 @@ def read_manifest(delta: Path) -> Fields:
             need(entry["file"] in shards, f"{entry['name']}: file")
             need((entry["file"], entry["name"]) not in seen, f"{entry['name']}: twice")
             seen.add((entry["file"], entry["name"]))
+    check_duplicates(manifest["tensors"])
     return manifest
+
+
+def check_duplicates(entries: list[Fields]) -> None:
+    """A duplicate has nothing of its own, and is like a tensor that is none."""
+    coded = {(entry["file"], entry["name"]): entry for entry in entries if "like" not in entry}
+    for entry in entries:
+        need(("like" in entry) == (entry["status"] == "duplicate"), f"{entry['name']}: duplicate")
+        if "like" in entry:
+            other = coded.get((entry["like"]["file"], entry["like"]["name"]))
+            need(other and other["file"] is not None, f"{entry['name']}: like nothing")
+            kinds = [(tensor["dtype"], tensor["shape"]) for tensor in (entry, other or {})]
+            need(kinds[0] == kinds[1], f"{entry['name']}: like another kind")
+            own = entry["base"], entry["shared_bytes"], entry["changed"], entry["payload_bytes"]
+            need(own == (None, 0, 0, 0), f"{entry['name']}: a base or a payload")
 
 
 def canonical(value: Any) -> str:
@@ -162,6 +178,7 @@ def check_fields(manifest: Fields) -> None:
     objects += [("target file", file) for file in manifest["target"]["files"]]
     objects += [("tensor", entry) for entry in manifest["tensors"]]
     objects += [("base tensor", entry["base"]) for entry in manifest["tensors"] if entry["base"]]
+    objects += [("target tensor", entry["like"]) for entry in manifest["tensors"] if "like" in entry]
     for kind, value in objects:
         need(set(value) - OPTIONAL.get(kind, set()) == FIELDS[kind], f"manifest: fields of {kind}")
     need(manifest["chunk_bytes"] in range(4096, 4194304 + 1, 4096), "manifest: chunk_bytes")
@@ -228,29 +245,43 @@ def read_base(base: Path) -> dict[str, list[BaseTensor]]:
     return tensors
 
 
-def rebuild_shard(data: bytes, file: Fields, manifest: Fields, base: dict[str, list[BaseTensor]]) -> bytes:
-    """One target shard out of its delta shard and the base."""
-    payloads, metadata, at = parse_header(data, len(data))
+def rebuild_shard(file: Fields, delta: Path, manifest: Fields, base: dict[str, list[BaseTensor]]) -> bytes:
+    """One target shard out of the delta and the base."""
+    data = (delta / file["source"]).read_bytes()
+    payloads, metadata, _ = parse_header(data, len(data))
     packed = base64.b64decode(metadata["header"], validate=True)
     size = zstandard.frame_content_size(packed)  # negative if it is not stated
     need(8 <= size <= min(file["size"], 100_000_008), "target header: size")
     raw = decompress_frame(packed, size)
     tensors, _, length = parse_header(raw, file["size"])
     need(length == len(raw), "target header: length")
-    entries = {entry["name"]: entry for entry in manifest["tensors"] if entry["file"] == file["path"]}
-    need(set(tensors) == set(entries), "target header: names")
+    entries = {(entry["file"], entry["name"]): entry for entry in manifest["tensors"]}
+    names = {name for path, name in entries if path == file["path"]}
+    need(set(tensors) == set(payloads) == names, "target header: names")
     result = [raw]
     for name, tensor in tensors.items():
-        entry = entries[name]
+        entry = entries[file["path"], name]
         need(
             (tensor["dtype"], tensor["shape"]) == (entry["dtype"], entry["shape"]), f"{name}: dtype or shape"
         )
-        start, end = payloads[name]["data_offsets"]
+        payload = read_payload(entry, delta, manifest)
+        if "like" in entry:
+            entry = entries[entry["like"]["file"], entry["like"]["name"]]
+            payload = read_payload(entry, delta, manifest)
         first, last = tensor["data_offsets"]
-        payload = data[at + start : at + end]
-        need(len(payload) == entry["payload_bytes"], f"{name}: payload_bytes")
         result.append(decode_tensor(payload, last - first, entry, base, manifest["chunk_bytes"]))
     return b"".join(result)
+
+
+def read_payload(entry: Fields, delta: Path, manifest: Fields) -> bytes:
+    """The payload of an entry's tensor, out of the delta shard that it stands in."""
+    (source,) = (file["source"] for file in manifest["target"]["files"] if file["path"] == entry["file"])
+    data = (delta / source).read_bytes()
+    payloads, _, at = parse_header(data, len(data))
+    start, end = payloads[entry["name"]]["data_offsets"]
+    need(end - start == entry["payload_bytes"], f"{entry['name']}: payload_bytes")
+    payload: bytes = data[at + start : at + end]
+    return payload
 
 
 # Payloads

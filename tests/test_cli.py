@@ -69,6 +69,7 @@ def test_inspect_shows_every_status_and_the_licenses(trio: Trio) -> None:
         "removed",
         "renamed",
         "resized",
+        "duplicate of model.layers.1.weight",
         "qwen",
         "model.layers.3.weight",
     ):

@@ -99,6 +99,7 @@ def test_every_status_occurs(trio: Trio) -> None:
         "model.added": "added",
         "tower.a.weight": "renamed",
         "tower.a.bias": "renamed",
+        "ema.layers.1.weight": "duplicate",
         "model.gone": "removed",
     }
 

@@ -43,7 +43,7 @@ from deltaweights import (
 )
 from deltaweights.checkpoint import TensorInfo, build_header, parse_header
 from deltaweights.codec import RECORD, Method, checksum
-from deltaweights.manifest import BaseTensor, FileRecord, License, TargetFile, TensorEntry
+from deltaweights.manifest import BaseTensor, FileRecord, License, TargetFile, TargetTensor, TensorEntry
 from deltaweights.summary import inspect_delta
 
 from .checkpoints import bf16, contents, digests, f32, weights, write_safetensors
@@ -65,6 +65,7 @@ def small(tmp_path: Path) -> Trio:
         "embed": bf16(weights((64, 64), 1) * 1.01),
         "wide": f32(weights((40, 50), 2) + weights((40, 50), 3, 1e-4)),
         "added": bf16(weights((50, 60), 4)),
+        "copy": bf16(weights((50, 60), 4)),
     }
     write_safetensors(trio.base / "model.safetensors", old)
     write_safetensors(trio.target / "model.safetensors", new, metadata={"format": "pt"})
@@ -255,6 +256,17 @@ def _more(*extra: FileRecord | TargetFile | TensorEntry) -> Callable[[Manifest],
     return edit
 
 
+def _reversed(manifest: Manifest, coded: str, copy: str) -> Manifest:
+    """``coded`` is said to be like ``copy``, and not the other way round."""
+    changes = {
+        coded: {"status": "duplicate", "payload_bytes": 0, "like": TargetTensor(copy, "model.safetensors")},
+        copy: {"status": "added", "like": msgspec.UNSET},
+    }
+    for name, fields in changes.items():
+        manifest = _entry(name, **fields)(manifest)
+    return manifest
+
+
 def _base(**changes: Any) -> Callable[[Manifest], Manifest]:
     return lambda manifest: replace(manifest, base=replace(manifest.base, **changes))
 
@@ -306,6 +318,28 @@ _MANIFESTS: dict[str, tuple[type[DeltaError], Callable[[Manifest], Manifest]]] =
     "ghost tensor": (PayloadError, _more(_GHOST)),
     "missing tensor": (PayloadError, lambda m: replace(m, tensors=m.tensors[1:])),
     "another shape": (PayloadError, _entry(shape=(64 * 64,))),
+    "duplicate of nothing": (ManifestError, _entry("copy", like=TargetTensor("x", "model.safetensors"))),
+    "duplicate of a file": (ManifestError, _entry("copy", like=TargetTensor("added", "notes.txt"))),
+    "duplicate outside": (ManifestError, _entry("copy", like=TargetTensor("added", "../model.safetensors"))),
+    "duplicate of itself": (ManifestError, _entry("copy", like=TargetTensor("copy", "model.safetensors"))),
+    "duplicate of a removed tensor": (ManifestError, _entry("added", status="removed", file=None)),
+    "duplicate of another kind": (
+        ManifestError,
+        _entry("copy", like=TargetTensor("embed", "model.safetensors")),
+    ),
+    "duplicates of each other": (
+        ManifestError,
+        _entry("added", status="duplicate", payload_bytes=0, like=TargetTensor("copy", "model.safetensors")),
+    ),
+    "duplicate with a payload": (ManifestError, _entry("copy", payload_bytes=24)),
+    "duplicate with a base": (ManifestError, _entry("copy", base=_EMBED)),
+    "duplicate of nothing at all": (ManifestError, _entry("copy", like=msgspec.UNSET)),
+    "like, but no duplicate": (ManifestError, _entry("copy", status="added")),
+    "a copy without a payload that is no duplicate": (
+        PayloadError,
+        _entry("copy", status="added", like=msgspec.UNSET),
+    ),
+    "a payload of a duplicate": (PayloadError, lambda m: _reversed(m, "added", "copy")),
     "gigantic shape": (PayloadError, _entry(shape=(2**63,) * 64)),
     "another dtype": (PayloadError, _entry(dtype="F16")),
     "shares less": (DeltaError, _entry(shared_bytes=4096)),

@@ -30,6 +30,7 @@ RANKS = {
     "match": 2,
     "target": 2,
     "chain": 3,
+    "duplicates": 3,
     "bom": 4,
     "diff": 4,
     "patch": 4,

@@ -202,12 +202,14 @@ def test_diff_fetches_every_byte_once(shelf: HubServer, large: Trio, tmp_path: P
 
 
 def test_neighbouring_tensors_share_requests(shelf: HubServer, tmp_path: Path) -> None:
-    """The target is one run of bytes for each shard, shorter than the longest request: header, then rest."""
+    """The target is one run of bytes for each shard, shorter than the longest request: header, then rest.
+    Before that, a few bytes of each tensor that might be a duplicate, by its dtype and shape."""
     make_delta("org/base", "org/target", tmp_path / "delta", threads=1)
     ranges = [
         r for r in shelf.requests("org/target", kind="content") if (r.file or "").endswith("safetensors")
     ]
-    assert len(ranges) == 4
+    assert len([r for r in ranges if r.nbytes > 512]) == 4
+    assert len(ranges) <= 4 + 8
 
 
 def test_the_hub_is_asked_once_for_each_file(shelf: HubServer, tmp_path: Path) -> None:
@@ -741,7 +743,8 @@ def test_diff_goes_on_with_the_shard_that_failed(shelf: HubServer, tmp_path: Pat
     shelf.log.clear()
     make_delta("org/base", "org/target", tmp_path / "again", chunk_bytes=CHUNK_BYTES, threads=1)
     assert contents(tmp_path / "again") == contents(made)
-    assert shelf.bytes_sent("org/target", "model-00001-of-00002.safetensors") <= 1 << 16
+    seen = shelf.bytes_sent("org/target", "model-00001-of-00002.safetensors")
+    assert seen <= (1 << 16) + 4 * 512  # its header, and what might tell duplicates
 
 
 @pytest.fixture

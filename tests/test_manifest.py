@@ -30,6 +30,7 @@ from deltaweights.manifest import (
     Status,
     TargetFile,
     TargetRecord,
+    TargetTensor,
     TensorEntry,
     Tool,
     is_safe_path,
@@ -95,7 +96,8 @@ def target_files(
 
 @st.composite
 def entries(draw: st.DrawFn, shards: list[str]) -> TensorEntry:
-    status: Status = draw(st.sampled_from(STATUSES)) if shards else "removed"
+    coded = st.sampled_from([status for status in STATUSES if status != "duplicate"])
+    status: Status = draw(coded) if shards else "removed"
     base = None
     if draw(st.booleans()):
         base = BaseTensor(draw(texts), draw(texts), draw(shapes), draw(optional_texts))
@@ -115,6 +117,22 @@ def entries(draw: st.DrawFn, shards: list[str]) -> TensorEntry:
 
 
 @st.composite
+def duplicates(draw: st.DrawFn, tensors: list[TensorEntry], shards: list[str]) -> list[TensorEntry]:
+    """Entries that refer to some of these tensors."""
+    originals = [(entry.file, entry) for entry in tensors if entry.file is not None]
+    taken = {(entry.file, entry.name) for entry in tensors}
+    found = []
+    for file, original in draw(st.lists(st.sampled_from(originals), max_size=3)) if originals else []:
+        place = draw(st.sampled_from(shards)), draw(texts)
+        if place not in taken:
+            taken.add(place)
+            like = TargetTensor(original.name, file)
+            kind = original.dtype, original.shape
+            found.append(TensorEntry(place[1], place[0], *kind, "duplicate", None, 0, 0, 0, like))
+    return found
+
+
+@st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     """Any manifest that keeps the rules."""
     own = draw(file_records("files/"))
@@ -122,6 +140,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     files = draw(target_files(own, base))
     shards = [file.path for file in files if file.stored == "tensors"]
     tensors = draw(st.lists(entries(shards), max_size=4, unique_by=lambda entry: (entry.file, entry.name)))
+    tensors = draw(st.permutations([*tensors, *draw(duplicates(tensors, shards))]))
     return Manifest(
         base=BaseRecord(draw(repo_ids), draw(revisions), draw(licenses(own)), base),
         target=TargetRecord(
@@ -328,6 +347,24 @@ def _set(*keys_and_value: Any) -> Callable[[Json], None]:
     return change
 
 
+_LIKE = {"file": "model.safetensors", "name": "größe.weight"}
+
+
+def _copy(**changes: Any) -> Callable[[Json], None]:
+    """Add a duplicate of the first tensor; or what is one but for these fields."""
+    entry = {"name": "copy", "status": "duplicate", "like": _LIKE, "base": None}
+    entry |= {"shared_bytes": 0, "changed": 0, "payload_bytes": 0} | changes
+    return lambda fields: fields["tensors"].append(fields["tensors"][0] | entry)
+
+
+def _both(*changes: Callable[[Json], None]) -> Callable[[Json], None]:
+    def change_all(fields: Json) -> None:
+        for change in changes:
+            change(fields)
+
+    return change_all
+
+
 def _repeat(*keys: Any) -> Callable[[Json], None]:
     def change(fields: Any) -> None:
         for key in keys:
@@ -437,6 +474,34 @@ RULES: dict[str, tuple[Callable[[Json], None], str]] = {
     "a revision of no characters": (_set("base", "revision", ""), "revision"),
     "more changed than shared": (_set("tensors", 0, "changed", 9), "more changed elements"),
     "bytes shared with nothing": (_set("tensors", 0, "base", None), "shares bytes with no base"),
+    "a duplicate of nothing": (_copy(like=None), "Expected `object`"),
+    "a tensor like another that is no duplicate": (_copy(status="added"), "is added, which does not go with"),
+    "a duplicate that does not say of what": (_set("tensors", 0, "status", "duplicate"), "does not go with"),
+    "a removed tensor like another": (
+        _set("tensors", 1, "like", _LIKE),
+        "is removed, which does not go with",
+    ),
+    "a duplicate of an unknown name": (_copy(like=_LIKE | {"name": "x"}), "does not have"),
+    "a duplicate from an unknown file": (_copy(like=_LIKE | {"file": "config.json"}), "does not have"),
+    "a duplicate of a removed tensor": (_copy(like=_LIKE | {"name": "gone"}), "does not have"),
+    "a duplicate of itself": (_copy(like=_LIKE | {"name": "copy"}), "is a duplicate itself"),
+    "a duplicate of a duplicate": (
+        _both(_copy(), _copy(name="x", like=_LIKE | {"name": "copy"})),
+        "is a duplicate itself",
+    ),
+    "duplicates of each other": (
+        _both(_copy(like=_LIKE | {"name": "x"}), _copy(name="x", like=_LIKE | {"name": "copy"})),
+        "is a duplicate itself",
+    ),
+    "a duplicate of another dtype": (_copy(dtype="F16"), "another dtype or shape"),
+    "a duplicate of another shape": (_copy(shape=[4]), "another dtype or shape"),
+    "a duplicate with a payload": (_copy(payload_bytes=30), "has a base or a payload"),
+    "a duplicate with a base": (
+        _copy(base={"dtype": "BF16", "file": None, "name": "x", "shape": [2, 2]}),
+        "has a base or a payload",
+    ),
+    "a duplicate that says more": (_copy(like=_LIKE | {"dtype": "BF16"}), "canonical"),
+    "a duplicate that says less": (_copy(like={"name": "größe.weight"}), "missing required field"),
 }
 
 
@@ -483,6 +548,20 @@ def test_two_tensors_of_one_name_may_be_in_two_shards() -> None:
         tensors=(*EXAMPLE.tensors, twin),
     )
     assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_a_tensor_may_have_duplicates_in_any_shard() -> None:
+    for name in ("copy", "größe.weight"):
+        file = "model.safetensors" if name == "copy" else "second.safetensors"
+        shard = replace(EXAMPLE.target.files[0], path="second.safetensors")
+        like = TargetTensor("größe.weight", "model.safetensors")
+        copy = TensorEntry(name, file, "BF16", (2, 2), "duplicate", None, 0, 0, 0, like)
+        manifest = replace(
+            EXAMPLE,
+            target=replace(EXAMPLE.target, files=(*EXAMPLE.target.files, shard)),
+            tensors=(copy, *EXAMPLE.tensors),
+        )
+        assert Manifest.from_json(manifest.to_json()) == manifest
 
 
 def test_two_removed_tensors_may_have_one_name() -> None:

@@ -212,13 +212,13 @@ def test_items_of_each_share_what_may_run_ahead() -> None:
 
     def work(_: int) -> int:
         together.wait(PATIENCE)
-        window = workers.window
+        window = pool.window
         together.wait(PATIENCE)
         return window
 
-    with Workers(8) as workers:
-        assert workers.window == 2 * 8 + 2
-        assert workers.each(work, range(4)) == [2 * 2 + 2] * 4
+    with Workers(8) as pool:
+        assert pool.window == 2 * 8 + 2
+        assert pool.each(work, range(4)) == [2 * 2 + 2] * 4
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2, 3])

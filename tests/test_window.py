@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
@@ -308,6 +309,44 @@ def test_leaving_with_bytes_unread_gives_their_memory_back() -> None:
     for _ in range(3):
         with source.expect([Span("a", 0, 40_000)]):
             assert is_right(source, Span("a", 0, 10))
+        until(lambda: source.held == 0)
+
+
+@settings(max_examples=60)
+@given(
+    starts=st.lists(st.integers(0, 8).map(lambda k: k * 700), min_size=2, max_size=4),
+    step=st.sampled_from([350, 700, 1400]),
+    requests=st.integers(1, 12),
+    order=st.randoms(use_true_random=False),
+)
+def test_what_several_announce_is_fetched_for_each_whoever_takes_whose(
+    starts: list[int], step: int, requests: int, order: random.Random
+) -> None:
+    """Readers do not say for whom they read. Whose bytes were taken by others gets what those leave."""
+    remote = Remote()
+    source = window(remote, requests)
+    readers = [chunks("a", start, start + 5600, step) for start in starts]
+    blocks = [ExitStack() for _ in readers]
+    for block, plan in zip(blocks, readers, strict=True):
+        block.enter_context(source.expect(plan))
+    turns = [k for k, plan in enumerate(readers) for _ in plan]
+    order.shuffle(turns)
+    ahead = [list(plan) for plan in readers]
+    for turn in turns:
+        assert is_right(source, ahead[turn].pop(0))
+        if not ahead[turn]:
+            blocks[turn].close()
+    until(lambda: source.held == 0)
+    assert remote.nbytes == 5600 * len(readers)
+
+
+def test_after_an_error_nothing_is_left_to_others() -> None:
+    remote = Remote()
+    source = window(remote)
+    with source.expect([Span("a", 0, 5000)]):
+        with pytest.raises(KeyError), source.expect([Span("a", 0, 5000)]):
+            raise KeyError
+        assert is_right(source, Span("a", 0, 5000))
         until(lambda: source.held == 0)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -92,9 +92,11 @@ class _Request:
 
 @dataclass(slots=True, eq=False)
 class _Schedule:
-    """What one ``expect`` announced: runs that have not begun, in order, and requests that have."""
+    """What one ``expect`` announced: where it lies, the runs that have not begun, in order, and requests that
+    have."""
 
     runs: deque[_Run]
+    announced: list[Span]
     requests: list[_Request] = field(default_factory=list)
 
 
@@ -129,19 +131,21 @@ class Window:
 
     @contextmanager
     def expect(self, spans: Iterable[Span]) -> Iterator[None]:
-        """Within the block, ``spans`` will be read, each of their bytes once, in about this order."""
-        schedule = _Schedule(deque(_merge(spans)))
+        """Within the block, ``spans`` will be read, each of their bytes once, in about this order. Bytes that
+        are announced in several blocks are fetched for each."""
+        runs = _merge(spans)
+        schedule = _Schedule(deque(runs), [Span(run.path, run.start, run.end) for run in runs])
         with self._lock:
             self._schedules.append(schedule)
             self._begin()
         try:
             yield
-        finally:
+        except BaseException:
             with self._lock:
-                self._schedules.remove(schedule)
-                for request in schedule.requests:
-                    self._drop(request)
-                self._begin()
+                self._end_schedule(schedule, [])
+            raise
+        with self._lock:
+            self._end_schedule(schedule, self._schedules)
 
     def read_into(self, path: str, offset: int, out: NDArray[np.uint8]) -> None:
         """Fill ``out`` (uint8) from byte ``offset`` of the file on.
@@ -186,6 +190,20 @@ class Window:
             self._ended.wait_for(lambda: not self._running, timeout=1)
 
     # All that follows is for those who hold the lock, but for _run and _fill, the connections' threads.
+
+    def _end_schedule(self, schedule: _Schedule, heirs: Sequence[_Schedule]) -> None:
+        """Give back what is left unread. Where one of ``heirs`` announced the same bytes, this schedule's
+        readers took those of the heir: they are the heir's from now on."""
+        self._schedules.remove(schedule)
+        for request in schedule.requests:
+            if heir := _heir(request.path, request.unread, heirs):
+                heir.requests.append(request)
+            else:
+                self._drop(request)
+        for run in schedule.runs:
+            if heir := _heir(run.path, run.spans, heirs):
+                heir.runs.append(run)
+        self._begin()
 
     def _find(self, path: str, position: int, end: int) -> _Request | None:
         """The request for the byte at ``position``, if it was announced and nobody has read it yet."""
@@ -355,6 +373,15 @@ class Window:
             return
         self.held -= len(buffer)
         self._spare = [spare for spare in (*self._spare, buffer) if len(spare) == self._request_bytes]
+
+
+def _heir(path: str, spans: Sequence[tuple[int, int]], schedules: Sequence[_Schedule]) -> _Schedule | None:
+    """The first of ``schedules`` that announced any of these bytes."""
+    for schedule in schedules:
+        for other, start, end in schedule.announced:
+            if path == other and any(start < stop and first < end for first, stop in spans):
+                return schedule
+    return None
 
 
 def ranges_of(spans: Iterable[Span]) -> list[Span]:

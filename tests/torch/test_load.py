@@ -90,6 +90,44 @@ def test_shards_are_chosen_by_pattern(qwen2: Trio) -> None:
     assert 0 < len(state) < len(index)
 
 
+@pytest.fixture
+def twice(tmp_path: Path) -> Trio:
+    """As `tied`, but the tied weight is saved twice, in two shards: the first holds a duplicate."""
+    model = Tied()
+    for side, std in (("base", 0.02), ("target", 1e-3)):
+        nudge(model, std=std)
+        state = {name: tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
+        head = state.pop("head.weight")
+        (tmp_path / side).mkdir()
+        if side == "target":
+            save_file({"head.weight": head}, tmp_path / side / "model-1.safetensors")
+        save_file(state, tmp_path / side / "model-2.safetensors")
+    manifest = make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta", chunk_bytes=4096)
+    assert [e.file for e in manifest.tensors if e.status == "duplicate"] == ["model-1.safetensors"]
+    return Trio(tmp_path / "base", tmp_path / "target", tmp_path / "delta")
+
+
+@pytest.mark.parametrize("sha256", [False, True])
+def test_duplicates_are_loaded_as_their_own(twice: Trio, sha256: bool) -> None:
+    expected = saved_state(twice.target)
+    state = load_state_dict(twice.delta, twice.base, sha256=sha256)
+    assert raw_state(state) == raw_state(expected)
+    model = Tied()
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    load_into(model, twice.delta, twice.base, sha256=sha256)
+    assert raw_state(model.state_dict()) == raw_state(expected)
+    tied = Tied()
+    load_into(tied, twice.delta, twice.base, sha256=sha256)
+    assert raw_state(tied.state_dict()) == raw_state(expected)
+
+
+def test_a_duplicate_is_loaded_without_the_shard_of_what_it_is_like(twice: Trio) -> None:
+    state = load_state_dict(twice.delta, twice.base, shards="model-1*")
+    assert raw_state(state) == {
+        name: data for name, data in raw_state(saved_state(twice.target)).items() if name == "head.weight"
+    }
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_model_gets_the_target_s_bytes(tied: Trio, device: str) -> None:
     with torch.device(device):
