@@ -26,8 +26,8 @@ from .target import ShardRecipe, Target, TensorRecipe, open_base, read_manifest,
 #: In bits a second: a home, an office, a data centre.
 BANDWIDTHS = (100_000_000, 1_000_000_000, 10_000_000_000)
 
-#: The process with the compiled kernels: 180 MiB measured (docs/benchmarks.md), and half as much again, since
-#: other processors and versions of the libraries differ.
+#: The process when it has to compile its kernels: 200 MiB measured, of which it takes half when it finds them
+#: (docs/benchmarks.md); and a third as much again, since processors and versions of the libraries differ.
 _PROCESS_BYTES = 270 << 20
 
 #: What each repository that is read takes beyond its window: connections, TLS, lists of files.
