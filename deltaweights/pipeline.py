@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
@@ -72,7 +72,7 @@ class Workers:
         """How many items :meth:`map` works on or holds at once."""
         return 2 * self.threads + 2
 
-    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
         """``function`` of each item, in order, at most ``window`` of them ahead of the consumer.
 
         While :meth:`each` has an item for every thread, nothing runs ahead: one thread does all of an item,

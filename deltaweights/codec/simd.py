@@ -844,6 +844,20 @@ pop_bytes = _make_byte_mover(push=False)
 
 
 @intrinsic
+def ask_for(typingctx: Any, array: Any, place: Any) -> Any:
+    """Have the cache line of array[place] brought, to be written to later; nothing else happens."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(array)(context, builder, args[0]).data
+        where = address(builder, data, args[1], ir.IntType(array.dtype.bitwidth))
+        arguments = [(_POINTER, where), *((_I32, ir.Constant(_I32, flag)) for flag in (1, 3, 1))]
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), codegen
+
+
+@intrinsic
 def bit_length(typingctx: Any, value: Any) -> Any:
     """How many bits a uint32 needs: 0 for 0."""
 

@@ -13,7 +13,8 @@ delta        of the chosen elements
 from __future__ import annotations
 
 import struct
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,52 +136,129 @@ def _put_exceptions(places: NDArray[np.int64], distances: NDArray[Any]) -> list[
 
 
 def decode_sparse(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> None:
-    """Fill out with the target; PayloadError where data does not code that many elements."""
+    """Fill out, which may be the base, with the target; PayloadError where data codes no such chunk."""
     from .compiled import frozen, subset
 
     before, result = frozen(floats.elements(base, form)), floats.elements(out, form)
+    parts = _take_apart(data, len(before), form)
+    if not parts.delta.size:
+        if out is not base:
+            result[:] = before
+        _move(result, parts)
+    else:
+        restored = _restored_at(before, parts)  # before the base is overwritten
+        units = -(-len(before) // subset.UNIT)
+        active = np.unpackbits(parts.marks, count=units, bitorder="little")
+        chosen = _chosen("chosen", before, before, parts.cutoff, active, form)
+        changed = scratch("changed", len(chosen) + subset.SPARE, form.dtype)
+        part = changed[: len(chosen)]
+        floats.decode_delta(parts.delta, chosen.view(np.uint8), form, part.view(np.uint8))
+        subset.merge(before, form.shift, form.mask, parts.cutoff, active, changed, result)
+        result[parts.places] = restored
+    floats.deliver(result, out)
+
+
+@dataclass(frozen=True, slots=True)
+class Overwritten:
+    """What stood in a chunk where it was changed: elements (unsigned[m]) and their places (uint32[m])."""
+
+    places: NDArray[np.uint32]
+    elements: NDArray[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes."""
+        return self.places.nbytes + self.elements.nbytes
+
+    def put_back(self, chunk: Bytes) -> None:
+        """Make the chunk what it was."""
+        chunk.view(self.elements.dtype)[self.places] = self.elements
+
+
+def patch_sparse(data: Bytes, chunk: Bytes, form: FloatFormat) -> Overwritten | None:
+    """Make the target of a chunk that is the base, by writing to the places that change.
+
+    None where data has more than places, or elements have 64 bits or unaligned memory; PayloadError where it
+    codes no such chunk. With both, nothing is written.
+    """
+    elements = chunk.view(form.dtype)
+    if form.itemsize == 8 or not elements.flags.aligned or _follows(data):
+        return None
+    parts = _take_apart(data, len(elements), form)
+    return Overwritten(parts.places, _move(elements, parts).astype(form.dtype))
+
+
+class _Parts(NamedTuple):
+    """A sparse chunk, taken apart. The marks are one bit for each unit; no place lies beyond the chunk."""
+
+    cutoff: int
+    marks: Bytes
+    places: NDArray[np.uint32]
+    distances: NDArray[Any]
+    delta: Bytes
+
+
+def _follows(data: Bytes) -> bool:
+    """Whether a delta follows, as far as the head can be read."""
+    return len(data) >= _HEAD.size and bool(_HEAD.unpack(data[: _HEAD.size].tobytes())[1])
+
+
+def _take_apart(data: Bytes, count: int, form: FloatFormat) -> _Parts:
+    from .compiled import subset
+
     if len(data) < _HEAD.size:
         raise PayloadError("the payload of a chunk is cut short")
     cutoff, follows, exceptions = _HEAD.unpack(data[: _HEAD.size].tobytes())
-    units = -(-len(before) // subset.UNIT)
-    marks, data = take_plane(data[_HEAD.size :], -(-units // 8))
-    if len(marks) != -(-units // 8) or follows > 1 or cutoff < -1 or exceptions > len(before) // _SHARE:
+    units = -(-count // subset.UNIT)
+    size = -(-units // 8)
+    marks, data = take_plane(data[_HEAD.size :], size)
+    if len(marks) != size or follows > 1 or cutoff < -1 or exceptions > count // _SHARE:
         raise PayloadError("the head of a sparse chunk is damaged")
-    cutoff = min(cutoff, form.mask)  # no exponent is larger
-    active = np.unpackbits(marks, count=units, bitorder="little")
-    places, distances, data = _take_exceptions(data, exceptions, len(before), form)
+    places, distances, data = _take_exceptions(data, exceptions, count, form)
     if follows != (len(data) > 0):
         raise PayloadError("a sparse chunk's delta is missing or unannounced")
-    if follows:
-        chosen = _chosen("chosen", before, before, cutoff, active, form)
-        changed = scratch("changed", len(chosen) + subset.SPARE, form.dtype)
-        part = changed[: len(chosen)]
-        floats.decode_delta(data, chosen.view(np.uint8), form, part.view(np.uint8))
-        subset.merge(before, form.shift, form.mask, cutoff, active, changed, result)
-    else:
-        result[:] = before
-    result[places] = ulp.restore(before[places], distances)
-    floats.deliver(result, out)
+    return _Parts(min(cutoff, form.mask), marks, places, distances, data)  # no exponent is larger
 
 
 def _take_exceptions(
     data: Bytes, count: int, limit: int, form: FloatFormat
-) -> tuple[NDArray[np.int64], NDArray[Any], Bytes]:
+) -> tuple[NDArray[np.uint32], NDArray[Any], Bytes]:
     """(places, distances, what follows)."""
-    from .compiled import coder
+    from .compiled import coder, subset
 
     if count == 0:
-        return np.empty(0, np.int64), np.empty(0, form.dtype), data
+        return np.empty(0, np.uint32), np.empty(0, np.uint32), data
     lists = []
     for _ in range(3 if form.itemsize == 8 else 2):
         section, data = floats.take_section(data)
         numbers = np.empty(count, np.uint32)
         coder.decode_list(section, numbers)
         lists.append(numbers)
-    places = np.cumsum(lists[0].astype(np.int64) + 1) - 1
-    if places[-1] >= limit:
+    places, distances = lists[0], lists[1]
+    if not subset.find_places(places, limit):
         raise PayloadError("an exception lies beyond the end of its chunk")
-    distances = lists[1].astype(form.dtype)
     if form.itemsize == 8:
-        distances |= lists[2].astype(form.dtype) << form.dtype.type(32)
+        distances = distances.astype(form.dtype) | lists[2].astype(form.dtype) << form.dtype.type(32)
     return places, distances, data
+
+
+def _restored_at(before: NDArray[Any], parts: _Parts) -> NDArray[Any]:
+    """The target's elements at the places, in the place of the distances; the base is only read."""
+    from .compiled import subset
+
+    if before.itemsize == 8:
+        return ulp.restore(before[parts.places], parts.distances.astype(before.dtype))
+    subset.restore_at(before, parts.places, parts.distances)
+    return parts.distances
+
+
+def _move(elements: NDArray[Any], parts: _Parts) -> NDArray[Any]:
+    """Bring the elements, the base's, to the target. What stood at the places."""
+    from .compiled import subset
+
+    if elements.itemsize == 8:
+        before = elements[parts.places]
+        elements[parts.places] = _restored_at(elements, parts)
+        return before
+    subset.move(elements, parts.places, parts.distances)
+    return parts.distances

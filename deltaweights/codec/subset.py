@@ -16,6 +16,7 @@ from . import simd
 
 UNIT = 256  # elements that are active or not together
 SPARE = 64  # elements that `choose` may write beyond the last
+_AHEAD = 32  # places; how far ahead of changing them elements are asked for
 
 
 @njit(nogil=True, cache=True)
@@ -75,7 +76,10 @@ def choose(base, source, shift, mask, cutoff, active, chosen):
 
 @njit(nogil=True, cache=True)
 def merge(base, shift, mask, cutoff, active, chosen, out):
-    """Fill out with the base, the chosen elements replaced by those in `chosen`, in order."""
+    """Fill out with the base, the chosen elements replaced by those in `chosen`, in order.
+
+    `out` may be `base` itself.
+    """
     at, unit = 0, 0
     while unit < len(active):
         after = _stretch(active, unit)
@@ -90,3 +94,57 @@ def merge(base, shift, mask, cutoff, active, chosen, out):
         else:
             result[:] = part
         unit = after
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _restored(bits, zigzag, top):
+    """The element that lies `zigzag` from `bits` (see ulp.restore); `top` is its sign's place, at most 31."""
+    magnitude = (1 << top) - 1
+    value, sign = np.int64(zigzag), (bits >> top) & 1
+    distance = (((value >> 1) & magnitude) ^ -(value & 1) ^ -sign) + sign
+    ordered = (bits ^ (-sign & magnitude)) + distance
+    return (ordered ^ (-((ordered >> top) & 1) & magnitude)) & ((magnitude << 1) | 1)
+
+
+@njit(nogil=True, cache=True)
+def find_places(gaps, limit):
+    """Gaps between places (each the distance from the one before, less one) to places, where they stand.
+
+    False where one is not below `limit`.
+    """
+    place = np.int64(-1)
+    for i in range(len(gaps)):
+        place += np.int64(gaps[i]) + 1
+        if place >= limit:
+            return False
+        gaps[i] = place
+    return True
+
+
+@njit(nogil=True, cache=True)
+def restore_at(base, places, values):
+    """Zigzagged distances from the base's elements at some places to the target's elements there.
+
+    base     unsigned[n], of at most 32 bits
+    places   uint32[m], each below n
+    values   uint32[m], distances before and elements after
+    """
+    top = 8 * base.itemsize - 1
+    for i in range(len(places)):
+        values[i] = _restored(np.int64(base[places[i]]), values[i], top)
+
+
+@njit(nogil=True, cache=True)
+def move(elements, places, values):
+    """Bring a base's elements at some places to the target's, where they stand.
+
+    elements  unsigned[n], of at most 32 bits: the base's before, the target's after
+    places    uint32[m], rising, each below n
+    values    uint32[m]: zigzagged distances before, and after what stood in elements
+    """
+    top, last = 8 * elements.itemsize - 1, len(places) - 1
+    for i in range(len(places)):
+        simd.ask_for(elements, np.int64(places[min(i + _AHEAD, last)]))
+        before = np.int64(elements[places[i]])
+        elements[places[i]] = _restored(before, values[i], top)
+        values[i] = before

@@ -203,10 +203,8 @@ class DeltaSubscriber:
                 opened.callback(file.close)
                 steps.append(Step(record, file, kind == "anchor"))
             replay = Replay(state, steps, known.tensors)
-            if not self._in_place:
-                replay.verify(workers)
             self._known = None  # until it is known again
-            replay.write(workers, check=self._in_place)
+            replay.apply(workers, in_place=self._in_place)
         found = {tensor.name: tensor.digest for tensor in newest.tensors}
         self._known = _Known(_marks(state), newest.state, found)
         updates = sum(kind == "update" for _, kind in way)
