@@ -122,7 +122,7 @@ def _base_models(value: object) -> tuple[str, ...]:
 
 def write_card(manifest: Manifest) -> bytes:
     """The delta's own model card, as Markdown with the Hub's front matter."""
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCardData  # ModelCard would import the Hub's client besides
 
     base = manifest.base
     data = ModelCardData(
@@ -134,7 +134,7 @@ def write_card(manifest: Manifest) -> bytes:
     )
     if base.repo_id:
         data["base_model_relation"] = "finetune"
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_card_text(manifest)}")).encode()
+    return f"---\n{data.to_yaml()}\n---\n\n{_card_text(manifest)}".encode()
 
 
 def _license_fields(manifest: Manifest) -> dict[str, Any]:

@@ -9,13 +9,17 @@ F32, with three mantissa bits in F16), which is where nearly all that can be sav
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import types
 
 from . import runs
-from .runs import BLOCK
+from .constants import BLOCK, GUARD, LANES
+from .kernel import kernel, room
+
+_block_of_bytes, _block_of_numbers = room(types.uint8, BLOCK), room(types.uint32, BLOCK)
+_counts_of_bytes = room(types.int64, 256)
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def rotated_byte(bits, place, out):
     """Byte `place` (0 = lowest) of each element, rotated so that its sign comes last, into out."""
     # One shift takes the byte from above the sign's new place, the sign itself being byte 0's.
@@ -29,7 +33,7 @@ def rotated_byte(bits, place, out):
             out[i] = (np.int64(bits[i]) >> shift) & 255
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def upper_words(bits, out):
     """The upper 16 bits of each element (uint16 or wider), rotated so that its sign comes last."""
     top = 8 * bits.itemsize - 1
@@ -42,7 +46,7 @@ def upper_words(bits, out):
             out[i] = (np.uint64(bits[i]) >> np.uint64(top - 16)) & np.uint64(0xFFFF)
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def enter_window(words, bias, span, values):
     """Words as their distance from the bias, 1 to span - 1, and 0 for those farther off; how many are."""
     outside = 0
@@ -54,7 +58,7 @@ def enter_window(words, bias, span, values):
     return outside
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def join(leading, planes, out):
     """The elements with these leading bits (uint32[n]) and planes of lower bytes (uint8[.., n])."""
     size = out.itemsize
@@ -75,28 +79,29 @@ def join(leading, planes, out):
             out[i] = (whole >> np.uint64(1)) | (whole << np.uint64(63))
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def decode_joined(words, slots, settings, states, rest, planes, out):
     """Fill out (unsigned[n]) from an open run of leading bytes and the other planes; False: bad.
 
     planes: uint8[itemsize - 1, n]
     """
-    contexts, values = np.zeros(BLOCK, np.uint8), np.empty(BLOCK, np.uint32)
-    cursor = 0
+    contexts, values, cursor = _block_of_bytes(), _block_of_numbers(), 0
+    contexts[:] = 0
     for first in range(0, len(out), BLOCK):
         stop = min(first + BLOCK, len(out))
         block = contexts[: stop - first]
         cursor = runs.decode_values(words, cursor, slots, block, values, settings, states, rest)
-        if cursor > len(words) - runs.GUARD:
+        if cursor > len(words) - GUARD:
             return False
         join(values, planes[:, first:stop], out[first:stop])
-    return runs.ended_well(words, cursor, settings[runs.LANES], states)
+    return runs.ended_well(words, cursor, settings[LANES], states)
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def byte_bits(values, stride):
     """The order-0 entropy of bytes in bits each, from every `stride`-th run of 256."""
-    counts = np.zeros(256, np.int64)
+    counts = _counts_of_bytes()
+    counts[:] = 0
     for first in range(0, len(values), 256 * stride):
         for i in range(first, min(first + 256, len(values))):
             counts[values[i] & 255] += 1

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PayloadError
-from . import runs
+from .compiled import runs
+from .constants import APART, BAD, GUARD, WAYS
 from .scratch import scratch
-from .tables import DIRECT_BITS, PRECISION, TOKENS, laplace_family, raw_bits_of
+from .store import kept
+from .tables import DIRECT_BITS, PRECISION, SCALES, TOKENS, laplace_family, raw_bits_of
 
 Bytes = NDArray[np.uint8]
 Values = NDArray[np.uint32]
 BYTE_BITS = 8  # direct bits of runs of bytes: every byte is its own token
 
-_family = laplace_family()
 _raw_bits = {
     bits: np.array([raw_bits_of(t, bits) for t in range(TOKENS)], np.float64)
     for bits in (DIRECT_BITS, BYTE_BITS)
@@ -31,6 +33,13 @@ _TWEAKS = range(-4, 5)
 _USUAL_SPREAD = 2
 # Sizes in bytes from which a run has 4, 16, 64 lanes: a lane wastes two bytes.
 _LANES_FROM = ((256, 4), (1000, 16), (6000, 64))
+
+
+@cache
+def _family() -> NDArray[np.uint32]:
+    """The family of distributions, which takes longer to compute than to read."""
+    stored = kept("family", lambda: laplace_family().tobytes())
+    return np.frombuffer(stored, np.uint32).reshape(SCALES, TOKENS)
 
 
 def encode_run(
@@ -54,7 +63,9 @@ def encode_run(
     keys = scratch("keys", len(values), np.uint16)
     span = runs.log_span(direct_bits, value_bits)
     leading = values >> np.uint32(tail) if tail else values
-    counts = runs.count_tokens(contexts, leading, len(members), direct_bits, span, keys)
+    counters = scratch("counters", WAYS * ((len(members) << span) + APART), np.uint32)
+    counts = scratch("counts", len(members) * TOKENS, np.uint32).reshape(-1, TOKENS)
+    runs.count_tokens(contexts, leading, direct_bits, span, keys, counters, counts)
     totals = counts.sum(axis=0)
     highest = int(np.flatnonzero(totals).max(initial=0))
     tweak, spread = _fit_family(counts, members, len(values), highest)
@@ -79,6 +90,7 @@ def encode_run(
         tail,
         span,
         tables.precision,
+        scratch("encoder table", len(members) << span, np.uint32),
         states,
     )
     head = bytes([tables.precision - 8 | code << 3 | spread << 5, highest])
@@ -108,7 +120,7 @@ def _choose_tables(
     explicit = np.empty(len(members), np.bool_)
     weights, frequencies = np.empty_like(counts), np.empty_like(counts)
     bits = runs.choose_tables(
-        counts, members, _family, spread, precision, highest, explicit, weights, frequencies
+        counts, members, _family(), spread, precision, highest, explicit, weights, frequencies
     )
     return _Tables(precision, bits, explicit, weights, frequencies)
 
@@ -124,7 +136,7 @@ def _fit_family(
         return 0, _USUAL_SPREAD
 
     def cost(pair: tuple[int, int]) -> float:
-        bits: float = runs.family_cost(counts, members + pair[0], _family, pair[1], PRECISION, highest)
+        bits: float = runs.family_cost(counts, members + pair[0], _family(), pair[1], PRECISION, highest)
         return bits
 
     return min(((tweak, spread) for tweak in _TWEAKS for spread in _SPREADS), key=cost)
@@ -150,11 +162,12 @@ def open_run(
     """Read the head of a run that takes up all of `data`; PayloadError where it cannot be one."""
     slots = scratch("slots", len(members) << PRECISION, np.uint32)
     states, settings = np.empty(64, np.uint32), np.full(4, tail, np.int64)
-    start = runs.open_head(data, members, _family, direct_bits, slots, states, settings)
-    if start == runs.BAD:
+    frequencies = scratch("frequencies", len(members) * TOKENS, np.uint32).reshape(-1, TOKENS)
+    start = runs.open_head(data, members, _family(), direct_bits, frequencies, slots, states, settings)
+    if start == BAD:
         raise PayloadError("the head of a run of tokens is damaged")
     body = len(data) - start
-    words = scratch("words", body // 2 + runs.GUARD, np.uint16)
+    words = scratch("words", body // 2 + GUARD, np.uint16)
     words.view(np.uint8)[:body] = data[start:]
     words[body // 2 :] = 0
     return OpenRun(words, slots, settings, states, np.zeros(64, np.int64))
@@ -174,3 +187,14 @@ def decode_list(
     run = open_run(data, _lone_member, direct_bits, tail)
     if not runs.decode_list(run.words, run.slots, run.settings, run.states, run.rest, out):
         raise PayloadError("a list of numbers is damaged")
+
+
+def decode_lists(data: Bytes, out: NDArray[np.uint32]) -> Bytes:
+    """Fill the rows of out (uint32[lists, n]) with the lists that data begins with, each behind its length as
+    u32; what follows them. PayloadError where there are no such lists."""
+    frequencies = scratch("frequencies", TOKENS, np.uint32).reshape(1, TOKENS)
+    words = scratch("words", len(data) // 2 + GUARD, np.uint16)
+    end = runs.decode_lists(data, _family(), frequencies, words, out)
+    if end == BAD:
+        raise PayloadError("a list of numbers is damaged")
+    return data[end:]

@@ -1,57 +1,114 @@
-"""The compiled kernels, loaded when the first chunk needs them; Numba is imported nowhere before.
+"""The door to the compiled kernels: `delta.measure(...)` calls kernel `measure` of module `delta`.
 
-Kernels are compiled once for a processor and then kept on disk. Where the disk holds none yet, this
-says so, through `logging`, before the wait begins.
+A kernel is compiled once for each set of types that it is called with, and kept on disk (:mod:`.store`) as an
+object file. LLVM loads that in milliseconds; Numba, whose import alone takes many of them, is needed only
+where one is missing.
 """
 
 from __future__ import annotations
 
-import logging
-from contextlib import suppress
-from hashlib import sha256
-from pathlib import Path
+import ctypes
+import threading
+from functools import cache
 from typing import Any
 
-from numba import njit
-from numpy.typing import NDArray
+import numpy as np
 
-__all__ = ["alone", "coder", "delta", "frozen", "runs", "subset"]
+from .store import ENTRY, object_code
+
+__all__ = ["Kernel", "Kernels", "alone", "delta", "runs", "subset"]
+
+_RESULTS: dict[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_double, "b": ctypes.c_bool, "n": None}
+_loading = threading.Lock()
 
 
-def _prepare_cache() -> None:
-    """Drop kernels cached from other sources, and tell the user of the wait that compiling is.
+class Kernels:
+    """The kernels of one module, as attributes."""
 
-    Numba looks only at the file a kernel stands in, not at those whose code it takes in: without
-    this, a changed `simd` would leave old vector loops in place.
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Kernel:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        kernel = Kernel(self._module, name)
+        setattr(self, name, kernel)
+        return kernel
+
+
+class Kernel:
+    """A kernel to call, which releases the GIL.
+
+    Arguments are integers, floats, bools and C-contiguous arrays; which of the arrays are written to, the
+    kernel's docstring says, and nothing else keeps it from writing.
     """
-    cache = Path(str(njit(cache=True)(frozen).stats.cache_path))
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    digest = sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
-    stamp = cache / "deltaweights-kernels.sha256"
-    try:
-        fresh = stamp.read_text() == digest
-    except OSError:
-        fresh = False
-    if fresh:
-        return
-    logging.getLogger("deltaweights").warning(
-        "compiling the codec for this processor, which takes some seconds, once"
-    )
-    with suppress(OSError):  # a cache that cannot be written is one that Numba does not use
-        for name in ("alone", "delta", "runs", "subset"):
-            for index in cache.glob(f"{name}.*.nbi"):
-                index.unlink(missing_ok=True)
-        cache.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(digest)
+
+    def __init__(self, module: str, name: str) -> None:
+        self._module, self._name = module, name
+        self._loaded: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+
+    def __call__(self, *arguments: Any) -> Any:
+        kinds: list[Any] = []
+        flat: list[Any] = []
+        for argument in arguments:
+            if isinstance(argument, np.ndarray):
+                if not argument.flags.c_contiguous:
+                    raise ValueError(f"{self._name} takes contiguous arrays")
+                kinds += argument.dtype, argument.ndim
+                flat.append(id(argument))  # its place in memory
+            else:
+                kinds.append(type(argument))
+                flat.append(argument)
+        key = tuple(kinds)
+        function, result = self._loaded.get(key) or self._load(key, arguments)
+        if result is None:
+            status, found = function(None, *flat), None
+        else:
+            place = result()
+            status, found = function(ctypes.byref(place), *flat), place.value
+        if status:
+            raise RuntimeError(f"kernel {self._name} ended with status {status}")
+        return found
+
+    def _load(self, key: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
+        with _loading:
+            if key not in self._loaded:
+                kinds = [_kind_of(argument) for argument in arguments]
+                result, code = object_code(self._module, self._name, kinds)
+                self._loaded[key] = _function(code, kinds), _RESULTS[result]
+            return self._loaded[key]
 
 
-def frozen(array: NDArray[Any]) -> NDArray[Any]:
-    """A read-only view: kernels are compiled for read-only inputs, whatever comes in."""
-    view = array.view()
-    view.setflags(write=False)
-    return view
+alone, delta, runs, subset = Kernels("alone"), Kernels("delta"), Kernels("runs"), Kernels("subset")
 
 
-_prepare_cache()
+def _kind_of(argument: Any) -> str:
+    """What :mod:`.build` calls an argument."""
+    if isinstance(argument, np.ndarray):
+        return f"{argument.dtype.kind}{argument.dtype.itemsize}.{argument.ndim}"
+    if isinstance(argument, bool | np.bool_):
+        return "b"
+    return "f" if isinstance(argument, float) else "i"
 
-from . import alone, coder, delta, runs, subset  # noqa: E402  (compiles: the announcement comes first)
+
+def _function(code: bytes, kinds: list[str]) -> Any:
+    """Object code as a function, part of the process from now on."""
+    import llvmlite.binding as llvm  # takes as long as NumPy: `--help` need not wait for it
+
+    scalars = {"i": ctypes.c_int64, "f": ctypes.c_double, "b": ctypes.c_int64}
+    types: list[Any] = [scalars.get(kind, ctypes.c_void_p) for kind in kinds]
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target().create_target_machine())
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    address = engine.get_function_address(ENTRY)
+    engine.detach()  # never freed: another thread may be in it when the process ends
+    return ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, *types)(address)
+
+
+@cache
+def _target() -> Any:
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return llvm.Target.from_default_triple()

@@ -5,37 +5,52 @@
 `2 * exponent - scale` is the worth of one ULP against the neighbourhood's mean update, in half
 octaves; a context is that number less the lowest, in steps of one or two half octaves, clamped.
 :mod:`.floats` calls these kernels; :mod:`.reference` says the same in NumPy. Those that see the
-elements of a chunk are compiled for each width when first used.
+elements of a chunk are compiled for each width when first used. What is too large for the stack is the
+caller's.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from . import runs, simd
-from .kernel import kernel
-from .runs import BLOCK
+from .constants import (
+    BITS,
+    BLOCK,
+    DIRECT,
+    GUARD,
+    LANES,
+    LOG_SEGMENT,
+    LOWEST,
+    MAX_ROWS,
+    MAX_SAMPLE,
+    STEP,
+    TABLES,
+    UNIT,
+)
+from .kernel import array, kernel, room
 from .tables import DIRECT_BITS, TOKENS, ZERO_SCALE
 
-UNIT = 64  # the shortest segment
-SPARE = 16  # bytes beyond the last of a plane that `split_bytes` may write and `append_bytes` read
 MAX_TABLES = 40  # that the encoder uses
-# layout of a delta: int64[4]
-LOG_SEGMENT, STEP, LOWEST, TABLES = 0, 1, 2, 3
 _OFFSET = 100  # histogram row of a ULP that is worth the mean update
 # What one more table costs, about: small chunks take theirs from the family, large ones write them down, and
 # the decoder's cache has to hold them.
 _FAMILY_BITS, _TABLE_BITS, _SMALL = 70.0, 300.0, 1 << 14
 _STILL = 8  # how many half octaves below all others a segment is put that did not move
 _LENGTHS = (0, 7, 9)  # logarithms of the segment lengths tried; 0 is one scale for all
-PATCH = 512  # elements in a row of a sample; whole segments of every length
+_bytes, _numbers, _longs = array(types.uint8), array(types.uint32), array(types.int64)
+_block_of_bytes, _block_of_moves = room(types.uint8, BLOCK), room(types.float32, BLOCK)
+_block_of_values, _block_of_long_values = room(types.uint32, BLOCK), room(types.uint64, BLOCK)
+_a_table, _row_costs = room(types.uint32, TOKENS), room(types.float64, MAX_ROWS)
+_seven_cursors, _three_limits = room(types.int64, 7), room(types.int64, 3)
+_sample_scales = room(types.int64, MAX_SAMPLE // UNIT + 1)
 
 
 # -------------------------------------------------------------------------------- transforms
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def distances(base, target, values):
     """The zigzagged ULP distance of each element into values (see ulp.distance)."""
     done = simd.distance_vectors(len(values), base, target, values)
@@ -50,7 +65,7 @@ def distances(base, target, values):
         values[i] = ((distance << 1) ^ -((distance >> top) & 1)) & ((magnitude << 1) | 1)
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def restore(base, values, out):
     """The inverse of `distances`: the target's elements into out."""
     done = simd.restore_vectors(len(out), base, values, out)
@@ -65,7 +80,7 @@ def restore(base, values, out):
         out[i] = (ordered ^ (-((ordered >> top) & 1) & magnitude)) & ((magnitude << 1) | 1)
 
 
-@njit(nogil=True, cache=True, fastmath=True)
+@kernel(fastmath=True)
 def _sum(values):
     total = np.float32(0)
     for i in range(len(values)):
@@ -73,16 +88,16 @@ def _sum(values):
     return total
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def rebias_of(mask):
     """What to take off an exponent to see it as one of eight bits (F64; others have no more)."""
     return 1023 - 127 if mask > 255 else 0
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def unit_moves(base, values, shift, mask, sums):
     """Sum of |distance| * 2**exponent over each `UNIT` elements (the last may be short)."""
-    buffer = np.empty(BLOCK, np.float32)
+    buffer = _block_of_moves()
     rebias = rebias_of(mask)
     count = len(values)
     for first in range(0, count, BLOCK):
@@ -100,7 +115,7 @@ def unit_moves(base, values, shift, mask, sums):
 # -------------------------------------------------------------------------------- parameters
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def scales_from(sums, count, log_segment, mask, scales):
     """The scale of each segment: 2 * log2(mean |distance| * 2**exponent), rounded.
 
@@ -131,7 +146,7 @@ def scales_from(sums, count, log_segment, mask, scales):
     return base_scale
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def contexts_of(base, first, shift, mask, scales, log_segment, lowest, step, last, contexts):
     """Contexts of a block of elements, the first of which is number `first` of the chunk.
 
@@ -147,7 +162,7 @@ def contexts_of(base, first, shift, mask, scales, log_segment, lowest, step, las
         contexts[i] = min(max((2 * exponent - offset) >> step, 0), last)
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def low_bytes(lowest, step, context):
     """How many low bytes of a wide element's distance go to planes in a context.
 
@@ -157,24 +172,29 @@ def low_bytes(lowest, step, context):
     return min(max((octaves - 2) >> 3, 0), 3)
 
 
-@njit(nogil=True, cache=True)
-def sample_rows(base, values, shift, mask, scales, log_segment, wide):
-    """Histogram of (row, token), rows being contexts that nothing clamps: (the first row, counts)."""
-    contexts = np.empty(len(values), np.uint8)
+@kernel()
+def sample_rows(base, values, shift, mask, scales, log_segment, wide, part, contexts, keys, counts, total):
+    """Histogram of (row, token) into total, rows being contexts that nothing clamps: (first row, rows).
+
+    part ... counts   scratch: uint32[n], uint8[n], uint16[n], and for :func:`.runs.count_tokens`
+    total             uint32[MAX_ROWS, TOKENS]
+    """
     contexts_of(base, 0, shift, mask, scales, log_segment, -_OFFSET, 0, 255, contexts)
-    part = values
     if wide:
-        part = np.empty(len(values), np.uint32)
         for i in range(len(values)):
             part[i] = np.int64(values[i]) >> 8 * low_bytes(-_OFFSET, 0, np.int64(contexts[i]))
-    low, high = np.int64(contexts.min()), np.int64(contexts.max())
+    else:
+        part = values
+    low, high = np.int64(255), np.int64(0)
+    for i in range(len(contexts)):
+        low, high = min(low, np.int64(contexts[i])), max(high, np.int64(contexts[i]))
     for i in range(len(contexts)):
         contexts[i] -= low
-    keys = np.empty(len(values), np.uint16)
-    return low - _OFFSET, runs.count_tokens(contexts, part, high - low + 1, DIRECT_BITS, 7, keys)
+    runs.count_tokens(contexts, part, DIRECT_BITS, 7, keys, counts, total[: high - low + 1])
+    return low - _OFFSET, high - low + 1
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def entropy(row):
     """Bits of the tokens counted in a row under their own frequencies, as a sample shows it.
 
@@ -190,7 +210,7 @@ def entropy(row):
     return bits + total * np.log2(total) + 0.72 * (met - 1) if met > 0 else 0.0
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def trim_rows(rows, step, scale_up, table_bits):
     """The span of rows worth a table each: rows beyond are clamped to the nearest.
 
@@ -199,8 +219,7 @@ def trim_rows(rows, step, scale_up, table_bits):
     Returns (lowest row, tables, bits in all).
     """
     low, high = 0, (len(rows) - 1) // step * step
-    costs, merged = np.zeros(len(rows)), np.empty(TOKENS, np.uint32)
-    bits = 0.0
+    costs, merged, bits = _row_costs(), _a_table(), 0.0
     for r in range(0, high + 1, step):
         costs[r] = entropy(rows[r])
         bits += costs[r]
@@ -225,16 +244,17 @@ def trim_rows(rows, step, scale_up, table_bits):
     return low, (high - low) // step + 1, bits
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def segments_of(count, log_segment):
     """How many scales `count` elements have."""
     return 1 if log_segment == 0 else (count + (1 << log_segment) - 1) >> log_segment
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def list_bits(scales, base_scale, scale_up):
     """About what the list of scales costs: its entropy, its table and its states."""
-    counts = np.zeros(TOKENS, np.uint32)
+    counts = _a_table()
+    counts[:] = 0
     for s in range(len(scales)):
         counts[min(scales[s] - base_scale, TOKENS - 1)] += 1
     distinct = 0
@@ -243,81 +263,87 @@ def list_bits(scales, base_scale, scale_up):
     return entropy(counts) * scale_up + 100.0 + 6.0 * distinct
 
 
-@njit(nogil=True, cache=True)
-def choose_contexts(base, target, shift, mask, wide, scale_up):
+@kernel()
+def choose_contexts(
+    base, target, shift, mask, wide, scale_up, values, part, contexts, keys, counts, total, planes, sums,
+    layout,
+):  # fmt: skip
     """The cheapest segment length and span of contexts for a sample of a chunk.
 
     base, target   the sample: patches of `PATCH` elements, so that segments are whole
     scale_up       how many elements each of the sample stands for
-    Returns (log_segment, step, lowest, tables, scale of the sample, bits in all).
+    values ... total   scratch: uint32[n], and see `sample_rows`
+    planes, sums   scratch: uint8[7, n], float32[n // UNIT + 1]
+    layout         int64[5], written: what decode_elements calls so, and the scale of the sample
+    Returns the bits in all.
     """
-    count = len(base)
-    values = np.empty(count, np.uint32)
-    sums = np.empty((count + UNIT - 1) // UNIT, np.float32)
-    planes, sizes = np.empty((7, count), np.uint8), np.empty(7, np.int64)
-    block_distances(base, target, 0, values, planes, sizes)
+    count, sizes = len(base), _seven_cursors()
+    for first in range(0, count, BLOCK):
+        stop = min(first + BLOCK, count)
+        block_distances(base[first:stop], target[first:stop], first, values[first:stop], planes, sizes)
+    sums = sums[: (count + UNIT - 1) // UNIT]
     unit_moves(base, values, shift, mask, sums)
-    best, scale = (0, 1, 0, 1, np.inf), np.int64(0)
+    best, all_scales = np.inf, _sample_scales()
     table_bits = _FAMILY_BITS if count * scale_up < _SMALL else _TABLE_BITS
     for log_segment in _LENGTHS:
         if log_segment and count * scale_up < 4 << log_segment:
             continue
-        scales = np.empty(segments_of(count, log_segment), np.int64)
+        scales = all_scales[: segments_of(count, log_segment)]
         base_scale = scales_from(sums, count, log_segment, mask, scales)
-        first, rows = sample_rows(base, values, shift, mask, scales, log_segment, wide)
+        first, rows = sample_rows(
+            base, values, shift, mask, scales, log_segment, wide, part, contexts, keys, counts, total
+        )
         step = 0 if log_segment else 1
-        low, tables, bits = trim_rows(rows, 1 << step, scale_up, table_bits)
+        low, tables, bits = trim_rows(total[:rows], 1 << step, scale_up, table_bits)
         bits = bits * scale_up + table_bits * tables
         if log_segment:
             bits += list_bits(scales, base_scale, scale_up)
         else:
-            scale = base_scale
-        if bits < best[4]:
-            best = (log_segment, step, first + low, tables, bits)
-    return best[0], best[1], best[2], best[3], scale, best[4]
+            layout[4] = base_scale
+        if bits < best:
+            best = bits
+            layout[LOG_SEGMENT], layout[STEP], layout[LOWEST], layout[TABLES] = (
+                log_segment,
+                step,
+                first + low,
+                tables,
+            )
+    return best
 
 
 # -------------------------------------------------------------------------------- encoding
 
 
-@kernel(types.int64[::1](types.int64[::1]))
-def bytes_taken(layout):
-    """How many low bytes of a wide distance go to planes, for each context: never rising."""
-    take = np.empty(layout[TABLES], np.int64)
+@kernel(types.void(_longs, types.boolean, types.int64, _longs))
+def members(layout, wide, tweak, found):
+    """Each context's member of the family: its mean distance is 2**(-context / 2) ULPs.
+
+    found   int64[layout[TABLES]], written
+    """
     for c in range(layout[TABLES]):
-        take[c] = low_bytes(layout[LOWEST], layout[STEP], c)
-    return take
+        place = layout[LOWEST] + (c << layout[STEP])
+        found[c] = ZERO_SCALE - place + tweak
+        if wide:
+            found[c] -= 16 * low_bytes(layout[LOWEST], layout[STEP], c)
 
 
-@kernel(types.int64[::1](types.int64[::1], types.boolean, types.int64))
-def members(layout, wide, tweak):
-    """Each context's member of the family: its mean distance is 2**(-context / 2) ULPs."""
-    found = bytes_taken(layout) * -16 if wide else np.zeros(layout[TABLES], np.int64)
-    for c in range(layout[TABLES]):
-        found[c] += ZERO_SCALE - (layout[LOWEST] + (c << layout[STEP])) + tweak
-    return found
-
-
-@kernel(types.int64[::1](types.int64[::1]))
-def plane_limits(layout):
+@kernel(types.void(_longs, _longs))
+def plane_limits(layout, limits):
     """For each of planes 0..2 how many contexts, from the lowest on, put a byte into it."""
-    limits = np.zeros(3, np.int64)
-    for take in bytes_taken(layout):
-        for p in range(take):
+    limits[:] = 0
+    for c in range(layout[TABLES]):
+        for p in range(low_bytes(layout[LOWEST], layout[STEP], c)):
             limits[p] += 1
-    return limits
 
 
-_u8 = types.Array(types.uint8, 1, "C", readonly=True)
-
-
-@kernel(types.void(types.uint32[::1], _u8, types.int64[::1], types.uint8[:, ::1], types.int64[::1]))
+@kernel(types.void(_numbers, _bytes, _longs, array(types.uint8, 2), _longs))
 def split_bytes(values, contexts, layout, planes, sizes):
     """Move the low bytes of wide distances to planes 0..2; sizes: how many there are.
 
     planes: uint8[.., count + SPARE]
     """
-    limits = plane_limits(layout)
+    limits = _three_limits()
+    plane_limits(layout, limits)
     for p in range(3):
         limit = limits[p]
         at = simd.pop_bytes(values, contexts, limit, planes[p], 0)
@@ -329,7 +355,7 @@ def split_bytes(values, contexts, layout, planes, sizes):
         sizes[p] = at
 
 
-@kernel(types.boolean(types.uint32[::1], _u8, types.int64[::1], _u8, types.int64[::1], types.int64[::1]))
+@kernel(types.boolean(_numbers, _bytes, _longs, _bytes, _longs, _longs))
 def append_bytes(values, contexts, limits, planes, cursors, starts):
     """Put the low bytes back behind the values of a block; False where the planes lack them."""
     for p in range(2, -1, -1):
@@ -352,8 +378,8 @@ def append_bytes(values, contexts, limits, planes, cursors, starts):
     return True
 
 
-@njit(nogil=True, cache=True)
-def measure(base, target, shift, mask, layout, scales, values, contexts, planes, sizes):
+@kernel()
+def measure(base, target, shift, mask, layout, scales, values, contexts, planes, sizes, sums):
     """Distances of a whole chunk as uint32, their contexts, and the scales of its segments.
 
     base, target   uint8, uint16, uint32 or uint64[n]
@@ -361,11 +387,12 @@ def measure(base, target, shift, mask, layout, scales, values, contexts, planes,
     scales         int64, one a segment; read where there is but one, else written
     planes         uint8[0 or 3 or 7, n]; rows 3..6 get the low halves of 64-bit distances
     sizes          int64[7]: how much of each plane is filled
+    sums           float32[n // UNIT + 1], scratch
     """
     log_segment, step = layout[LOG_SEGMENT], layout[STEP]
     lowest, last = layout[LOWEST], layout[TABLES] - 1
     count = len(values)
-    sums = np.empty((count + UNIT - 1) // UNIT if log_segment else 0, np.float32)
+    sums = sums[: (count + UNIT - 1) // UNIT]
     for first in range(0, count, BLOCK):
         stop = min(first + BLOCK, count)
         part, found = base[first:stop], values[first:stop]
@@ -380,13 +407,13 @@ def measure(base, target, shift, mask, layout, scales, values, contexts, planes,
         contexts_of(base, 0, shift, mask, scales, log_segment, lowest, step, last, contexts)
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def block_distances(base, target, first, values, planes, sizes):
     """Distances of a block as uint32; the low halves of 64-bit ones go to planes 3..6, from `first` on."""
     if base.itemsize < 8:
         distances(base, target, values)
         return
-    wide = np.empty(len(values), np.uint64)
+    wide = _block_of_long_values()[: len(values)]
     distances(base, target, wide)
     for i in range(len(values)):
         values[i] = np.uint32(wide[i] >> np.uint64(32))
@@ -398,7 +425,7 @@ def block_distances(base, target, first, values, planes, sizes):
 # -------------------------------------------------------------------------------- decoding
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def decode_elements(
     base, shift, mask, scales, layout, words, slots, settings, states, rest, planes, starts, out
 ):
@@ -413,10 +440,13 @@ def decode_elements(
     """
     log_segment, step = layout[LOG_SEGMENT], layout[STEP]
     lowest, last = layout[LOWEST], layout[TABLES] - 1
-    contexts, values = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.uint32)
-    cursor, cursors, limits = 0, starts[:7].copy(), plane_limits(layout)
-    done = 0
-    if base.itemsize <= 2 and settings[runs.LANES] == 64:  # what is left goes the slower way below
+    contexts, values = _block_of_bytes(), _block_of_values()
+    cursors, limits = _seven_cursors(), _three_limits()
+    plane_limits(layout, limits)
+    for p in range(7):
+        cursors[p] = starts[p]
+    cursor, done = 0, 0
+    if base.itemsize <= 2 and settings[LANES] == 64:  # what is left goes the slower way below
         done = len(out) & ~63
         cursor = decode_narrow(base, shift, mask, scales, layout, words, slots, settings, states, out)
     for first in range(done, len(out), BLOCK):
@@ -424,7 +454,7 @@ def decode_elements(
         block, part = contexts[: stop - first], out[first:stop]
         contexts_of(base[first:stop], first, shift, mask, scales, log_segment, lowest, step, last, block)
         cursor = runs.decode_values(words, cursor, slots, block, values, settings, states, rest)
-        if cursor > len(words) - runs.GUARD:
+        if cursor > len(words) - GUARD:
             return False
         if base.itemsize >= 4 and not append_bytes(values, block, limits, planes, cursors, starts):
             return False
@@ -435,16 +465,16 @@ def decode_elements(
     for p in range(7):
         if cursors[p] != starts[p + 1]:
             return False
-    return runs.ended_well(words, cursor, settings[runs.LANES], states)
+    return runs.ended_well(words, cursor, settings[LANES], states)
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def decode_narrow(base, shift, mask, scales, layout, words, slots, settings, states, out):
     """Fill the whole steps of out (elements of 8 or 16 bits) from a run of 64 lanes; the word cursor."""
     log_segment, step, lowest, last = layout[LOG_SEGMENT], layout[STEP], layout[LOWEST], layout[TABLES] - 1
-    end, steps, precision = len(words) - runs.GUARD, len(out) >> 6, settings[runs.BITS]
+    end, steps, precision = len(words) - GUARD, len(out) >> 6, settings[BITS]
     log_segment = log_segment if log_segment else 62  # all in segment 0
-    if settings[runs.DIRECT]:
+    if settings[DIRECT]:
         return simd.decode_floats_direct(
             words, slots, base, out, states, 0, end, steps, precision, shift, mask, scales, log_segment,
             0, lowest, step, last,
@@ -455,13 +485,13 @@ def decode_narrow(base, shift, mask, scales, layout, words, slots, settings, sta
     )  # fmt: skip
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def _restore_long(base, values, planes, cursors, starts, out):
     """Restore a block of 64-bit elements, the low halves of whose distances fill planes 3..6."""
     for p in range(3, 7):
         if cursors[p] + len(out) > starts[p + 1]:
             return False
-    full = np.empty(len(out), np.uint64)
+    full = _block_of_long_values()[: len(out)]
     for i in range(len(out)):
         value = np.uint64(values[i])
         for p in range(6, 2, -1):

@@ -29,13 +29,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PayloadError
+from . import coder
+from .compiled import alone, delta
+from .constants import APART, MAX_ROWS, MAX_SAMPLE, PATCH, SPARE, TABLES, UNIT, WAYS
 from .planes import get_planes, put_plane
 from .scratch import scratch
+from .tables import TOKENS
 from .ulp import FloatFormat
 
 Bytes = NDArray[np.uint8]
 _HEAD = struct.Struct("<BBBhhb")
-_SAMPLED = 1 << 14  # elements looked at to choose a way and its parameters
+_SAMPLED = MAX_SAMPLE // 2  # elements looked at to choose a way and its parameters, about
 _TOKEN_BITS = 6.0  # what each token takes in an explicit table, about
 _GLANCE = 1 << 15  # elements whose bytes are counted to foresee a standalone size
 
@@ -61,36 +65,47 @@ def _delta_planes(itemsize: int) -> int:
 
 def encode_delta(base: Bytes, target: Bytes, form: FloatFormat) -> bytes | None:
     """The target's delta against the base; None where it would be longer than the target."""
-    from .compiled import delta, frozen
-
-    before, after = frozen(elements(base, form)), frozen(elements(target, form))
-    some = frozen(sample(before, delta.PATCH)), frozen(sample(after, delta.PATCH))
-    *layout, scale, bits = delta.choose_contexts(
-        *some, form.shift, form.mask, form.itemsize >= 4, len(before) / len(some[0])
-    )
-    if bits > 8 * len(target):
+    before, after = elements(base, form), elements(target, form)
+    layout = np.empty(5, np.int64)
+    if _choose_contexts(before, after, form, layout) > 8 * len(target):
         return None
-    return _encode_under(np.array(layout, np.int64), scale, before, after, form)
+    return _encode_under(layout[:4], int(layout[4]), before, after, form)
+
+
+def _choose_contexts(
+    before: NDArray[Any], after: NDArray[Any], form: FloatFormat, layout: NDArray[np.int64]
+) -> float:
+    """The layout by a sample of the chunk, and the sample's scale behind it, into layout; bits in all."""
+    some, there = sample(before, PATCH), sample(after, PATCH)
+    count = len(some)
+    bits: float = delta.choose_contexts(
+        some, there, form.shift, form.mask, form.itemsize >= 4, len(before) / count,
+        scratch("values", count, np.uint32), scratch("part", count, np.uint32),
+        scratch("contexts", count, np.uint8), scratch("keys", count, np.uint16),
+        scratch("counters", WAYS * ((MAX_ROWS << 7) + APART), np.uint32),
+        scratch("rows", MAX_ROWS * TOKENS, np.uint32).reshape(MAX_ROWS, TOKENS),
+        scratch("planes", 7 * count, np.uint8).reshape(7, count),
+        scratch("sums", count // UNIT + 1, np.float32), layout,
+    )  # fmt: skip
+    return bits
 
 
 def _encode_under(
     layout: NDArray[np.int64], scale: int, before: NDArray[Any], after: NDArray[Any], form: FloatFormat
 ) -> bytes | None:
     """The delta under chosen parameters; None where it would be longer than the target."""
-    from .compiled import coder, delta
-
     count, rows = len(after), _delta_planes(form.itemsize)
-    planes = scratch("planes", rows * (count + delta.SPARE), np.uint8).reshape(rows, -1 if rows else 0)
+    planes = scratch("planes", rows * (count + SPARE), np.uint8).reshape(rows, -1 if rows else 0)
     sizes = np.zeros(7, np.int64)
     log_segment, step, lowest, tables = layout.tolist()
     scales = np.full(delta.segments_of(count, log_segment), scale, np.int64)
     values, contexts = scratch("values", count, np.uint32), scratch("contexts", count, np.uint8)
-    delta.measure(before, after, form.shift, form.mask, layout, scales, values, contexts, planes, sizes)
+    sums = scratch("sums", count // UNIT + 1, np.float32)
+    delta.measure(before, after, form.shift, form.mask, layout, scales, values, contexts, planes, sizes, sums)
     if rows:
         delta.split_bytes(values, contexts, layout, planes, sizes)
     bits = min(8 * form.itemsize, 32)
-    members = delta.members(layout, rows > 0, 0)
-    found = coder.encode_run(contexts, values, members, limit=after.nbytes, value_bits=bits)
+    found = coder.encode_run(contexts, values, _members(layout, rows, 0), limit=after.nbytes, value_bits=bits)
     if found is None:
         return None
     tweak, run = found
@@ -103,6 +118,13 @@ def _encode_under(
     return b"".join(parts)
 
 
+def _members(layout: NDArray[np.int64], rows: int, tweak: int) -> NDArray[np.int64]:
+    """Each context's member of the family."""
+    found = np.empty(layout[TABLES], np.int64)
+    delta.members(layout, rows > 0, tweak, found)
+    return found
+
+
 def sized(data: bytes) -> bytes:
     """Data behind its u32 length."""
     return len(data).to_bytes(4, "little") + data
@@ -110,9 +132,7 @@ def sized(data: bytes) -> bytes:
 
 def decode_delta(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> None:
     """Fill out with the target; PayloadError where data is no delta of that many elements."""
-    from .compiled import coder, delta, frozen
-
-    before, result = frozen(elements(base, form)), elements(out, form)
+    before, result = elements(base, form), elements(out, form)
     layout, base_scale, tweak = _open_head(data)
     data, rows = data[_HEAD.size :], _delta_planes(form.itemsize)
     scales = np.full(delta.segments_of(len(result), layout[0]), base_scale, np.int64)
@@ -121,19 +141,19 @@ def decode_delta(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> Non
         above = np.empty(len(scales), np.uint32)
         coder.decode_list(section, above)
         scales += above & 0xFFFF
-    joined, starts = np.empty(delta.SPARE, np.uint8), np.zeros(8, np.int64)
+    joined, starts = np.empty(SPARE, np.uint8), np.zeros(8, np.int64)
     if rows:
         section, data = take_section(data)
         planes = get_planes(data, rows, len(result))
         starts[1 : rows + 1] = np.cumsum([len(plane) for plane in planes])
         starts[rows + 1 :] = starts[rows]
-        joined = scratch("planes", int(starts[rows]) + delta.SPARE, np.uint8)
+        joined = scratch("planes", int(starts[rows]) + SPARE, np.uint8)
         np.concatenate(planes, out=joined[: int(starts[rows])])
         data = section
-    run = coder.open_run(data, delta.members(layout, rows > 0, tweak))
+    run = coder.open_run(data, _members(layout, rows, tweak))
     if not delta.decode_elements(
         before, form.shift, form.mask, scales, layout, run.words, run.slots, run.settings,
-        run.states, run.rest, frozen(joined), starts, result,
+        run.states, run.rest, joined, starts, result,
     ):  # fmt: skip
         raise PayloadError("the delta of a chunk is damaged")
     deliver(result, out)
@@ -165,9 +185,7 @@ def deliver(result: NDArray[Any], out: Bytes) -> None:
 
 def encode_alone(target: Bytes, form: FloatFormat) -> bytes:
     """The target by itself."""
-    from .compiled import alone, coder, frozen
-
-    patterns = frozen(elements(target, form))
+    patterns = elements(target, form)
     leading = scratch("values", len(patterns), np.uint32)
     planes = scratch("planes", (form.itemsize - 1) * len(patterns), np.uint8)
     planes = planes.reshape(form.itemsize - 1, len(patterns))
@@ -180,15 +198,11 @@ def encode_alone(target: Bytes, form: FloatFormat) -> bytes:
 
 def decode_alone(data: Bytes, form: FloatFormat, out: Bytes) -> None:
     """Fill out with the target; PayloadError where data does not code that many elements."""
-    from .compiled import alone, coder, frozen
-
     result = elements(out, form)
     section, behind = take_section(data)
     stacked = stack_planes(behind, form.itemsize - 1, len(result))
     run = coder.open_run(section, np.zeros(1, np.int64), coder.BYTE_BITS)
-    if not alone.decode_joined(
-        run.words, run.slots, run.settings, run.states, run.rest, frozen(stacked), result
-    ):
+    if not alone.decode_joined(run.words, run.slots, run.settings, run.states, run.rest, stacked, result):
         raise PayloadError("a standalone chunk is damaged")
     deliver(result, out)
 
@@ -206,9 +220,7 @@ def stack_planes(data: Bytes, rows: int, count: int) -> NDArray[np.uint8]:
 
 def alone_bits(target: Bytes, form: FloatFormat) -> float:
     """About how many bits `encode_alone` would need, from the entropies of a sample of bytes."""
-    from .compiled import alone, frozen
-
-    patterns = frozen(elements(target, form))
+    patterns = elements(target, form)
     start = max((len(patterns) - _GLANCE) // 2, 0)
     part = patterns[start : start + _GLANCE]
     byte = np.empty(len(part), np.uint8)

@@ -1,44 +1,83 @@
 # mypy: ignore-errors
-# Numba types what is in here.
-"""Kernels with a spelled-out signature, compiled or loaded when they are first needed.
+# Numba and LLVM type what is in here.
+"""What kernels are made with: how Numba compiles them, and arrays that live on the stack.
 
-Numba's own way with a signature is to compile, or load from its cache, at once: importing a module of
-kernels would load all of them, also those that are only ever part of another one, at ten milliseconds
-each. Without a signature it compiles a kernel anew for every constant it is called with.
+Kernels neither allocate nor touch Python's objects, so that their machine code needs nothing of Numba's to
+run: :mod:`.build` writes it down, :mod:`.compiled` loads it without importing Numba.
 """
 
 from __future__ import annotations
 
-import threading
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils, sigutils
+from numba.core.compiler_lock import global_compiler_lock
+from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
-from numba import njit
-
-_preparing = threading.RLock()  # one kernel's preparation may need another's
+_LINE = 64  # bytes of a cache line
 
 
-def kernel(signature, **options):
-    """A decorator: the function compiled for `signature` and nothing else, the GIL released, cached."""
+def kernel(signature=None, **options):
+    """A decorator: a function for other kernels to call, and to be called from Python through `compiled`.
+
+    With a signature it is compiled for nothing else, and when first needed; without one Numba compiles it
+    anew for every type, and every constant, that a kernel calls it with.
+    """
 
     def decorate(function):
-        found = njit(nogil=True, cache=True, **options)(function)
+        found = njit(_nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)(function)
         template = found.get_call_template
 
-        def prepare():
-            with _preparing:
-                if not found.overloads:
-                    found.compile(signature)
-                    found.disable_compile()
+        def compiled(types_given):
+            """What Numba makes of the function for these types, or for its only signature."""
+            wanted = types_given if signature is None else sigutils.normalize_signature(signature)[0]
+            with global_compiler_lock:
+                if wanted not in found.overloads:
+                    found.compile(wanted if signature is None else signature)
+            return found.overloads[wanted]
 
-        def template_when_called_from_a_kernel(args, kws):
-            prepare()
+        def template_of_the_only_one(args, kws):
+            compiled(args)
+            found.disable_compile()
             return template(args, kws)
 
-        def when_called_from_python(*args, **kws):
-            prepare()
-            return found  # called in the place of what Numba would have compiled for these arguments
-
-        found.get_call_template = template_when_called_from_a_kernel
-        found._compile_for_args = when_called_from_python
+        if signature is not None:
+            found.get_call_template = template_of_the_only_one
+        found.compiled = compiled
         return found
 
     return decorate
+
+
+def array(element, dimensions=1):
+    """The type of an array in a signature."""
+    return types.Array(element, dimensions, "C")
+
+
+def room(element, count):
+    """An intrinsic `f()`: `count` elements of any content, the same ones throughout the kernel that calls."""
+    kind = array(element)
+
+    @intrinsic
+    def f(typingctx):
+        def codegen(context, builder, signature, args):
+            size = ir.Constant(ir.IntType(64), count)
+            data = cgutils.alloca_once(builder, context.get_data_type(element), size)
+            data.align = _LINE
+            return array_at(context, builder, kind, data, [size])
+
+        return kind(), codegen
+
+    return f
+
+
+def array_at(context, builder, kind, data, shape):
+    """The value that Numba has for an array of these contents: C order, owned by nobody."""
+    size = context.get_abi_sizeof(context.get_data_type(kind.dtype))
+    strides = [ir.Constant(ir.IntType(64), size)]
+    for length in shape[:0:-1]:
+        strides.insert(0, builder.mul(strides[0], length))
+    made = context.make_array(kind)(context, builder)
+    populate_array(made, data=data, shape=shape, strides=strides, itemsize=strides[-1], meminfo=None)
+    return made._getvalue()

@@ -13,6 +13,8 @@ import zstandard
 from numpy.typing import NDArray
 
 from ..errors import PayloadError
+from . import coder
+from .compiled import alone
 
 Bytes = NDArray[np.uint8]
 _HEAD = struct.Struct("<BII")
@@ -88,15 +90,11 @@ def _zstd_bits(plane: Bytes) -> float:
 
 
 def _entropy_bits(plane: Bytes) -> float:
-    from .compiled import alone
-
     bits: float = alone.byte_bits(plane, max(len(plane) >> 16, 1))
     return bits
 
 
 def _rans(plane: Bytes) -> bytes:
-    from .compiled import coder
-
     return coder.encode_list(plane.astype(np.uint32), coder.BYTE_BITS)
 
 
@@ -135,8 +133,6 @@ def _decode(kind: int, data: Bytes, size: int) -> Bytes:
 
 
 def _unrans(data: Bytes, size: int) -> Bytes:
-    from .compiled import coder
-
     plane = np.empty(size, np.uint8)
     coder.decode_list(data, plane, coder.BYTE_BITS)
     return plane

@@ -11,51 +11,36 @@ Layout, little-endian:
     u32 * lanes   the lanes' states
     u16 ...   the words, in the order in which the decoder needs them, to the end of the run
 
-Value `i` belongs to lane `i % lanes`. All functions here are Numba kernels that release the GIL;
-:mod:`.coder` calls them and :mod:`.reference` says the same in NumPy. Their signatures are spelled
-out so that each is compiled once, whatever constants it is called with.
+Value `i` belongs to lane `i % lanes`. All functions here are kernels; :mod:`.coder` calls them and
+:mod:`.reference` says the same in NumPy. Their signatures are spelled out so that each is compiled
+once, whatever constants it is called with.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from . import simd
-from .kernel import kernel
-from .tables import PRECISION, SCALES, TOKENS
+from .constants import APART, BAD, BITS, BLOCK, DIRECT, GUARD, LANES, STATE_FLOOR, TAIL, WAYS
+from .kernel import array, kernel, room
+from .tables import DIRECT_BITS, PRECISION, SCALES, TOKENS
 
-GUARD = 3 * 64 + 64  # words that a vector step may look at beyond the end of a stream
-STATE_FLOOR = 1 << 16  # a lane's state lies in [2**16, 2**32) between values
-BLOCK = 4096  # values worked at a time, so that all they need stays in the first-level cache
 _WEIGHT_TOTAL = 1 << 14  # explicit tables: weights add up to about this
 _MANTISSA = 3  # explicit tables: bits kept after a weight's highest bit
-BAD = -1  # what the readers return for a run that no encoder wrote
-
-_WAYS = 4  # sets of counters
 
 _i = types.int64
 _flag = types.boolean
 _real = types.float64
+_bytes, _longs, _flags = array(types.uint8), array(types.int64), array(_flag)
+_numbers, _words, _tables = array(types.uint32), array(types.uint16), array(types.uint32, 2)
+_a_table, _no_bytes = room(types.uint32, TOKENS), room(types.uint8, 0)
+_one_long, _settings, _rest = room(types.int64, 1), room(types.int64, 4), room(types.int64, 64)
+_slots, _states = room(types.uint32, 1 << PRECISION), room(types.uint32, 64)
+_block_of_bytes, _block_of_numbers = room(types.uint8, BLOCK), room(types.uint32, BLOCK)
 
 
-def _read(element, dimensions=1):
-    """The type of an array that is only read: writable ones pass as well."""
-    return types.Array(element, dimensions, "C", readonly=True)
-
-
-def _write(element, dimensions=1):
-    return types.Array(element, dimensions, "C")
-
-
-_bytes, _out = _read(types.uint8), _write(types.uint8)
-_longs = _read(types.int64)
-_numbers, _numbers_out = _read(types.uint32), _write(types.uint32)
-_words, _words_out = _read(types.uint16), _write(types.uint16)
-_tables, _tables_out = _read(types.uint32, 2), _write(types.uint32, 2)
-
-
-@njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def token_of(value, direct_bits):
     """The token of a value (see tables.token_of)."""
     if value < (1 << direct_bits):
@@ -68,20 +53,20 @@ def token_of(value, direct_bits):
     )
 
 
-@njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def floor_log2(value):
     """The place of the highest set bit of a positive uint32."""
     return np.int64(simd.bit_length(np.uint32(value))) - 1
 
 
-@njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def raw_bits_of(token, direct_bits):
     """How many low bits of the value follow a token (see tables.raw_bits_of)."""
     direct = 1 << direct_bits
     return 0 if token < direct else ((token - direct) >> 2) + direct_bits - 2
 
 
-@njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def _lead_of(token, direct_bits):
     """The value of a token, without its raw bits (see tables.lead_of)."""
     return token if token < 1 << direct_bits else 4 | (token & 3)
@@ -90,7 +75,7 @@ def _lead_of(token, direct_bits):
 # ---------------------------------------------------------------------------------------- tables
 
 
-@kernel(types.void(_numbers, _i, _numbers_out))
+@kernel(types.void(_numbers, _i, _numbers))
 def fit_frequencies(weights, precision, frequencies):
     """Frequencies adding up to 2**precision: each present token gets 1 and its share of the rest.
 
@@ -118,7 +103,7 @@ def fit_frequencies(weights, precision, frequencies):
         frequencies[heaviest] += left
 
 
-@kernel(types.void(_tables, _i, _i, _i, _numbers_out))
+@kernel(types.void(_tables, _i, _i, _i, _numbers))
 def family_weights(family, member, spread, highest, weights):
     """The weights of one member of the family, tokens up to `highest` all present.
 
@@ -144,7 +129,7 @@ def coarse_weight(kind, mantissa):
     return ((1 << kept | mantissa) << dropped) + ((1 << dropped) >> 1)
 
 
-@kernel(types.void(_numbers, _i, _numbers_out))
+@kernel(types.void(_numbers, _i, _numbers))
 def coarsen(counts, total, weights):
     """Counts to the weights an explicit table can say; every positive count stays positive."""
     for t in range(TOKENS):
@@ -160,7 +145,7 @@ def coarsen(counts, total, weights):
         )
 
 
-@kernel(_i(_out, _i, _i, _i))
+@kernel(_i(_bytes, _i, _i, _i))
 def _put(data, bit, value, count):
     """Append `count` bits of `value`, lowest first, at position `bit`; the bytes start as zero."""
     for i in range(count):
@@ -192,7 +177,7 @@ def table_span(weights):
     return (first, last) if first < TOKENS else (0, -1)
 
 
-@kernel(_i(_out, _i, _numbers))
+@kernel(_i(_bytes, _i, _numbers))
 def put_table(data, bit, weights):
     """Write one explicit table: first token, last token (8 bits each), then each weight.
 
@@ -220,7 +205,7 @@ def put_table(data, bit, weights):
     return bit
 
 
-@kernel(_i(_bytes, _i, _i, _numbers_out))
+@kernel(_i(_bytes, _i, _i, _numbers))
 def get_table(data, bit, end, weights):
     """Read what `put_table` wrote into weights (uint32[TOKENS]); the next bit, or BAD."""
     weights[:] = 0
@@ -258,8 +243,7 @@ def table_cost(counts, frequencies, precision):
 @kernel(_real(_tables, _longs, _tables, _i, _i, _i))
 def family_cost(counts, members, family, spread, precision, highest):
     """Bits that all contexts' tokens take under their members of the family."""
-    weights, frequencies = np.empty(TOKENS, np.uint32), np.empty(TOKENS, np.uint32)
-    bits = 0.0
+    weights, frequencies, bits = _a_table(), _a_table(), 0.0
     for c in range(len(members)):
         family_weights(family, members[c], spread, highest, weights)
         fit_frequencies(weights, precision, frequencies)
@@ -267,7 +251,7 @@ def family_cost(counts, members, family, spread, precision, highest):
     return bits
 
 
-@kernel(_real(_tables, _longs, _tables, _i, _i, _i, _write(_flag), _tables_out, _tables_out))
+@kernel(_real(_tables, _longs, _tables, _i, _i, _i, _flags, _tables, _tables))
 def choose_tables(counts, members, family, spread, precision, highest, explicit, weights, frequencies):
     """For each context the cheaper of an explicit table and the family's; the cost in bits.
 
@@ -275,9 +259,7 @@ def choose_tables(counts, members, family, spread, precision, highest, explicit,
     members      int64[contexts], each context's member of the family
     explicit     bool[contexts], weights and frequencies uint32[contexts, TOKENS]: written
     """
-    own = np.empty(TOKENS, np.uint32)
-    nothing = np.empty(0, np.uint8)
-    total_bits = 0.0
+    own, nothing, total_bits = _a_table(), _no_bytes(), 0.0
     for c in range(len(members)):
         family_weights(family, members[c], spread, highest, weights[c])
         fit_frequencies(weights[c], precision, frequencies[c])
@@ -291,14 +273,14 @@ def choose_tables(counts, members, family, spread, precision, highest, explicit,
             fit_frequencies(weights[c], precision, own)
             own_bits = table_cost(counts[c], own, precision) + put_table(nothing, 0, weights[c])
             if own_bits < bits:
-                explicit[c] = True
-                frequencies[c] = own
-                bits = own_bits
+                explicit[c], bits = True, own_bits
+                for t in range(TOKENS):
+                    frequencies[c, t] = own[t]
         total_bits += bits + 1
     return total_bits
 
 
-@kernel(_i(_out, _read(_flag), _tables))
+@kernel(_i(_bytes, _flags, _tables))
 def write_tables(out, explicit, weights):
     """One table a context into out (zeros before); how many bytes. With `out` empty: how many."""
     write = len(out) > 0
@@ -312,11 +294,10 @@ def write_tables(out, explicit, weights):
     return (bit + 7) >> 3
 
 
-@kernel(_i(_bytes, _longs, _tables, _i, _i, _i, _tables_out))
+@kernel(_i(_bytes, _longs, _tables, _i, _i, _i, _tables))
 def read_tables(data, members, family, spread, precision, highest, frequencies):
     """The tables that data begins with into frequencies; how many bytes they took, or BAD."""
-    weights = np.empty(TOKENS, np.uint32)
-    bit, end = 0, len(data)
+    weights, bit, end = _a_table(), 0, len(data)
     for c in range(len(members)):
         if _get(data, bit, end, 1) == 1:
             bit = get_table(data, bit + 1, end, weights)
@@ -334,7 +315,7 @@ def read_tables(data, members, family, spread, precision, highest, frequencies):
     return (bit + 7) >> 3 if bit <= end << 3 else BAD
 
 
-@kernel(_i(_tables, _i, _numbers_out))
+@kernel(_i(_tables, _i, _numbers))
 def fill_slots(frequencies, direct_bits, slots):
     """Fill slots (uint32, tables << precision): what a lane's low bits and its context stand for.
 
@@ -371,7 +352,7 @@ def log_span(direct_bits, value_bits):
     return 6 if value_bits <= 16 else 7
 
 
-@kernel(types.void(_numbers, _bytes, _i, _i, _words_out))
+@kernel(types.void(_numbers, _bytes, _i, _i, _words))
 def keys_of(values, contexts, direct_bits, span, keys):
     """context << span | token of each value into keys (uint16)."""
     done = simd.key_vectors(len(keys), values, contexts, keys, direct_bits, span)
@@ -379,16 +360,17 @@ def keys_of(values, contexts, direct_bits, span, keys):
         keys[i] = np.int64(contexts[i]) << span | token_of(values[i], direct_bits)
 
 
-@kernel(types.void(_words, _tables_out))
-def add_keys(keys, counts):
-    """Add keys up in counts (uint32[_WAYS, ...]).
+@kernel(types.void(_words, _numbers, _i))
+def add_keys(keys, counts, width):
+    """Add keys up in counts, WAYS rows of `width`.
 
     Neighbours have counters of their own: adding to the one just written has to wait for it.
     """
-    first, second, third, fourth = counts[0], counts[1], counts[2], counts[3]
-    whole = len(keys) & ~(_WAYS - 1)
+    first, second = counts[:width], counts[width : 2 * width]
+    third, fourth = counts[2 * width : 3 * width], counts[3 * width : 4 * width]
+    whole = len(keys) & ~(WAYS - 1)
     one = np.uint32(1)
-    for i in range(0, whole, _WAYS):
+    for i in range(0, whole, WAYS):
         first[keys[i]] += one
         second[keys[i + 1]] += one
         third[keys[i + 2]] += one
@@ -397,30 +379,34 @@ def add_keys(keys, counts):
         first[keys[i]] += one
 
 
-@kernel(_tables_out(_bytes, _numbers, _i, _i, _i, _words_out))
-def count_tokens(contexts, values, tables, direct_bits, span, keys):
-    """How often each token comes in each context: uint32[tables, TOKENS]. Fills keys (see `keys_of`)."""
+@kernel(types.void(_bytes, _numbers, _i, _i, _words, _numbers, _tables))
+def count_tokens(contexts, values, direct_bits, span, keys, counts, total):
+    """How often each token comes in each context into total. Fills keys (see `keys_of`).
+
+    counts   uint32[WAYS * ((tables << span) + APART)], scratch
+    total    uint32[tables, TOKENS]
+    """
     # The room between the counters of one key keeps them from looking alike to a processor, which
     # compares the last 12 bits of addresses to find out whether a load must wait for a store.
-    counts = np.zeros((_WAYS, (tables << span) + 48), np.uint32)
+    width = (len(total) << span) + APART
+    counts[: WAYS * width] = 0
     for first in range(0, len(values), BLOCK):
         last = min(first + BLOCK, len(values))
         part = keys[first:last]
         keys_of(values[first:last], contexts[first:last], direct_bits, span, part)
-        add_keys(part, counts)
-    total = np.zeros((tables, TOKENS), np.uint32)
-    for way in range(_WAYS):
-        row = counts[way]
-        for c in range(tables):
+        add_keys(part, counts, width)
+    total[:] = 0
+    for way in range(WAYS):
+        row = counts[way * width : (way + 1) * width]
+        for c in range(len(total)):
             for t in range(1 << span):
                 total[c, t] += row[c << span | t]
-    return total
 
 
 # ---------------------------------------------------------------------------------------- writing
 
 
-@kernel(_i(_words_out, _i, _numbers, _words, _numbers, _numbers_out, _i, _i, _i, _i, _i, _i))
+@kernel(_i(_words, _i, _numbers, _words, _numbers, _numbers, _i, _i, _i, _i, _i, _i))
 def _encode_scalar(words, at, table, keys, values, states, first, count, direct_bits, tail, span, precision):
     """One step of `count` lanes, values from `first`, in front of `at`; the new `at`.
 
@@ -458,30 +444,36 @@ def _encode_scalar(words, at, table, keys, values, states, first, count, direct_
     return at
 
 
-@kernel(_numbers_out(_tables, _i))
-def encoder_table(frequencies, span):
+@kernel(types.void(_tables, _i, _numbers))
+def fill_encoder_table(frequencies, span, table):
     """uint32, 1 << span entries a context: frequency << 16 | start, by key (see `keys_of`)."""
-    table = np.zeros(len(frequencies) << span, np.uint32)
     for c in range(len(frequencies)):
         start = 0
         for t in range(1 << span):
             frequency = np.int64(frequencies[c, t])
             table[c << span | t] = frequency << 16 | start
             start += frequency
-    return table
 
 
-@kernel(_i(_words_out, _tables, _words, _numbers, _i, _i, _i, _i, _i, _numbers_out))
-def encode_words(words, frequencies, keys, values, lanes, direct_bits, tail, span, precision, states):
+@kernel(types.void(_numbers, _words, _numbers))
+def look_up(table, keys, entries):
+    """table[keys] into entries, one by one: gathering them takes half as long again on Zen 4."""
+    for i in range(len(keys)):
+        entries[i] = simd.firm(table, np.int64(keys[i]))
+
+
+@kernel(_i(_words, _tables, _words, _numbers, _i, _i, _i, _i, _i, _numbers, _numbers))
+def encode_words(words, frequencies, keys, values, lanes, direct_bits, tail, span, precision, table, states):
     """Code the values into the end of `words` (at least 3 a value); where the words begin.
 
     frequencies  uint32[tables, TOKENS], each table adding up to 1 << precision
     keys         uint16, one a value (see `keys_of`), of the values without their tails
     tail         how many low bits of each value are raw, whatever its token; none has more raw bits then
+    table        uint32, tables << span, scratch
     states       uint32[64], the lanes' final states: what the decoder begins with
     """
     at, count = len(words), len(values)
-    table = encoder_table(frequencies, span)
+    fill_encoder_table(frequencies, span, table)
     states[:lanes] = STATE_FLOOR
     steps = count // lanes
     direct = 1 << direct_bits + tail
@@ -489,10 +481,18 @@ def encode_words(words, frequencies, keys, values, lanes, direct_bits, tail, spa
         words, at, table, keys, values, states, steps * lanes, count - steps * lanes, direct_bits, tail,
         span, precision,
     )  # fmt: skip
-    if lanes == 64:
-        return simd.encode_64(words, table, keys, values, states, at, steps, direct, tail, precision)
-    if lanes == 16:
-        return simd.encode_16(words, table, keys, values, states, at, steps, direct, tail, precision)
+    if lanes >= 16:
+        entries, stop = _block_of_numbers(), steps * lanes
+        while stop > 0:
+            first = (stop - 1) // BLOCK * BLOCK
+            look_up(table, keys[first:stop], entries)
+            part, turns = values[first:stop], (stop - first) // lanes
+            if lanes == 64:
+                at = simd.encode_64(words, entries, part, states, at, turns, direct, tail, precision)
+            else:
+                at = simd.encode_16(words, entries, part, states, at, turns, direct, tail, precision)
+            stop = first
+        return at
     for step in range(steps - 1, -1, -1):
         at = _encode_scalar(
             words, at, table, keys, values, states, step * lanes, lanes, direct_bits, tail, span, precision
@@ -503,7 +503,7 @@ def encode_words(words, frequencies, keys, values, lanes, direct_bits, tail, spa
 # ---------------------------------------------------------------------------------------- reading
 
 
-@njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def _refill(words, at, end, state):
     """A lane below the floor takes one word; beyond the end it takes the floor: (state, at)."""
     if state >= STATE_FLOOR:
@@ -511,7 +511,7 @@ def _refill(words, at, end, state):
     return ((state << 16) | np.int64(words[at]) if at < end else np.int64(STATE_FLOOR)), at + 1
 
 
-@kernel(_i(_words, _i, _i, _numbers, _bytes, _numbers_out, _numbers_out, _write(_i), _i, _i, _i, _flag, _i))
+@kernel(_i(_words, _i, _i, _numbers, _bytes, _numbers, _numbers, _longs, _i, _i, _i, _flag, _i))
 def _decode_scalar(
     words, at, end, slots, contexts, values, states, rest, first, count, precision, direct, tail
 ):
@@ -544,14 +544,11 @@ def _decode_scalar(
     return at
 
 
-# settings of a run: int64[4]. DIRECT: no token has raw bits but for the TAIL that all have.
-LANES, BITS, DIRECT, TAIL = 0, 1, 2, 3
-
-
-@kernel(_i(_bytes, _longs, _tables, _i, _numbers_out, _numbers_out, _write(_i)))
-def open_head(data, members, family, direct_bits, slots, states, settings):
+@kernel(_i(_bytes, _longs, _tables, _i, _tables, _numbers, _numbers, _longs))
+def open_head(data, members, family, direct_bits, frequencies, slots, states, settings):
     """Read the head of a run that takes up all of `data`; where its words begin, or BAD.
 
+    frequencies  uint32[len(members), TOKENS], scratch
     slots      uint32, len(members) << PRECISION
     states     uint32[64], settings int64[4]: written, but for settings[TAIL]
     """
@@ -560,7 +557,6 @@ def open_head(data, members, family, direct_bits, slots, states, settings):
     precision, lanes, spread = 8 + (data[0] & 7), 1 << 2 * (data[0] >> 3 & 3), data[0] >> 5
     if precision > PRECISION:
         return BAD
-    frequencies = np.empty((len(members), TOKENS), np.uint32)
     size = read_tables(data[2:], members, family, spread, precision, data[1], frequencies)
     at = 2 + size
     if size == BAD or at + 4 * lanes > len(data) or (len(data) - at) & 1:
@@ -580,11 +576,11 @@ def open_head(data, members, family, direct_bits, slots, states, settings):
     return at + 4 * lanes
 
 
-@kernel(_i(_words, _i, _numbers, _bytes, _numbers_out, _longs, _numbers_out, _write(_i)))
+@kernel(_i(_words, _i, _numbers, _bytes, _numbers, _longs, _numbers, _longs))
 def decode_values(words, at, slots, contexts, values, settings, states, rest):
     """Decode len(contexts) values, whole steps unless they are the run's last; the word cursor.
 
-    settings     int64[4], see above; a tail wants a run of bytes
+    settings     int64[4], see constants.py; a tail wants a run of bytes
     words        uint16, with GUARD words behind the stream
     A cursor beyond `len(words) - GUARD` says that the stream was too short.
     """
@@ -626,11 +622,11 @@ def ended_well(words, at, lanes, states):
     return True
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def decode_list(words, slots, settings, states, rest, out):
     """Fill out (unsigned[n]) from an open run of one context; False where it does not fit."""
-    contexts, values = np.zeros(BLOCK, np.uint8), np.empty(BLOCK, np.uint32)
-    cursor = 0
+    contexts, values, cursor = _block_of_bytes(), _block_of_numbers(), 0
+    contexts[:] = 0
     for first in range(0, len(out), BLOCK):
         part = out[first : first + BLOCK]
         here = contexts[: len(part)]
@@ -640,3 +636,41 @@ def decode_list(words, slots, settings, states, rest, out):
         for i in range(len(part)):
             part[i] = values[i]
     return ended_well(words, cursor, settings[LANES], states)
+
+
+@kernel(_i(_bytes, _tables, _tables, _words, _tables))
+def decode_lists(data, family, frequencies, words, out):
+    """Fill the rows of out from runs of one context in a row, each behind its length as u32; where they end.
+
+    BAD where there are no such runs.
+
+    frequencies  uint32[1, TOKENS], scratch
+    words        uint16[len(data) // 2 + GUARD], scratch
+    out          uint32[lists, n], written
+    """
+    members, slots, states = _one_long(), _slots(), _states()
+    settings, rest = _settings(), _rest()
+    members[0], settings[TAIL] = 0, 0
+    rest[:] = 0
+    at = 0
+    for k in range(len(out)):
+        if at + 4 > len(data):
+            return BAD
+        size = np.int64(0)
+        for place in range(4):
+            size |= np.int64(data[at + place]) << 8 * place
+        at += 4
+        if at + size > len(data):
+            return BAD
+        run = data[at : at + size]
+        first = open_head(run, members, family, DIRECT_BITS, frequencies, slots, states, settings)
+        if first == BAD:
+            return BAD
+        count = (size - first) >> 1
+        for i in range(count):
+            words[i] = np.int64(run[first + 2 * i]) | np.int64(run[first + 2 * i + 1]) << 8
+        words[count : count + GUARD] = 0
+        if not decode_list(words[: count + GUARD], slots, settings, states, rest, out[k]):
+            return BAD
+        at += size
+    return at

@@ -195,8 +195,16 @@ def prefetch(builder: ir.IRBuilder, out: ir.Value, at: ir.Value, element: ir.Typ
     _call(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
 
 
+def _firm_load(builder: ir.IRBuilder, where: ir.Value, kind: ir.Type) -> ir.Value:
+    """A load that LLVM neither merges with what uses it nor makes part of a vector's."""
+    loaded = _FirmLoad(builder.block, where, typ=kind)
+    loaded.align = getattr(kind, "element", kind).width // 8
+    builder._insert(loaded)
+    return loaded
+
+
 class _FirmLoad(ir.instructions.LoadInstr):
-    """A volatile load, which LLVM does not make part of the instruction that uses it."""
+    """A volatile load."""
 
     def descr(self, buf: list[str]) -> None:
         super().descr(buf)
@@ -214,9 +222,7 @@ def expand_load(
     nothing = ir.Constant(kind, [0] * kind.count)
     width = kind.element.width
     if ("+avx512vbmi2" if width < 32 else "+avx512f") in features.split(","):
-        loaded = _FirmLoad(builder.block, where, typ=kind)
-        loaded.align = width // 8
-        builder._insert(loaded)
+        loaded = _firm_load(builder, where, kind)
         arguments = [(kind, loaded), (kind, nothing), (mask.value.type, mask.value)]
         return _call(builder, f"llvm.x86.avx512.mask.expand.v{kind.count}i{width}", kind, arguments)
     arguments = [(_POINTER, where), (mask.value.type, mask.value), (kind, nothing)]
@@ -486,7 +492,7 @@ def _encode_raw(loop: _Loop, values: list[Vec], counts: list[Vec]) -> None:
 def _encode_token(loop: _Loop, v: int, place: ir.Value, value: Vec, inline: Vec) -> None:
     """Put one token and its inline raw bits, the low ones of `value`, onto each lane of vector `v`."""
     b, state = loop.b, loop.get(v)
-    entry = gather(b, loop.table, load(b, _I16, loop.keys, place))
+    entry = load(b, _I32, loop.entries, place)
     frequency, start = entry >> 16, entry & 65535
     room = Vec(b, state._lift(32)) - loop.bits - inline
     state = loop.spill(state, (state >> room) >= frequency)
@@ -522,7 +528,7 @@ def _place(loop: _Loop, step: ir.Value) -> Callable[[int], ir.Value]:
 class _WriteLoop(_Loop):
     """Encoding."""
 
-    names = ("words", "table", "keys", "values", "states", "at", "steps", "direct", "tail", "precision")
+    names = ("words", "entries", "values", "states", "at", "steps", "direct", "tail", "precision")
 
 
 def _make_decoder(
@@ -868,6 +874,17 @@ def bit_length(typingctx: Any, value: Any) -> Any:
     return types.uint32(types.uint32), codegen
 
 
+@intrinsic
+def firm(typingctx: Any, numbers: Any, at: Any) -> Any:
+    """`numbers[at]` of a uint32 array, by an instruction of its own: LLVM makes it part of no gather."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(numbers)(context, builder, args[0]).data
+        return _firm_load(builder, address(builder, data, args[1], _I32), _I32)
+
+    return types.uint32(numbers, types.int64), codegen
+
+
 # decode_64(words, table, contexts, values, states, at, end, steps, precision, tail) -> at
 #
 #   words      uint16, readable up to 3 * 64 + 16 words past `end`
@@ -890,11 +907,10 @@ decode_64_tail = _make_decoder(_decode_step_tail, _ValueLoop, 4)
 decode_floats = _make_decoder(_decode_step_wide, _FloatLoop, 4)
 decode_floats_direct = _make_decoder(_decode_step_direct, _FloatLoop, 4)
 
-# encode_64(words, table, keys, values, states, at, steps, direct, tail, precision) -> at: from the last step
+# encode_64(words, entries, values, states, at, steps, direct, tail, precision) -> at: from the last step
 # to the first, writing words in front of `at`, where the caller leaves room for 3 words a value.
 #
-#   table      uint32, by key (runs.encoder_table)
-#   keys       uint16 (runs.keys_of)
+#   entries    uint32, each value's frequency << 16 | start
 #   direct     values from this one on have an octave token and raw bits
 #   tail       how many raw bits all others have
 #   precision  10 or 11

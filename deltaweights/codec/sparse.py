@@ -20,7 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PayloadError
-from . import floats, ulp
+from . import coder, floats, ulp
+from .compiled import subset
+from .constants import SUBSET_SPARE, SUBSET_UNIT
 from .planes import put_plane, take_plane
 from .scratch import scratch
 from .ulp import FloatFormat
@@ -46,21 +48,19 @@ def encode_sparse(base: Bytes, target: Bytes, form: FloatFormat, *, quick: bool 
     `quick` has all changes by place, where they are few enough: up to a half longer, but coded in a third of
     the time and decoded in less than half.
     """
-    from .compiled import frozen, subset
-
-    before, after = frozen(floats.elements(base, form)), frozen(floats.elements(target, form))
+    before, after = floats.elements(base, form), floats.elements(target, form)
     glance, there = floats.sample(before, _PATCH), floats.sample(after, _PATCH)
     if np.count_nonzero(glance != there) > 1.2 * _FEW * len(glance):
         return None
     places = np.flatnonzero(before != after)
     if len(places) > _FEW * len(before):
         return None
-    active = np.zeros(-(-len(before) // subset.UNIT), np.uint8)
+    active = np.zeros(-(-len(before) // SUBSET_UNIT), np.uint8)
     if quick and len(places) <= _QUICK * len(before):
         head = _HEAD.pack(-1, 0, len(places))
         exceptions = _put_exceptions(places, ulp.distance(before[places], after[places]))
         return b"".join([head, put_plane(np.packbits(active)), *exceptions])
-    active[places // subset.UNIT] = 1
+    active[places // SUBSET_UNIT] = 1
     if active.mean() > _ACTIVE:
         active[:] = 1
     cutoff = _cutoff(before, places, active, form)
@@ -87,11 +87,10 @@ def _cutoff(before: NDArray[Any], places: NDArray[np.int64], active: Bytes, form
     Coding an element that never moves costs next to nothing but time, so a slightly longer payload
     is accepted.
     """
-    from .compiled import subset
-
     stride = 1 + (len(before) >> 16)
-    counts = subset.count_exponents(before[::stride].copy(), form.shift, form.mask)
-    counts = counts * (stride * active.mean())
+    four = np.empty((4, form.mask + 1), np.uint32)
+    subset.count_exponents(before[::stride].copy(), form.shift, form.mask, four)
+    counts = four.sum(axis=0) * (stride * active.mean())
     moved = np.bincount(ulp.exponent(before[places], form), minlength=form.mask + 1)
     # What coding all elements up to each exponent costs, tables included.
     inside = np.cumsum(_place_bits(moved, counts) + _TABLE_BITS * (moved > 0)) + _DELTA_BITS
@@ -118,16 +117,12 @@ def _chosen(
     name: str, before: NDArray[Any], source: NDArray[Any], cutoff: int, active: Bytes, form: FloatFormat
 ) -> NDArray[Any]:
     """The chosen elements of source in a row, in this thread's working memory of that name."""
-    from .compiled import subset
-
-    row = scratch(name, len(before) + subset.SPARE, form.dtype)
+    row = scratch(name, len(before) + SUBSET_SPARE, form.dtype)
     count = subset.choose(before, source, form.shift, form.mask, cutoff, active, row)
     return row[:count]
 
 
 def _put_exceptions(places: NDArray[np.int64], distances: NDArray[Any]) -> list[bytes]:
-    from .compiled import coder
-
     gaps = np.diff(places, prepend=-1) - 1
     lists = [gaps.astype(np.uint32), distances.astype(np.uint32)]
     if distances.dtype.itemsize == 8:
@@ -137,9 +132,7 @@ def _put_exceptions(places: NDArray[np.int64], distances: NDArray[Any]) -> list[
 
 def decode_sparse(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> None:
     """Fill out, which may be the base, with the target; PayloadError where data codes no such chunk."""
-    from .compiled import frozen, subset
-
-    before, result = frozen(floats.elements(base, form)), floats.elements(out, form)
+    before, result = floats.elements(base, form), floats.elements(out, form)
     parts = _take_apart(data, len(before), form)
     if not parts.delta.size:
         if out is not base:
@@ -147,10 +140,9 @@ def decode_sparse(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> No
         _move(result, parts)
     else:
         restored = _restored_at(before, parts)  # before the base is overwritten
-        units = -(-len(before) // subset.UNIT)
-        active = np.unpackbits(parts.marks, count=units, bitorder="little")
+        active = np.unpackbits(parts.marks, count=-(-len(before) // SUBSET_UNIT), bitorder="little")
         chosen = _chosen("chosen", before, before, parts.cutoff, active, form)
-        changed = scratch("changed", len(chosen) + subset.SPARE, form.dtype)
+        changed = scratch("changed", len(chosen) + SUBSET_SPARE, form.dtype)
         part = changed[: len(chosen)]
         floats.decode_delta(parts.delta, chosen.view(np.uint8), form, part.view(np.uint8))
         subset.merge(before, form.shift, form.mask, parts.cutoff, active, changed, result)
@@ -185,17 +177,27 @@ def patch_sparse(data: Bytes, chunk: Bytes, form: FloatFormat) -> Overwritten | 
     if form.itemsize == 8 or not elements.flags.aligned or _follows(data):
         return None
     parts = _take_apart(data, len(elements), form)
-    return Overwritten(parts.places, _move(elements, parts).astype(form.dtype))
+    _move(elements, parts)
+    return Overwritten(parts.places.copy(), parts.values.astype(form.dtype))
 
 
 class _Parts(NamedTuple):
-    """A sparse chunk, taken apart. The marks are one bit for each unit; no place lies beyond the chunk."""
+    """A sparse chunk, taken apart. The marks are one bit for each unit."""
 
     cutoff: int
     marks: Bytes
-    places: NDArray[np.uint32]
-    distances: NDArray[Any]
+    exceptions: NDArray[np.uint32]  # [lists, m]: gaps between places, and distances
     delta: Bytes
+
+    @property
+    def places(self) -> NDArray[np.uint32]:
+        """The gaps between places; once :func:`_move` or :func:`_restored_at` is through, the places."""
+        return self.exceptions[0]
+
+    @property
+    def values(self) -> NDArray[np.uint32]:
+        """The distances; then what those two leave there."""
+        return self.exceptions[1]
 
 
 def _follows(data: Bytes) -> bool:
@@ -204,61 +206,48 @@ def _follows(data: Bytes) -> bool:
 
 
 def _take_apart(data: Bytes, count: int, form: FloatFormat) -> _Parts:
-    from .compiled import subset
-
     if len(data) < _HEAD.size:
         raise PayloadError("the payload of a chunk is cut short")
     cutoff, follows, exceptions = _HEAD.unpack(data[: _HEAD.size].tobytes())
-    units = -(-count // subset.UNIT)
+    units = -(-count // SUBSET_UNIT)
     size = -(-units // 8)
     marks, data = take_plane(data[_HEAD.size :], size)
     if len(marks) != size or follows > 1 or cutoff < -1 or exceptions > count // _SHARE:
         raise PayloadError("the head of a sparse chunk is damaged")
-    places, distances, data = _take_exceptions(data, exceptions, count, form)
+    lists = np.empty((3 if form.itemsize == 8 else 2, exceptions), np.uint32)
+    if exceptions:
+        data = coder.decode_lists(data, lists)
     if follows != (len(data) > 0):
         raise PayloadError("a sparse chunk's delta is missing or unannounced")
-    return _Parts(min(cutoff, form.mask), marks, places, distances, data)  # no exponent is larger
-
-
-def _take_exceptions(
-    data: Bytes, count: int, limit: int, form: FloatFormat
-) -> tuple[NDArray[np.uint32], NDArray[Any], Bytes]:
-    """(places, distances, what follows)."""
-    from .compiled import coder, subset
-
-    if count == 0:
-        return np.empty(0, np.uint32), np.empty(0, np.uint32), data
-    lists = []
-    for _ in range(3 if form.itemsize == 8 else 2):
-        section, data = floats.take_section(data)
-        numbers = np.empty(count, np.uint32)
-        coder.decode_list(section, numbers)
-        lists.append(numbers)
-    places, distances = lists[0], lists[1]
-    if not subset.find_places(places, limit):
-        raise PayloadError("an exception lies beyond the end of its chunk")
-    if form.itemsize == 8:
-        distances = distances.astype(form.dtype) | lists[2].astype(form.dtype) << form.dtype.type(32)
-    return places, distances, data
+    return _Parts(min(cutoff, form.mask), marks, lists, data)  # no exponent is larger
 
 
 def _restored_at(before: NDArray[Any], parts: _Parts) -> NDArray[Any]:
-    """The target's elements at the places, in the place of the distances; the base is only read."""
-    from .compiled import subset
-
+    """The target's elements at the places."""
     if before.itemsize == 8:
-        return ulp.restore(before[parts.places], parts.distances.astype(before.dtype))
-    subset.restore_at(before, parts.places, parts.distances)
-    return parts.distances
+        return _long_restored(before, parts)
+    if not subset.restore_at(before, parts.places, parts.values):
+        raise _beyond()
+    return parts.values
 
 
-def _move(elements: NDArray[Any], parts: _Parts) -> NDArray[Any]:
-    """Bring the elements, the base's, to the target. What stood at the places."""
-    from .compiled import subset
-
+def _move(elements: NDArray[Any], parts: _Parts) -> None:
+    """Bring elements, the base's, to the target's where there are exceptions."""
     if elements.itemsize == 8:
-        before = elements[parts.places]
-        elements[parts.places] = _restored_at(elements, parts)
-        return before
-    subset.move(elements, parts.places, parts.distances)
-    return parts.distances
+        elements[parts.places] = _long_restored(elements, parts)
+    elif not subset.move(elements, parts.places, parts.values):
+        raise _beyond()
+
+
+def _long_restored(before: NDArray[np.uint64], parts: _Parts) -> NDArray[np.uint64]:
+    """The target's elements of 64 bits at the places."""
+    gaps, low, high = parts.exceptions.astype(np.uint64)
+    places = np.cumsum(gaps + np.uint64(1)) - np.uint64(1)
+    if places.size and places[-1] >= before.size:
+        raise _beyond()
+    parts.places[:] = places
+    return ulp.restore(before[places], low | high << np.uint64(32))
+
+
+def _beyond() -> PayloadError:
+    return PayloadError("an exception lies beyond the end of its chunk")

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PayloadError
-from . import floats
+from . import coder, floats
+from .compiled import alone
 from .planes import put_plane
 from .scratch import scratch
 from .ulp import FloatFormat
@@ -36,9 +37,7 @@ _GLANCE = 1 << 15  # elements looked at to place the window and to foresee the s
 
 def encode_window(target: Bytes, form: FloatFormat) -> bytes:
     """The target by itself; elements have two bytes or more."""
-    from .compiled import alone, coder, frozen
-
-    patterns = frozen(floats.elements(target, form))
+    patterns = floats.elements(target, form)
     words, values = scratch("words", len(patterns), np.uint32), scratch("values", len(patterns), np.uint32)
     alone.upper_words(patterns, words)
     bias = _bias(words)
@@ -85,8 +84,6 @@ def _glance(values: NDArray[Any]) -> NDArray[Any]:
 
 def decode_window(data: Bytes, form: FloatFormat, out: Bytes) -> None:
     """Fill out with the target; PayloadError where data does not code that many elements."""
-    from .compiled import alone, coder, frozen
-
     if form.itemsize < 2 or len(data) < 2:
         raise PayloadError("a chunk of these elements has no window")
     result = floats.elements(out, form)
@@ -103,17 +100,15 @@ def decode_window(data: Bytes, form: FloatFormat, out: Bytes) -> None:
     values += np.uint32(bias)
     values[places] = np.where(outside == 0, np.uint32(0), np.uint32(bias + 1) - outside)
     values &= np.uint32(0xFFFF)
-    alone.join(values, frozen(stacked), result)
+    alone.join(values, stacked, result)
     floats.deliver(result, out)
 
 
 def window_bits(target: Bytes, form: FloatFormat) -> float:
     """About how many bits `encode_window` would need, from the entropies of a sample; infinite for bytes."""
-    from .compiled import alone, frozen
-
     if form.itemsize < 2:
         return np.inf
-    part = _glance(frozen(floats.elements(target, form)))
+    part = _glance(floats.elements(target, form))
     words, values = np.empty(len(part), np.uint32), np.empty(len(part), np.uint32)
     alone.upper_words(part, words)
     alone.enter_window(words, _bias(words), _SPAN, values)

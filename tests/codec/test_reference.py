@@ -72,7 +72,7 @@ def test_windows(dtype: str, count: int) -> None:
 @pytest.mark.parametrize("count", [17, 300, 9001])
 def test_runs_with_tails(tail: int, count: int) -> None:
     """The reference encodes a run of long values to the kernels' bytes."""
-    from deltaweights.codec.compiled import coder
+    from deltaweights.codec import coder
 
     values = np.random.default_rng(tail).binomial(255 << tail, 0.4, count).astype(np.uint32)
     run = reference.parse_run(

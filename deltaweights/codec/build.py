@@ -1,0 +1,127 @@
+# mypy: ignore-errors
+# Numba and LLVM type what is in here.
+"""Machine code of one kernel for one set of types, as an object file that :mod:`.compiled` can load.
+
+The object has one function to call, `compiled.ENTRY`:
+
+    int32_t entry(void *result, argument, ...)
+
+with an int64_t or double for each scalar and, for each array, the NumPy object itself: its address and its
+lengths are where NumPy's C interface (PyArrayObject) has them, at a fraction of the time that asking for
+them in Python takes. The result, an int64_t, a double or a bool, is written to *result. A status other than
+zero stands for an exception.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core.compiler_lock import global_compiler_lock
+
+from .compiled import ENTRY
+from .kernel import array, array_at
+
+_LONG, _BYTE, _POINTER = ir.IntType(64), ir.IntType(8), ir.PointerType()
+_HEAD = object.__basicsize__  # what every Python object begins with
+_SCALARS = {"i": types.int64, "f": types.float64, "b": types.boolean}
+_ELEMENTS = {"b1": types.boolean, "i8": types.int64, "f4": types.float32, "f8": types.float64}
+_ELEMENTS |= {f"u{size}": getattr(types, f"uint{8 * size}") for size in (1, 2, 4, 8)}
+#: What the code may call besides itself: of the C library, which every Python process has loaded.
+_KNOWN = {"log2", "exp2", "pow", "floor", "ldexp", "memcpy", "memmove", "memset"}
+
+
+def object_code(module: str, name: str, kinds: list[str]) -> tuple[str, bytes]:
+    """(kind of the result, object file) of kernel `name` of a module of this package.
+
+    kinds   one text an argument: "i", "f" or "b" for an integer, a float or a bool; for an array the code of
+            its dtype and its number of dimensions, as in "u2.1"
+    The result's kind is one of those letters, or "n" for none.
+    """
+    with global_compiler_lock:
+        found = getattr(import_module(f".{module}", __package__), name)
+        result = found.compiled(tuple(_type_of(kind) for kind in kinds))
+        return _kind_of_result(result.fndesc.restype), _object_of(result)
+
+
+def _type_of(kind):
+    if kind in _SCALARS:
+        return _SCALARS[kind]
+    element, dimensions = kind.split(".")
+    return array(_ELEMENTS[element], int(dimensions))
+
+
+def _kind_of_result(kind):
+    if kind == types.none:
+        return "n"
+    if kind == types.boolean:
+        return "b"
+    return "f" if kind == types.float64 else "i"
+
+
+def _object_of(result):
+    """The object file of a compiled kernel, the entry in front of it."""
+    context = result.target_context
+    codegen = context.codegen()
+    library = codegen.create_library(ENTRY)
+    library.add_ir_module(_entry(context, result.fndesc))
+    library.add_linking_library(result.library)
+    library.finalize()
+    module = llvm.parse_assembly(library.get_llvm_str())
+    for function in module.functions:
+        if not function.is_declaration:
+            function.linkage = "external" if function.name == ENTRY else "internal"
+        elif function.name not in _KNOWN and not function.name.startswith("llvm."):
+            raise NotImplementedError(f"a kernel needs {function.name}, which not every process has")
+    return _back_end(codegen).emit_object(module)
+
+
+def _back_end(codegen):
+    triple, cpu, features = codegen.magic_tuple()
+    target = llvm.Target.from_triple(triple)
+    return target.create_target_machine(cpu, features, 3, "pic", "jitdefault", jit=True)
+
+
+def _entry(context, described):
+    """The module with the C function that calls the kernel."""
+    flat = [_POINTER]
+    for kind in described.argtypes:
+        scalar = ir.DoubleType() if kind == types.float64 else _LONG
+        flat.append(_POINTER if isinstance(kind, types.Array) else scalar)
+    module = context.create_module(ENTRY)
+    function = ir.Function(module, ir.FunctionType(ir.IntType(32), flat), ENTRY)
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    into, *given = function.args
+    arguments = []
+    for kind, argument in zip(described.argtypes, given, strict=True):
+        if isinstance(kind, types.Array):
+            arguments.append(_array(context, builder, kind, argument))
+        else:
+            arguments.append(builder.trunc(argument, ir.IntType(1)) if kind == types.boolean else argument)
+    kernel = context.declare_function(module, described)
+    status, value = context.call_conv.call_function(
+        builder, kernel, described.restype, described.argtypes, arguments
+    )
+    if described.restype != types.none:
+        boolean = described.restype == types.boolean
+        builder.store(builder.zext(value, _BYTE) if boolean else value, into)
+    builder.ret(status.code)
+    return module
+
+
+def _array(context, builder, kind, numpy_object):
+    """Numba's array from NumPy's, in which data, nd and the lengths follow what all objects begin with."""
+
+    def field(number, kind_of_field):
+        place = builder.gep(numpy_object, [_LONG(_HEAD + 8 * number)], source_etype=_BYTE)
+        return builder.load(place, typ=kind_of_field)
+
+    lengths = field(2, _POINTER)
+    shape = [
+        builder.load(builder.gep(lengths, [_LONG(n)], source_etype=_LONG), typ=_LONG)
+        for n in range(kind.ndim)
+    ]
+    data = builder.bitcast(field(0, _POINTER), context.get_data_type(kind.dtype).as_pointer())
+    return array_at(context, builder, kind, data, shape)
