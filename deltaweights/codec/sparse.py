@@ -192,12 +192,14 @@ class _Parts(NamedTuple):
     @property
     def places(self) -> NDArray[np.uint32]:
         """The gaps between places; once :func:`_move` or :func:`_restored_at` is through, the places."""
-        return self.exceptions[0]
+        found: NDArray[np.uint32] = self.exceptions[0]
+        return found
 
     @property
     def values(self) -> NDArray[np.uint32]:
         """The distances; then what those two leave there."""
-        return self.exceptions[1]
+        found: NDArray[np.uint32] = self.exceptions[1]
+        return found
 
 
 def _follows(data: Bytes) -> bool:
