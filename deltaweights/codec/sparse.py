@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ..errors import PayloadError
 from . import coder, floats, ulp
 from .compiled import subset
-from .constants import SUBSET_SPARE, SUBSET_UNIT
+from .constants import BAD, SUBSET_SPARE, SUBSET_UNIT
 from .planes import put_plane, take_plane
 from .scratch import scratch
 from .ulp import FloatFormat
@@ -52,14 +52,15 @@ def encode_sparse(base: Bytes, target: Bytes, form: FloatFormat, *, quick: bool 
     glance, there = floats.sample(before, _PATCH), floats.sample(after, _PATCH)
     if np.count_nonzero(glance != there) > 1.2 * _FEW * len(glance):
         return None
-    places = np.flatnonzero(before != after)
-    if len(places) > _FEW * len(before):
+    changes = _find_changes(before, after)
+    if changes is None:
         return None
+    gaps, distances = changes
     active = np.zeros(-(-len(before) // SUBSET_UNIT), np.uint8)
-    if quick and len(places) <= _QUICK * len(before):
-        head = _HEAD.pack(-1, 0, len(places))
-        exceptions = _put_exceptions(places, ulp.distance(before[places], after[places]))
-        return b"".join([head, put_plane(np.packbits(active)), *exceptions])
+    if quick and len(gaps) <= _QUICK * len(before):
+        head = _HEAD.pack(-1, 0, len(gaps))
+        return b"".join([head, put_plane(np.packbits(active)), *_put_exceptions(gaps, distances)])
+    places = np.cumsum(gaps.astype(np.int64) + 1) - 1
     active[places // SUBSET_UNIT] = 1
     if active.mean() > _ACTIVE:
         active[:] = 1
@@ -68,17 +69,35 @@ def encode_sparse(base: Bytes, target: Bytes, form: FloatFormat, *, quick: bool 
     if len(chosen) > _MOST * len(before):
         return None
     changed = _chosen("changed", before, after, cutoff, active, form)
-    outside = places[ulp.exponent(before[places], form) > cutoff]
+    outside = ulp.exponent(before[places], form) > cutoff
     delta = b""
     if not np.array_equal(chosen, changed):
         found = floats.encode_delta(chosen.view(np.uint8), changed.view(np.uint8), form)
         if found is None:
             return None
         delta = found
-    head = _HEAD.pack(cutoff, len(delta) > 0, len(outside))
+    gaps, distances = np.diff(places[outside], prepend=-1) - 1, distances[outside]
+    head = _HEAD.pack(cutoff, len(delta) > 0, len(gaps))
     marks = put_plane(np.packbits(active, bitorder="little"))
-    exceptions = _put_exceptions(outside, ulp.distance(before[outside], after[outside]))
+    exceptions = _put_exceptions(gaps.astype(np.uint32), distances)
     return b"".join([head, marks, *exceptions, delta])
+
+
+def _find_changes(
+    before: NDArray[Any], after: NDArray[Any]
+) -> tuple[NDArray[np.uint32], NDArray[Any]] | None:
+    """What changed: the gaps between places, and zigzagged distances, in this thread's working memory; None
+    where it is too much for a sparse chunk."""
+    most = int(_FEW * len(before))
+    if before.itemsize == 8:
+        places = np.flatnonzero(before != after)
+        if len(places) > most:
+            return None
+        gaps = np.diff(places, prepend=-1) - 1
+        return gaps.astype(np.uint32), ulp.distance(before[places], after[places])
+    found = scratch("gaps", most, np.uint32), scratch("distances", most, np.uint32)
+    count = subset.find_changes(before, after, *found)
+    return None if count == BAD else (found[0][:count], found[1][:count])
 
 
 def _cutoff(before: NDArray[Any], places: NDArray[np.int64], active: Bytes, form: FloatFormat) -> int:
@@ -122,12 +141,11 @@ def _chosen(
     return row[:count]
 
 
-def _put_exceptions(places: NDArray[np.int64], distances: NDArray[Any]) -> list[bytes]:
-    gaps = np.diff(places, prepend=-1) - 1
-    lists = [gaps.astype(np.uint32), distances.astype(np.uint32)]
+def _put_exceptions(gaps: NDArray[np.uint32], distances: NDArray[Any]) -> list[bytes]:
+    lists = [gaps, distances.astype(np.uint32, copy=False)]
     if distances.dtype.itemsize == 8:
         lists.append((distances >> np.uint64(32)).astype(np.uint32))
-    return [floats.sized(coder.encode_list(values)) for values in lists] if len(places) else []
+    return [floats.sized(coder.encode_list(values)) for values in lists] if len(gaps) else []
 
 
 def decode_sparse(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> None:

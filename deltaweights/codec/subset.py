@@ -12,10 +12,11 @@ from __future__ import annotations
 import numpy as np
 
 from . import simd
-from .constants import SUBSET_UNIT
+from .constants import BAD, SUBSET_UNIT
 from .kernel import kernel
 
 _AHEAD = 32  # places; how far ahead of changing them elements are asked for
+_AT_ONCE = 32  # elements that are compared at once
 
 
 @kernel()
@@ -151,3 +152,42 @@ def move(elements, places, values):
         elements[places[i]] = _restored(before, values[i], top)
         values[i] = before
     return True
+
+
+@kernel(inline="always")
+def _distance(base, target, top):
+    """The zigzagged distance from an element to another (see ulp.distance); `top` is the sign's place."""
+    magnitude = (1 << top) - 1
+    sign = (base >> top) & 1
+    steps = (target ^ (-((target >> top) & 1) & magnitude)) - (base ^ (-sign & magnitude))
+    steps = (steps ^ -sign) + sign
+    return ((steps << 1) ^ -((steps >> top) & 1)) & ((magnitude << 1) | 1)
+
+
+@kernel()
+def find_changes(base, target, gaps, distances):
+    """Where target differs from base: how many times, or BAD for more often than there is room.
+
+    base, target  unsigned[n], of at most 32 bits
+    gaps          uint32[m], written: how many elements lie between a change and the one before
+    distances     uint32[m], written: zigzagged
+    """
+    top = 8 * base.itemsize - 1
+    found, before = 0, np.int64(-1)
+    for first in range(0, len(base), _AT_ONCE):
+        if first + _AT_ONCE <= len(base):
+            differ = simd.differing(base, target, first)
+        else:
+            differ = np.uint32(0)
+            for i in range(len(base) - first):
+                differ |= np.uint32(base[first + i] != target[first + i]) << np.uint32(i)
+        while differ:
+            if found == len(gaps):
+                return BAD
+            i = first + np.int64(simd.bit_length(differ & -differ)) - 1
+            gaps[found] = i - before - 1
+            distances[found] = _distance(np.int64(base[i]), np.int64(target[i]), top)
+            before = i
+            found += 1
+            differ &= differ - np.uint32(1)
+    return found
