@@ -25,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from deltaweights import BaseMismatchError, CheckpointError, DeltaError, DeltaWeightsError, OutputError, codec
-from deltaweights.checkpoint import client
+from deltaweights.checkpoint import client, parse_header
 from deltaweights.torch import DeltaPublisher, DeltaSubscriber, SyncReport
 from deltaweights.torch.stream import CHUNK_BYTES, HEAD_NAME, read_head, read_record
 
@@ -579,6 +579,31 @@ def test_a_payload_that_contradicts_its_record_is_refused(tmp_path: Path) -> Non
     rewrite(stream, lambda record: record.update(update=digest))
     before = bits(engine)
     with pytest.raises(DeltaError, match="does not lead to tensor"):
+        DeltaSubscriber(stream).sync(engine)
+    assert bits(engine) == before
+
+
+@pytest.mark.parametrize("method", [codec.Method.SPARSE, codec.Method.SAME])
+def test_an_update_that_follows_another_state_is_refused(tmp_path: Path, method: codec.Method) -> None:
+    """By the checksums of its base, also of chunks that it does not change."""
+    model, engine = Net(), Net()
+    stream = tmp_path / "s"
+    with DeltaPublisher(stream, model, anchor_base=False) as publisher:
+        with torch.no_grad():
+            model.embed.weight[0, :50] += 1  # one of the tensor's chunks
+        publisher.publish(1, model)
+    (path,) = stream.glob("*.update.safetensors")
+    data = bytearray(path.read_bytes())
+    header = parse_header(bytes(data[: 8 + int.from_bytes(data[:8], "little")]), len(data), path.name)
+    start = header.data_start + header.tensors[0].start
+    records = np.frombuffer(data, codec.RECORD, 2, start)
+    assert set(records["method"]) == {codec.Method.SPARSE, codec.Method.SAME}
+    records["base"][records["method"] == method] ^= 1
+    path.write_bytes(data)
+    digest = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    rewrite(stream, lambda record: record.update(update=digest))
+    before = bits(engine)
+    with pytest.raises(DeltaError, match="does not follow the state before"):
         DeltaSubscriber(stream).sync(engine)
     assert bits(engine) == before
 
