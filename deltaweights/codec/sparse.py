@@ -195,8 +195,10 @@ def patch_sparse(data: Bytes, chunk: Bytes, form: FloatFormat) -> Overwritten | 
     if form.itemsize == 8 or not elements.flags.aligned or _follows(data):
         return None
     parts = _take_apart(data, len(elements), form)
-    _move(elements, parts)
-    return Overwritten(parts.places.copy(), parts.values.astype(form.dtype))
+    places, before = np.empty_like(parts.places), np.empty(parts.values.size, form.dtype)
+    _move(elements, parts)  # from here on no memory is needed that might not be there
+    places[:], before[:] = parts.places, parts.values
+    return Overwritten(places, before)
 
 
 class _Parts(NamedTuple):
