@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Generic, TypeVar
@@ -100,7 +100,7 @@ class Workers:
         """How many items :meth:`map` works on or holds at once: enough for its share of the threads."""
         return 2 * -(-self.threads // max(1, self._unfinished)) + 2
 
-    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
         """``function`` of each item, in order, at most ``window`` of them ahead of the consumer, whose thread
         works as well while it would have to wait.
 

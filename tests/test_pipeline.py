@@ -62,7 +62,7 @@ def test_no_more_than_a_window_of_items_is_ahead(workers: Workers) -> None:
     for received in range(50):
         assert next(results) == received
         assert len(taken) <= received + workers.window
-    results.close()  # type: ignore[attr-defined]
+    results.close()
 
 
 def test_all_threads_work_at_once(workers: Workers) -> None:
@@ -133,7 +133,7 @@ def test_no_new_work_begins_after_closing() -> None:
     with Workers(1) as workers:
         results = workers.map(begun.append, itertools.count())
         next(results)
-        results.close()  # type: ignore[attr-defined]
+        results.close()
         count = len(begun)
         assert list(workers.map(lambda item: item, range(3))) == [0, 1, 2]
         assert len(begun) == count <= 1 + workers.window

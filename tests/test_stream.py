@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from deltaweights import BaseMismatchError, CheckpointError, DeltaError, DeltaWeightsError, OutputError, codec
-from deltaweights.checkpoint import client
+from deltaweights.checkpoint import client, parse_header
 from deltaweights.torch import DeltaPublisher, DeltaSubscriber, SyncReport
 from deltaweights.torch.stream import CHUNK_BYTES, HEAD_NAME, read_head, read_record
 
@@ -212,6 +213,75 @@ def test_any_bits_arrive(
         subscriber.sync(engine)
         assert bits(engine) == bits(state(steps[-1]))
     shutil.rmtree(place)
+
+
+#: How many of a thousand weights a step moves: chunks of all kinds.
+moved = st.sampled_from([0, 1, 15, 40, 900])
+
+
+@settings(max_examples=8)
+@given(before=st.lists(moved, max_size=1), missed=st.lists(moved, min_size=1, max_size=3))
+def test_a_state_is_reached_or_left_as_it_was(
+    tmp_path_factory: pytest.TempPathFactory, before: list[int], missed: list[int]
+) -> None:
+    """Where the last of several chunks turns out to be wrong, what was written before is undone."""
+    place = tmp_path_factory.mktemp("whole")
+    rng = np.random.default_rng(0)
+    sizes = {"a": CHUNK_BYTES // 2 + 1000, "b": 5000}  # three chunks
+    weights = {n: rng.normal(0, 0.02, size).astype("<f4").view("<i2")[1::2] for n, size in sizes.items()}
+    engine, model = (
+        {n: torch.from_numpy(w.copy()).view(torch.bfloat16) for n, w in weights.items()} for _ in range(2)
+    )
+
+    def step(number: int, share: int) -> None:
+        for name, tensor in model.items():
+            words = tensor.view(torch.int16).numpy()
+            words += rng.integers(0, 1000, words.size) < share
+            words[0] += name == "b"
+        publisher.publish(number, model)
+
+    with DeltaPublisher(place / "s", model, anchor_base=False, anchor_every=None) as publisher:
+        subscriber = DeltaSubscriber(place / "s")
+        for number, share in enumerate(before, 1):
+            step(number, share)
+        subscriber.sync(engine)
+        for number, share in enumerate(missed, 1 + len(before)):
+            step(number, share)
+        last = engine["b"].view(torch.int16).numpy()
+        last[-1] ^= 1  # nothing that torch would notice
+        was = bits(engine)
+        with pytest.raises(BaseMismatchError, match="'b' was changed"):
+            subscriber.sync(engine)
+        assert bits(engine) == was
+        last[-1] ^= 1
+        assert subscriber.sync(engine).updates == len(missed)
+        assert bits(engine) == bits(model)
+    shutil.rmtree(place)
+
+
+def test_a_sync_that_is_interrupted_while_it_checks_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, engine = Net(), Net()
+    subscriber = DeltaSubscriber(streamed(tmp_path, model, anchor_base=False), threads=1)
+    before, checksum = bits(engine), codec.checksum
+    left = done = 0
+
+    def interrupted(data: Any) -> int:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return checksum(data)
+
+    monkeypatch.setattr(codec, "checksum", interrupted)
+    while bits(engine) != bits(model):
+        left = done
+        with suppress(KeyboardInterrupt):
+            subscriber.sync(engine)
+        assert bits(engine) in (before, bits(model))
+        done += 1
+    assert done > 10  # the model's chunks, before and after each of two steps
 
 
 def test_every_dtype_arrives(tmp_path: Path) -> None:
@@ -509,6 +579,31 @@ def test_a_payload_that_contradicts_its_record_is_refused(tmp_path: Path) -> Non
     rewrite(stream, lambda record: record.update(update=digest))
     before = bits(engine)
     with pytest.raises(DeltaError, match="does not lead to tensor"):
+        DeltaSubscriber(stream).sync(engine)
+    assert bits(engine) == before
+
+
+@pytest.mark.parametrize("method", [codec.Method.SPARSE, codec.Method.SAME])
+def test_an_update_that_follows_another_state_is_refused(tmp_path: Path, method: codec.Method) -> None:
+    """By the checksums of its base, also of chunks that it does not change."""
+    model, engine = Net(), Net()
+    stream = tmp_path / "s"
+    with DeltaPublisher(stream, model, anchor_base=False) as publisher:
+        with torch.no_grad():
+            model.embed.weight[0, :50] += 1  # one of the tensor's chunks
+        publisher.publish(1, model)
+    (path,) = stream.glob("*.update.safetensors")
+    data = bytearray(path.read_bytes())
+    header = parse_header(bytes(data[: 8 + int.from_bytes(data[:8], "little")]), len(data), path.name)
+    start = header.data_start + header.tensors[0].start
+    records = np.frombuffer(data, codec.RECORD, 2, start)
+    assert set(records["method"]) == {codec.Method.SPARSE, codec.Method.SAME}
+    records["base"][records["method"] == method] ^= 1
+    path.write_bytes(data)
+    digest = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    rewrite(stream, lambda record: record.update(update=digest))
+    before = bits(engine)
+    with pytest.raises(DeltaError, match="does not follow the state before"):
         DeltaSubscriber(stream).sync(engine)
     assert bits(engine) == before
 

@@ -8,7 +8,7 @@ layers use the same pieces a chunk at a time: :class:`ChunkPlan`, :func:`encode_
 :func:`decode_chunk`, :func:`check_records`.
 """
 
-from .chunk import MAX_CHUNK, STANDALONE, Method, decode_chunk, encode_chunk
+from .chunk import MAX_CHUNK, STANDALONE, Method, Overwritten, decode_chunk, encode_chunk, patch_chunk
 from .convert import convert, is_convertible, rescale
 from .opaque import compress_blocks, decompress_blocks
 from .payload import (
@@ -30,6 +30,7 @@ __all__ = [
     "STANDALONE",
     "ChunkPlan",
     "Method",
+    "Overwritten",
     "check_records",
     "checksum",
     "compress_blocks",
@@ -42,5 +43,6 @@ __all__ = [
     "encode",
     "encode_chunk",
     "is_convertible",
+    "patch_chunk",
     "rescale",
 ]

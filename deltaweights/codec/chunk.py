@@ -18,9 +18,18 @@ from numpy.typing import NDArray
 
 from ..errors import PayloadError
 from . import floats, generic, planes, sparse, window
+from .sparse import Overwritten
 from .ulp import FORMATS, FloatFormat
 
-__all__ = ["MAX_CHUNK", "STANDALONE", "Method", "decode_chunk", "encode_chunk"]
+__all__ = [
+    "MAX_CHUNK",
+    "STANDALONE",
+    "Method",
+    "Overwritten",
+    "decode_chunk",
+    "encode_chunk",
+    "patch_chunk",
+]
 
 Bytes = NDArray[np.uint8]
 
@@ -127,7 +136,7 @@ def decode_chunk(
     """Fill `out` with the chunk that `encode_chunk` made `(method, data)` of.
 
     base   uint8[n], the same bytes as when encoding (None then, None now)
-    out    uint8[n], writable, filled in full
+    out    uint8[n], writable, filled in full; the same array as base, if base is not needed afterwards
 
     Raises PayloadError where the data cannot be an encoder's; damaged data that happens to decode
     gives wrong bytes, which is why the caller keeps a digest of each chunk. Raises ValueError where
@@ -139,7 +148,8 @@ def decode_chunk(
     if form is not None and len(out) % form.itemsize:
         form = None
     if method == Method.SAME and base is not None and len(source) == 0:
-        out[:] = base
+        if out is not base:
+            out[:] = base
     elif method == Method.RAW and len(source) == len(out):
         out[:] = source
     elif method == Method.DELTA and form is not None and base is not None:
@@ -156,6 +166,23 @@ def decode_chunk(
         out[:] = planes.expand(source, len(out))
     else:
         raise PayloadError(f"method {method} cannot have {len(source)} bytes for this {dtype} chunk")
+
+
+def patch_chunk(
+    method: int, data: bytes | memoryview | Bytes, chunk: Bytes, dtype: str
+) -> Overwritten | None:
+    """Make a chunk that is the base the target, where the data is a list of what changed and little did.
+
+    chunk   uint8[n], writable: the base's bytes before, the target's after
+
+    Returns what was overwritten; None where the chunk is coded otherwise, has elements of 64 bits or is not
+    aligned to its elements: then nothing is written. Raises as `decode_chunk` does, and nothing is written.
+    """
+    _check(None, chunk)
+    form = FORMATS.get(dtype)
+    if method != Method.SPARSE or form is None or len(chunk) % form.itemsize:
+        return None
+    return sparse.patch_sparse(np.frombuffer(data, np.uint8), chunk, form)
 
 
 def _check(base: Bytes | None, chunk: Bytes) -> None:

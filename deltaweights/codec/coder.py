@@ -186,3 +186,14 @@ def decode_list(
     run = open_run(data, _lone_member, direct_bits, tail)
     if not runs.decode_list(run.words, run.slots, run.settings, run.states, run.rest, out):
         raise PayloadError("a list of numbers is damaged")
+
+
+def decode_lists(data: Bytes, out: NDArray[np.uint32]) -> Bytes:
+    """Fill the rows of out (uint32[lists, n]) with the lists that data begins with, each behind its length as
+    u32; what follows them. PayloadError where there are no such lists."""
+    frequencies = scratch("frequencies", TOKENS, np.uint32).reshape(1, TOKENS)
+    words = scratch("words", len(data) // 2 + GUARD, np.uint16)
+    end = runs.decode_lists(data, _family(), frequencies, words, out)
+    if end == BAD:
+        raise PayloadError("a list of numbers is damaged")
+    return data[end:]

@@ -24,7 +24,7 @@ from numba import types
 from . import simd
 from .constants import APART, BAD, BITS, BLOCK, DIRECT, GUARD, LANES, STATE_FLOOR, TAIL, WAYS
 from .kernel import array, kernel, room
-from .tables import PRECISION, SCALES, TOKENS
+from .tables import DIRECT_BITS, PRECISION, SCALES, TOKENS
 
 _WEIGHT_TOTAL = 1 << 14  # explicit tables: weights add up to about this
 _MANTISSA = 3  # explicit tables: bits kept after a weight's highest bit
@@ -35,6 +35,8 @@ _real = types.float64
 _bytes, _longs, _flags = array(types.uint8), array(types.int64), array(_flag)
 _numbers, _words, _tables = array(types.uint32), array(types.uint16), array(types.uint32, 2)
 _a_table, _no_bytes = room(types.uint32, TOKENS), room(types.uint8, 0)
+_one_long, _settings, _rest = room(types.int64, 1), room(types.int64, 4), room(types.int64, 64)
+_slots, _states = room(types.uint32, 1 << PRECISION), room(types.uint32, 64)
 _block_of_bytes, _block_of_numbers = room(types.uint8, BLOCK), room(types.uint32, BLOCK)
 
 
@@ -634,3 +636,41 @@ def decode_list(words, slots, settings, states, rest, out):
         for i in range(len(part)):
             part[i] = values[i]
     return ended_well(words, cursor, settings[LANES], states)
+
+
+@kernel(_i(_bytes, _tables, _tables, _words, _tables))
+def decode_lists(data, family, frequencies, words, out):
+    """Fill the rows of out from runs of one context in a row, each behind its length as u32; where they end.
+
+    BAD where there are no such runs.
+
+    frequencies  uint32[1, TOKENS], scratch
+    words        uint16[len(data) // 2 + GUARD], scratch
+    out          uint32[lists, n], written
+    """
+    members, slots, states = _one_long(), _slots(), _states()
+    settings, rest = _settings(), _rest()
+    members[0], settings[TAIL] = 0, 0
+    rest[:] = 0
+    at = 0
+    for k in range(len(out)):
+        if at + 4 > len(data):
+            return BAD
+        size = np.int64(0)
+        for place in range(4):
+            size |= np.int64(data[at + place]) << 8 * place
+        at += 4
+        if at + size > len(data):
+            return BAD
+        run = data[at : at + size]
+        first = open_head(run, members, family, DIRECT_BITS, frequencies, slots, states, settings)
+        if first == BAD:
+            return BAD
+        count = (size - first) >> 1
+        for i in range(count):
+            words[i] = np.int64(run[first + 2 * i]) | np.int64(run[first + 2 * i + 1]) << 8
+        words[count : count + GUARD] = 0
+        if not decode_list(words[: count + GUARD], slots, settings, states, rest, out[k]):
+            return BAD
+        at += size
+    return at

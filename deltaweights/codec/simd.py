@@ -850,6 +850,37 @@ pop_bytes = _make_byte_mover(push=False)
 
 
 @intrinsic
+def differing(typingctx: Any, first: Any, second: Any, place: Any) -> Any:
+    """Which of 32 elements from `place` on differ between two arrays: a uint32, its lowest bit the first."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.VectorType(ir.IntType(first.dtype.bitwidth), 32)
+
+        def loaded(array: Any, value: Any) -> ir.Value:
+            data = context.make_array(array)(context, builder, value).data
+            return _load_as(builder, (data, kind.element), args[2], kind).value
+
+        differ = builder.icmp_unsigned("!=", loaded(first, args[0]), loaded(second, args[1]))
+        return builder.bitcast(differ, _I32)
+
+    return types.uint32(first, second, types.int64), codegen
+
+
+@intrinsic
+def ask_for(typingctx: Any, array: Any, place: Any) -> Any:
+    """Have the cache line of array[place] brought, to be written to later; nothing else happens."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(array)(context, builder, args[0]).data
+        where = address(builder, data, args[1], ir.IntType(array.dtype.bitwidth))
+        arguments = [(_POINTER, where), *((_I32, ir.Constant(_I32, flag)) for flag in (1, 3, 1))]
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), codegen
+
+
+@intrinsic
 def bit_length(typingctx: Any, value: Any) -> Any:
     """How many bits a uint32 needs: 0 for 0."""
 

@@ -13,7 +13,8 @@ delta        of the chosen elements
 from __future__ import annotations
 
 import struct
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from ..errors import PayloadError
 from . import coder, floats, ulp
 from .compiled import subset
-from .constants import SUBSET_SPARE, SUBSET_UNIT
+from .constants import BAD, SUBSET_SPARE, SUBSET_UNIT
 from .planes import put_plane, take_plane
 from .scratch import scratch
 from .ulp import FloatFormat
@@ -51,14 +52,15 @@ def encode_sparse(base: Bytes, target: Bytes, form: FloatFormat, *, quick: bool 
     glance, there = floats.sample(before, _PATCH), floats.sample(after, _PATCH)
     if np.count_nonzero(glance != there) > 1.2 * _FEW * len(glance):
         return None
-    places = np.flatnonzero(before != after)
-    if len(places) > _FEW * len(before):
+    changes = _find_changes(before, after)
+    if changes is None:
         return None
+    gaps, distances = changes
     active = np.zeros(-(-len(before) // SUBSET_UNIT), np.uint8)
-    if quick and len(places) <= _QUICK * len(before):
-        head = _HEAD.pack(-1, 0, len(places))
-        exceptions = _put_exceptions(places, ulp.distance(before[places], after[places]))
-        return b"".join([head, put_plane(np.packbits(active)), *exceptions])
+    if quick and len(gaps) <= _QUICK * len(before):
+        head = _HEAD.pack(-1, 0, len(gaps))
+        return b"".join([head, put_plane(np.packbits(active)), *_put_exceptions(gaps, distances)])
+    places = np.cumsum(gaps.astype(np.int64) + 1) - 1
     active[places // SUBSET_UNIT] = 1
     if active.mean() > _ACTIVE:
         active[:] = 1
@@ -67,17 +69,35 @@ def encode_sparse(base: Bytes, target: Bytes, form: FloatFormat, *, quick: bool 
     if len(chosen) > _MOST * len(before):
         return None
     changed = _chosen("changed", before, after, cutoff, active, form)
-    outside = places[ulp.exponent(before[places], form) > cutoff]
+    outside = ulp.exponent(before[places], form) > cutoff
     delta = b""
     if not np.array_equal(chosen, changed):
         found = floats.encode_delta(chosen.view(np.uint8), changed.view(np.uint8), form)
         if found is None:
             return None
         delta = found
-    head = _HEAD.pack(cutoff, len(delta) > 0, len(outside))
+    gaps, distances = np.diff(places[outside], prepend=-1) - 1, distances[outside]
+    head = _HEAD.pack(cutoff, len(delta) > 0, len(gaps))
     marks = put_plane(np.packbits(active, bitorder="little"))
-    exceptions = _put_exceptions(outside, ulp.distance(before[outside], after[outside]))
+    exceptions = _put_exceptions(gaps.astype(np.uint32), distances)
     return b"".join([head, marks, *exceptions, delta])
+
+
+def _find_changes(
+    before: NDArray[Any], after: NDArray[Any]
+) -> tuple[NDArray[np.uint32], NDArray[Any]] | None:
+    """What changed: the gaps between places, and zigzagged distances, in this thread's working memory; None
+    where it is too much for a sparse chunk."""
+    most = int(_FEW * len(before))
+    if before.itemsize == 8:
+        places = np.flatnonzero(before != after)
+        if len(places) > most:
+            return None
+        gaps = np.diff(places, prepend=-1) - 1
+        return gaps.astype(np.uint32), ulp.distance(before[places], after[places])
+    found = scratch("gaps", most, np.uint32), scratch("distances", most, np.uint32)
+    count = subset.find_changes(before, after, *found)
+    return None if count == BAD else (found[0][:count], found[1][:count])
 
 
 def _cutoff(before: NDArray[Any], places: NDArray[np.int64], active: Bytes, form: FloatFormat) -> int:
@@ -121,57 +141,135 @@ def _chosen(
     return row[:count]
 
 
-def _put_exceptions(places: NDArray[np.int64], distances: NDArray[Any]) -> list[bytes]:
-    gaps = np.diff(places, prepend=-1) - 1
-    lists = [gaps.astype(np.uint32), distances.astype(np.uint32)]
+def _put_exceptions(gaps: NDArray[np.uint32], distances: NDArray[Any]) -> list[bytes]:
+    lists = [gaps, distances.astype(np.uint32, copy=False)]
     if distances.dtype.itemsize == 8:
         lists.append((distances >> np.uint64(32)).astype(np.uint32))
-    return [floats.sized(coder.encode_list(values)) for values in lists] if len(places) else []
+    return [floats.sized(coder.encode_list(values)) for values in lists] if len(gaps) else []
 
 
 def decode_sparse(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> None:
-    """Fill out with the target; PayloadError where data does not code that many elements."""
+    """Fill out, which may be the base, with the target; PayloadError where data codes no such chunk."""
     before, result = floats.elements(base, form), floats.elements(out, form)
-    if len(data) < _HEAD.size:
-        raise PayloadError("the payload of a chunk is cut short")
-    cutoff, follows, exceptions = _HEAD.unpack(data[: _HEAD.size].tobytes())
-    units = -(-len(before) // SUBSET_UNIT)
-    marks, data = take_plane(data[_HEAD.size :], -(-units // 8))
-    if len(marks) != -(-units // 8) or follows > 1 or cutoff < -1 or exceptions > len(before) // _SHARE:
-        raise PayloadError("the head of a sparse chunk is damaged")
-    cutoff = min(cutoff, form.mask)  # no exponent is larger
-    active = np.unpackbits(marks, count=units, bitorder="little")
-    places, distances, data = _take_exceptions(data, exceptions, len(before), form)
-    if follows != (len(data) > 0):
-        raise PayloadError("a sparse chunk's delta is missing or unannounced")
-    if follows:
-        chosen = _chosen("chosen", before, before, cutoff, active, form)
+    parts = _take_apart(data, len(before), form)
+    if not parts.delta.size:
+        if out is not base:
+            result[:] = before
+        _move(result, parts)
+    else:
+        restored = _restored_at(before, parts)  # before the base is overwritten
+        active = np.unpackbits(parts.marks, count=-(-len(before) // SUBSET_UNIT), bitorder="little")
+        chosen = _chosen("chosen", before, before, parts.cutoff, active, form)
         changed = scratch("changed", len(chosen) + SUBSET_SPARE, form.dtype)
         part = changed[: len(chosen)]
-        floats.decode_delta(data, chosen.view(np.uint8), form, part.view(np.uint8))
-        subset.merge(before, form.shift, form.mask, cutoff, active, changed, result)
-    else:
-        result[:] = before
-    result[places] = ulp.restore(before[places], distances)
+        floats.decode_delta(parts.delta, chosen.view(np.uint8), form, part.view(np.uint8))
+        subset.merge(before, form.shift, form.mask, parts.cutoff, active, changed, result)
+        result[parts.places] = restored
     floats.deliver(result, out)
 
 
-def _take_exceptions(
-    data: Bytes, count: int, limit: int, form: FloatFormat
-) -> tuple[NDArray[np.int64], NDArray[Any], Bytes]:
-    """(places, distances, what follows)."""
-    if count == 0:
-        return np.empty(0, np.int64), np.empty(0, form.dtype), data
-    lists = []
-    for _ in range(3 if form.itemsize == 8 else 2):
-        section, data = floats.take_section(data)
-        numbers = np.empty(count, np.uint32)
-        coder.decode_list(section, numbers)
-        lists.append(numbers)
-    places = np.cumsum(lists[0].astype(np.int64) + 1) - 1
-    if places[-1] >= limit:
-        raise PayloadError("an exception lies beyond the end of its chunk")
-    distances = lists[1].astype(form.dtype)
-    if form.itemsize == 8:
-        distances |= lists[2].astype(form.dtype) << form.dtype.type(32)
-    return places, distances, data
+@dataclass(frozen=True, slots=True)
+class Overwritten:
+    """What stood in a chunk where it was changed: elements (unsigned[m]) and their places (uint32[m])."""
+
+    places: NDArray[np.uint32]
+    elements: NDArray[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes."""
+        return self.places.nbytes + self.elements.nbytes
+
+    def put_back(self, chunk: Bytes) -> None:
+        """Make the chunk what it was."""
+        chunk.view(self.elements.dtype)[self.places] = self.elements
+
+
+def patch_sparse(data: Bytes, chunk: Bytes, form: FloatFormat) -> Overwritten | None:
+    """Make the target of a chunk that is the base, by writing to the places that change.
+
+    None where data has more than places, or elements have 64 bits or unaligned memory; PayloadError where it
+    codes no such chunk. With both, nothing is written.
+    """
+    elements = chunk.view(form.dtype)
+    if form.itemsize == 8 or not elements.flags.aligned or _follows(data):
+        return None
+    parts = _take_apart(data, len(elements), form)
+    places, before = np.empty_like(parts.places), np.empty(parts.values.size, form.dtype)
+    _move(elements, parts)  # from here on no memory is needed that might not be there
+    places[:], before[:] = parts.places, parts.values
+    return Overwritten(places, before)
+
+
+class _Parts(NamedTuple):
+    """A sparse chunk, taken apart. The marks are one bit for each unit."""
+
+    cutoff: int
+    marks: Bytes
+    exceptions: NDArray[np.uint32]  # [lists, m]: gaps between places, and distances
+    delta: Bytes
+
+    @property
+    def places(self) -> NDArray[np.uint32]:
+        """The gaps between places; once :func:`_move` or :func:`_restored_at` is through, the places."""
+        found: NDArray[np.uint32] = self.exceptions[0]
+        return found
+
+    @property
+    def values(self) -> NDArray[np.uint32]:
+        """The distances; then what those two leave there."""
+        found: NDArray[np.uint32] = self.exceptions[1]
+        return found
+
+
+def _follows(data: Bytes) -> bool:
+    """Whether a delta follows, as far as the head can be read."""
+    return len(data) >= _HEAD.size and bool(_HEAD.unpack(data[: _HEAD.size].tobytes())[1])
+
+
+def _take_apart(data: Bytes, count: int, form: FloatFormat) -> _Parts:
+    if len(data) < _HEAD.size:
+        raise PayloadError("the payload of a chunk is cut short")
+    cutoff, follows, exceptions = _HEAD.unpack(data[: _HEAD.size].tobytes())
+    units = -(-count // SUBSET_UNIT)
+    size = -(-units // 8)
+    marks, data = take_plane(data[_HEAD.size :], size)
+    if len(marks) != size or follows > 1 or cutoff < -1 or exceptions > count // _SHARE:
+        raise PayloadError("the head of a sparse chunk is damaged")
+    lists = np.empty((3 if form.itemsize == 8 else 2, exceptions), np.uint32)
+    if exceptions:
+        data = coder.decode_lists(data, lists)
+    if follows != (len(data) > 0):
+        raise PayloadError("a sparse chunk's delta is missing or unannounced")
+    return _Parts(min(cutoff, form.mask), marks, lists, data)  # no exponent is larger
+
+
+def _restored_at(before: NDArray[Any], parts: _Parts) -> NDArray[Any]:
+    """The target's elements at the places."""
+    if before.itemsize == 8:
+        return _long_restored(before, parts)
+    if not subset.restore_at(before, parts.places, parts.values):
+        raise _beyond()
+    return parts.values
+
+
+def _move(elements: NDArray[Any], parts: _Parts) -> None:
+    """Bring elements, the base's, to the target's where there are exceptions."""
+    if elements.itemsize == 8:
+        elements[parts.places] = _long_restored(elements, parts)
+    elif not subset.move(elements, parts.places, parts.values):
+        raise _beyond()
+
+
+def _long_restored(before: NDArray[np.uint64], parts: _Parts) -> NDArray[np.uint64]:
+    """The target's elements of 64 bits at the places."""
+    gaps, low, high = parts.exceptions.astype(np.uint64)
+    places = np.cumsum(gaps + np.uint64(1)) - np.uint64(1)
+    if places.size and places[-1] >= before.size:
+        raise _beyond()
+    parts.places[:] = places
+    return ulp.restore(before[places], low | high << np.uint64(32))
+
+
+def _beyond() -> PayloadError:
+    return PayloadError("an exception lies beyond the end of its chunk")

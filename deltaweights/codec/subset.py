@@ -12,8 +12,11 @@ from __future__ import annotations
 import numpy as np
 
 from . import simd
-from .constants import SUBSET_UNIT
+from .constants import BAD, SUBSET_UNIT
 from .kernel import kernel
+
+_AHEAD = 32  # places; how far ahead of changing them elements are asked for
+_AT_ONCE = 32  # elements that are compared at once
 
 
 @kernel()
@@ -68,7 +71,10 @@ def choose(base, source, shift, mask, cutoff, active, chosen):
 
 @kernel()
 def merge(base, shift, mask, cutoff, active, chosen, out):
-    """Fill out with the base, the chosen elements replaced by those in `chosen`, in order."""
+    """Fill out with the base, the chosen elements replaced by those in `chosen`, in order.
+
+    `out` may be `base` itself.
+    """
     at, unit = 0, 0
     while unit < len(active):
         after = _stretch(active, unit)
@@ -84,3 +90,104 @@ def merge(base, shift, mask, cutoff, active, chosen, out):
             for i in range(len(part)):
                 result[i] = part[i]
         unit = after
+
+
+@kernel(inline="always")
+def _restored(bits, zigzag, top):
+    """The element that lies `zigzag` from `bits` (see ulp.restore); `top` is its sign's place, at most 31."""
+    magnitude = (1 << top) - 1
+    value, sign = np.int64(zigzag), (bits >> top) & 1
+    distance = (((value >> 1) & magnitude) ^ -(value & 1) ^ -sign) + sign
+    ordered = (bits ^ (-sign & magnitude)) + distance
+    return (ordered ^ (-((ordered >> top) & 1) & magnitude)) & ((magnitude << 1) | 1)
+
+
+@kernel(inline="always")
+def _find_places(gaps, limit):
+    """Gaps (each the distance from the place before, less one) to places, where they stand.
+
+    False where one is not below `limit`.
+    """
+    place = np.int64(-1)
+    for i in range(len(gaps)):
+        place += np.int64(gaps[i]) + 1
+        if place >= limit:
+            return False
+        gaps[i] = place
+    return True
+
+
+@kernel()
+def restore_at(base, places, values):
+    """The target's elements at some places; False where a place is beyond the base.
+
+    base     unsigned[n], of at most 32 bits
+    places   uint32[m]: gaps between them before (see sparse.py), places after
+    values   uint32[m]: zigzagged distances before, elements after
+    """
+    if not _find_places(places, len(base)):
+        return False
+    top = 8 * base.itemsize - 1
+    for i in range(len(places)):
+        values[i] = _restored(np.int64(base[places[i]]), values[i], top)
+    return True
+
+
+@kernel()
+def move(elements, places, values):
+    """Bring a base's elements at some places to the target's, where they stand.
+
+    False, and nothing is moved, where a place is beyond them.
+
+    elements  unsigned[n], of at most 32 bits: the base's before, the target's after
+    places    uint32[m]: gaps between them before, places after
+    values    uint32[m]: zigzagged distances before, what stood in elements after
+    """
+    if not _find_places(places, len(elements)):
+        return False
+    top, last = 8 * elements.itemsize - 1, len(places) - 1
+    for i in range(len(places)):
+        simd.ask_for(elements, np.int64(places[min(i + _AHEAD, last)]))
+        before = np.int64(elements[places[i]])
+        elements[places[i]] = _restored(before, values[i], top)
+        values[i] = before
+    return True
+
+
+@kernel(inline="always")
+def _distance(base, target, top):
+    """The zigzagged distance from an element to another (see ulp.distance); `top` is the sign's place."""
+    magnitude = (1 << top) - 1
+    sign = (base >> top) & 1
+    steps = (target ^ (-((target >> top) & 1) & magnitude)) - (base ^ (-sign & magnitude))
+    steps = (steps ^ -sign) + sign
+    return ((steps << 1) ^ -((steps >> top) & 1)) & ((magnitude << 1) | 1)
+
+
+@kernel()
+def find_changes(base, target, gaps, distances):
+    """Where target differs from base: how many times, or BAD for more often than there is room.
+
+    base, target  unsigned[n], of at most 32 bits
+    gaps          uint32[m], written: how many elements lie between a change and the one before
+    distances     uint32[m], written: zigzagged
+    """
+    top = 8 * base.itemsize - 1
+    found, before = 0, np.int64(-1)
+    for first in range(0, len(base), _AT_ONCE):
+        if first + _AT_ONCE <= len(base):
+            differ = simd.differing(base, target, first)
+        else:
+            differ = np.uint32(0)
+            for i in range(len(base) - first):
+                differ |= np.uint32(base[first + i] != target[first + i]) << np.uint32(i)
+        while differ:
+            if found == len(gaps):
+                return BAD
+            i = first + np.int64(simd.bit_length(differ & -differ)) - 1
+            gaps[found] = i - before - 1
+            distances[found] = _distance(np.int64(base[i]), np.int64(target[i]), top)
+            before = i
+            found += 1
+            differ &= differ - np.uint32(1)
+    return found

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +16,18 @@ from .. import codec
 from ..checkpoint import Header, TensorInfo, parse_header
 from ..checkpoint.header import header_length
 from ..checkpoint.source import HEAD_BYTES, LocalFile
-from ..errors import BaseMismatchError, CheckpointError, HeaderError, PayloadError
+from ..errors import BaseMismatchError, CheckpointError, DeltaWeightsError, HeaderError, PayloadError
 from ..pipeline import Workers
 from .state import StateTensor, owners, plan_of
 from .stream import CHUNK_BYTES, Record, damaged, tensor_digest
+
+#: Chunks that a thread takes at once.
+_BATCH = 8
+
+_WRONG = "it does not decode to what was encoded"
+
+#: A tensor's name, and which of its chunks.
+_Chunk: TypeAlias = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +48,30 @@ class _Payload:
     records: NDArray[np.void]
     starts: NDArray[np.int64]
 
-    def data(self, index: int) -> NDArray[np.uint8]:
-        """The data of a chunk."""
+    def data(self, index: int, room: NDArray[np.uint8]) -> tuple[int, NDArray[np.uint8]]:
+        """How a chunk is coded, and its data, which is read into ``room``."""
         length = int(self.records["length"][index])
-        if length > CHUNK_BYTES:
+        if length > len(room):
             raise damaged(self.file.path, f"A chunk is coded in {length} bytes")
-        found = np.empty(length, np.uint8)
-        self.file.read_into(int(self.starts[index]), found)
-        return found
+        self.file.read_into(int(self.starts[index]), room[:length])
+        return int(self.records["method"][index]), room[:length]
+
+    def follows(self, digest: str | None) -> bool:
+        """Whether it is made against a tensor of this digest, and keeps the chunks that it calls the same."""
+        same = self.records["method"] == codec.Method.SAME
+        is_same = (self.records["base"] == self.records["target"])[same].all()
+        return bool(is_same) and tensor_digest(self.records["base"].tobytes()) == digest
+
+    def leads_to(self, index: int, chunk: NDArray[np.uint8]) -> bool:
+        """Whether the chunk is what was encoded."""
+        return codec.checksum(chunk) == int(self.records["target"][index])
 
 
 class _Buffers(threading.local):
-    """Each thread's two chunks, to decode from one to the other."""
+    """Each thread's memory for coded data, and two chunks to decode from one to the other."""
 
     def __init__(self) -> None:
+        self.data = np.empty(CHUNK_BYTES, np.uint8)
         self.pair = [np.empty(CHUNK_BYTES, np.uint8) for _ in range(2)]
 
 
@@ -82,6 +103,8 @@ class Replay:
                 payload = found.get(tensor.like or tensor.name)
                 if payload is None and (step.is_anchor or before.get(tensor.name) != tensor.digest):
                     raise damaged(step.file.path, f"It does not lead to tensor {tensor.name!r} of its record")
+                if payload and not step.is_anchor and not payload.follows(before.get(tensor.name)):
+                    raise damaged(step.file.path, f"It does not follow the state before in {tensor.name!r}")
                 if payload and tensor.name in own:
                     self._payloads.setdefault(tensor.name, []).append(payload)
             before = {tensor.name: tensor.digest for tensor in step.record.tensors}
@@ -93,79 +116,170 @@ class Replay:
                     "Untie them, as the publisher does.",
                 )
         self._buffers = _Buffers()
+        #: Chunks that are written already, in memory, and what was there.
+        self._overwritten: list[tuple[NDArray[np.uint8], list[codec.Overwritten]]] = []
+        #: Chunks that are checked and still to be written.
+        self._checked: list[_Chunk] = []
 
-    def verify(self, workers: Workers) -> None:
-        """Decode all of it and write nothing.
+    def apply(self, workers: Workers, *, in_place: bool) -> None:
+        """Bring the tensors to the last step. Every chunk is checked after every step.
+
+        A chunk of which little changes, in the CPU's memory, gets that where it lies. What was there is kept
+        until all chunks are checked, unless ``in_place``. Other chunks are decoded and checked, and when all
+        are, decoded again and written; ``in_place``, each is written as soon as it is checked.
 
         Raises:
             BaseMismatchError: the tensors are not what the first update was made from.
             DeltaError: a payload is damaged.
+                With both, the tensors are as they were, unless ``in_place``.
         """
-        for _ in workers.map(lambda chunk: self._decode(*chunk, check=True), self._chunks()):
-            pass
-
-    def write(self, workers: Workers, *, check: bool) -> None:
-        """Decode all of it and write it to the tensors.
-
-        Args:
-            check: whether to make sure, of each chunk before it is written, that it is right; what
-                :meth:`verify` has passed needs no more of it. Raises as that does.
-        """
-
-        def write(name: str, index: int) -> None:
-            data = self._decode(name, index, check=check)
-            if data is not None:
-                self._state[name].write(plan_of(self._state[name]).span(index)[0], data)
-
-        for _ in workers.map(lambda chunk: write(*chunk), self._chunks()):
-            pass
+        if in_place:
+            self._each(workers, self._chunks(), self._check_and_write)
+        else:
+            try:
+                self._each(workers, self._chunks(), self._stage)
+            except BaseException:
+                self._put_back()
+                raise
+            self._each(workers, self._checked, self._write)
         for name in self._payloads:
             self._state[name].finish()
 
-    def _chunks(self) -> Iterator[tuple[str, int]]:
+    def _each(self, workers: Workers, chunks: Iterable[_Chunk], work: Callable[[_Chunk], object]) -> None:
+        """Do the work for all chunks, some at a time: to hand over each alone takes as long as its work."""
+
+        def work_all(batch: list[_Chunk]) -> None:
+            for chunk in batch:
+                work(chunk)
+
+        remaining = iter(chunks)
+        batches = iter(lambda: list(islice(remaining, _BATCH)), [])
+        with closing(workers.map(work_all, batches)) as done:  # in the end no thread is at work any more
+            for _ in done:
+                pass
+
+    def _chunks(self) -> Iterator[_Chunk]:
         for name in self._payloads:
             for index in range(plan_of(self._state[name]).count):
                 yield name, index
 
-    def _decode(self, name: str, index: int, *, check: bool) -> NDArray[np.uint8] | None:
-        """A chunk after the last step; None where it stays as it is. Valid until this thread decodes more."""
+    def _stage(self, chunk: _Chunk) -> None:
+        """Make sure that a chunk can be decoded; write it if that can be undone."""
+        overwritten = self._patch(chunk)
+        if overwritten is not None:
+            self._overwritten.append((self._read(chunk), overwritten))
+        elif self._decode(chunk, check=True) is not None:
+            self._checked.append(chunk)
+
+    def _put_back(self) -> None:
+        """Undo what :meth:`_stage` wrote."""
+        while self._overwritten:
+            _put_back(*self._overwritten.pop())
+
+    def _check_and_write(self, chunk: _Chunk) -> None:
+        if self._patch(chunk) is None:
+            data = self._decode(chunk, check=True)
+            if data is not None:
+                self._state[chunk[0]].write(self._span(chunk)[0], data)
+
+    def _write(self, chunk: _Chunk) -> None:
+        """Write a chunk that is known to be right."""
+        tensor = self._state[chunk[0]]
+        if tensor.is_on_cpu:
+            self._decode(chunk, check=False, into=self._read(chunk))
+        else:
+            data = self._decode(chunk, check=False)
+            assert data is not None
+            tensor.write(self._span(chunk)[0], data)
+
+    def _span(self, chunk: _Chunk) -> tuple[int, int]:
+        name, index = chunk
+        return plan_of(self._state[name]).span(index)
+
+    def _read(self, chunk: _Chunk) -> NDArray[np.uint8]:
+        """A chunk as it is: the tensor's own memory on a CPU, else a copy."""
+        return self._state[chunk[0]].read(*self._span(chunk))
+
+    def _patch(self, chunk: _Chunk) -> list[codec.Overwritten] | None:
+        """Take a chunk through all steps where it lies, if each of them changes little of it.
+
+        Returns what was there before each step; None where it cannot be done so. Raises as :meth:`apply`
+        does. With both, nothing is written in the end.
+        """
+        name, index = chunk
         tensor = self._state[name]
-        start, end = plan_of(tensor).span(index)
-        now = before = None if self._starts_anew else tensor.read(start, end)
-        buffers = self._buffers.pair
-        for payload in self._payloads[name]:
-            method = int(payload.records["method"][index])
-            if method == codec.Method.SAME and now is not None:
-                continue
-            out = buffers[0][: end - start]
+        if self._starts_anew or not tensor.is_on_cpu:
+            return None
+        memory, done, is_done = self._read(chunk), list[codec.Overwritten](), False
+        try:
+            for payload in self._steps(chunk):
+                method, data = payload.data(index, self._buffers.data)
+                overwritten = codec.patch_chunk(method, data, memory, tensor.code)
+                if overwritten is None:
+                    return None
+                done.append(overwritten)
+                if not payload.leads_to(index, memory):
+                    done.pop().put_back(memory)
+                    raise _fault(payload, chunk, memory, _WRONG)
+            is_done = True
+            return done
+        except PayloadError as error:
+            raise _fault(payload, chunk, memory, error.what) from error
+        finally:
+            if not is_done:
+                _put_back(memory, done)
+
+    def _decode(
+        self, chunk: _Chunk, *, check: bool, into: NDArray[np.uint8] | None = None
+    ) -> NDArray[np.uint8] | None:
+        """A chunk after the last step, valid until this thread decodes more; None where it stays as it is.
+
+        Args:
+            into: the chunk's own memory, to decode the last step to that.
+        """
+        tensor = self._state[chunk[0]]
+        start, end = self._span(chunk)
+        now = None if self._starts_anew else self._read(chunk) if into is None else into
+        found = None
+        steps = list(self._steps(chunk))
+        for number, payload in enumerate(steps, 1):
+            buffers = self._buffers.pair
             buffers.reverse()
-            _decode_chunk(payload, index, now, tensor, out)
-            if check and codec.checksum(out) != int(payload.records["target"][index]):
-                if now is not None and codec.checksum(now) != int(payload.records["base"][index]):
-                    raise _other_state(name)
-                raise damaged(payload.file.path, f"Chunk {index} of tensor {name!r} does not decode")
-            now = out
-        return None if now is before else now
+            out = buffers[0][: end - start] if into is None or number < len(steps) else into
+            method, data = payload.data(chunk[1], self._buffers.data)
+            try:
+                codec.decode_chunk(method, data, now, tensor.code, out)
+            except PayloadError as error:
+                raise _fault(payload, chunk, now, error.what) from error
+            if check and not payload.leads_to(chunk[1], out):
+                raise _fault(payload, chunk, now, _WRONG)
+            now = found = out
+        return found
+
+    def _steps(self, chunk: _Chunk) -> Iterator[_Payload]:
+        """The payloads that change the chunk."""
+        name, index = chunk
+        for number, payload in enumerate(self._payloads[name]):
+            is_first_anchor = self._starts_anew and number == 0
+            if is_first_anchor or payload.records["method"][index] != codec.Method.SAME:
+                yield payload
 
 
-def _decode_chunk(
-    payload: _Payload, index: int, base: NDArray[np.uint8] | None, tensor: StateTensor, out: NDArray[np.uint8]
-) -> None:
-    try:
-        method = int(payload.records["method"][index])
-        codec.decode_chunk(method, payload.data(index), base, tensor.code, out)
-    except PayloadError as error:
-        if base is not None and codec.checksum(base) != int(payload.records["base"][index]):
-            raise _other_state(tensor.name) from error
-        raise damaged(payload.file.path, f"Tensor {tensor.name!r}: {error.what}") from error
+def _put_back(memory: NDArray[np.uint8], steps: list[codec.Overwritten]) -> None:
+    while steps:
+        steps.pop().put_back(memory)
 
 
-def _other_state(name: str) -> BaseMismatchError:
-    return BaseMismatchError(
-        "The model is not in the state that it was left in",
-        f"Its tensor {name!r} was changed by somebody else.",
-        "Nothing but sync may write to it; load the base again, or let the publisher write an anchor.",
-    )
+def _fault(payload: _Payload, chunk: _Chunk, base: NDArray[np.uint8] | None, why: str) -> DeltaWeightsError:
+    """The error where a chunk's base and payload do not make its target: one of the two is wrong."""
+    name, index = chunk
+    if base is not None and codec.checksum(base) != int(payload.records["base"][index]):
+        return BaseMismatchError(
+            "The model is not in the state that it was left in",
+            f"Its tensor {name!r} was changed by somebody else.",
+            "Nothing but sync may write to it; load the base again, or let the publisher write an anchor.",
+        )
+    return damaged(payload.file.path, f"Chunk {index} of tensor {name!r}: {why}")
 
 
 def _read_payloads(step: Step, state: Mapping[str, StateTensor]) -> dict[str, _Payload]:

@@ -68,10 +68,10 @@ class DeltaSubscriber:
 
     Args:
         location: the stream's folder, fsspec URL, or repository on the Hub (``hf://org/name``).
-        in_place: decode each chunk once, and write it as soon as it is checked. Else all are decoded and
-            checked before any is written, and then once more to be written. Either way, memory is two chunks
-            a thread. In place is faster; but where the model turns out to have been changed by somebody else,
-            a part of it is written by then, and the last anchor replaces all of it.
+        in_place: keep nothing to undo an update with. Else whatever was written is put back where a chunk
+            turns out to be wrong; memory is two chunks a thread and six bytes for each bf16 weight that
+            changes, and chunks of which much changes are decoded twice, first to check all of them. In place
+            a part of the model is written by then, and the last anchor replaces all of it.
         threads: how many; the number of usable cores if None.
     """
 
@@ -86,8 +86,9 @@ class DeltaSubscriber:
 
         It may be in any state of the stream, or in another: then the last anchor leads there. The whole way
         is looked up and checked before anything is written, and nobody may use the model while this runs. If
-        it raises, nothing was written (``in_place`` aside); if it is interrupted while it writes, the next
-        call notices. Where the model is there already, nothing is read but the head.
+        anything is wrong, the model is as it was (``in_place`` aside); if this is interrupted in the middle
+        of writing or undoing, the next call notices. Where the model is there already, nothing is read but
+        the head.
 
         Args:
             model: a model, or tensors by name: the publisher's names, dtypes and shapes. They may lie on any
@@ -203,10 +204,8 @@ class DeltaSubscriber:
                 opened.callback(file.close)
                 steps.append(Step(record, file, kind == "anchor"))
             replay = Replay(state, steps, known.tensors)
-            if not self._in_place:
-                replay.verify(workers)
             self._known = None  # until it is known again
-            replay.write(workers, check=self._in_place)
+            replay.apply(workers, in_place=self._in_place)
         found = {tensor.name: tensor.digest for tensor in newest.tensors}
         self._known = _Known(_marks(state), newest.state, found)
         updates = sum(kind == "update" for _, kind in way)

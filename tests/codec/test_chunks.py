@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaweights.codec import MAX_CHUNK, Method, decode_chunk, encode_chunk
+from deltaweights.codec import MAX_CHUNK, Method, decode_chunk, encode_chunk, patch_chunk
 from deltaweights.codec.ulp import FORMATS
 from deltaweights.errors import PayloadError
 
@@ -27,7 +27,23 @@ def round_trip(base: Bytes | None, target: Bytes, dtype: str) -> tuple[Method, b
     decode_chunk(method, data, base, dtype, out)
     assert np.array_equal(out, target)
     assert len(data) <= len(target)
+    if base is not None:
+        in_place(method, data, base, target, dtype)
     return method, data
+
+
+def in_place(method: Method, data: bytes, base: Bytes, target: Bytes, dtype: str) -> None:
+    """The base's own memory may get the target; where only places are written, it can be had back."""
+    chunk = base.copy()
+    decode_chunk(method, data, chunk, dtype, chunk)
+    assert np.array_equal(chunk, target)
+    chunk = base.copy()
+    overwritten = patch_chunk(method, data, chunk, dtype)
+    assert np.array_equal(chunk, base if overwritten is None else target)
+    if overwritten:
+        assert overwritten.nbytes <= 8 * np.count_nonzero(base != target)
+        overwritten.put_back(chunk)
+        assert np.array_equal(chunk, base)
 
 
 @given(

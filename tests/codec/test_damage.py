@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from deltaweights.codec import Method, decode_chunk, encode_chunk
+from deltaweights.codec import Method, decode_chunk, encode_chunk, patch_chunk
 from deltaweights.errors import PayloadError
 
 from .pairs import Bytes, fine_tune, noise, to_bits
@@ -37,6 +37,29 @@ def cases() -> dict[str, Case]:
         "zstd": ("BF16", None, np.tile(target[:512], 20)),
         "eight bits": ("F8_E4M3", *fine_tune("F8_E4M3", 3000, 1e-3)),
     }
+
+
+def test_mutated_places_are_refused_or_can_be_put_back() -> None:
+    base, _ = fine_tune("BF16", 60_000, 1e-6)
+    rng = np.random.default_rng(3)
+    target = (base.view("<u2") ^ (rng.random(60_000) < 0.01)).view(np.uint8)
+    method, data = encode_chunk(base, target, "BF16", quick=True)
+    refused = 0
+    for _ in range(600):
+        room = np.full(len(target) + 64, 0x5A, np.uint8)
+        chunk = room[32:-32]
+        chunk[:] = base
+        try:
+            overwritten = patch_chunk(method, damaged(data, rng), chunk, "BF16")
+        except PayloadError:
+            refused += 1
+        else:
+            if overwritten:
+                overwritten.put_back(chunk)
+        assert np.array_equal(chunk, base)
+        assert (room[:32] == 0x5A).all()
+        assert (room[-32:] == 0x5A).all()
+    assert refused > 100
 
 
 def test_the_cases_are_of_every_method() -> None:

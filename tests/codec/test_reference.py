@@ -101,6 +101,47 @@ def test_transforms(dtype: str) -> None:
     assert np.array_equal(ulp.restore(base, ulp.distance(base, target)), target)
 
 
+@given(
+    dtype=st.sampled_from([dtype for dtype, form in FORMATS.items() if form.itemsize <= 4]),
+    count=st.integers(0, 200),
+    changed=st.integers(0, 40),
+    seed=st.integers(0, 1 << 32),
+)
+@settings(deadline=None)
+def test_changes_by_place(dtype: str, count: int, changed: int, seed: int) -> None:
+    """Found, restored and moved as NumPy does; and refused where there is no room or a place is beyond."""
+    from deltaweights.codec.compiled import subset
+    from deltaweights.codec.constants import BAD
+
+    form = FORMATS[dtype]
+    base = noise(dtype, count, seed).view(form.dtype)
+    target = base.copy()
+    target[:changed] = noise(dtype, count, seed + 1).view(form.dtype)[:changed]
+    np.random.default_rng(seed).shuffle(order := np.arange(count))
+    base, target = base[order], target[order]
+    places = np.flatnonzero(base != target)
+    gaps, distances = (np.empty(len(places), np.uint32) for _ in range(2))
+    assert subset.find_changes(base, target, gaps, distances) == len(places)
+    assert np.array_equal(np.cumsum(gaps.astype(np.int64) + 1) - 1, places)
+    assert np.array_equal(distances, ulp.distance(base[places], target[places]))
+
+    found, values = gaps.copy(), distances.copy()
+    assert subset.restore_at(base, found, values)
+    assert np.array_equal(found, places)
+    assert np.array_equal(values, target[places])
+    elements, found, values = base.copy(), gaps.copy(), distances.copy()
+    assert subset.move(elements, found, values)
+    assert np.array_equal(elements, target)
+    assert np.array_equal(found, places)
+    assert np.array_equal(values, base[places])
+    if len(places):
+        assert subset.find_changes(base, target, gaps[1:].copy(), distances[1:].copy()) == BAD
+        short = base[: places[-1]].copy()
+        assert not subset.move(short, gaps.copy(), distances.copy())
+        assert np.array_equal(short, base[: places[-1]])
+        assert not subset.restore_at(short, gaps.copy(), distances.copy())
+
+
 def test_distance_counts_floats() -> None:
     """Neighbouring floats are one apart, zeros included, and the direction is away from zero."""
     one = np.array([1.0, -1.0], np.float32)
