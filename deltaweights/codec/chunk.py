@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PayloadError
-from . import floats, generic, planes, sparse, window
+from . import drift, floats, generic, planes, sparse, window
 from .ulp import FORMATS, FloatFormat
 
 __all__ = ["MAX_CHUNK", "STANDALONE", "Method", "decode_chunk", "encode_chunk"]
@@ -39,10 +39,12 @@ class Method(IntEnum):
     ZSTD = 5  # one zstd frame
     SPARSE = 6  # floats of which few moved, against the base's
     WINDOW = 7  # floats by themselves, their exponents close together
+    DRIFT = 8  # floats against the base's moved by what weight decay does to a mantissa
 
 
 #: The methods whose chunks are decoded without the base, also where there is one.
 STANDALONE = frozenset({Method.RAW, Method.ALONE, Method.ZSTD, Method.WINDOW})
+_UNDER_DRIFT = (Method.SAME, Method.DELTA, Method.SPARSE)  # how a chunk with a drifted base may be coded
 
 
 def encode_chunk(
@@ -86,9 +88,7 @@ def _encode_float(base: Bytes | None, target: Bytes, form: FloatFormat, quick: b
     candidates: Candidates = []
     limit = float(len(target))
     if base is not None:
-        method, data = Method.SPARSE, sparse.encode_sparse(base, target, form, quick=quick)
-        if data is None:
-            method, data = Method.DELTA, floats.encode_delta(base, target, form)
+        method, data = _encode_against(base, target, form, quick)
         candidates.append((method, data))
         limit = len(target) if data is None else len(data)
         if limit < _WORTH_A_LOOK * len(target):
@@ -101,6 +101,23 @@ def _encode_float(base: Bytes | None, target: Bytes, form: FloatFormat, quick: b
     elif alone < limit:
         candidates.append((Method.ALONE, floats.encode_alone(target, form)))
     return candidates
+
+
+def _encode_against(
+    base: Bytes, target: Bytes, form: FloatFormat, quick: bool, *, settled: bool = False
+) -> tuple[Method, bytes | None]:
+    """Floats against the base's, `settled` where those have drifted already."""
+    data = sparse.encode_sparse(base, target, form, quick=quick)
+    if data is not None:
+        return Method.SPARSE, data
+    shifts = None if settled else drift.find_shifts(base, target, form)
+    if shifts is None:
+        return Method.DELTA, floats.encode_delta(base, target, form)
+    moved = drift.drifted(base, shifts, form)
+    method, data = Method.SAME, b""
+    if not _equal(moved, target):
+        method, data = _encode_against(moved, target, form, quick, settled=True)
+    return Method.DRIFT, None if data is None else drift.put_head(shifts, method) + data
 
 
 _PROBE = 1 << 15
@@ -146,6 +163,11 @@ def decode_chunk(
         floats.decode_delta(source, base, form, out)
     elif method == Method.SPARSE and form is not None and base is not None:
         sparse.decode_sparse(source, base, form, out)
+    elif method == Method.DRIFT and form is not None and base is not None:
+        shifts, method, source = drift.take_head(source, form)
+        if method not in _UNDER_DRIFT:
+            raise PayloadError(f"a drifted chunk cannot be coded by method {method}")
+        decode_chunk(method, source, drift.drifted(base, shifts, form), dtype, out)
     elif method == Method.ALONE and form is not None:
         floats.decode_alone(source, form, out)
     elif method == Method.WINDOW and form is not None:

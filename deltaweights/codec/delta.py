@@ -31,6 +31,16 @@ _STILL = 8  # how many half octaves below all others a segment is put that did n
 _LENGTHS = (0, 7, 9)  # logarithms of the segment lengths tried; 0 is one scale for all
 PATCH = 512  # elements in a row of a sample; whole segments of every length
 
+_i = types.int64
+
+
+def _read(element):
+    """The type of an array that is only read: writable ones pass as well."""
+    return types.Array(element, 1, "C", readonly=True)
+
+
+_u8 = _read(types.uint8)
+
 
 # -------------------------------------------------------------------------------- transforms
 
@@ -95,6 +105,22 @@ def unit_moves(base, values, shift, mask, sums):
             buffer[i] = steps * np.float32(2.0 ** (min(exponent, 190) - 127))
         for unit in range(first, last, UNIT):
             sums[unit // UNIT] = _sum(buffer[unit - first : min(unit + UNIT, last) - first])
+
+
+@kernel(types.void(_read(types.uint32), _read(types.uint32), _i, _i, types.uint32[::1]))
+def drift(base, shifts, shift, mask, out):
+    """The elements moved by the shift of their mantissa; those with an exponent of 0 stay.
+
+    shifts   uint32[2**k], k at most `shift`: which one is told by the mantissa's top k bits
+    """
+    last, log = np.uint32(len(shifts) - 1), 0
+    while len(shifts) >> (log + 1):
+        log += 1
+    place, exponents = np.uint32(shift - log), np.uint32(mask << shift)
+    for i in range(len(base)):
+        moved = shifts[(base[i] >> place) & last]
+        out[i] = base[i] + (moved if base[i] & exponents else np.uint32(0))
+
 
 
 # -------------------------------------------------------------------------------- parameters
@@ -277,6 +303,33 @@ def choose_contexts(base, target, shift, mask, wide, scale_up):
     return best[0], best[1], best[2], best[3], scale, best[4]
 
 
+@kernel(types.float64(_read(types.int64), types.uint32[::1]))
+def fit_shifts(keys, shifts):
+    """For each stretch of mantissas the distance around which an eighth of its elements lie closest.
+
+    keys     int64[n], ascending: stretch << 32 | bits of the target less those of the base + 2**31
+    shifts   uint32, one a stretch, written; those of few elements get the one before
+    Returns the sum over stretches of log2(1 + |shift|) less log2(1 + the width of that eighth).
+    """
+    bits, first, shift = 0.0, 0, 0
+    for s in range(len(shifts)):
+        stop = first
+        while stop < len(keys) and keys[stop] >> 32 == s:
+            stop += 1
+        eighth = (stop - first) >> 3
+        if eighth:
+            width, at = np.int64(1) << 32, first
+            for i in range(first, stop - eighth):
+                if keys[i + eighth] - keys[i] < width:
+                    width, at = keys[i + eighth] - keys[i], i
+            shift = (keys[at + (eighth >> 1)] & 0xFFFFFFFF) - (1 << 31)
+            bits += np.log2(1.0 + abs(shift)) - np.log2(1.0 + width)
+        shifts[s] = shift & 0xFFFFFFFF
+        first = stop
+    return bits
+
+
+
 # -------------------------------------------------------------------------------- encoding
 
 
@@ -307,8 +360,6 @@ def plane_limits(layout):
             limits[p] += 1
     return limits
 
-
-_u8 = types.Array(types.uint8, 1, "C", readonly=True)
 
 
 @kernel(types.void(types.uint32[::1], _u8, types.int64[::1], types.uint8[:, ::1], types.int64[::1]))

@@ -1,0 +1,106 @@
+"""Floats that a training step decayed: the base, moved by what its mantissas tell, in the base's place.
+
+Weight decay multiplies all weights by the same factor, step after step, and rounds each time. A weight that
+nothing else moved is then some ULPs nearer to zero, and how many follows from its mantissa alone. So a chunk
+may name a *shift* for each stretch of mantissas, and be coded against the base so *drifted*.
+
+u8           log2 of the number of shifts: mantissas are told apart by so many top bits
+u8           how the rest is coded: the number of another method
+u32, list    the shifts, each zigzagged as the difference from the one before
+rest         of that method, the drifted elements being the base's
+
+Elements have 32 bits: narrower ones hardly ever decay by a step that they can hold.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import PayloadError
+from . import floats
+from .scratch import scratch
+from .ulp import FloatFormat
+
+Bytes = NDArray[np.uint8]
+Shifts = NDArray[np.uint32]  # modulo 2**32, added to the bits: away from zero
+
+_MOST_LOG = 12  # bits of a mantissa that tell shifts apart
+_GLANCE, _GLANCE_LOG = 1 << 11, 4  # elements and mantissa bits of a first look
+_CLEAR = 0.75  # by how many bits shifts have to be longer than they are vague for a second look
+_FITTED, _FITTED_LOG = 1 << 16, 10  # the same for the shifts themselves
+_EACH = 6  # log2 of the elements that a shift is found from
+_GAIN = 0.98  # as a part of the delta that it replaces, what a drifted one takes at most
+
+
+def find_shifts(base: Bytes, target: Bytes, form: FloatFormat) -> Shifts | None:
+    """The shifts under which a chunk becomes shorter, by a sample; None where none are worth it."""
+    if form.itemsize != 4:
+        return None
+    from .compiled import delta, frozen
+
+    before, after = frozen(floats.elements(base, form)), frozen(floats.elements(target, form))
+    if _fit(before, after, form, _GLANCE, _GLANCE_LOG)[1] < _CLEAR:
+        return None
+    shifts, _ = _fit(before, after, form, _FITTED, _FITTED_LOG)
+    near, there = (frozen(floats.sample(side, delta.PATCH)) for side in (before, after))
+    moved = np.empty_like(near)
+    delta.drift(near, shifts, form.shift, form.mask, moved)
+    share = len(before) / len(near)
+    plain, drifted = (
+        delta.choose_contexts(frozen(side), there, form.shift, form.mask, True, share)[-1]
+        for side in (near, moved)
+    )
+    return shifts if drifted + 8 * len(put_head(shifts, 0)) < _GAIN * plain else None
+
+
+def _fit(
+    before: NDArray[Any], after: NDArray[Any], form: FloatFormat, most: int, most_log: int
+) -> tuple[Shifts, float]:
+    """Shifts by at most so many elements, and by how many bits each is longer than it is vague, on average."""
+    from .compiled import delta
+
+    stride = len(before) // most | 1  # odd: in step with no row
+    before, after = before[::stride], after[::stride]
+    log = min(max(len(before).bit_length() - 1 - _EACH, 0), most_log)
+    mantissas = before & np.uint32((1 << form.shift) - 1)
+    keys = (mantissas >> np.uint32(form.shift - log)).astype(np.int64) << 32
+    keys += (after - before ^ np.uint32(1 << 31)).astype(np.int64)
+    keys.sort()
+    shifts = np.zeros(1 << log, np.uint32)
+    return shifts, delta.fit_shifts(keys, shifts) / len(shifts)
+
+
+def drifted(base: Bytes, shifts: Shifts, form: FloatFormat) -> Bytes:
+    """The base's chunk, drifted; in this thread's working memory."""
+    from .compiled import delta, frozen
+
+    before = frozen(floats.elements(base, form))
+    moved = scratch("drifted", len(before), np.uint32)
+    delta.drift(before, shifts, form.shift, form.mask, moved)
+    return moved.view(np.uint8)
+
+
+def put_head(shifts: Shifts, method: int) -> bytes:
+    """What stands before a chunk that is coded by `method` against its drifted base."""
+    from .compiled import coder
+
+    steps = np.diff(shifts, prepend=np.uint32(0))
+    numbers = (steps << np.uint32(1)) ^ (np.uint32(0) - (steps >> np.uint32(31)))
+    log = len(shifts).bit_length() - 1
+    return bytes([log, method]) + floats.sized(coder.encode_list(numbers))
+
+
+def take_head(data: Bytes, form: FloatFormat) -> tuple[Shifts, int, Bytes]:
+    """(shifts, method, what follows); PayloadError where data does not begin with a head."""
+    from .compiled import coder
+
+    if form.itemsize != 4 or len(data) < 2 or data[0] > _MOST_LOG:
+        raise PayloadError("the head of a drifted chunk is damaged")
+    section, rest = floats.take_section(data[2:])
+    numbers = np.empty(1 << int(data[0]), np.uint32)
+    coder.decode_list(section, numbers)
+    steps = (numbers >> np.uint32(1)) ^ (np.uint32(0) - (numbers & np.uint32(1)))
+    return np.cumsum(steps, dtype=np.uint32), int(data[1]), rest
