@@ -404,7 +404,7 @@ def decode_chunk(method: int, data: bytes, base: bytes | None, dtype: str, size:
     if method == 0:
         need(base is not None and not data, "SAME")
         return base or b""
-    need(method in (2, 3, 6, 7), f"method {method}")
+    need(method in (2, 3, 6, 7, 8), f"method {method}")
     need(dtype in FLOATS and size % FLOATS[dtype].width == 0, f"method {method} for {dtype}")
     form = FLOATS[dtype]
     if method in (3, 7):
@@ -413,6 +413,10 @@ def decode_chunk(method: int, data: bytes, base: bytes | None, dtype: str, size:
         return alone(Data(data), form, size // form.width)
     need(base is not None, f"method {method} without a base")
     elements = np.frombuffer(base or b"", f"<u{form.width}").astype(np.uint64)
+    if method == 8:
+        need(form.width == 4, "DRIFT: elements")
+        moved, method, rest = decode_drift(Data(data), elements, form)
+        return decode_chunk(method, rest, moved.astype("<u4").tobytes(), dtype, size)
     decode = decode_delta if method == 2 else decode_sparse
     return decode(Data(data), elements, form).astype(f"<u{form.width}").tobytes()
 
@@ -530,6 +534,18 @@ def decode_sparse(data: Data, base: Elements, form: FloatFormat) -> Elements:
         result[places] = at_distance(base[places], distances, form)
     data.end()
     return result
+
+
+def decode_drift(data: Data, base: Elements, form: FloatFormat) -> tuple[Elements, int, bytes]:
+    """DRIFT: the drifted elements, and by which method which data are coded against them."""
+    k, method = data.numbers("<BB")
+    need(k <= 12, "DRIFT: k")
+    need(method in (0, 2, 6), "DRIFT: method")
+    numbers = np.array(decode_list(data.sized(), 1 << k), np.uint64)
+    shifts = np.cumsum(unzigzag(numbers))
+    stretches = (base >> np.uint64(form.shift - k)) & np.uint64((1 << k) - 1)
+    moved = (base + shifts[stretches]) & np.uint64(0xFFFFFFFF)
+    return np.where(exponent(base, form) == 0, base, moved), method, data.rest
 
 
 # Elements, in 64 bits whatever their width

@@ -303,31 +303,44 @@ def choose_contexts(base, target, shift, mask, wide, scale_up):
     return best[0], best[1], best[2], best[3], scale, best[4]
 
 
-@kernel(types.float64(_read(types.int64), types.uint32[::1]))
-def fit_shifts(keys, shifts):
-    """For each stretch of mantissas the distance around which an eighth of its elements lie closest.
+@kernel(types.void(_read(types.uint32), _read(types.uint32), _i, _i, types.int32[:, ::1], types.int64[::1]))
+def collect_moves(base, target, stride, shift, moves, counts):
+    """What every `stride`-th element moved by, bits less bits, by the top bits of its mantissa.
 
-    keys     int64[n], ascending: stretch << 32 | bits of the target less those of the base + 2**31
-    shifts   uint32, one a stretch, written; those of few elements get the one before
+    moves    int32[2**k, most]: rows are filled from the left and keep the first that come
+    counts   int64[2**k], zeros; how much of each row is filled
+    """
+    last, log = np.uint32(len(counts) - 1), 0
+    while len(counts) >> (log + 1):
+        log += 1
+    place = np.uint32(shift - log)
+    for i in range(0, len(base), stride):
+        row = (base[i] >> place) & last
+        if counts[row] < moves.shape[1]:
+            moves[row, counts[row]] = np.int32(target[i] - base[i])
+            counts[row] += 1
+
+
+@kernel(types.float64(types.int32[:, ::1], _read(types.int64), types.uint32[::1]))
+def fit_shifts(moves, counts, shifts):
+    """For each stretch of mantissas the move around which an eighth of its elements lie closest.
+
+    moves    int32[2**k, most], ascending in each row as far as `counts` says it is filled
+    shifts   uint32[2**k], written; stretches of few elements get that of the one before
     Returns the sum over stretches of log2(1 + |shift|) less log2(1 + the width of that eighth).
     """
-    bits, first, shift = 0.0, 0, 0
+    bits, shift = 0.0, np.int64(0)
     for s in range(len(shifts)):
-        stop = first
-        while stop < len(keys) and keys[stop] >> 32 == s:
-            stop += 1
-        eighth = (stop - first) >> 3
+        eighth = counts[s] >> 3
         if eighth:
-            width, at = np.int64(1) << 32, first
-            for i in range(first, stop - eighth):
-                if keys[i + eighth] - keys[i] < width:
-                    width, at = keys[i + eighth] - keys[i], i
-            shift = (keys[at + (eighth >> 1)] & 0xFFFFFFFF) - (1 << 31)
+            width = np.int64(1) << 32
+            for i in range(counts[s] - eighth):
+                across = np.int64(moves[s, i + eighth]) - np.int64(moves[s, i])
+                if across < width:
+                    width, shift = across, np.int64(moves[s, i + (eighth >> 1)])
             bits += np.log2(1.0 + abs(shift)) - np.log2(1.0 + width)
         shifts[s] = shift & 0xFFFFFFFF
-        first = stop
     return bits
-
 
 
 # -------------------------------------------------------------------------------- encoding

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PayloadError
-from . import floats
+from . import floats, ulp
 from .scratch import scratch
 from .ulp import FloatFormat
 
@@ -28,11 +28,11 @@ Bytes = NDArray[np.uint8]
 Shifts = NDArray[np.uint32]  # modulo 2**32, added to the bits: away from zero
 
 _MOST_LOG = 12  # bits of a mantissa that tell shifts apart
-_GLANCE, _GLANCE_LOG = 1 << 11, 4  # elements and mantissa bits of a first look
+_GLANCE_LOG, _LOG = 4, 10  # bits of a mantissa in a first look, and those that the encoder uses
 _CLEAR = 0.75  # by how many bits shifts have to be longer than they are vague for a second look
-_FITTED, _FITTED_LOG = 1 << 16, 10  # the same for the shifts themselves
-_EACH = 6  # log2 of the elements that a shift is found from
-_GAIN = 0.98  # as a part of the delta that it replaces, what a drifted one takes at most
+_EACH = 64  # elements that a shift is found from
+_BEHIND = np.iinfo(np.int32).max  # sorts behind the moves
+_GAIN = 0.98  # what drifted distances take, as a part of what the others do, at most
 
 
 def find_shifts(base: Bytes, target: Bytes, form: FloatFormat) -> Shifts | None:
@@ -42,35 +42,36 @@ def find_shifts(base: Bytes, target: Bytes, form: FloatFormat) -> Shifts | None:
     from .compiled import delta, frozen
 
     before, after = frozen(floats.elements(base, form)), frozen(floats.elements(target, form))
-    if _fit(before, after, form, _GLANCE, _GLANCE_LOG)[1] < _CLEAR:
+    if _fit(before, after, form, _GLANCE_LOG)[1] < _CLEAR:
         return None
-    shifts, _ = _fit(before, after, form, _FITTED, _FITTED_LOG)
+    shifts, _ = _fit(before, after, form, _LOG)
     near, there = (frozen(floats.sample(side, delta.PATCH)) for side in (before, after))
     moved = np.empty_like(near)
     delta.drift(near, shifts, form.shift, form.mask, moved)
     share = len(before) / len(near)
-    plain, drifted = (
-        delta.choose_contexts(frozen(side), there, form.shift, form.mask, True, share)[-1]
-        for side in (near, moved)
-    )
-    return shifts if drifted + 8 * len(put_head(shifts, 0)) < _GAIN * plain else None
+    less = share * _bits(moved, there) + 8 * len(put_head(shifts, 0))
+    return shifts if less < _GAIN * share * _bits(near, there) else None
 
 
-def _fit(
-    before: NDArray[Any], after: NDArray[Any], form: FloatFormat, most: int, most_log: int
-) -> tuple[Shifts, float]:
-    """Shifts by at most so many elements, and by how many bits each is longer than it is vague, on average."""
+def _bits(base: NDArray[Any], target: NDArray[Any]) -> float:
+    """About what the distances take: which octave each is in, by their entropy, and where in the octave."""
+    octaves = np.frexp(ulp.distance(base, target).astype(np.float64))[1]
+    counts = np.bincount(octaves, minlength=33)
+    shares = counts[counts > 0] / len(octaves)
+    return float(counts[1:] @ np.arange(32) - len(octaves) * (shares @ np.log2(shares)))
+
+
+def _fit(before: NDArray[Any], after: NDArray[Any], form: FloatFormat, log: int) -> tuple[Shifts, float]:
+    """At most 2**log shifts, and by how many bits each is longer than it is vague, on average."""
     from .compiled import delta
 
-    stride = len(before) // most | 1  # odd: in step with no row
-    before, after = before[::stride], after[::stride]
-    log = min(max(len(before).bit_length() - 1 - _EACH, 0), most_log)
-    mantissas = before & np.uint32((1 << form.shift) - 1)
-    keys = (mantissas >> np.uint32(form.shift - log)).astype(np.int64) << 32
-    keys += (after - before ^ np.uint32(1 << 31)).astype(np.int64)
-    keys.sort()
-    shifts = np.zeros(1 << log, np.uint32)
-    return shifts, delta.fit_shifts(keys, shifts) / len(shifts)
+    log = min(max((len(before) // _EACH).bit_length() - 1, 0), log)
+    stride = len(before) // (_EACH << log) | 1  # odd: in step with no row
+    moves, counts = np.full((1 << log, _EACH), _BEHIND, np.int32), np.zeros(1 << log, np.int64)
+    delta.collect_moves(before, after, stride, form.shift, moves, counts)
+    moves.sort(axis=1)
+    shifts = np.empty(1 << log, np.uint32)
+    return shifts, delta.fit_shifts(moves, counts, shifts) / len(shifts)
 
 
 def drifted(base: Bytes, shifts: Shifts, form: FloatFormat) -> Bytes:
