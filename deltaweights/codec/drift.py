@@ -32,6 +32,7 @@ _GLANCE_LOG, _LOG = 4, 10  # bits of a mantissa in a first look, and those that 
 _CLEAR = 0.75  # by how many bits shifts have to be longer than they are vague for a second look
 _EACH = 64  # elements that a shift is found from
 _BEHIND = np.iinfo(np.int32).max  # sorts behind the moves
+_PATCH, _EVERY = 64, 4  # elements in a row, and which of them, on which distances are compared
 _GAIN = 0.98  # what drifted distances take, as a part of what the others do, at most
 
 
@@ -45,7 +46,7 @@ def find_shifts(base: Bytes, target: Bytes, form: FloatFormat) -> Shifts | None:
     if _fit(before, after, form, _GLANCE_LOG)[1] < _CLEAR:
         return None
     shifts, _ = _fit(before, after, form, _LOG)
-    near, there = (frozen(floats.sample(side, delta.PATCH)) for side in (before, after))
+    near, there = (frozen(floats.sample(side, _PATCH)[::_EVERY].copy()) for side in (before, after))
     moved = np.empty_like(near)
     delta.drift(near, shifts, form.shift, form.mask, moved)
     share = len(before) / len(near)
