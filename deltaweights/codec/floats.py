@@ -36,6 +36,8 @@ from .ulp import FloatFormat
 Bytes = NDArray[np.uint8]
 _HEAD = struct.Struct("<BBBhhb")
 _SAMPLED = 1 << 14  # elements looked at to choose a way and its parameters
+_MORE = 1 << 16  # the same where changes are clustered: a small sample may miss them
+_PLACE = 64  # elements in a row in which changes are counted to see that
 _TOKEN_BITS = 6.0  # what each token takes in an explicit table, about
 _GLANCE = 1 << 15  # elements whose bytes are counted to foresee a standalone size
 
@@ -46,12 +48,12 @@ def elements(data: Bytes, form: FloatFormat) -> NDArray[Any]:
     return found if found.flags.aligned else data.copy().view(form.dtype)
 
 
-def sample(elements: NDArray[Any], patch: int) -> NDArray[Any]:
-    """About `_SAMPLED` elements, `patch` in a row and as many rows evenly spread; all of a short array."""
-    if len(elements) < 2 * _SAMPLED:
+def sample(elements: NDArray[Any], patch: int, count: int = _SAMPLED) -> NDArray[Any]:
+    """About `count` elements, `patch` in a row and as many rows evenly spread; all of a short array."""
+    if len(elements) < 2 * count:
         return elements
     rows = elements[: len(elements) // patch * patch].reshape(-1, patch)
-    return rows[:: len(elements) // _SAMPLED].reshape(-1)
+    return rows[:: len(elements) // count].reshape(-1)
 
 
 def _delta_planes(itemsize: int) -> int:
@@ -64,13 +66,23 @@ def encode_delta(base: Bytes, target: Bytes, form: FloatFormat) -> bytes | None:
     from .compiled import delta, frozen
 
     before, after = frozen(elements(base, form)), frozen(elements(target, form))
-    some = frozen(sample(before, delta.PATCH)), frozen(sample(after, delta.PATCH))
+    size = _MORE if _is_clustered(before, after) else _SAMPLED
+    some = frozen(sample(before, delta.PATCH, size)), frozen(sample(after, delta.PATCH, size))
     *layout, scale, bits = delta.choose_contexts(
         *some, form.shift, form.mask, form.itemsize >= 4, len(before) / len(some[0])
     )
     if bits > 8 * len(target):
         return None
     return _encode_under(np.array(layout, np.int64), scale, before, after, form)
+
+
+def _is_clustered(before: NDArray[Any], after: NDArray[Any]) -> bool:
+    """Whether far more changed in some places than in most, as where training met few rows."""
+    if len(before) < 2 * _SAMPLED:
+        return False
+    moved = sample(before, _PLACE) != sample(after, _PLACE)
+    changed = np.count_nonzero(moved.reshape(-1, _PLACE), axis=1)
+    return bool(changed.max() > 2 * changed.mean() + 12)
 
 
 def _encode_under(
