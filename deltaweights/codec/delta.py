@@ -217,12 +217,25 @@ def entropy(row):
 
 
 @njit(nogil=True, cache=True)
-def trim_rows(rows, step, scale_up, table_bits):
+def raw_bits(rows, first):
+    """The bits of wide distances that no table sees: those after tokens, and the low bytes in planes."""
+    bits = np.int64(0)
+    for r in range(len(rows)):
+        low = 8 * low_bytes(first, 0, r)
+        for t in range(TOKENS):
+            after = ((t - (1 << DIRECT_BITS)) >> 2) + DIRECT_BITS - 2 if t >> DIRECT_BITS else 0
+            bits += np.int64(rows[r, t]) * (low + after)
+    return np.float64(bits)
+
+
+@njit(nogil=True, cache=True)
+def trim_rows(rows, step, scale_up, table_bits, first, wide):
     """The span of rows worth a table each: rows beyond are clamped to the nearest.
 
     Merges the outermost rows inwards as long as that costs less than `table_bits`, `scale_up` being
-    how many elements each counted one stands for. Tables are `step` rows apart. Destroys `rows`.
-    Returns (lowest row, tables, bits in all).
+    how many elements each counted one stands for. Tables are `step` rows apart; row 0 is context
+    `first`. Where elements are `wide`, those merged into a row of another number of low bytes pay
+    for the difference. Destroys `rows`. Returns (lowest row, tables, bits in all).
     """
     low, high = 0, (len(rows) - 1) // step * step
     costs, merged = np.zeros(len(rows)), np.empty(TOKENS, np.uint32)
@@ -236,6 +249,8 @@ def trim_rows(rows, step, scale_up, table_bits):
             for t in range(TOKENS):
                 merged[t] = rows[a, t] + rows[b, t]
             extra = entropy(merged) - costs[a] - costs[b]
+            if wide:
+                extra += 8 * abs(low_bytes(first, 0, a) - low_bytes(first, 0, b)) * rows[a].sum()
             if extra < best:
                 best, from_row, to_row = extra, a, b
         if best * scale_up > table_bits and high - low < MAX_TABLES * step:
@@ -292,8 +307,9 @@ def choose_contexts(base, target, shift, mask, wide, scale_up):
         base_scale = scales_from(sums, count, log_segment, mask, scales)
         first, rows = sample_rows(base, values, shift, mask, scales, log_segment, wide)
         step = 0 if log_segment else 1
-        low, tables, bits = trim_rows(rows, 1 << step, scale_up, table_bits)
-        bits = bits * scale_up + table_bits * tables
+        raw = raw_bits(rows, first) if wide else 0.0
+        low, tables, bits = trim_rows(rows, 1 << step, scale_up, table_bits, first, wide)
+        bits = (bits + raw) * scale_up + table_bits * tables
         if log_segment:
             bits += list_bits(scales, base_scale, scale_up)
         else:
