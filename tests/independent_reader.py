@@ -413,11 +413,7 @@ def decode_chunk(method: int, data: bytes, base: bytes | None, dtype: str, size:
         return alone(Data(data), form, size // form.width)
     need(base is not None, f"method {method} without a base")
     elements = np.frombuffer(base or b"", f"<u{form.width}").astype(np.uint64)
-    if method == 8:
-        need(form.width == 4, "DRIFT: elements")
-        moved, method, rest = decode_drift(Data(data), elements, form)
-        return decode_chunk(method, rest, moved.astype("<u4").tobytes(), dtype, size)
-    decode = decode_delta if method == 2 else decode_sparse
+    decode = {2: decode_delta, 6: decode_sparse, 8: decode_drift}[method]
     return decode(Data(data), elements, form).astype(f"<u{form.width}").tobytes()
 
 
@@ -536,16 +532,20 @@ def decode_sparse(data: Data, base: Elements, form: FloatFormat) -> Elements:
     return result
 
 
-def decode_drift(data: Data, base: Elements, form: FloatFormat) -> tuple[Elements, int, bytes]:
-    """DRIFT: the drifted elements, and by which method which data are coded against them."""
+def decode_drift(data: Data, base: Elements, form: FloatFormat) -> Elements:
+    """DRIFT: the target's elements."""
+    need(form.width == 4, "DRIFT: dtype")
     k, method = data.numbers("<BB")
-    need(k <= 12, "DRIFT: k")
-    need(method in (0, 2, 6), "DRIFT: method")
+    need(k <= 12 and method in (0, 2, 6), "DRIFT: head")
     numbers = np.array(decode_list(data.sized(), 1 << k), np.uint64)
     shifts = np.cumsum(unzigzag(numbers))
-    stretches = (base >> np.uint64(form.shift - k)) & np.uint64((1 << k) - 1)
-    moved = (base + shifts[stretches]) & np.uint64(0xFFFFFFFF)
-    return np.where(exponent(base, form) == 0, base, moved), method, data.rest
+    which = (base & np.uint64((1 << 23) - 1)) >> np.uint64(23 - k)
+    moved = (base + shifts[which]) & np.uint64((1 << 32) - 1)
+    drifted = np.where(exponent(base, form) == 0, base, moved)
+    if method:
+        return (decode_delta if method == 2 else decode_sparse)(data, drifted, form)
+    data.end()
+    return drifted
 
 
 # Elements, in 64 bits whatever their width

@@ -122,7 +122,6 @@ def drift(base, shifts, shift, mask, out):
         out[i] = base[i] + (moved if base[i] & exponents else np.uint32(0))
 
 
-
 # -------------------------------------------------------------------------------- parameters
 
 
@@ -234,8 +233,8 @@ def trim_rows(rows, step, scale_up, table_bits, first, wide):
 
     Merges the outermost rows inwards as long as that costs less than `table_bits`, `scale_up` being
     how many elements each counted one stands for. Tables are `step` rows apart; row 0 is context
-    `first`. Where elements are `wide`, those merged into a row of another number of low bytes pay
-    for the difference. Destroys `rows`. Returns (lowest row, tables, bits in all).
+    `first`. Where elements are `wide`, those merged into a row of more low bytes pay for these.
+    Destroys `rows`. Returns (lowest row, tables, bits in all).
     """
     low, high = 0, (len(rows) - 1) // step * step
     costs, merged = np.zeros(len(rows)), np.empty(TOKENS, np.uint32)
@@ -250,7 +249,8 @@ def trim_rows(rows, step, scale_up, table_bits, first, wide):
                 merged[t] = rows[a, t] + rows[b, t]
             extra = entropy(merged) - costs[a] - costs[b]
             if wide:
-                extra += 8 * abs(low_bytes(first, 0, a) - low_bytes(first, 0, b)) * rows[a].sum()
+                more = max(low_bytes(first, 0, b) - low_bytes(first, 0, a), 0)
+                extra += 8 * more * rows[a].sum()
             if extra < best:
                 best, from_row, to_row = extra, a, b
         if best * scale_up > table_bits and high - low < MAX_TABLES * step:
@@ -388,7 +388,6 @@ def plane_limits(layout):
         for p in range(take):
             limits[p] += 1
     return limits
-
 
 
 @kernel(types.void(types.uint32[::1], _u8, types.int64[::1], types.uint8[:, ::1], types.int64[::1]))

@@ -88,8 +88,8 @@ def test_drifts(count: int) -> None:
     base, target = decayed(count, 2e-7, 300, moved=0.2)
     method, data = encode_chunk(base, target, "F32")
     assert method == Method.DRIFT
-    moved, method, rest = reference.decode_drift(np.frombuffer(data, np.uint8), base.view("<u4"), form)
-    assert method == Method.DELTA
+    moved, under, rest = reference.decode_drift(np.frombuffer(data, np.uint8), base.view("<u4"), form)
+    assert under == Method.DELTA
     assert np.array_equal(reference.decode_delta(rest, moved, form), target.view("<u4"))
 
 
