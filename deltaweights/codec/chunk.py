@@ -44,6 +44,7 @@ class Method(IntEnum):
 
 #: The methods whose chunks are decoded without the base, also where there is one.
 STANDALONE = frozenset({Method.RAW, Method.ALONE, Method.ZSTD, Method.WINDOW})
+_METHODS = frozenset(Method)
 _UNDER_DRIFT = (Method.SAME, Method.DELTA, Method.SPARSE)  # how a chunk with a drifted base may be coded
 
 
@@ -176,6 +177,8 @@ def decode_chunk(
         generic.decode_planes(source, base, generic.ITEMSIZES.get(dtype, 1), out)
     elif method == Method.ZSTD:
         out[:] = planes.expand(source, len(out))
+    elif method not in _METHODS:
+        raise PayloadError(f"method {method} is not known: the chunk is damaged, or a later version coded it")
     else:
         raise PayloadError(f"method {method} cannot have {len(source)} bytes for this {dtype} chunk")
 
