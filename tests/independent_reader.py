@@ -435,7 +435,7 @@ def decode_chunk(method: int, data: bytes, base: bytes | None, dtype: str, size:
     if method == 0:
         need(base is not None and not data, "SAME")
         return base or b""
-    need(method in (2, 3, 6, 7), f"method {method}")
+    need(method in (2, 3, 6, 7, 8), f"method {method}")
     need(dtype in FLOATS and size % FLOATS[dtype].width == 0, f"method {method} for {dtype}")
     form = FLOATS[dtype]
     if method in (3, 7):
@@ -444,7 +444,7 @@ def decode_chunk(method: int, data: bytes, base: bytes | None, dtype: str, size:
         return alone(Data(data), form, size // form.width)
     need(base is not None, f"method {method} without a base")
     elements = np.frombuffer(base or b"", f"<u{form.width}").astype(np.uint64)
-    decode = decode_delta if method == 2 else decode_sparse
+    decode = {2: decode_delta, 6: decode_sparse, 8: decode_drift}[method]
     return decode(Data(data), elements, form).astype(f"<u{form.width}").tobytes()
 
 
@@ -561,6 +561,22 @@ def decode_sparse(data: Data, base: Elements, form: FloatFormat) -> Elements:
         result[places] = at_distance(base[places], distances, form)
     data.end()
     return result
+
+
+def decode_drift(data: Data, base: Elements, form: FloatFormat) -> Elements:
+    """DRIFT: the target's elements."""
+    need(form.width == 4, "DRIFT: dtype")
+    k, method = data.numbers("<BB")
+    need(k <= 12 and method in (0, 2, 6), "DRIFT: head")
+    numbers = np.array(decode_list(data.sized(), 1 << k), np.uint64)
+    shifts = np.cumsum(unzigzag(numbers))
+    which = (base & np.uint64((1 << 23) - 1)) >> np.uint64(23 - k)
+    moved = (base + shifts[which]) & np.uint64((1 << 32) - 1)
+    drifted = np.where(exponent(base, form) == 0, base, moved)
+    if method:
+        return (decode_delta if method == 2 else decode_sparse)(data, drifted, form)
+    data.end()
+    return drifted
 
 
 # Elements, in 64 bits whatever their width

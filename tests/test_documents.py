@@ -25,7 +25,7 @@ from deltaweights.manifest import FORMAT_VERSION
 
 from . import independent_reader
 from .checkpoints import Array, contents, digests, random_array, weights, write_pair, write_safetensors
-from .codec.pairs import fine_tune
+from .codec.pairs import decayed, fine_tune
 from .conftest import Trio
 from .torch.models import nudge, tiny_qwen2
 
@@ -211,7 +211,7 @@ def test_independent_reader_agrees_on_odd_checkpoints(tmp_path: Path) -> None:
 
 
 def test_independent_reader_decodes_every_method(tmp_path: Path) -> None:
-    """Floats of every dtype that moved much, little, here and there or are new; integers; bytes."""
+    """Floats of every dtype that moved much, little, here and there, decayed or are new; integers; bytes."""
     base, target = tmp_path / "base", tmp_path / "target"
     rng = np.random.default_rng(6)
     old, new = {}, {}
@@ -239,6 +239,10 @@ def test_independent_reader_decodes_every_method(tmp_path: Path) -> None:
     for name, text in (("text", b"the same again and again; " * 500), ("noise", rng.bytes(5000))):
         old[f"U8.{name}"] = new[f"added.{name}"] = Array("U8", (len(text),), text)
         new[f"U8.{name}"] = Array("U8", (len(text),), text[::-1])
+    for dtype, moved in (("F32", 0.0), ("F32", 0.01), ("C64", 0.2)):
+        name, shape = f"{dtype}.decayed.{moved}", (20_000 // (2 if dtype == "C64" else 1),)
+        before, after = decayed(20_000, 2e-7, 50, moved)
+        old[name], new[name] = (Array(dtype, shape, side.tobytes()) for side in (before, after))
     new["BF16.repeated"] = Array("BF16", (8000,), rng.bytes(1000) * 16)
     write_safetensors(base / "model.safetensors", old)
     write_safetensors(target / "model.safetensors", new)

@@ -234,7 +234,7 @@ def test_a_hostile_payload_is_refused(payload: bytes, nbytes: int) -> None:
 
 
 def test_a_method_that_nobody_knows_is_refused() -> None:
-    with pytest.raises(PayloadError):
+    with pytest.raises(PayloadError, match="a later version"):
         decode_chunk(255, b"", np.zeros(4, np.uint8), "U8", np.empty(4, np.uint8))
 
 

@@ -27,7 +27,13 @@ from .kernel import array, array_at
 _LONG, _BYTE, _POINTER = ir.IntType(64), ir.IntType(8), ir.PointerType()
 _HEAD = object.__basicsize__  # what every Python object begins with
 _SCALARS = {"i": types.int64, "f": types.float64, "b": types.boolean}
-_ELEMENTS = {"b1": types.boolean, "i8": types.int64, "f4": types.float32, "f8": types.float64}
+_ELEMENTS = {
+    "b1": types.boolean,
+    "i4": types.int32,
+    "i8": types.int64,
+    "f4": types.float32,
+    "f8": types.float64,
+}
 _ELEMENTS |= {f"u{size}": getattr(types, f"uint{8 * size}") for size in (1, 2, 4, 8)}
 #: What the code may call besides itself: of the C library, which every Python process has loaded.
 _KNOWN = {"log2", "exp2", "pow", "floor", "ldexp", "memcpy", "memmove", "memset"}

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PayloadError
-from . import floats, generic, planes, sparse, window
+from . import drift, floats, generic, planes, sparse, window
 from .sparse import Overwritten
 from .ulp import FORMATS, FloatFormat
 
@@ -48,10 +48,13 @@ class Method(IntEnum):
     ZSTD = 5  # one zstd frame
     SPARSE = 6  # floats of which few moved, against the base's
     WINDOW = 7  # floats by themselves, their exponents close together
+    DRIFT = 8  # floats against the base's moved by what weight decay does to a mantissa
 
 
 #: The methods whose chunks are decoded without the base, also where there is one.
 STANDALONE = frozenset({Method.RAW, Method.ALONE, Method.ZSTD, Method.WINDOW})
+_METHODS = frozenset(Method)
+_UNDER_DRIFT = (Method.SAME, Method.DELTA, Method.SPARSE)  # how a chunk with a drifted base may be coded
 
 
 def encode_chunk(
@@ -95,9 +98,7 @@ def _encode_float(base: Bytes | None, target: Bytes, form: FloatFormat, quick: b
     candidates: Candidates = []
     limit = float(len(target))
     if base is not None:
-        method, data = Method.SPARSE, sparse.encode_sparse(base, target, form, quick=quick)
-        if data is None:
-            method, data = Method.DELTA, floats.encode_delta(base, target, form)
+        method, data = _encode_against(base, target, form, quick)
         candidates.append((method, data))
         limit = len(target) if data is None else len(data)
         if limit < _WORTH_A_LOOK * len(target):
@@ -110,6 +111,23 @@ def _encode_float(base: Bytes | None, target: Bytes, form: FloatFormat, quick: b
     elif alone < limit:
         candidates.append((Method.ALONE, floats.encode_alone(target, form)))
     return candidates
+
+
+def _encode_against(
+    base: Bytes, target: Bytes, form: FloatFormat, quick: bool, *, settled: bool = False
+) -> tuple[Method, bytes | None]:
+    """Floats against the base's, `settled` where those have drifted already."""
+    data = sparse.encode_sparse(base, target, form, quick=quick)
+    if data is not None:
+        return Method.SPARSE, data
+    shifts = None if settled else drift.find_shifts(base, target, form)
+    if shifts is None:
+        return Method.DELTA, floats.encode_delta(base, target, form)
+    moved = drift.drifted(base, shifts, form)
+    method, data = Method.SAME, b""
+    if not _equal(moved, target):
+        method, data = _encode_against(moved, target, form, quick, settled=True)
+    return Method.DRIFT, None if data is None else drift.put_head(shifts, method) + data
 
 
 _PROBE = 1 << 15
@@ -147,25 +165,42 @@ def decode_chunk(
     form = FORMATS.get(dtype)
     if form is not None and len(out) % form.itemsize:
         form = None
+    if method not in _METHODS:
+        raise PayloadError(f"method {method} is not known: the chunk is damaged, or a later version coded it")
     if method == Method.SAME and base is not None and len(source) == 0:
         if out is not base:
             out[:] = base
     elif method == Method.RAW and len(source) == len(out):
         out[:] = source
-    elif method == Method.DELTA and form is not None and base is not None:
-        floats.decode_delta(source, base, form, out)
-    elif method == Method.SPARSE and form is not None and base is not None:
-        sparse.decode_sparse(source, base, form, out)
-    elif method == Method.ALONE and form is not None:
-        floats.decode_alone(source, form, out)
-    elif method == Method.WINDOW and form is not None:
-        window.decode_window(source, form, out)
     elif method == Method.PLANES:
         generic.decode_planes(source, base, generic.ITEMSIZES.get(dtype, 1), out)
     elif method == Method.ZSTD:
         out[:] = planes.expand(source, len(out))
-    else:
+    elif form is None or not _decode_float(method, source, base, dtype, out):
         raise PayloadError(f"method {method} cannot have {len(source)} bytes for this {dtype} chunk")
+
+
+def _decode_float(method: int, data: Bytes, base: Bytes | None, dtype: str, out: Bytes) -> bool:
+    """Fill `out` by one of the methods for floats; False where it is none of them, or lacks a base."""
+    form = FORMATS[dtype]
+    if method == Method.ALONE:
+        floats.decode_alone(data, form, out)
+    elif method == Method.WINDOW:
+        window.decode_window(data, form, out)
+    elif base is None:
+        return False
+    elif method == Method.DELTA:
+        floats.decode_delta(data, base, form, out)
+    elif method == Method.SPARSE:
+        sparse.decode_sparse(data, base, form, out)
+    elif method == Method.DRIFT:
+        shifts, method, data = drift.take_head(data, form)
+        if method not in _UNDER_DRIFT:
+            raise PayloadError(f"a drifted chunk cannot be coded by method {method}")
+        decode_chunk(method, data, drift.drifted(base, shifts, form), dtype, out)
+    else:
+        return False
+    return True
 
 
 def patch_chunk(

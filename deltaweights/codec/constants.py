@@ -17,7 +17,7 @@ LOG_SEGMENT, STEP, LOWEST, TABLES = 0, 1, 2, 3
 UNIT = 64  # the shortest segment
 SPARE = 16  # bytes beyond the last of a plane that `split_bytes` may write and `append_bytes` read
 MAX_ROWS = 256  # rows of a histogram of tokens, at most
-MAX_SAMPLE = 1 << 15  # elements of a sample, at most
+MAX_SAMPLE = 1 << 17  # elements of a sample, at most
 PATCH = 512  # elements in a row of a sample; whole segments of every length
 
 # Subsets (subset.py).

@@ -46,7 +46,6 @@ _a_table, _row_costs = room(types.uint32, TOKENS), room(types.float64, MAX_ROWS)
 _seven_cursors, _three_limits = room(types.int64, 7), room(types.int64, 3)
 _sample_scales = room(types.int64, MAX_SAMPLE // UNIT + 1)
 
-
 # -------------------------------------------------------------------------------- transforms
 
 
@@ -110,6 +109,21 @@ def unit_moves(base, values, shift, mask, sums):
             buffer[i] = steps * np.float32(2.0 ** (min(exponent, 190) - 127))
         for unit in range(first, last, UNIT):
             sums[unit // UNIT] = _sum(buffer[unit - first : min(unit + UNIT, last) - first])
+
+
+@kernel(types.void(_numbers, _numbers, types.int64, types.int64, _numbers))
+def drift(base, shifts, shift, mask, out):
+    """The elements moved by the shift of their mantissa; those with an exponent of 0 stay.
+
+    shifts   uint32[2**k], k at most `shift`: which one is told by the mantissa's top k bits
+    """
+    last, log = np.uint32(len(shifts) - 1), 0
+    while len(shifts) >> (log + 1):
+        log += 1
+    place, exponents = np.uint32(shift - log), np.uint32(mask << shift)
+    for i in range(len(base)):
+        moved = shifts[(base[i] >> place) & last]
+        out[i] = base[i] + (moved if base[i] & exponents else np.uint32(0))
 
 
 # -------------------------------------------------------------------------------- parameters
@@ -211,12 +225,25 @@ def entropy(row):
 
 
 @kernel()
-def trim_rows(rows, step, scale_up, table_bits):
+def raw_bits(rows, first):
+    """The bits of wide distances that no table sees: those after tokens, and the low bytes in planes."""
+    bits = np.int64(0)
+    for r in range(len(rows)):
+        low = 8 * low_bytes(first, 0, r)
+        for t in range(TOKENS):
+            after = ((t - (1 << DIRECT_BITS)) >> 2) + DIRECT_BITS - 2 if t >> DIRECT_BITS else 0
+            bits += np.int64(rows[r, t]) * (low + after)
+    return np.float64(bits)
+
+
+@kernel()
+def trim_rows(rows, step, scale_up, table_bits, first, wide):
     """The span of rows worth a table each: rows beyond are clamped to the nearest.
 
     Merges the outermost rows inwards as long as that costs less than `table_bits`, `scale_up` being
-    how many elements each counted one stands for. Tables are `step` rows apart. Destroys `rows`.
-    Returns (lowest row, tables, bits in all).
+    how many elements each counted one stands for. Tables are `step` rows apart; row 0 is context
+    `first`. Where elements are `wide`, those merged into a row of more low bytes pay for these.
+    Destroys `rows`. Returns (lowest row, tables, bits in all).
     """
     low, high = 0, (len(rows) - 1) // step * step
     costs, merged, bits = _row_costs(), _a_table(), 0.0
@@ -229,6 +256,9 @@ def trim_rows(rows, step, scale_up, table_bits):
             for t in range(TOKENS):
                 merged[t] = rows[a, t] + rows[b, t]
             extra = entropy(merged) - costs[a] - costs[b]
+            if wide:
+                more = max(low_bytes(first, 0, b) - low_bytes(first, 0, a), 0)
+                extra += 8 * more * rows[a].sum()
             if extra < best:
                 best, from_row, to_row = extra, a, b
         if best * scale_up > table_bits and high - low < MAX_TABLES * step:
@@ -294,8 +324,9 @@ def choose_contexts(
             base, values, shift, mask, scales, log_segment, wide, part, contexts, keys, counts, total
         )
         step = 0 if log_segment else 1
-        low, tables, bits = trim_rows(total[:rows], 1 << step, scale_up, table_bits)
-        bits = bits * scale_up + table_bits * tables
+        raw = raw_bits(total[:rows], first) if wide else 0.0
+        low, tables, bits = trim_rows(total[:rows], 1 << step, scale_up, table_bits, first, wide)
+        bits = (bits + raw) * scale_up + table_bits * tables
         if log_segment:
             bits += list_bits(scales, base_scale, scale_up)
         else:
@@ -309,6 +340,46 @@ def choose_contexts(
                 tables,
             )
     return best
+
+
+@kernel(types.void(_numbers, _numbers, types.int64, types.int64, array(types.int32, 2), _longs))
+def collect_moves(base, target, stride, shift, moves, counts):
+    """What every `stride`-th element moved by, bits less bits, by the top bits of its mantissa.
+
+    moves    int32[2**k, most]: rows are filled from the left and keep the first that come
+    counts   int64[2**k], zeros; how much of each row is filled
+    """
+    last, log = np.uint32(len(counts) - 1), 0
+    while len(counts) >> (log + 1):
+        log += 1
+    place = np.uint32(shift - log)
+    for i in range(0, len(base), stride):
+        row = (base[i] >> place) & last
+        if counts[row] < moves.shape[1]:
+            moves[row, counts[row]] = np.int32(target[i] - base[i])
+            counts[row] += 1
+
+
+@kernel(types.float64(array(types.int32, 2), _longs, _numbers))
+def fit_shifts(moves, counts, shifts):
+    """For each stretch of mantissas the move around which an eighth of its elements lie closest.
+
+    moves    int32[2**k, most], ascending in each row as far as `counts` says it is filled
+    shifts   uint32[2**k], written; stretches of few elements get that of the one before
+    Returns the sum over stretches of log2(1 + |shift|) less log2(1 + the width of that eighth).
+    """
+    bits, shift = 0.0, np.int64(0)
+    for s in range(len(shifts)):
+        eighth = counts[s] >> 3
+        if eighth:
+            width = np.int64(1) << 32
+            for i in range(counts[s] - eighth):
+                across = np.int64(moves[s, i + eighth]) - np.int64(moves[s, i])
+                if across < width:
+                    width, shift = across, np.int64(moves[s, i + (eighth >> 1)])
+            bits += np.log2(1.0 + abs(shift)) - np.log2(1.0 + width)
+        shifts[s] = shift & 0xFFFFFFFF
+    return bits
 
 
 # -------------------------------------------------------------------------------- encoding

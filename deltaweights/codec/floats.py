@@ -39,7 +39,9 @@ from .ulp import FloatFormat
 
 Bytes = NDArray[np.uint8]
 _HEAD = struct.Struct("<BBBhhb")
-_SAMPLED = MAX_SAMPLE // 2  # elements looked at to choose a way and its parameters, about
+_SAMPLED = 1 << 14  # elements looked at to choose a way and its parameters
+_MORE = MAX_SAMPLE // 2  # the same where changes are clustered: a small sample may miss them
+_PLACE = 64  # elements in a row in which changes are counted to see that
 _TOKEN_BITS = 6.0  # what each token takes in an explicit table, about
 _GLANCE = 1 << 15  # elements whose bytes are counted to foresee a standalone size
 
@@ -50,12 +52,12 @@ def elements(data: Bytes, form: FloatFormat) -> NDArray[Any]:
     return found if found.flags.aligned else data.copy().view(form.dtype)
 
 
-def sample(elements: NDArray[Any], patch: int) -> NDArray[Any]:
-    """About `_SAMPLED` elements, `patch` in a row and as many rows evenly spread; all of a short array."""
-    if len(elements) < 2 * _SAMPLED:
+def sample(elements: NDArray[Any], patch: int, count: int = _SAMPLED) -> NDArray[Any]:
+    """About `count` elements, `patch` in a row and as many rows evenly spread; all of a short array."""
+    if len(elements) < 2 * count:
         return elements
     rows = elements[: len(elements) // patch * patch].reshape(-1, patch)
-    return rows[:: len(elements) // _SAMPLED].reshape(-1)
+    return rows[:: len(elements) // count].reshape(-1)
 
 
 def _delta_planes(itemsize: int) -> int:
@@ -76,7 +78,8 @@ def _choose_contexts(
     before: NDArray[Any], after: NDArray[Any], form: FloatFormat, layout: NDArray[np.int64]
 ) -> float:
     """The layout by a sample of the chunk, and the sample's scale behind it, into layout; bits in all."""
-    some, there = sample(before, PATCH), sample(after, PATCH)
+    size = _MORE if _is_clustered(before, after) else _SAMPLED
+    some, there = sample(before, PATCH, size), sample(after, PATCH, size)
     count = len(some)
     bits: float = delta.choose_contexts(
         some, there, form.shift, form.mask, form.itemsize >= 4, len(before) / count,
@@ -88,6 +91,15 @@ def _choose_contexts(
         scratch("sums", count // UNIT + 1, np.float32), layout,
     )  # fmt: skip
     return bits
+
+
+def _is_clustered(before: NDArray[Any], after: NDArray[Any]) -> bool:
+    """Whether far more changed in some places than in most, as where training met few rows."""
+    if len(before) < 2 * _SAMPLED:
+        return False
+    moved = sample(before, _PLACE) != sample(after, _PLACE)
+    changed = np.count_nonzero(moved.reshape(-1, _PLACE), axis=1)
+    return bool(changed.max() > 2 * changed.mean() + 12)
 
 
 def _encode_under(

@@ -295,3 +295,15 @@ def decode_window(data: Bytes, count: int, form: ulp.FloatFormat) -> ulp.Unsigne
     for plane in reversed(get_planes(data, form.itemsize - 2, count)):
         rotated = (rotated << form.dtype.type(8)) | plane.astype(form.dtype)
     return ulp.unrotate(rotated)
+
+
+def decode_drift(data: Bytes, base: ulp.Unsigned, form: ulp.FloatFormat) -> tuple[ulp.Unsigned, int, Bytes]:
+    """A drifted chunk's drifted base, by which method the rest is coded against that, and the rest."""
+    log, method = int(data[0]), int(data[1])
+    section, rest = _section(data[2:])
+    numbers = _list(section, 1 << log)
+    shifts = np.cumsum((numbers >> 1) ^ -(numbers & 1))
+    mantissas = base.astype(np.int64) & ((1 << form.shift) - 1)
+    moved = base.astype(np.int64) + shifts[mantissas >> (form.shift - log)]
+    moved = np.where(ulp.exponent(base, form) == 0, base.astype(np.int64), moved)
+    return (moved & ((1 << 8 * form.itemsize) - 1)).astype(form.dtype), method, rest

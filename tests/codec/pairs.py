@@ -38,6 +38,21 @@ def fine_tune(
     return base.view(np.uint8), target.view(np.uint8)
 
 
+def decayed(
+    count: int, rate: float, steps: int, moved: float = 0.0, seed: int = 0, width: int = 384
+) -> tuple[Bytes, Bytes]:
+    """(base, target) of `count` F32 weights: `steps` of weight decay, the learning rate times the decay going
+    from `rate` to 0; and updates of std 2e-4 in that part of the rows of `width` that `moved` says."""
+    rng = np.random.default_rng(seed)
+    base = rng.normal(0, 0.03, count).astype("<f4")
+    target = base.copy()
+    for step in range(steps):
+        target *= np.float32(1 - rate * (1 - step / steps))
+    rows = np.repeat(rng.random(count // width + 1) < moved, width)[:count]
+    target[rows] += rng.laplace(0, 2e-4 / 2**0.5, np.count_nonzero(rows)).astype("<f4")
+    return base.view(np.uint8), target.view(np.uint8)
+
+
 def values_of(bits: NDArray[Any], dtype: str) -> NDArray[np.float64]:
     """Bit patterns back to floats."""
     if dtype == "BF16":

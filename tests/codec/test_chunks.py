@@ -11,11 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaweights.codec import MAX_CHUNK, Method, decode_chunk, encode_chunk, patch_chunk
+from deltaweights.codec import (
+    MAX_CHUNK,
+    Method,
+    decode_chunk,
+    drift,
+    encode_chunk,
+    floats,
+    patch_chunk,
+    sparse,
+)
 from deltaweights.codec.ulp import FORMATS
 from deltaweights.errors import PayloadError
 
-from .pairs import Bytes, fine_tune, noise, numpy_free_alignment, to_bits
+from .pairs import Bytes, decayed, fine_tune, noise, numpy_free_alignment, to_bits
 
 OTHERS = ["F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "BOOL", "I8", "U8", "I16", "U16", "I32", "U32"]
 DTYPES = [*FORMATS, *OTHERS, "I64", "U64", "NEW_TYPE"]
@@ -128,6 +137,51 @@ def test_rare_changes_are_sparse_wherever_they_are(dtype: str) -> None:
         assert len(data) < 100 + 4 * len(places)
 
 
+@pytest.mark.parametrize("dtype", ["F32", "C64"])
+@pytest.mark.parametrize("count", [1000, 20_002, 150_000])
+@pytest.mark.parametrize(("rate", "steps"), [(2e-7, 1), (2e-7, 1000), (1e-5, 100)])
+@pytest.mark.parametrize("moved", [0.0, 0.1, 0.7, 1.0])
+def test_decayed_weights_round_trip(dtype: str, count: int, rate: float, steps: int, moved: float) -> None:
+    base, target = decayed(count, rate, steps, moved)
+    base.view("<u4")[::100] = target.view("<u4")[::100] = 0  # as rows of padding are
+    method, _ = round_trip(base, target, dtype)
+    if count > 20_000 and moved < 0.2:
+        assert method == Method.DRIFT
+
+
+@given(
+    base=st.binary(min_size=4, max_size=400),
+    target=st.binary(min_size=4, max_size=400),
+    shifts=st.integers(0, 5).flatmap(
+        lambda log: st.lists(
+            st.integers(0, 2**32 - 1) | st.integers(0, 3), min_size=1 << log, max_size=1 << log
+        )
+    ),
+    near=st.sampled_from(["SAME", "SPARSE", "DELTA"]),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_drift_by_any_shifts(base: bytes, target: bytes, shifts: list[int], near: str) -> None:
+    form = FORMATS["F32"]
+    there = np.frombuffer(target[: len(target) // 4 * 4], np.uint8)
+    before = np.resize(np.frombuffer(base, np.uint8), len(there))
+    numbers = np.array(shifts, np.uint32)
+    moved = drift.drifted(before, numbers, form).copy()
+    method, data = Method.SAME, b""
+    if near == "SPARSE":
+        there = moved.copy()
+        there[:4] ^= 1
+        method, found = Method.SPARSE, sparse.encode_sparse(moved, there, form, quick=True)
+    if near == "DELTA":
+        method, found = Method.DELTA, floats.encode_delta(moved, there, form)
+    if near != "SAME":
+        if found is None:
+            return
+        data = found
+    out = np.zeros_like(there)
+    decode_chunk(Method.DRIFT, drift.put_head(numbers, method) + data, before, "F32", out)
+    assert np.array_equal(out, moved if near == "SAME" else there)
+
+
 def test_unaligned_and_read_only_arrays() -> None:
     base, target = fine_tune("F32", 5000, 1e-3)
     for offset in (0, 1, 2, 3):
@@ -137,6 +191,12 @@ def test_unaligned_and_read_only_arrays() -> None:
         out = numpy_free_alignment(np.zeros_like(target), offset)
         decode_chunk(method, memoryview(data), before, "F32", out)
         assert np.array_equal(out, target)
+    base, target = decayed(30_000, 2e-7, 100)
+    before, out = numpy_free_alignment(base, 1), numpy_free_alignment(np.zeros_like(target), 2)
+    method, data = encode_chunk(before, numpy_free_alignment(target, 3), "F32")
+    assert method == Method.DRIFT
+    decode_chunk(method, data, before, "F32", out)
+    assert np.array_equal(out, target)
 
 
 def test_float32_with_compressible_planes_alone_and_against_a_base() -> None:

@@ -8,10 +8,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from deltaweights.codec import Method, decode_chunk, encode_chunk, patch_chunk
+from deltaweights.codec import Method, decode_chunk, drift, encode_chunk, patch_chunk
 from deltaweights.errors import PayloadError
 
-from .pairs import Bytes, fine_tune, noise, to_bits
+from .pairs import Bytes, decayed, fine_tune, noise, to_bits
 
 Case = tuple[str, Bytes | None, Bytes]
 
@@ -31,6 +31,8 @@ def cases() -> dict[str, Case]:
         "sparse": ("BF16", sparse_base, sparse_target),
         "wide": ("F32", wide_base, wide_target),
         "double": ("F64", double_base, double_target),
+        "drift": ("F32", *decayed(9000, 2e-7, 1000, moved=0.3)),
+        "rare drift": ("F32", *decayed(60_000, 2e-7, 1000, moved=0.02)),
         "alone": ("F8_E5M2", None, fine_tune("F8_E5M2", 9000, 1e-3)[1]),
         "window": ("BF16", None, with_zeros),
         "planes": ("I32", integers, integers[::-1].copy()),
@@ -103,7 +105,7 @@ def test_mutated_payloads(name: str) -> None:
     assert refused > 100
 
 
-@pytest.mark.parametrize("name", ["delta", "sparse", "wide", "alone", "window", "planes", "zstd"])
+@pytest.mark.parametrize("name", ["delta", "sparse", "wide", "drift", "alone", "window", "planes", "zstd"])
 def test_payloads_cut_anywhere(name: str) -> None:
     dtype, base, target = cases()[name]
     method, data = encode_chunk(base, target, dtype)
@@ -180,6 +182,36 @@ def test_impossible_heads_of_sparse_chunks(cutoff: int, exceptions: int) -> None
     assert np.array_equal(out, base)
     with pytest.raises(PayloadError, match="head of a sparse chunk"):
         decode_chunk(Method.SPARSE, struct.pack("<hBI", cutoff, 0, exceptions) + marks, base, "BF16", out)
+
+
+@pytest.mark.parametrize("method", [Method.RAW, Method.ZSTD, Method.DRIFT, 255])
+def test_drifted_chunks_are_coded_by_few_methods(method: int) -> None:
+    """A drift under a drift, and so on, would be a recursion as deep as the payload is long."""
+    base, _ = decayed(100, 1e-7, 1)
+    head = drift.put_head(np.zeros(4, np.uint32), method)
+    with pytest.raises(PayloadError, match="a drifted chunk"):
+        decode_chunk(Method.DRIFT, head * 100, base, "F32", base.copy())
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F64", "I32"])
+def test_only_elements_of_32_bits_drift(dtype: str) -> None:
+    base, _ = decayed(100, 1e-7, 1)
+    shifts = np.zeros(4, np.uint32)
+    with pytest.raises(PayloadError):
+        decode_chunk(Method.DRIFT, drift.put_head(shifts, Method.SAME), base, dtype, base.copy())
+
+
+@pytest.mark.parametrize("log", [13, 32, 255])
+def test_more_shifts_than_mantissas_are_refused_before_there_is_room_for_them(log: int) -> None:
+    base, _ = decayed(100, 1e-7, 1)
+    data = bytes([log, Method.SAME]) + drift.put_head(np.zeros(4096, np.uint32), Method.SAME)[2:]
+    tracemalloc.start()
+    with pytest.raises(PayloadError, match="head of a drifted chunk"):
+        decode_chunk(Method.DRIFT, data, base, "F32", base.copy())
+    assert tracemalloc.get_traced_memory()[1] < 1 << 16
+    tracemalloc.stop()
+    decode_chunk(Method.DRIFT, bytes([12]) + data[1:], base, "F32", out := base.copy())
+    assert np.array_equal(out, base)
 
 
 def test_frames_that_want_a_long_window_are_refused() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaweights.codec import floats, reference, ulp, window
+from deltaweights.codec import Method, drift, encode_chunk, floats, reference, ulp, window
 from deltaweights.codec.tables import (
     DIRECT_BITS,
     SCALES,
@@ -18,7 +18,7 @@ from deltaweights.codec.tables import (
 )
 from deltaweights.codec.ulp import FORMATS
 
-from .pairs import fine_tune, noise
+from .pairs import decayed, fine_tune, noise
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -66,6 +66,31 @@ def test_windows(dtype: str, count: int) -> None:
         out = np.empty_like(target)
         window.decode_window(data, form, out)
         assert np.array_equal(out, target)
+
+
+@pytest.mark.parametrize("log", [0, 1, 7, 12])
+def test_drifted_bases(log: int) -> None:
+    """Of any bits, by any shifts."""
+    form = FORMATS["F32"]
+    base = noise("F32", 5000)
+    base.view("<u4")[::9] &= np.uint32(0x807FFFFF)  # zeros and subnormals: they stay
+    shifts = np.random.default_rng(log).integers(0, 1 << 32, 1 << log, np.uint32)
+    data = np.frombuffer(drift.put_head(shifts, Method.SPARSE) + b"rest", np.uint8)
+    moved, method, rest = reference.decode_drift(data, base.view("<u4"), form)
+    assert np.array_equal(moved, drift.drifted(base, shifts, form).view("<u4"))
+    assert np.array_equal(moved[::9], base.view("<u4")[::9])
+    assert (method, rest.tobytes()) == (Method.SPARSE, b"rest")
+
+
+@pytest.mark.parametrize("count", [5000, 80_000])
+def test_drifts(count: int) -> None:
+    form = FORMATS["F32"]
+    base, target = decayed(count, 2e-7, 300, moved=0.2)
+    method, data = encode_chunk(base, target, "F32")
+    assert method == Method.DRIFT
+    moved, under, rest = reference.decode_drift(np.frombuffer(data, np.uint8), base.view("<u4"), form)
+    assert under == Method.DELTA
+    assert np.array_equal(reference.decode_delta(rest, moved, form), target.view("<u4"))
 
 
 @pytest.mark.parametrize("tail", [0, 1, 5])

@@ -7,7 +7,7 @@ import pytest
 
 from deltaweights.codec import Method, encode_chunk
 
-from .pairs import fine_tune, to_bits, values_of
+from .pairs import decayed, fine_tune, to_bits, values_of
 
 COUNT = 1 << 19
 
@@ -65,3 +65,20 @@ def test_weight_decay_is_seen() -> None:
         for t in (moved, 0.99 * moved)
     )
     assert decayed < 1.12 * plain
+
+
+@pytest.mark.parametrize(
+    ("rate", "steps", "moved", "bits"),
+    [
+        (2e-7, 1, 0.0, 0.02),
+        (2e-7, 1000, 0.0, 0.05),
+        (2e-7, 1000, 0.1, 2.5),  # what moved besides takes 2.0
+        (1e-6, 1000, 0.1, 3.0),
+        (1e-5, 1000, 0.1, 7.5),
+    ],
+)
+def test_weights_that_only_decayed_take_next_to_nothing(
+    rate: float, steps: int, moved: float, bits: float
+) -> None:
+    _, data = encode_chunk(*decayed(COUNT // 2, rate, steps, moved), "F32")
+    assert 8 * len(data) / (COUNT // 2) < bits
