@@ -85,6 +85,8 @@ alone, delta, runs, subset = Kernels("alone"), Kernels("delta"), Kernels("runs")
 def _kind_of(argument: Any) -> str:
     """What :mod:`.build` calls an argument."""
     if isinstance(argument, np.ndarray):
+        if not argument.dtype.isnative:
+            raise ValueError("kernels take arrays of this machine's byte order")
         return f"{argument.dtype.kind}{argument.dtype.itemsize}.{argument.ndim}"
     if isinstance(argument, bool | np.bool_):
         return "b"
