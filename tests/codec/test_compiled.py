@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,11 +28,37 @@ for moved in (1, 1 << 9):  # few elements, and many
 sys.exit("numba" in sys.modules)
 """
 
+_FORK = """
+import os, signal, threading, warnings
+from deltaweights.codec import compiled
+
+def load():
+    with compiled._loading:
+        begun.set()
+        sum(range(1 << 22))
+
+warnings.simplefilter("ignore")  # later Pythons warn of what is tried here
+begun = threading.Event()
+threading.Thread(target=load).start()
+begun.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    os._exit(compiled.Kernel("runs", "log_span")(8, 32) != 8)
+assert os.waitpid(child, 0)[1] == 0
+assert compiled.Kernel("runs", "log_span")(8, 32) == 8
+"""
+
 
 def test_kernels_on_disk_need_no_numba() -> None:
     """The first process may have to compile; the second finds everything it needs."""
     subprocess.run([sys.executable, "-c", _ROUND_TRIP], check=False)
     subprocess.run([sys.executable, "-c", _ROUND_TRIP], check=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is nothing to fork with")
+def test_a_process_that_is_forked_while_a_kernel_is_loaded_can_load_it_too() -> None:
+    subprocess.run([sys.executable, "-c", _FORK], check=True)
 
 
 @pytest.fixture
