@@ -44,11 +44,15 @@ def object_code(module: str, name: str, kinds: list[str]) -> tuple[str, bytes]:
 
     kinds   one text an argument: "i", "f" or "b" for an integer, a float or a bool; for an array the code of
             its dtype and its number of dimensions, as in "u2.1"
-    The result's kind is one of those letters, or "n" for none.
+    The result's kind is one of those letters, or "n" for none. Raises TypeError for arguments that the kernel
+    does not take: called with them, its code would read what is not there.
     """
     with global_compiler_lock:
         found = getattr(import_module(f".{module}", __package__), name)
-        result = found.compiled(tuple(_type_of(kind) for kind in kinds))
+        given = tuple(_type_of(kind) for kind in kinds)
+        result = found.compiled(given)
+        if tuple(result.fndesc.argtypes) != given:
+            raise TypeError(f"kernel {name} takes {result.fndesc.argtypes}, not {given}")
         return _kind_of_result(result.fndesc.restype), _object_of(result)
 
 

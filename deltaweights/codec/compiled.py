@@ -8,6 +8,7 @@ where one is missing.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from functools import cache
 from typing import Any
@@ -19,7 +20,11 @@ from .store import ENTRY, object_code
 __all__ = ["Kernel", "Kernels", "alone", "delta", "runs", "subset"]
 
 _RESULTS: dict[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_double, "b": ctypes.c_bool, "n": None}
-_loading = threading.Lock()
+_loading = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a child that began while another thread loads would wait for ever
+    os.register_at_fork(
+        before=_loading.acquire, after_in_parent=_loading.release, after_in_child=_loading.release
+    )
 
 
 class Kernels:
@@ -85,6 +90,8 @@ alone, delta, runs, subset = Kernels("alone"), Kernels("delta"), Kernels("runs")
 def _kind_of(argument: Any) -> str:
     """What :mod:`.build` calls an argument."""
     if isinstance(argument, np.ndarray):
+        if not argument.dtype.isnative:
+            raise ValueError("kernels take arrays of this machine's byte order")
         return f"{argument.dtype.kind}{argument.dtype.itemsize}.{argument.ndim}"
     if isinstance(argument, bool | np.bool_):
         return "b"

@@ -68,7 +68,8 @@ def _places() -> Iterator[Path]:
     if named := os.environ.get("NUMBA_CACHE_DIR"):
         yield Path(named)
     yield _HERE / "__pycache__"
-    yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaweights"
+    with suppress(RuntimeError):  # a user without a home, as in many a container
+        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaweights"
 
 
 @cache
@@ -94,7 +95,7 @@ def _version_of(package: str) -> bytes:
 def _keep(path: Path, content: bytes) -> None:
     """Write a file under its name at once, so that no other process reads a part of it."""
     if not path.parent.exists():
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)  # another process may be as far
         _forget_others(path.parent)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
