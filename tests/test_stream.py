@@ -328,6 +328,20 @@ def test_tied_weights_travel_once(tmp_path: Path) -> None:
         assert untied.head.weight.data_ptr() != untied.embed.weight.data_ptr()
 
 
+def test_tensors_that_overlap_in_part_are_refused(tmp_path: Path) -> None:
+    """What changes in one would change in the other, behind the back of the checks."""
+    fused = torch.zeros(6, 10)
+    with pytest.raises(CheckpointError, match="overlap"):
+        DeltaPublisher(tmp_path / "s", {"qkv": fused, "q": fused[:2]})
+    columns = {"left": fused[:, :5], "right": fused[:, 5:]}  # one between the other, nothing in common
+    with DeltaPublisher(tmp_path / "s", columns) as publisher:
+        columns["left"][1, 1] = 1
+        publisher.publish(1, columns)
+        engine = {name: torch.zeros(6, 5) for name in columns}
+        DeltaSubscriber(tmp_path / "s").sync(engine)
+    assert all(torch.equal(engine[name], columns[name]) for name in columns)
+
+
 def test_a_model_that_ties_what_the_stream_does_not_is_refused(tmp_path: Path) -> None:
     shared = torch.zeros(10)
     with DeltaPublisher(tmp_path / "s", {"a": torch.zeros(10), "b": torch.zeros(10)}) as publisher:

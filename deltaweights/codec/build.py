@@ -19,6 +19,7 @@ from importlib import import_module
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
+from numba.core import config
 from numba.core.compiler_lock import global_compiler_lock
 
 from .compiled import ENTRY
@@ -47,6 +48,8 @@ def object_code(module: str, name: str, kinds: list[str]) -> tuple[str, bytes]:
     The result's kind is one of those letters, or "n" for none. Raises TypeError for arguments that the kernel
     does not take: called with them, its code would read what is not there.
     """
+    if config.DISABLE_JIT:
+        raise RuntimeError("kernels cannot be compiled while NUMBA_DISABLE_JIT is set")
     with global_compiler_lock:
         found = getattr(import_module(f".{module}", __package__), name)
         given = tuple(_type_of(kind) for kind in kinds)

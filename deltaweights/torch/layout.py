@@ -20,6 +20,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn, strided
 
 from ..errors import CheckpointError
+from .tensors import sharing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,7 +102,7 @@ def _without_ties(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     """Of tensors that share memory, the one that covers all of it; and for each name that is left out, the
     name that stays (the first in the alphabet)."""
     removed: dict[str, str] = {}
-    for names in _sharing(state):
+    for names in sharing(state):
         whole = sorted(
             name
             for name in names
@@ -116,28 +117,6 @@ def _without_ties(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
             )
         removed |= {name: whole[0] for name in sorted(names) if name != whole[0]}
     return {name: tensor for name, tensor in state.items() if name not in removed}, removed
-
-
-def _sharing(state: Mapping[str, Tensor]) -> list[list[str]]:
-    """Groups of two or more names whose tensors' bytes overlap."""
-    storages: dict[tuple[object, int], list[tuple[int, int, str]]] = {}
-    for name, tensor in state.items():
-        if tensor.nbytes:
-            start = tensor.data_ptr()
-            steps = zip(tensor.shape, tensor.stride(), strict=True)
-            end = start + (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.itemsize
-            key = tensor.device, tensor.untyped_storage().data_ptr()
-            storages.setdefault(key, []).append((start, end, name))
-    groups: list[list[str]] = []
-    for areas in storages.values():
-        last_end = 0
-        for start, end, name in sorted(areas):
-            if start < last_end:
-                groups[-1].append(name)
-            else:
-                groups.append([name])
-            last_end = max(last_end, end)
-    return [group for group in groups if len(group) > 1]
 
 
 def _pretrained(model: nn.Module) -> PreTrainedModel | None:

@@ -14,7 +14,7 @@ from .. import codec
 from ..errors import CheckpointError
 from ..pipeline import Workers
 from .stream import CHUNK_BYTES, tensor_digest
-from .tensors import byte_view, code_of, stored_shape
+from .tensors import byte_view, code_of, sharing, stored_shape
 
 #: A model, or its tensors by name.
 State: TypeAlias = "nn.Module | Mapping[str, Tensor]"
@@ -97,12 +97,22 @@ def state_of(state: State) -> dict[str, StateTensor]:
     """The state's tensors, sorted by name.
 
     Raises:
-        CheckpointError: there is none; one has no bytes (sparse, meta), or no dtype that safetensors has.
+        CheckpointError: there is none; one has no bytes (sparse, meta), or no dtype that safetensors has; two
+            have some of their bytes in common, and not all.
     """
-    tensors = state.state_dict() if isinstance(state, nn.Module) else state
-    found = {name: StateTensor(name, t) for name, t in sorted(tensors.items()) if isinstance(t, Tensor)}
-    if not found:
+    named = state.state_dict() if isinstance(state, nn.Module) else state
+    tensors = {name: tensor for name, tensor in sorted(named.items()) if isinstance(tensor, Tensor)}
+    if not tensors:
         raise CheckpointError("The state has no tensors", "", "Pass a model or its state_dict().")
+    found = {name: StateTensor(name, tensor) for name, tensor in tensors.items()}
+    # Others than contiguous ones may lie between each other without a byte in common.
+    for names in sharing({name: tensor for name, tensor in tensors.items() if tensor.is_contiguous()}):
+        if len({found[name].identity for name in names}) > 1:
+            raise CheckpointError(
+                "Tensors of the state overlap",
+                f"Of {names}, some have a part of another's bytes.",
+                "Pass the one that has all of them, or clone those that should be independent.",
+            )
     return found
 
 

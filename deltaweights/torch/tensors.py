@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -88,3 +90,26 @@ def torch_shape(name: str, code: str, shape: tuple[int, ...]) -> tuple[int, ...]
 def byte_view(tensor: Tensor) -> Tensor:
     """The bytes of a contiguous tensor: uint8, one dimension, the same memory on the same device."""
     return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def sharing(state: Mapping[str, Tensor]) -> list[list[str]]:
+    """Groups of two or more names whose tensors' bytes overlap, or might: those of tensors that are not
+    contiguous count from the first to the last."""
+    storages: dict[tuple[object, int], list[tuple[int, int, str]]] = {}
+    for name, tensor in state.items():
+        if tensor.nbytes:
+            start = tensor.data_ptr()
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            end = start + (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.itemsize
+            key = tensor.device, tensor.untyped_storage().data_ptr()
+            storages.setdefault(key, []).append((start, end, name))
+    groups: list[list[str]] = []
+    for areas in storages.values():
+        last_end = 0
+        for start, end, name in sorted(areas):
+            if start < last_end:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+            last_end = max(last_end, end)
+    return [group for group in groups if len(group) > 1]
