@@ -2,7 +2,7 @@
 # Numba and LLVM type what is in here.
 """Machine code of one kernel for one set of types, as an object file that :mod:`.compiled` can load.
 
-The object has one function to call, `compiled.ENTRY`:
+The object has one function to call, `store.ENTRY`:
 
     int32_t entry(void *result, argument, ...)
 
@@ -22,8 +22,8 @@ from numba import types
 from numba.core import config
 from numba.core.compiler_lock import global_compiler_lock
 
-from .compiled import ENTRY
 from .kernel import array, array_at
+from .store import ENTRY
 
 _LONG, _BYTE, _POINTER = ir.IntType(64), ir.IntType(8), ir.PointerType()
 _HEAD = object.__basicsize__  # what every Python object begins with

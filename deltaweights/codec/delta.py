@@ -49,19 +49,33 @@ _sample_scales = room(types.int64, MAX_SAMPLE // UNIT + 1)
 # -------------------------------------------------------------------------------- transforms
 
 
+@kernel(inline="always")
+def distance(base, target, top):
+    """The zigzagged distance from an element to another (see ulp.distance); `top` is the sign's place."""
+    magnitude = (1 << top) - 1
+    sign = (base >> top) & 1
+    steps = (target ^ (-((target >> top) & 1) & magnitude)) - (base ^ (-sign & magnitude))
+    steps = (steps ^ -sign) + sign
+    return ((steps << 1) ^ -((steps >> top) & 1)) & ((magnitude << 1) | 1)
+
+
+@kernel(inline="always")
+def restored(bits, zigzag, top):
+    """The element that lies `zigzag` from `bits` (see ulp.restore); `top` is its sign's place."""
+    magnitude = (1 << top) - 1
+    value, sign = np.int64(zigzag), (bits >> top) & 1
+    steps = (((value >> 1) & magnitude) ^ -(value & 1) ^ -sign) + sign
+    ordered = (bits ^ (-sign & magnitude)) + steps
+    return (ordered ^ (-((ordered >> top) & 1) & magnitude)) & ((magnitude << 1) | 1)
+
+
 @kernel()
 def distances(base, target, values):
     """The zigzagged ULP distance of each element into values (see ulp.distance)."""
     done = simd.distance_vectors(len(values), base, target, values)
     top = 8 * base.itemsize - 1
-    magnitude = (1 << top) - 1
     for i in range(done, len(values)):
-        b, t = np.int64(base[i]), np.int64(target[i])
-        sign = (b >> top) & 1
-        ordered_b = b ^ (-sign & magnitude)
-        ordered_t = t ^ (-((t >> top) & 1) & magnitude)
-        distance = ((ordered_t - ordered_b) ^ -sign) + sign
-        values[i] = ((distance << 1) ^ -((distance >> top) & 1)) & ((magnitude << 1) | 1)
+        values[i] = distance(np.int64(base[i]), np.int64(target[i]), top)
 
 
 @kernel()
@@ -69,14 +83,8 @@ def restore(base, values, out):
     """The inverse of `distances`: the target's elements into out."""
     done = simd.restore_vectors(len(out), base, values, out)
     top = 8 * base.itemsize - 1
-    magnitude = (1 << top) - 1
     for i in range(done, len(out)):
-        b, value = np.int64(base[i]), np.int64(values[i])
-        sign = (b >> top) & 1
-        half = (value >> 1) & magnitude
-        distance = ((half ^ -(value & 1)) ^ -sign) + sign
-        ordered = (b ^ (-sign & magnitude)) + distance
-        out[i] = (ordered ^ (-((ordered >> top) & 1) & magnitude)) & ((magnitude << 1) | 1)
+        out[i] = restored(np.int64(base[i]), np.int64(values[i]), top)
 
 
 @kernel(fastmath=True)
@@ -117,10 +125,8 @@ def drift(base, shifts, shift, mask, out):
 
     shifts   uint32[2**k], k at most `shift`: which one is told by the mantissa's top k bits
     """
-    last, log = np.uint32(len(shifts) - 1), 0
-    while len(shifts) >> (log + 1):
-        log += 1
-    place, exponents = np.uint32(shift - log), np.uint32(mask << shift)
+    last, exponents = np.uint32(len(shifts) - 1), np.uint32(mask << shift)
+    place = np.uint32(shift - runs.floor_log2(len(shifts)))
     for i in range(len(base)):
         moved = shifts[(base[i] >> place) & last]
         out[i] = base[i] + (moved if base[i] & exponents else np.uint32(0))
@@ -231,8 +237,7 @@ def raw_bits(rows, first):
     for r in range(len(rows)):
         low = 8 * low_bytes(first, 0, r)
         for t in range(TOKENS):
-            after = ((t - (1 << DIRECT_BITS)) >> 2) + DIRECT_BITS - 2 if t >> DIRECT_BITS else 0
-            bits += np.int64(rows[r, t]) * (low + after)
+            bits += np.int64(rows[r, t]) * (low + runs.raw_bits_of(t, DIRECT_BITS))
     return np.float64(bits)
 
 
@@ -333,12 +338,8 @@ def choose_contexts(
             layout[4] = base_scale
         if bits < best:
             best = bits
-            layout[LOG_SEGMENT], layout[STEP], layout[LOWEST], layout[TABLES] = (
-                log_segment,
-                step,
-                first + low,
-                tables,
-            )
+            layout[LOG_SEGMENT], layout[STEP] = log_segment, step
+            layout[LOWEST], layout[TABLES] = first + low, tables
     return best
 
 
@@ -349,10 +350,7 @@ def collect_moves(base, target, stride, shift, moves, counts):
     moves    int32[2**k, most]: rows are filled from the left and keep the first that come
     counts   int64[2**k], zeros; how much of each row is filled
     """
-    last, log = np.uint32(len(counts) - 1), 0
-    while len(counts) >> (log + 1):
-        log += 1
-    place = np.uint32(shift - log)
+    last, place = np.uint32(len(counts) - 1), np.uint32(shift - runs.floor_log2(len(counts)))
     for i in range(0, len(base), stride):
         row = (base[i] >> place) & last
         if counts[row] < moves.shape[1]:

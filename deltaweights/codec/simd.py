@@ -190,8 +190,12 @@ def gather(builder: ir.IRBuilder, base: ir.Value, index: Vec) -> Vec:
 def prefetch(builder: ir.IRBuilder, out: ir.Value, at: ir.Value, element: ir.Type) -> None:
     """Ask for the cache line that will be written some turns after `out[at]`: waiting for it then would
     stall all lanes."""
-    ahead = address(builder, out, builder.add(at, ir.Constant(_I64, _AHEAD * 8 // element.width)), element)
-    arguments = [(_POINTER, ahead), *((_I32, ir.Constant(_I32, flag)) for flag in (1, 3, 1))]
+    _ask_for(builder, out, builder.add(at, ir.Constant(_I64, _AHEAD * 8 // element.width)), element)
+
+
+def _ask_for(builder: ir.IRBuilder, data: ir.Value, at: ir.Value, element: ir.Type) -> None:
+    arguments = [(_POINTER, address(builder, data, at, element))]
+    arguments += [(_I32, ir.Constant(_I32, flag)) for flag in (1, 3, 1)]
     _call(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
 
 
@@ -872,9 +876,7 @@ def ask_for(typingctx: Any, array: Any, place: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(array)(context, builder, args[0]).data
-        where = address(builder, data, args[1], ir.IntType(array.dtype.bitwidth))
-        arguments = [(_POINTER, where), *((_I32, ir.Constant(_I32, flag)) for flag in (1, 3, 1))]
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
+        _ask_for(builder, data, args[1], ir.IntType(array.dtype.bitwidth))
         return context.get_dummy_value()
 
     return types.void(array, types.int64), codegen

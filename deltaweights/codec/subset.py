@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import simd
+from . import delta, simd
 from .constants import BAD, SUBSET_UNIT
 from .kernel import kernel
 
@@ -93,16 +93,6 @@ def merge(base, shift, mask, cutoff, active, chosen, out):
 
 
 @kernel(inline="always")
-def _restored(bits, zigzag, top):
-    """The element that lies `zigzag` from `bits` (see ulp.restore); `top` is its sign's place, at most 31."""
-    magnitude = (1 << top) - 1
-    value, sign = np.int64(zigzag), (bits >> top) & 1
-    distance = (((value >> 1) & magnitude) ^ -(value & 1) ^ -sign) + sign
-    ordered = (bits ^ (-sign & magnitude)) + distance
-    return (ordered ^ (-((ordered >> top) & 1) & magnitude)) & ((magnitude << 1) | 1)
-
-
-@kernel(inline="always")
 def _find_places(gaps, limit):
     """Gaps (each the distance from the place before, less one) to places, where they stand.
 
@@ -129,7 +119,7 @@ def restore_at(base, places, values):
         return False
     top = 8 * base.itemsize - 1
     for i in range(len(places)):
-        values[i] = _restored(np.int64(base[places[i]]), values[i], top)
+        values[i] = delta.restored(np.int64(base[places[i]]), values[i], top)
     return True
 
 
@@ -149,19 +139,9 @@ def move(elements, places, values):
     for i in range(len(places)):
         simd.ask_for(elements, np.int64(places[min(i + _AHEAD, last)]))
         before = np.int64(elements[places[i]])
-        elements[places[i]] = _restored(before, values[i], top)
+        elements[places[i]] = delta.restored(before, values[i], top)
         values[i] = before
     return True
-
-
-@kernel(inline="always")
-def _distance(base, target, top):
-    """The zigzagged distance from an element to another (see ulp.distance); `top` is the sign's place."""
-    magnitude = (1 << top) - 1
-    sign = (base >> top) & 1
-    steps = (target ^ (-((target >> top) & 1) & magnitude)) - (base ^ (-sign & magnitude))
-    steps = (steps ^ -sign) + sign
-    return ((steps << 1) ^ -((steps >> top) & 1)) & ((magnitude << 1) | 1)
 
 
 @kernel()
@@ -186,7 +166,7 @@ def find_changes(base, target, gaps, distances):
                 return BAD
             i = first + np.int64(simd.bit_length(differ & -differ)) - 1
             gaps[found] = i - before - 1
-            distances[found] = _distance(np.int64(base[i]), np.int64(target[i]), top)
+            distances[found] = delta.distance(np.int64(base[i]), np.int64(target[i]), top)
             before = i
             found += 1
             differ &= differ - np.uint32(1)
