@@ -12,11 +12,14 @@ import numpy as np
 from numba import types
 
 from . import runs
-from .constants import BLOCK, GUARD, LANES
+from .constants import BAD, BLOCK, GUARD, LANES, TAIL
 from .kernel import kernel, room
+from .tables import BYTE_BITS, PRECISION
 
 _block_of_bytes, _block_of_numbers = room(types.uint8, BLOCK), room(types.uint32, BLOCK)
 _counts_of_bytes = room(types.int64, 256)
+_one_long, _settings, _rest = room(types.int64, 1), room(types.int64, 4), room(types.int64, 64)
+_slots, _states = room(types.uint32, 1 << PRECISION), room(types.uint32, 64)
 
 
 @kernel()
@@ -80,11 +83,19 @@ def join(leading, planes, out):
 
 
 @kernel()
-def decode_joined(words, slots, settings, states, rest, planes, out):
-    """Fill out (unsigned[n]) from an open run of leading bytes and the other planes; False: bad.
+def decode_joined(data, family, frequencies, words, planes, out):
+    """Fill out (unsigned[n]) from a run of leading bytes and the other planes; False: bad.
 
-    planes: uint8[itemsize - 1, n]
+    data     uint8, all of the run
+    planes   uint8[itemsize - 1, n]; the others as in :func:`.runs.decode_list`
     """
+    members, slots, states, settings, rest = _one_long(), _slots(), _states(), _settings(), _rest()
+    members[0], settings[TAIL] = 0, 0
+    rest[:] = 0
+    count = runs.open_run(data, members, family, BYTE_BITS, frequencies, slots, states, settings, words)
+    if count == BAD:
+        return False
+    words = words[:count]
     contexts, values, cursor = _block_of_bytes(), _block_of_numbers(), 0
     contexts[:] = 0
     for first in range(0, len(out), BLOCK):

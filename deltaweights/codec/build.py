@@ -14,6 +14,7 @@ zero stands for an exception.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from importlib import import_module
 
 import llvmlite.binding as llvm
@@ -53,10 +54,22 @@ def object_code(module: str, name: str, kinds: list[str]) -> tuple[str, bytes]:
     with global_compiler_lock:
         found = getattr(import_module(f".{module}", __package__), name)
         given = tuple(_type_of(kind) for kind in kinds)
-        result = found.compiled(given)
+        with _unoptimized():
+            result = found.compiled(given)
         if tuple(result.fndesc.argtypes) != given:
             raise TypeError(f"kernel {name} takes {result.fndesc.argtypes}, not {given}")
         return _kind_of_result(result.fndesc.restype), _object_of(result)
+
+
+@contextmanager
+def _unoptimized():
+    """Within it kernels are compiled as they are: what one calls is optimised with it, once, at the end."""
+    level = config.OPT
+    config.OPT = type(level)(0)
+    try:
+        yield
+    finally:
+        config.OPT = level
 
 
 def _type_of(kind):
@@ -76,19 +89,22 @@ def _kind_of_result(kind):
 
 def _object_of(result):
     """The object file of a compiled kernel, the entry in front of it."""
-    context = result.target_context
-    codegen = context.codegen()
-    library = codegen.create_library(ENTRY)
-    library.add_ir_module(_entry(context, result.fndesc))
-    library.add_linking_library(result.library)
-    library.finalize()
-    module = llvm.parse_assembly(library.get_llvm_str())
+    module = llvm.parse_assembly(str(_entry(result.target_context, result.fndesc)))
+    module.link_in(llvm.parse_assembly(result.library.get_llvm_str()))
     for function in module.functions:
-        if not function.is_declaration:
-            function.linkage = "external" if function.name == ENTRY else "internal"
-        elif function.name not in _KNOWN and not function.name.startswith("llvm."):
+        if not function.is_declaration and function.name != ENTRY:
+            function.linkage = "internal"
+    back_end = _back_end(result.target_context.codegen())
+    module.triple, module.data_layout = back_end.triple, str(back_end.target_data)
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    options.loop_vectorization = True
+    passes = llvm.create_pass_builder(back_end, options)
+    passes.getModulePassManager().run(module, passes)
+    for function in module.functions:
+        is_known = function.name in _KNOWN or function.name.startswith("llvm.")
+        if function.is_declaration and not is_known:
             raise NotImplementedError(f"a kernel needs {function.name}, which not every process has")
-    return _back_end(codegen).emit_object(module)
+    return back_end.emit_object(module)
 
 
 def _back_end(codegen):

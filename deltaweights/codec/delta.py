@@ -16,35 +16,50 @@ from numba import types
 
 from . import runs, simd
 from .constants import (
+    BAD,
+    BAD_HEAD,
+    BAD_REST,
+    BAD_SCALES,
     BITS,
     BLOCK,
     DIRECT,
+    FINE,
+    FIRST,
     GUARD,
+    HEAD,
     LANES,
     LOG_SEGMENT,
     LOWEST,
     MAX_ROWS,
     MAX_SAMPLE,
+    MAX_TABLES,
+    MORE_SAMPLED,
+    PATCH,
+    SAMPLED,
     STEP,
     TABLES,
+    TAIL,
+    TWEAK,
     UNIT,
 )
 from .kernel import array, kernel, room
 from .tables import DIRECT_BITS, TOKENS, ZERO_SCALE
 
-MAX_TABLES = 40  # that the encoder uses
 _OFFSET = 100  # histogram row of a ULP that is worth the mean update
 # What one more table costs, about: small chunks take theirs from the family, large ones write them down, and
 # the decoder's cache has to hold them.
 _FAMILY_BITS, _TABLE_BITS, _SMALL = 70.0, 300.0, 1 << 14
 _STILL = 8  # how many half octaves below all others a segment is put that did not move
 _LENGTHS = (0, 7, 9)  # logarithms of the segment lengths tried; 0 is one scale for all
+_PLACE = 64  # elements in a row in which changes are counted, to see whether they are clustered
 _bytes, _numbers, _longs = array(types.uint8), array(types.uint32), array(types.int64)
 _block_of_bytes, _block_of_moves = room(types.uint8, BLOCK), room(types.float32, BLOCK)
 _block_of_values, _block_of_long_values = room(types.uint32, BLOCK), room(types.uint64, BLOCK)
 _a_table, _row_costs = room(types.uint32, TOKENS), room(types.float64, MAX_ROWS)
 _seven_cursors, _three_limits = room(types.int64, 7), room(types.int64, 3)
 _sample_scales = room(types.int64, MAX_SAMPLE // UNIT + 1)
+_layout, _members = room(types.int64, 5), room(types.int64, 64)
+_states, _settings, _rest = room(types.uint32, 64), room(types.int64, 4), room(types.int64, 64)
 
 # -------------------------------------------------------------------------------- transforms
 
@@ -299,6 +314,35 @@ def list_bits(scales, base_scale, scale_up):
 
 
 @kernel()
+def is_clustered(base, target):
+    """Whether far more changed in some places than in most, as where training met few rows."""
+    if len(base) < 2 * SAMPLED:
+        return False
+    most, changed, seen = 0, 0, 0
+    stride = len(base) // SAMPLED * _PLACE
+    for first in range(0, len(base) - _PLACE + 1, stride):
+        here = 0
+        for i in range(first, first + _PLACE):
+            here += base[i] != target[i]
+        most, changed, seen = max(most, here), changed + here, seen + 1
+    return most > 2 * changed / seen + 12
+
+
+@kernel()
+def take_sample(elements, size, sample):
+    """About `size` elements, `PATCH` in a row, evenly spread, into sample; all of a short array. How many."""
+    patch, stride = PATCH, len(elements) // size * PATCH
+    if len(elements) < 2 * size:
+        patch = stride = len(elements)
+    at = 0
+    for first in range(0, len(elements) - patch + 1, stride):
+        for i in range(patch):
+            sample[at + i] = elements[first + i]
+        at += patch
+    return at
+
+
+@kernel()
 def choose_contexts(
     base, target, shift, mask, wide, scale_up, values, part, contexts, keys, counts, total, planes, sums,
     layout,
@@ -383,6 +427,79 @@ def fit_shifts(moves, counts, shifts):
 # -------------------------------------------------------------------------------- encoding
 
 
+@kernel()
+def encode(
+    base, target, shift, mask, wide, family, some, there, values, contexts, planes, sizes, sums, scales,
+    above, one_context, leading, keys, counters, tables, explicit, encoder, words, head, found,
+):  # fmt: skip
+    """Code a chunk but for its planes; where the head ends, or BAD where it would be longer than the target.
+
+    base, target   uint8, uint16, uint32 or uint64[n]
+    shift, mask    where the exponent is: (bits >> shift) & mask
+    wide           whether elements have 32 bits or more
+    some, there    like base, scratch: MAX_SAMPLE elements, or n where that is less
+    values         uint32[n], contexts uint8[n], sums float32[n // UNIT + 1]: scratch
+    planes         uint8[0 or 3 or 7, n + SPARE], written; sizes int64[7], zeros: how much of each is filled
+    scales, above  int64 and uint32, scratch; one_context uint8, zeros: one a segment
+    leading ... words   of a coder.Workspace; words[found[FIRST]:] stands behind the head, written
+    head           uint8, written
+    """
+    size = MORE_SAMPLED if is_clustered(base, target) else SAMPLED
+    count = take_sample(base, size, some)
+    take_sample(target, size, there)
+    layout, whole = _layout(), base.itemsize * len(base)
+    bits = choose_contexts(
+        some[:count], there[:count], shift, mask, wide, len(base) / count, values[:count], leading[:count],
+        contexts[:count], keys[:count], counters, tables, planes, sums, layout,
+    )  # fmt: skip
+    if bits > 8 * whole:
+        return BAD
+    scales = scales[: segments_of(len(base), layout[LOG_SEGMENT])]
+    scales[:] = layout[4]
+    base_scale = measure(base, target, shift, mask, layout, scales, values, contexts, planes, sizes, sums)
+    if wide:
+        split_bytes(values, contexts, layout, planes, sizes)
+    at = HEAD
+    if layout[LOG_SEGMENT]:
+        above, at = above[: len(scales)], HEAD + 4
+        for s in range(len(scales)):
+            above[s] = scales[s] - base_scale
+        at = encode_list(
+            above, one_context[: len(scales)], family, leading, keys, counters, tables, explicit, encoder,
+            words, head, found, at,
+        )  # fmt: skip
+        runs.put_number(head, HEAD, at - HEAD - 4, 4)
+    own, start = _members()[: layout[TABLES]], at + 4 if wide else at
+    members(layout, wide, 0, own)
+    at = runs.encode_run(
+        contexts, values, own, family, DIRECT_BITS, min(8 * base.itemsize, 32), 0, np.float64(whole),
+        leading, keys, counters, tables, explicit, encoder, words, head, found, start,
+    )  # fmt: skip
+    if at == BAD:
+        return BAD
+    if wide:
+        runs.put_number(head, start - 4, at - start + 2 * (len(words) - found[FIRST]), 4)
+    head[0], head[1], head[2] = layout[LOG_SEGMENT], layout[STEP], layout[TABLES]
+    runs.put_number(head, 3, layout[LOWEST], 2)
+    runs.put_number(head, 5, base_scale, 2)
+    runs.put_number(head, 7, found[TWEAK], 1)
+    return at
+
+
+@kernel()
+def encode_list(
+    values, one_context, family, leading, keys, counters, tables, explicit, encoder, words, head, found, at
+):  # fmt: skip
+    """Write a run of one context into head, its words too; where it ends (see :func:`.runs.encode_run`)."""
+    own = _members()[:1]
+    own[0] = 0
+    at = runs.encode_run(
+        one_context, values, own, family, DIRECT_BITS, 32, 0, np.inf,
+        leading, keys, counters, tables, explicit, encoder, words, head, found, at,
+    )  # fmt: skip
+    return runs.put_words(head, at, words[found[FIRST] :])
+
+
 @kernel(types.void(_longs, types.boolean, types.int64, _longs))
 def members(layout, wide, tweak, found):
     """Each context's member of the family: its mean distance is 2**(-context / 2) ULPs.
@@ -449,7 +566,7 @@ def append_bytes(values, contexts, limits, planes, cursors, starts):
 
 @kernel()
 def measure(base, target, shift, mask, layout, scales, values, contexts, planes, sizes, sums):
-    """Distances of a whole chunk as uint32, their contexts, and the scales of its segments.
+    """Distances of a whole chunk as uint32, their contexts, and the scales of its segments; the lowest scale.
 
     base, target   uint8, uint16, uint32 or uint64[n]
     shift, mask    where the exponent is: (bits >> shift) & mask
@@ -471,9 +588,11 @@ def measure(base, target, shift, mask, layout, scales, values, contexts, planes,
         else:
             block = contexts[first:stop]
             contexts_of(part, first, shift, mask, scales, 0, lowest, step, last, block)
-    if log_segment:
-        scales_from(sums, count, log_segment, mask, scales)
-        contexts_of(base, 0, shift, mask, scales, log_segment, lowest, step, last, contexts)
+    if log_segment == 0:
+        return scales[0]
+    base_scale = scales_from(sums, count, log_segment, mask, scales)
+    contexts_of(base, 0, shift, mask, scales, log_segment, lowest, step, last, contexts)
+    return base_scale
 
 
 @kernel()
@@ -495,17 +614,47 @@ def block_distances(base, target, first, values, planes, sizes):
 
 
 @kernel()
+def decode(
+    base, out, data, listed, shift, mask, wide, family, layout, base_scale, tweak, scales, above, slots,
+    frequencies, words, planes, starts,
+):  # fmt: skip
+    """Fill out from a run, and the scales' list where there is one; FINE, or what does not fit.
+
+    data, listed   uint8: all of the run, and of the list of scales (read only if there are segments)
+    base, out      uint8, uint16, uint32 or uint64[n]
+    layout         int64[4]: log2 of the segment length, context step, lowest context, tables
+    scales, above  int64 and uint32, scratch, one a segment
+    frequencies, slots, words   scratch, see :func:`.runs.open_run`; words are enough for the longer run
+    planes         uint8: the planes one behind the other, plane p from starts[p] to starts[p + 1]; SPARE more
+    starts         int64[8]
+    """
+    scales = scales[: segments_of(len(out), layout[LOG_SEGMENT])]
+    scales[:] = base_scale
+    if layout[LOG_SEGMENT]:
+        above = above[: len(scales)]
+        if not runs.decode_list(listed, family, DIRECT_BITS, 0, frequencies[:1], words, above):
+            return BAD_SCALES
+        for s in range(len(scales)):
+            scales[s] += above[s] & 0xFFFF
+    own, states, settings, rest = _members()[: layout[TABLES]], _states(), _settings(), _rest()
+    members(layout, wide, tweak, own)
+    rest[:], settings[TAIL] = 0, 0
+    count = runs.open_run(data, own, family, DIRECT_BITS, frequencies, slots, states, settings, words)
+    if count == BAD:
+        return BAD_HEAD
+    is_whole = decode_elements(
+        base, shift, mask, scales, layout, words[:count], slots, settings, states, rest, planes, starts, out
+    )
+    return FINE if is_whole else BAD_REST
+
+
+@kernel()
 def decode_elements(
     base, shift, mask, scales, layout, words, slots, settings, states, rest, planes, starts, out
 ):
     """Fill out from an open run; False where the run or the planes do not fit.
 
-    base, out    uint8, uint16, uint32 or uint64[n]
-    scales       int64, one a segment
-    layout       int64[4]: log2 of the segment length, context step, lowest context, tables
-    words ... rest   of a coder.OpenRun
-    planes       uint8: the planes one behind the other, plane p from starts[p] to starts[p + 1]; SPARE more
-    starts       int64[8]
+    words ... rest   as :func:`.runs.open_run` left them; the others as in :func:`decode`
     """
     log_segment, step = layout[LOG_SEGMENT], layout[STEP]
     lowest, last = layout[LOWEST], layout[TABLES] - 1

@@ -31,17 +31,34 @@ from numpy.typing import NDArray
 from ..errors import PayloadError
 from . import coder
 from .compiled import alone, delta
-from .constants import APART, MAX_ROWS, MAX_SAMPLE, PATCH, SPARE, TABLES, UNIT, WAYS
+from .constants import (
+    BAD,
+    BAD_HEAD,
+    BAD_REST,
+    BAD_SCALES,
+    FINE,
+    HEAD,
+    LOG_SEGMENT,
+    MAX_SAMPLE,
+    MAX_TABLES,
+    SAMPLED,
+    SPARE,
+    TABLES,
+    UNIT,
+)
 from .planes import get_planes, put_plane
 from .scratch import scratch
-from .tables import TOKENS
+from .tables import BYTE_BITS, PRECISION
 from .ulp import FloatFormat
 
 Bytes = NDArray[np.uint8]
 _HEAD = struct.Struct("<BBBhhb")
-_SAMPLED = 1 << 14  # elements looked at to choose a way and its parameters
-_MORE = MAX_SAMPLE // 2  # the same where changes are clustered: a small sample may miss them
-_PLACE = 64  # elements in a row in which changes are counted to see that
+_WRONG = {
+    BAD_SCALES: "a list of numbers is damaged",
+    BAD_HEAD: "the head of a run of tokens is damaged",
+    BAD_REST: "the delta of a chunk is damaged",
+}
+_no_planes = np.empty(SPARE, np.uint8)
 _TOKEN_BITS = 6.0  # what each token takes in an explicit table, about
 _GLANCE = 1 << 15  # elements whose bytes are counted to foresee a standalone size
 
@@ -52,7 +69,7 @@ def elements(data: Bytes, form: FloatFormat) -> NDArray[Any]:
     return found if found.flags.aligned else data.copy().view(form.dtype)
 
 
-def sample(elements: NDArray[Any], patch: int, count: int = _SAMPLED) -> NDArray[Any]:
+def sample(elements: NDArray[Any], patch: int, count: int = SAMPLED) -> NDArray[Any]:
     """About `count` elements, `patch` in a row and as many rows evenly spread; all of a short array."""
     if len(elements) < 2 * count:
         return elements
@@ -68,73 +85,23 @@ def _delta_planes(itemsize: int) -> int:
 def encode_delta(base: Bytes, target: Bytes, form: FloatFormat) -> bytes | None:
     """The target's delta against the base; None where it would be longer than the target."""
     before, after = elements(base, form), elements(target, form)
-    layout = np.empty(5, np.int64)
-    if _choose_contexts(before, after, form, layout) > 8 * len(target):
-        return None
-    return _encode_under(layout[:4], int(layout[4]), before, after, form)
-
-
-def _choose_contexts(
-    before: NDArray[Any], after: NDArray[Any], form: FloatFormat, layout: NDArray[np.int64]
-) -> float:
-    """The layout by a sample of the chunk, and the sample's scale behind it, into layout; bits in all."""
-    size = _MORE if _is_clustered(before, after) else _SAMPLED
-    some, there = sample(before, PATCH, size), sample(after, PATCH, size)
-    count = len(some)
-    bits: float = delta.choose_contexts(
-        some, there, form.shift, form.mask, form.itemsize >= 4, len(before) / count,
-        scratch("values", count, np.uint32), scratch("part", count, np.uint32),
-        scratch("contexts", count, np.uint8), scratch("keys", count, np.uint16),
-        scratch("counters", WAYS * ((MAX_ROWS << 7) + APART), np.uint32),
-        scratch("rows", MAX_ROWS * TOKENS, np.uint32).reshape(MAX_ROWS, TOKENS),
-        scratch("planes", 7 * count, np.uint8).reshape(7, count),
-        scratch("sums", count // UNIT + 1, np.float32), layout,
-    )  # fmt: skip
-    return bits
-
-
-def _is_clustered(before: NDArray[Any], after: NDArray[Any]) -> bool:
-    """Whether far more changed in some places than in most, as where training met few rows."""
-    if len(before) < 2 * _SAMPLED:
-        return False
-    moved = sample(before, _PLACE) != sample(after, _PLACE)
-    changed = np.count_nonzero(moved.reshape(-1, _PLACE), axis=1)
-    return bool(changed.max() > 2 * changed.mean() + 12)
-
-
-def _encode_under(
-    layout: NDArray[np.int64], scale: int, before: NDArray[Any], after: NDArray[Any], form: FloatFormat
-) -> bytes | None:
-    """The delta under chosen parameters; None where it would be longer than the target."""
     count, rows = len(after), _delta_planes(form.itemsize)
+    segments, sampled = count // UNIT + 1, min(count, MAX_SAMPLE)
     planes = scratch("planes", rows * (count + SPARE), np.uint8).reshape(rows, -1 if rows else 0)
-    sizes = np.zeros(7, np.int64)
-    log_segment, step, lowest, tables = layout.tolist()
-    scales = np.full(delta.segments_of(count, log_segment), scale, np.int64)
-    values, contexts = scratch("values", count, np.uint32), scratch("contexts", count, np.uint8)
-    sums = scratch("sums", count // UNIT + 1, np.float32)
-    delta.measure(before, after, form.shift, form.mask, layout, scales, values, contexts, planes, sizes, sums)
-    if rows:
-        delta.split_bytes(values, contexts, layout, planes, sizes)
-    bits = min(8 * form.itemsize, 32)
-    found = coder.encode_run(contexts, values, _members(layout, rows, 0), limit=after.nbytes, value_bits=bits)
-    if found is None:
+    sizes, one_context = np.zeros(7, np.int64), scratch("one context", segments, np.uint8)
+    one_context[:] = 0
+    space = coder.workspace(count, MAX_TABLES, HEAD + 8 + coder.head_bytes(1) + 6 * segments)
+    end = delta.encode(
+        before, after, form.shift, form.mask, rows > 0, coder.family(),
+        scratch("some", sampled, form.dtype), scratch("there", sampled, form.dtype),
+        scratch("values", count, np.uint32), scratch("contexts", count, np.uint8), planes, sizes,
+        scratch("sums", segments, np.float32), scratch("scales", segments, np.int64),
+        scratch("above", segments, np.uint32), one_context, *space,
+    )  # fmt: skip
+    if end == BAD:
         return None
-    tweak, run = found
-    base_scale = int(scales.min())
-    parts = [_HEAD.pack(log_segment, step, tables, lowest, base_scale, tweak)]
-    if log_segment:
-        parts.append(sized(coder.encode_list((scales - base_scale).astype(np.uint32))))
-    parts.append(sized(run) if rows else run)
-    parts += [put_plane(planes[p, : sizes[p]]) for p in range(rows)]
-    return b"".join(parts)
-
-
-def _members(layout: NDArray[np.int64], rows: int, tweak: int) -> NDArray[np.int64]:
-    """Each context's member of the family."""
-    found = np.empty(layout[TABLES], np.int64)
-    delta.members(layout, rows > 0, tweak, found)
-    return found
+    written = b"".join(space.written(end))  # before planes are put, which takes the same memory
+    return b"".join([written, *(put_plane(planes[p, : sizes[p]]) for p in range(rows))]) if rows else written
 
 
 def sized(data: bytes) -> bytes:
@@ -145,30 +112,38 @@ def sized(data: bytes) -> bytes:
 def decode_delta(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> None:
     """Fill out with the target; PayloadError where data is no delta of that many elements."""
     before, result = elements(base, form), elements(out, form)
+    check_decoded(delta.decode(before, result, *open_delta(data, len(result), form)))
+    deliver(result, out)
+
+
+def check_decoded(result: int) -> None:
+    """Raise PayloadError where kernel `delta.decode` found that a delta does not fit."""
+    if result != FINE:
+        raise PayloadError(_WRONG[result])
+
+
+def open_delta(data: Bytes, count: int, form: FloatFormat) -> tuple[Any, ...]:
+    """What kernel `delta.decode` needs besides base and target, of at most `count` elements. All but data is
+    this thread's working memory: only the last delta opened can be decoded."""
     layout, base_scale, tweak = _open_head(data)
-    data, rows = data[_HEAD.size :], _delta_planes(form.itemsize)
-    scales = np.full(delta.segments_of(len(result), layout[0]), base_scale, np.int64)
-    if layout[0]:
-        section, data = take_section(data)
-        above = np.empty(len(scales), np.uint32)
-        coder.decode_list(section, above)
-        scales += above & 0xFFFF
-    joined, starts = np.empty(SPARE, np.uint8), np.zeros(8, np.int64)
+    data, rows, listed = data[_HEAD.size :], _delta_planes(form.itemsize), data[:0]
+    if layout[LOG_SEGMENT]:
+        listed, data = take_section(data)
+    joined, starts = _no_planes, np.zeros(8, np.int64)
     if rows:
-        section, data = take_section(data)
-        planes = get_planes(data, rows, len(result))
+        data, behind = take_section(data)
+        planes = get_planes(behind, rows, count)
         starts[1 : rows + 1] = np.cumsum([len(plane) for plane in planes])
         starts[rows + 1 :] = starts[rows]
         joined = scratch("planes", int(starts[rows]) + SPARE, np.uint8)
         np.concatenate(planes, out=joined[: int(starts[rows])])
-        data = section
-    run = coder.open_run(data, _members(layout, rows, tweak))
-    if not delta.decode_elements(
-        before, form.shift, form.mask, scales, layout, run.words, run.slots, run.settings,
-        run.states, run.rest, joined, starts, result,
-    ):  # fmt: skip
-        raise PayloadError("the delta of a chunk is damaged")
-    deliver(result, out)
+    tables, segments = int(layout[TABLES]), count // UNIT + 1
+    return (
+        data, listed, form.shift, form.mask, rows > 0, coder.family(), layout, base_scale, tweak,
+        scratch("scales", segments, np.int64), scratch("above", segments, np.uint32),
+        scratch("slots", tables << PRECISION, np.uint32),
+        *coder.room_to_read(max(data, listed, key=len), tables), joined, starts,
+    )  # fmt: skip
 
 
 def _open_head(data: Bytes) -> tuple[NDArray[np.int64], int, int]:
@@ -204,7 +179,7 @@ def encode_alone(target: Bytes, form: FloatFormat) -> bytes:
     alone.rotated_byte(patterns, form.itemsize - 1, leading)
     for p, plane in enumerate(planes):
         alone.rotated_byte(patterns, p, plane)
-    found = sized(coder.encode_list(leading, coder.BYTE_BITS))
+    found = sized(coder.encode_list(leading, BYTE_BITS))
     return b"".join([found, *(put_plane(plane) for plane in planes)])
 
 
@@ -213,8 +188,7 @@ def decode_alone(data: Bytes, form: FloatFormat, out: Bytes) -> None:
     result = elements(out, form)
     section, behind = take_section(data)
     stacked = stack_planes(behind, form.itemsize - 1, len(result))
-    run = coder.open_run(section, np.zeros(1, np.int64), coder.BYTE_BITS)
-    if not alone.decode_joined(run.words, run.slots, run.settings, run.states, run.rest, stacked, result):
+    if not alone.decode_joined(section, coder.family(), *coder.room_to_read(section, 1), stacked, result):
         raise PayloadError("a standalone chunk is damaged")
     deliver(result, out)
 

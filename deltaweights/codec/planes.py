@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ..errors import PayloadError
 from . import coder
 from .compiled import alone
+from .tables import BYTE_BITS
 
 Bytes = NDArray[np.uint8]
 _HEAD = struct.Struct("<BII")
@@ -95,7 +96,7 @@ def _entropy_bits(plane: Bytes) -> float:
 
 
 def _rans(plane: Bytes) -> bytes:
-    return coder.encode_list(plane.astype(np.uint32), coder.BYTE_BITS)
+    return coder.encode_list(plane.astype(np.uint32), BYTE_BITS)
 
 
 def get_planes(data: Bytes, count: int, limit: int) -> list[Bytes]:
@@ -134,5 +135,5 @@ def _decode(kind: int, data: Bytes, size: int) -> Bytes:
 
 def _unrans(data: Bytes, size: int) -> Bytes:
     plane = np.empty(size, np.uint8)
-    coder.decode_list(data, plane, coder.BYTE_BITS)
+    coder.decode_list(data, plane, BYTE_BITS)
     return plane

@@ -22,17 +22,35 @@ import numpy as np
 from numba import types
 
 from . import simd
-from .constants import APART, BAD, BITS, BLOCK, DIRECT, GUARD, LANES, STATE_FLOOR, TAIL, WAYS
+from .constants import (
+    APART,
+    BAD,
+    BITS,
+    BLOCK,
+    DIRECT,
+    FIRST,
+    GUARD,
+    LANES,
+    STATE_FLOOR,
+    TAIL,
+    TWEAK,
+    WAYS,
+)  # fmt: skip
 from .kernel import array, kernel, room
 from .tables import DIRECT_BITS, PRECISION, SCALES, TOKENS
 
 _WEIGHT_TOTAL = 1 << 14  # explicit tables: weights add up to about this
 _MANTISSA = 3  # explicit tables: bits kept after a weight's highest bit
+#: With probabilities of one bit less the decoder's tables fit its nearest cache: worth this much more space.
+_COARSE = 1.002
+_SMALL = 1 << 14  # values below which tables weigh enough to search the family
+_SPREADS, _MOST_TWEAK, _USUAL_SPREAD = (0, 2, 4), 4, 2  # what a small run may do with the family
+_LANES_FROM = ((256, 4), (1000, 16), (6000, 64))  # sizes in bytes from which a run has so many lanes
 
 _i = types.int64
 _flag = types.boolean
 _real = types.float64
-_bytes, _longs, _flags = array(types.uint8), array(types.int64), array(_flag)
+_bytes, _longs = array(types.uint8), array(types.int64)
 _numbers, _words, _tables = array(types.uint32), array(types.uint16), array(types.uint32, 2)
 _a_table, _no_bytes = room(types.uint32, TOKENS), room(types.uint8, 0)
 _one_long, _settings, _rest = room(types.int64, 1), room(types.int64, 4), room(types.int64, 64)
@@ -240,55 +258,60 @@ def table_cost(counts, frequencies, precision):
     return bits
 
 
-@kernel(_real(_tables, _longs, _tables, _i, _i, _i))
-def family_cost(counts, members, family, spread, precision, highest):
-    """Bits that all contexts' tokens take under their members of the family."""
-    weights, frequencies, bits = _a_table(), _a_table(), 0.0
-    for c in range(len(members)):
-        family_weights(family, members[c], spread, highest, weights)
-        fit_frequencies(weights, precision, frequencies)
-        bits += table_cost(counts[c], frequencies, precision)
-    return bits
+@kernel(types.UniTuple(_i, 2)(_tables, _longs, _tables, _i))
+def fit_family(counts, members, family, highest):
+    """(tweak, spread) under which all tokens take the fewest bits, all tables being the family's."""
+    best, best_tweak, best_spread = np.inf, 0, 0
+    weights, frequencies = _a_table(), _a_table()
+    for tweak in range(-_MOST_TWEAK, _MOST_TWEAK + 1):
+        for spread in _SPREADS:
+            bits = 0.0
+            for c in range(len(members)):
+                family_weights(family, members[c] + tweak, spread, highest, weights)
+                fit_frequencies(weights, PRECISION, frequencies)
+                bits += table_cost(counts[c], frequencies, PRECISION)
+            if bits < best:
+                best, best_tweak, best_spread = bits, tweak, spread
+    return best_tweak, best_spread
 
 
-@kernel(_real(_tables, _longs, _tables, _i, _i, _i, _flags, _tables, _tables))
-def choose_tables(counts, members, family, spread, precision, highest, explicit, weights, frequencies):
+@kernel(_real(_tables, _longs, _i, _tables, _i, _i, _i, _bytes, _tables, _tables))
+def choose_tables(
+    counts, members, tweak, family, spread, precision, highest, explicit, weights, frequencies
+):  # fmt: skip
     """For each context the cheaper of an explicit table and the family's; the cost in bits.
 
     counts       uint32[contexts, TOKENS]
-    members      int64[contexts], each context's member of the family
-    explicit     bool[contexts], weights and frequencies uint32[contexts, TOKENS]: written
+    members      int64[contexts], each context's member of the family, to which the tweak is added
+    explicit     uint8[contexts], weights and frequencies uint32[contexts, TOKENS]: written
     """
     own, nothing, total_bits = _a_table(), _no_bytes(), 0.0
     for c in range(len(members)):
-        family_weights(family, members[c], spread, highest, weights[c])
+        family_weights(family, members[c] + tweak, spread, highest, weights[c])
         fit_frequencies(weights[c], precision, frequencies[c])
         bits = table_cost(counts[c], frequencies[c], precision)
         total = np.int64(0)
         for t in range(TOKENS):
             total += counts[c, t]
-        explicit[c] = False
+        explicit[c] = 0
         if total > 0:
             coarsen(counts[c], total, weights[c])
             fit_frequencies(weights[c], precision, own)
             own_bits = table_cost(counts[c], own, precision) + put_table(nothing, 0, weights[c])
             if own_bits < bits:
-                explicit[c], bits = True, own_bits
+                explicit[c], bits = 1, own_bits
                 for t in range(TOKENS):
                     frequencies[c, t] = own[t]
         total_bits += bits + 1
     return total_bits
 
 
-@kernel(_i(_bytes, _flags, _tables))
+@kernel(_i(_bytes, _bytes, _tables))
 def write_tables(out, explicit, weights):
-    """One table a context into out (zeros before); how many bytes. With `out` empty: how many."""
-    write = len(out) > 0
+    """One table a context into out (zeros before); how many bytes."""
     bit = 0
     for c in range(len(explicit)):
-        if write and explicit[c]:
-            _put(out, bit, 1, 1)
-        bit += 1
+        bit = _put(out, bit, explicit[c], 1)
         if explicit[c]:
             bit = put_table(out, bit, weights[c])
     return (bit + 7) >> 3
@@ -500,6 +523,120 @@ def encode_words(words, frequencies, keys, values, lanes, direct_bits, tail, spa
     return at
 
 
+@kernel(
+    _i(
+        _bytes, _numbers, _longs, _tables, _i, _i, _i, _real,
+        _numbers, _words, _numbers, _tables, _bytes, _numbers, _words, _bytes, _longs, _i,
+    )
+)  # fmt: skip
+def encode_run(
+    contexts, values, members, family, direct_bits, value_bits, tail, limit,
+    leading, keys, counters, tables, explicit, encoder, words, head, found, at,
+):  # fmt: skip
+    """Code a run with the cheapest tables found; where its head ends, or BAD where it would be too long.
+
+    contexts     uint8[n], each below len(members)
+    values       uint32[n], each below 2**value_bits
+    members      int64[contexts], each context's member of the family, before the tweak is added
+    tail         how many low bits of each value are raw; the others are bytes then
+    limit        bytes
+    leading ... words   of a coder.Workspace; words[found[FIRST]:] is the run's end, written
+    head         uint8, from `at` on: the run but for its words, written
+    found        int64[2], written: the tweak at TWEAK, the first word at FIRST
+    """
+    count, wide, span = len(values), len(members), log_span(direct_bits, value_bits)
+    counts, keys, upper = tables[:wide], keys[:count], values
+    if tail:
+        upper = leading[:count]
+        for i in range(count):
+            upper[i] = values[i] >> np.uint32(tail)
+    count_tokens(contexts, upper, direct_bits, span, keys, counters, counts)
+    highest, raw = highest_and_raw_bits(counts, direct_bits)
+    tweak, spread = 0, _USUAL_SPREAD
+    if count < _SMALL and wide > 1:
+        tweak, spread = fit_family(counts, members, family, highest)
+    raw += np.float64(tail * count)
+    choice, bits = cheapest_tables(
+        members, tweak, family, spread, highest, raw, count >= _SMALL, tables, explicit
+    )
+    if bits > 8 * limit:
+        return BAD
+    precision = PRECISION - choice
+    explicit = explicit[choice * wide : (choice + 1) * wide]
+    weights = tables[(1 + 2 * choice) * wide : (2 + 2 * choice) * wide]
+    frequencies = tables[(2 + 2 * choice) * wide : (3 + 2 * choice) * wide]
+    code, states = lane_code(bits / 8, count), _states()
+    lanes = 1 << 2 * code
+    found[TWEAK] = tweak
+    found[FIRST] = encode_words(
+        words, frequencies, keys, values, lanes, direct_bits, tail, span, precision, encoder, states
+    )
+    head[at:] = 0
+    head[at], head[at + 1] = precision - 8 | code << 3 | spread << 5, highest
+    at += 2 + write_tables(head[at + 2 :], explicit, weights)
+    for lane in range(lanes):
+        at = put_number(head, at, np.int64(states[lane]), 4)
+    return at
+
+
+@kernel(types.Tuple((_i, _real))(_longs, _i, _tables, _i, _i, _real, _flag, _tables, _bytes))
+def cheapest_tables(members, tweak, family, spread, highest, raw, coarse, tables, explicit):
+    """(0, or 1 where probabilities of one bit less than PRECISION are taken; bits of the run)
+
+    raw          bits of the run that no table has a part in
+    coarse       whether fewer bits may be taken at all
+    tables       uint32[5 * contexts, TOKENS]: the counts, read; weights and frequencies of choice 0, and of 1
+    explicit     uint8[2 * contexts], written
+    """
+    wide, choice, bits = len(members), 0, 0.0
+    for less in range(2 if coarse else 1):
+        of_this, room = explicit[less * wide : (less + 1) * wide], tables[(1 + 2 * less) * wide :]
+        found = raw + choose_tables(
+            tables[:wide], members, tweak, family, spread, PRECISION - less, highest,
+            of_this, room[:wide], room[wide : 2 * wide],
+        )  # fmt: skip
+        if less == 0 or found <= _COARSE * bits:
+            choice, bits = less, found
+    return choice, bits
+
+
+@kernel(types.Tuple((_i, _real))(_tables, _i))
+def highest_and_raw_bits(counts, direct_bits):
+    """The highest token that comes, and how many raw bits follow all tokens."""
+    highest, bits = 0, np.int64(0)
+    for c in range(len(counts)):
+        for t in range(TOKENS):
+            if counts[c, t]:
+                highest = max(highest, t)
+                bits += np.int64(counts[c, t]) * raw_bits_of(t, direct_bits)
+    return highest, np.float64(bits)
+
+
+@kernel(_i(_real, _i))
+def lane_code(size, count):
+    """Half the logarithm of how many lanes a run of that many bytes gets: each wastes two."""
+    code = 0
+    for least, lanes in _LANES_FROM:
+        code += size >= least and count >= 4 * lanes
+    return code
+
+
+@kernel(_i(_bytes, _i, _i, _i))
+def put_number(out, at, value, size):
+    """Write the low `size` bytes of an integer; where they end."""
+    for place in range(size):
+        out[at + place] = (value >> 8 * place) & 255
+    return at + size
+
+
+@kernel(_i(_bytes, _i, _words))
+def put_words(out, at, words):
+    """Write words; where they end."""
+    for i in range(len(words)):
+        at = put_number(out, at, np.int64(words[i]), 2)
+    return at
+
+
 # ---------------------------------------------------------------------------------------- reading
 
 
@@ -622,9 +759,38 @@ def ended_well(words, at, lanes, states):
     return True
 
 
+@kernel(_i(_bytes, _longs, _tables, _i, _tables, _numbers, _numbers, _longs, _words))
+def open_run(data, members, family, direct_bits, frequencies, slots, states, settings, words):
+    """Read all of a run but its values; how many of `words` are written, or BAD where it cannot be one.
+
+    words        uint16[len(data) // 2 + GUARD], scratch; the others as in :func:`open_head`
+    """
+    start = open_head(data, members, family, direct_bits, frequencies, slots, states, settings)
+    if start == BAD:
+        return BAD
+    body = data[start:]
+    count = len(body) >> 1
+    for i in range(count):
+        words[i] = np.int64(body[2 * i]) | np.int64(body[2 * i + 1]) << 8
+    words[count : count + GUARD] = 0
+    return count + GUARD
+
+
 @kernel()
-def decode_list(words, slots, settings, states, rest, out):
-    """Fill out (unsigned[n]) from an open run of one context; False where it does not fit."""
+def decode_list(data, family, direct_bits, tail, frequencies, words, out):
+    """Fill out (unsigned[n]) from a run of one context that takes up all of `data`; False where it is none.
+
+    frequencies  uint32[1, TOKENS], scratch
+    words        uint16[len(data) // 2 + GUARD], scratch
+    """
+    members, slots, states = _one_long(), _slots(), _states()
+    settings, rest = _settings(), _rest()
+    members[0], settings[TAIL] = 0, tail
+    rest[:] = 0
+    count = open_run(data, members, family, direct_bits, frequencies, slots, states, settings, words)
+    if count == BAD:
+        return False
+    words = words[:count]
     contexts, values, cursor = _block_of_bytes(), _block_of_numbers(), 0
     contexts[:] = 0
     for first in range(0, len(out), BLOCK):
@@ -640,18 +806,8 @@ def decode_list(words, slots, settings, states, rest, out):
 
 @kernel(_i(_bytes, _tables, _tables, _words, _tables))
 def decode_lists(data, family, frequencies, words, out):
-    """Fill the rows of out from runs of one context in a row, each behind its length as u32; where they end.
-
-    BAD where there are no such runs.
-
-    frequencies  uint32[1, TOKENS], scratch
-    words        uint16[len(data) // 2 + GUARD], scratch
-    out          uint32[lists, n], written
-    """
-    members, slots, states = _one_long(), _slots(), _states()
-    settings, rest = _settings(), _rest()
-    members[0], settings[TAIL] = 0, 0
-    rest[:] = 0
+    """Fill the rows of out (uint32[lists, n]) from runs of one context in a row, each behind its length as
+    u32; where they end, or BAD where there are no such runs. The others as in :func:`decode_list`."""
     at = 0
     for k in range(len(out)):
         if at + 4 > len(data):
@@ -662,15 +818,7 @@ def decode_lists(data, family, frequencies, words, out):
         at += 4
         if at + size > len(data):
             return BAD
-        run = data[at : at + size]
-        first = open_head(run, members, family, DIRECT_BITS, frequencies, slots, states, settings)
-        if first == BAD:
-            return BAD
-        count = (size - first) >> 1
-        for i in range(count):
-            words[i] = np.int64(run[first + 2 * i]) | np.int64(run[first + 2 * i + 1]) << 8
-        words[count : count + GUARD] = 0
-        if not decode_list(words[: count + GUARD], slots, settings, states, rest, out[k]):
+        if not decode_list(data[at : at + size], family, DIRECT_BITS, 0, frequencies, words, out[k]):
             return BAD
         at += size
     return at

@@ -159,12 +159,15 @@ def decode_sparse(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> No
     else:
         restored = _restored_at(before, parts)  # before the base is overwritten
         active = np.unpackbits(parts.marks, count=-(-len(before) // SUBSET_UNIT), bitorder="little")
-        chosen = _chosen("chosen", before, before, parts.cutoff, active, form)
-        changed = scratch("changed", len(chosen) + SUBSET_SPARE, form.dtype)
-        part = changed[: len(chosen)]
-        floats.decode_delta(parts.delta, chosen.view(np.uint8), form, part.view(np.uint8))
-        subset.merge(before, form.shift, form.mask, parts.cutoff, active, changed, result)
-        result[parts.places] = restored
+        chosen, changed = (
+            scratch(name, len(before) + SUBSET_SPARE, form.dtype) for name in ("chosen", "changed")
+        )
+        opened = floats.open_delta(parts.delta, len(before), form)
+        floats.check_decoded(
+            subset.decode(
+                before, result, parts.cutoff, active, parts.places, restored, chosen, changed, *opened
+            )
+        )
     floats.deliver(result, out)
 
 
@@ -248,7 +251,7 @@ def _restored_at(before: NDArray[Any], parts: _Parts) -> NDArray[Any]:
     """The target's elements at the places."""
     if before.itemsize == 8:
         return _long_restored(before, parts)
-    if not subset.restore_at(before, parts.places, parts.values):
+    if len(parts.places) and not subset.restore_at(before, parts.places, parts.values):
         raise _beyond()
     return parts.values
 

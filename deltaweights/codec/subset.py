@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from . import delta, simd
-from .constants import BAD, SUBSET_UNIT
+from .constants import BAD, FINE, SUBSET_UNIT
 from .kernel import kernel
 
 _AHEAD = 32  # places; how far ahead of changing them elements are asked for
@@ -90,6 +90,33 @@ def merge(base, shift, mask, cutoff, active, chosen, out):
             for i in range(len(part)):
                 result[i] = part[i]
         unit = after
+
+
+@kernel()
+def decode(
+    base, out, cutoff, active, places, restored, chosen, changed,
+    data, listed, shift, mask, wide, family, layout, base_scale, tweak, scales, above, slots,
+    frequencies, words, planes, starts,
+):  # fmt: skip
+    """Fill out from the delta of the chosen elements, and what others became; see :func:`.delta.decode`.
+
+    base, out          unsigned[n], out perhaps base itself
+    cutoff, active     what is chosen, see :func:`choose`
+    places, restored   uint32[m] and unsigned[m]: the other elements that changed, and what they are now
+    chosen, changed    unsigned[n + SUBSET_SPARE], scratch
+    data ... starts    of the delta, as for :func:`.delta.decode`
+    """
+    count = choose(base, base, shift, mask, cutoff, active, chosen)
+    result = delta.decode(
+        chosen[:count], changed[:count], data, listed, shift, mask, wide, family, layout, base_scale, tweak,
+        scales, above, slots, frequencies, words, planes, starts,
+    )  # fmt: skip
+    if result != FINE:
+        return result
+    merge(base, shift, mask, cutoff, active, changed, out)
+    for i in range(len(places)):
+        out[places[i]] = restored[i]
+    return FINE
 
 
 @kernel(inline="always")

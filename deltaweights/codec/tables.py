@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 TOKENS = 256  # tokens a table has room for
 PRECISION = 11  # bits of a probability, at most; encoders write one less where that costs next to nothing
 DIRECT_BITS = 4  # values below 2**DIRECT_BITS are their own tokens
+BYTE_BITS = 8  # the same in runs of bytes: every byte is its own token
 SCALES = 48  # members of the family
 ZERO_SCALE = 10  # the member whose mean |distance| is one
 _FRACTION = 64  # bits after the point in the integers below

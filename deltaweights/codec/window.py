@@ -24,6 +24,7 @@ from . import coder, floats
 from .compiled import alone
 from .planes import put_plane
 from .scratch import scratch
+from .tables import BYTE_BITS
 from .ulp import FloatFormat
 
 Bytes = NDArray[np.uint8]
@@ -44,7 +45,7 @@ def encode_window(target: Bytes, form: FloatFormat) -> bytes:
     parts = [bias.to_bytes(2, "little")]
     outside = words[values == 0] if alone.enter_window(words, bias, _SPAN, values) else words[:0]
     others = coder.encode_list(_below(outside, bias)) if len(outside) else b""
-    parts.append(floats.sized(coder.encode_list(values, coder.BYTE_BITS, TAIL)))
+    parts.append(floats.sized(coder.encode_list(values, BYTE_BITS, TAIL)))
     if others:
         parts.append(floats.sized(others))
     plane = scratch("planes", len(patterns), np.uint8)
@@ -90,7 +91,7 @@ def decode_window(data: Bytes, form: FloatFormat, out: Bytes) -> None:
     bias = int.from_bytes(data[:2].tobytes(), "little")
     section, data = floats.take_section(data[2:])
     values = scratch("values", len(result), np.uint32)
-    coder.decode_list(section, values, coder.BYTE_BITS, TAIL)
+    coder.decode_list(section, values, BYTE_BITS, TAIL)
     places = np.flatnonzero(values == 0)
     outside = np.empty(len(places), np.uint32)
     if len(places):
