@@ -63,7 +63,7 @@ from .manifest import (
     is_safe_path,
 )
 from .match import Match, RenameRule, match_tensors
-from .pipeline import Buffers, Meter, ProgressCallback, Workers
+from .pipeline import Buffers, Meter, ProgressCallback, Workers, result_of
 from .target import read_manifest
 
 #: Compressing a file pays if it saves this share of it; small ones stay readable on the Hub.
@@ -340,9 +340,10 @@ class _DeltaWriter:
         self._passing = _read_in_order(by_shard, self._old)
         with ThreadPoolExecutor(1) as aside:
             try:
-                digests = aside.submit(self._digest_base)
+                digesting = aside.submit(self._digest_base)
                 shards, entries = self._write_shards(by_shard)
-                base_files = self._base_records(digests.result(), known)
+                digests = result_of(digesting)
+                base_files = self._base_records(digests, known)
                 others = self._write_other_files(base_files)
             except BaseException:
                 self._workers.stop()

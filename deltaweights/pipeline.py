@@ -6,7 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -45,7 +45,7 @@ class _Task(Generic[Result]):
 
     def result(self) -> Result:
         self.take()
-        return self.future.result()
+        return result_of(self.future)
 
 
 class Workers:
@@ -155,31 +155,47 @@ class Workers:
                 with self._lock:
                     self._unfinished -= 1
 
+        futures: list[Future[Result]] = []
         with ThreadPoolExecutor(min(self.threads, max(1, len(items)))) as lanes:
-            futures = [lanes.submit(run, item) for item in items]
             try:
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
+                for item in items:  # one by one: Ctrl-C may come while the first are at work
+                    futures.append(lanes.submit(run, item))
+                _wait_for(futures)  # not long after an error: it stops the others
+                return [future.result() for future in futures]
             except BaseException:
                 self.stop()
                 _cancel(futures)
                 _raise_first(futures)
                 raise
-        return [future.result() for future in futures]
 
 
 def _first(ahead: deque[_Task[Result]]) -> Result:
     """The first task's result. Until it is there, this thread takes tasks that nobody has begun."""
     while not ahead[0].future.done() and any(task.take() for task in ahead):
         pass
+    _wait_for([ahead[0].future])  # it stays in there: after Ctrl-C it is to be waited for
     return ahead.popleft().future.result()
 
 
 def _cancel(futures: Iterable[Future[Result]]) -> None:
-    """Cancel what has not begun, wait for what has. (To wait for a cancelled one may take for ever: a pool
-    that was shut down never says so.)"""
-    wait([future for future in futures if not future.cancel()])
+    """Cancel what has not begun, wait for what has."""
+    _wait_for([future for future in futures if not future.cancel()])
+
+
+def result_of(future: Future[Result]) -> Result:
+    """The future's result, waited for as long as it takes, or until Ctrl-C."""
+    _wait_for([future])
+    return future.result()
+
+
+def _wait_for(futures: list[Future[Result]]) -> None:
+    """Wait until all are done or cancelled. (A pool that was shut down never says that they were cancelled.)
+
+    Python misses a signal that comes just before its main thread begins to wait, so it begins anew now and
+    then.
+    """
+    while unfinished := [future for future in futures if not future.done()]:
+        wait(unfinished, timeout=0.5)
 
 
 def _raise_first(futures: list[Future[Result]]) -> None:

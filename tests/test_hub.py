@@ -748,8 +748,9 @@ def test_diff_goes_on_with_the_shard_that_failed(shelf: HubServer, tmp_path: Pat
 
 
 @pytest.fixture
-def stalled(shelf: HubServer, tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+def stalled(shelf: HubServer, large: Trio, tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
     """Starts `apply`, which then waits for a base that never comes."""
+    verify_delta(large.delta, base=large.base)  # else it may compile kernels meanwhile, which takes seconds
     started: list[subprocess.Popen[str]] = []
 
     def start() -> subprocess.Popen[str]:
@@ -768,6 +769,8 @@ def stalled(shelf: HubServer, tmp_path: Path) -> Iterator[Callable[[], subproces
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            # A test run in the background ignores SIGINT, and would hand that down.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,  # noqa: PLW1509
         )
         started.append(process)
         waiting = threading.Event()

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import CancelledError
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltaweights import pipeline
 from deltaweights.pipeline import Buffers, Meter, Stopped, Workers, usable_cores
 
 #: Far longer than anything here takes: a test that waits so long has failed.
@@ -311,6 +316,95 @@ def test_ctrl_c_wakes_what_the_other_threads_wait_for() -> None:
             list(pool.map(work, range(3)))
 
 
+# Ctrl-C ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def handled() -> Iterator[None]:
+    """Ctrl-C does what it does in a program of its own: a test run in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("handled")
+@pytest.mark.parametrize("way", ["each", "map", "aside"])
+def test_ctrl_c_that_comes_just_before_the_main_thread_waits_is_seen_soon(way: str) -> None:
+    """Python takes note of it and does not wake the thread, just as when another thread gets the signal."""
+    begun, stopped = threading.Event(), threading.Event()
+    woken: list[bool] = []
+
+    def work(_: int = 0) -> None:
+        if threading.get_ident() == _main_thread():
+            _until(begun.is_set)
+            return
+        begun.set()
+        _until(_main_thread_waits)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        woken.append(stopped.wait(PATIENCE))
+
+    def consume() -> None:
+        with Workers(2) as pool:
+            pool.at_stop(stopped.set)
+            if way == "each":
+                pool.each(work, range(1))
+            elif way == "map":
+                list(pool.map(work, range(4)))
+            else:
+                result = pool.aside(work)
+                _until(begun.is_set)
+                result()
+
+    with pytest.raises(KeyboardInterrupt):
+        consume()
+    assert woken == [True]
+
+
+def test_ctrl_c_before_all_items_are_handed_out_stops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, stopped = threading.Event(), threading.Event()
+    woken: list[bool] = []
+
+    class Lanes(ThreadPoolExecutor):
+        def submit(self, call: Any, /, *items: Any, **options: Any) -> Any:
+            if items == (1,):
+                _until(begun.is_set)
+                raise KeyboardInterrupt
+            return super().submit(call, *items, **options)
+
+    def work(_: int) -> None:
+        begun.set()
+        woken.append(stopped.wait(PATIENCE))
+
+    monkeypatch.setattr(pipeline, "ThreadPoolExecutor", Lanes)
+    with Workers(2) as pool:
+        pool.at_stop(stopped.set)
+        with pytest.raises(KeyboardInterrupt):
+            pool.each(work, range(2))
+    assert woken == [True]
+
+
+@pytest.mark.usefixtures("handled")
+def test_ctrl_c_leaves_no_work_in_progress() -> None:
+    """The files that it uses are closed next."""
+    begun, stopped, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def work(_: int) -> None:
+        if threading.get_ident() == _main_thread():
+            _until(begun.is_set)
+            return
+        begun.set()
+        _until(_main_thread_waits)
+        signal.pthread_kill(_main_thread(), signal.SIGINT)
+        assert stopped.wait(PATIENCE)
+        ended.set()
+
+    with Workers(2) as pool:
+        pool.at_stop(stopped.set)
+        with pytest.raises(KeyboardInterrupt):
+            list(pool.map(work, range(4)))
+        assert ended.is_set()
+
+
 # watch and Meter -------------------------------------------------------------------------------------
 
 
@@ -373,3 +467,21 @@ def _until_patience_ends() -> Iterator[None]:
     while time.monotonic() < end:
         yield
     raise TimeoutError("nobody stopped this")
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    for _ in _until_patience_ends():
+        if condition():
+            return
+
+
+def _main_thread() -> int:
+    ident = threading.main_thread().ident
+    assert ident is not None
+    return ident
+
+
+def _main_thread_waits() -> bool:
+    """For work: not merely for a thread to start."""
+    stack = [frame.f_code for frame, _ in traceback.walk_stack(sys._current_frames()[_main_thread()])]
+    return stack[0] is threading.Condition.wait.__code__ and threading.Thread.start.__code__ not in stack

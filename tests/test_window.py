@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import ExitStack
+from types import CodeType
 
 import numpy as np
 import pytest
@@ -267,6 +271,30 @@ def test_cancelling_ends_all_reads_at_once() -> None:
     until(lambda: source.held == 0)
 
 
+def test_ctrl_c_that_comes_just_before_a_reader_waits_is_seen_soon() -> None:
+    """Python takes note of it and does not wake the main thread, as when another thread gets the signal."""
+    gate, over = threading.Event(), threading.Event()
+    source = window(Remote(gate))
+    woken: list[bool] = []
+
+    def interrupt() -> None:
+        until(lambda: main_thread()[:2] == [threading.Condition.wait.__code__, Window._wait.__code__])
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        woken.append(over.wait(5))
+        gate.set()
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background ignores it
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                read(source, Span("a", 0, 100))
+            over.set()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert woken == [True]
+
+
 def test_closing_waits_for_connections_that_can_end() -> None:
     gate = threading.Event()
     source = window(Remote(gate))
@@ -356,6 +384,13 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.001)
+
+
+def main_thread() -> list[CodeType]:
+    """What the main thread does, the innermost first."""
+    ident = threading.main_thread().ident
+    assert ident is not None
+    return [frame.f_code for frame, _ in traceback.walk_stack(sys._current_frames()[ident])]
 
 
 def test_spans_may_come_from_a_generator() -> None:

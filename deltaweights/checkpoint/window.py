@@ -333,7 +333,7 @@ class Window:
             if request.is_dropped:
                 return False
             request.awaited = min(request.awaited, stop)
-            request.arrived.wait()
+            request.arrived.wait(0.5)  # and again: Python misses a Ctrl-C just before it begins to wait
         if self._is_cancelled:
             raise CancelledError
         return True
