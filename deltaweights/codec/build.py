@@ -90,7 +90,7 @@ def _kind_of_result(kind):
 def _object_of(result):
     """The object file of a compiled kernel, the entry in front of it."""
     module = llvm.parse_assembly(str(_entry(result.target_context, result.fndesc)))
-    module.link_in(llvm.parse_assembly(result.library.get_llvm_str()))
+    module.link_in(llvm.parse_bitcode(result.library.emit_bitcode()))
     for function in module.functions:
         if not function.is_declaration and function.name != ENTRY:
             function.linkage = "internal"

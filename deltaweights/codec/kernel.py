@@ -8,14 +8,51 @@ run: :mod:`.build` writes it down, :mod:`.compiled` loads it without importing N
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils, sigutils
+from numba.core.codegen import AOTCPUCodegen
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import CPUDispatcher, cpu_target
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
 _LINE = 64  # bytes of a cache line
+
+
+class _Codegen(AOTCPUCodegen):
+    """Numba's for object files, for this very processor."""
+
+    def __init__(self):
+        super().__init__("deltaweights", "host")
+
+    def _customize_tm_features(self):
+        return self._get_host_cpu_features()
+
+
+class _Target(type(cpu_target)):
+    """Numba's target, but that kernels are not made ready to be called, which takes it most of its time."""
+
+    @cached_property
+    def target_context(self):
+        usual = cpu_target.target_context
+        usual.refresh()
+        return usual.subtarget(
+            _internal_codegen=_Codegen(), aot_mode=True, get_executable=lambda *kernel: [].append
+        )
+
+    @property
+    def typing_context(self):
+        return cpu_target.typing_context
+
+
+class _Kernel(CPUDispatcher):
+    targetdescr = _Target("cpu")
+
+
+_OPTIONS = {"nopython": True, "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def kernel(signature=None, **options):
@@ -26,7 +63,7 @@ def kernel(signature=None, **options):
     """
 
     def decorate(function):
-        found = njit(_nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)(function)
+        found = _Kernel(function, targetoptions=_OPTIONS | options)
         template = found.get_call_template
 
         def compiled(types_given):
