@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import re
 import sys
@@ -635,7 +636,13 @@ def _errors_explained(debug: bool, as_json: bool, *, resumes: bool = False) -> I
 def _progress(quiet: bool) -> Iterator[ProgressCallback | None]:
     """A bar for each phase on a terminal, a line now and then in a log."""
     if quiet:
-        yield None
+        log = logging.getLogger("deltaweights")
+        before = log.level
+        log.setLevel(logging.ERROR)  # it tells when the codec has to be compiled
+        try:
+            yield None
+        finally:
+            log.setLevel(before)
     elif not sys.stderr.isatty():
         yield _LogLines()
     else:

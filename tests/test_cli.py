@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from deltaweights import __version__
+from deltaweights import Manifest, __version__, make_delta
 from deltaweights.cli import app
+from deltaweights.codec import store
 
 from .checkpoints import contents
 from .conftest import Trio
@@ -101,6 +102,21 @@ def test_quiet_prints_nothing(trio: Trio, tmp_path: Path) -> None:
     ):
         result = run(*arguments, "-q")
         assert (result.exit_code, result.output) == (0, "")
+
+
+def test_quiet_says_nothing_of_compiling_either(
+    trio: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compile_then_diff(*arguments: object, **options: object) -> Manifest:
+        store._announce.__wrapped__()
+        return make_delta(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("deltaweights.diff.make_delta", compile_then_diff)
+    for out, options in ("loud", []), ("quiet", ["-q"]):
+        caplog.clear()
+        command = ["diff", str(trio.base), str(trio.target), "-o", str(tmp_path / out), *options]
+        assert CliRunner().invoke(app, command).exit_code == 0
+        assert len(caplog.records) == (not options)
 
 
 def test_verify_lists_every_problem_and_exits_1(trio: Trio, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from ..chain import MAX_DELTAS
 from ..checkpoint import LocalSource, Location, Source, local_path, open_source
 from ..diff import make_delta
 from ..errors import CheckpointError, OutputError
+from ..pipeline import result_of
 from .layout import Layout, lay_out
 from .load import load_into
 from .memory import MemorySource
@@ -171,7 +172,7 @@ class DeltaCheckpointer:
         """
         job, self._job = self._job, None
         if job:
-            job.result()
+            result_of(job)
 
     def close(self) -> None:
         """:meth:`wait`, and let go of the folder."""
