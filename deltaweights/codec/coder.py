@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import PayloadError
 from .compiled import runs
-from .constants import APART, BAD, FIRST, GUARD, MAX_ROWS, WAYS
+from .constants import APART, BAD, FIRST, GUARD, MAX_ROWS, WAYS, WORDS_SPARE
 from .scratch import scratch
 from .store import kept
 from .tables import DIRECT_BITS, SCALES, TOKENS, laplace_family
@@ -58,7 +58,7 @@ def workspace(count: int, contexts: int, more: int = 0) -> Workspace:
         scratch("rows", MAX_ROWS * TOKENS, np.uint32).reshape(MAX_ROWS, TOKENS),
         scratch("explicit", MAX_ROWS, np.uint8),
         scratch("encoder table", contexts << 8, np.uint32),
-        scratch("words", 3 * count, np.uint16),
+        scratch("words", 3 * count + WORDS_SPARE, np.uint16),
         scratch("head", head_bytes(contexts) + more, np.uint8),
         np.empty(2, np.int64),
     )

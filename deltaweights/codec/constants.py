@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # Runs of tokens (runs.py).
 GUARD = 3 * 64 + 64  # words that a vector step may look at beyond the end of a stream
+WORDS_SPARE = 8  # words that an encoder may write in front of the first
 STATE_FLOOR = 1 << 16  # a lane's state lies in [2**16, 2**32) between values
 BLOCK = 4096  # values worked at a time, so that all they need stays in the first-level cache
 BAD = -1  # what the readers return for a run that no encoder wrote

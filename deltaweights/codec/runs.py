@@ -487,7 +487,7 @@ def look_up(table, keys, entries):
 
 @kernel(_i(_words, _tables, _words, _numbers, _i, _i, _i, _i, _i, _numbers, _numbers))
 def encode_words(words, frequencies, keys, values, lanes, direct_bits, tail, span, precision, table, states):
-    """Code the values into the end of `words` (at least 3 a value); where the words begin.
+    """Code the values into the end of `words` (3 a value, and WORDS_SPARE); where the words begin.
 
     frequencies  uint32[tables, TOKENS], each table adding up to 1 << precision
     keys         uint16, one a value (see `keys_of`), of the values without their tails

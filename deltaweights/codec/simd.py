@@ -17,7 +17,7 @@ The arithmetic is :mod:`.reference`'s, line for line. Three operations have no s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba.core import cgutils, types
@@ -216,51 +216,174 @@ class _FirmLoad(ir.instructions.LoadInstr):
 
 
 def expand_load(
-    builder: ir.IRBuilder, where: ir.Value, kind: ir.VectorType, mask: Vec, features: str
+    context: Any, builder: ir.IRBuilder, where: ir.Value, kind: ir.VectorType, mask: Vec
 ) -> ir.Value:
-    """Consecutive elements from `where` on into the set lanes of `mask`, 0 elsewhere.
+    """Consecutive elements from `where` on into the set lanes of `mask`; anything in the others.
 
     A whole vector must be readable there: loading all and expanding in a register takes less than half
     the time of an expanding load on processors where that is microcode (Zen 4: 0.9 ns instead of 2.2).
     """
-    nothing = ir.Constant(kind, [0] * kind.count)
-    width = kind.element.width
-    if ("+avx512vbmi2" if width < 32 else "+avx512f") in features.split(","):
+    name, width = f"v{kind.count}i{kind.element.width}", kind.element.width
+    if _has(context, "avx512vbmi2" if width < 32 else "avx512f"):
         loaded = _firm_load(builder, where, kind)
-        arguments = [(kind, loaded), (kind, nothing), (mask.value.type, mask.value)]
-        return _call(builder, f"llvm.x86.avx512.mask.expand.v{kind.count}i{width}", kind, arguments)
-    arguments = [(_POINTER, where), (mask.value.type, mask.value), (kind, nothing)]
-    return _call(builder, f"llvm.masked.expandload.v{kind.count}i{width}", kind, arguments)
+        arguments = [(kind, loaded), (kind, ir.Constant(kind, ir.Undefined)), (mask.value.type, mask.value)]
+        return _call(builder, f"llvm.x86.avx512.mask.expand.{name}", kind, arguments)
+    if _shuffle_of(context):
+        found = []
+        for piece in _pieces(builder, kind, mask):
+            data = builder.load(piece.behind(where), typ=piece.kind, align=width // 8)
+            found.append(_reorder(context, builder, data, piece, "expand"))
+        return _joined(builder, found)
+    arguments = [(_POINTER, where), (mask.value.type, mask.value), (kind, ir.Constant(kind, ir.Undefined))]
+    return _call(builder, f"llvm.masked.expandload.{name}", kind, arguments)
 
 
-def compress_store(builder: ir.IRBuilder, vector: Vec, mask: Vec, base: ir.Value, index: ir.Value) -> None:
-    """The low words of the set lanes in a row from `base[index]`; nothing beyond them is written.
+def compress(context: Any, builder: ir.IRBuilder, value: ir.Value, mask: Vec, where: ir.Value) -> None:
+    """The set lanes of a vector in a row from `where` on; up to a whole vector is written there."""
+    kind = value.type
+    if _has(context, "avx512f") or not _shuffle_of(context):
+        name = f"llvm.experimental.vector.compress.v{kind.count}i{kind.element.width}"
+        arguments = [(kind, value), (mask.value.type, mask.value), (kind, ir.Constant(kind, ir.Undefined))]
+        builder.store(_call(builder, name, kind, arguments), where, align=kind.element.width // 8)
+        return
+    for piece in _pieces(builder, kind, mask):
+        packed = _reorder(context, builder, piece.part_of(value), piece, "compress")
+        builder.store(packed, piece.behind(where), align=kind.element.width // 8)
 
-    Packing in a register and storing under a mask: a compressing store to memory is many times
-    slower on some processors.
+
+def compress_before(
+    context: Any, builder: ir.IRBuilder, vector: Vec, mask: Vec, base: ir.Value, end: ir.Value
+) -> ir.Value:
+    """The low words of the set lanes in a row that ends in front of `base[end]`; where it begins.
+
+    Nothing beyond is written, but perhaps some words in front. Packing in a register and storing under a
+    mask: a compressing store to memory is many times slower on some processors.
     """
     kind, bits = _vector(_I16), _vector(_I1)
-    packed = _call(
-        builder,
-        "llvm.experimental.vector.compress.v16i16",
-        kind,
-        [(kind, vector.words()), (bits, mask.value), (kind, ir.Constant(kind, ir.Undefined))],
-    )
-    one = ir.Constant(_I32, 1)
-    count = builder.trunc(mask.count(), _I32)
-    run = builder.bitcast(builder.trunc(builder.sub(builder.shl(one, count), one), _I16), bits)
-    arguments = [
-        (kind, packed),
-        (_POINTER, address(builder, base, index, _I16)),
-        (_I32, ir.Constant(_I32, 2)),
-        (bits, run),
-    ]
-    _call(builder, "llvm.masked.store.v16i16.p0", ir.VoidType(), arguments)
+    words, at = vector.words(), builder.sub(end, mask.count())
+    if _has(context, "avx512f") or not _shuffle_of(context):
+        arguments = [(kind, words), (bits, mask.value), (kind, ir.Constant(kind, ir.Undefined))]
+        packed = _call(builder, "llvm.experimental.vector.compress.v16i16", kind, arguments)
+        one = ir.Constant(_I32, 1)
+        count = builder.trunc(mask.count(), _I32)
+        run = builder.bitcast(builder.trunc(builder.sub(builder.shl(one, count), one), _I16), bits)
+        arguments = [
+            (kind, packed),
+            (_POINTER, address(builder, base, at, _I16)),
+            (_I32, ir.Constant(_I32, 2)),
+            (bits, run),
+        ]
+        _call(builder, "llvm.masked.store.v16i16.p0", ir.VoidType(), arguments)
+        return at
+    for piece in reversed(
+        _pieces(builder, kind, mask)
+    ):  # each is written over what the one before had too much
+        packed = _reorder(context, builder, piece.part_of(words), piece, "compress to the end")
+        stop = builder.add(builder.add(at, piece.before), piece.count)
+        where = address(builder, base, builder.sub(stop, _long(piece.kind.count)), _I16)
+        builder.store(packed, where, align=2)
+    return at
 
 
-def features_of(context: Any) -> str:
-    """The processor's features that code is compiled for, as LLVM lists them: "+avx512f,-xop,..."."""
-    return context.codegen().magic_tuple()[2]
+# Where no instruction expands or compresses, one that shuffles bytes does, in pieces of eight lanes or of 16
+# bytes: it is told the order by a table with a row for each mask.
+
+
+class _Piece(NamedTuple):
+    """Some lanes of a vector, and their mask."""
+
+    builder: ir.IRBuilder
+    first: int  # lane
+    kind: ir.VectorType
+    mask: ir.Value  # an integer
+    before: ir.Value  # how many lanes in front of these are set,
+    count: ir.Value  # and how many of these
+
+    def part_of(self, vector: ir.Value) -> ir.Value:
+        """These lanes of a vector."""
+        return _picked(self.builder, vector, range(self.first, self.first + self.kind.count))
+
+    def behind(self, where: ir.Value) -> ir.Value:
+        """Where these lanes' elements are, those of all set lanes being in a row from `where` on."""
+        return address(self.builder, where, self.before, self.kind.element)
+
+
+def _pieces(builder: ir.IRBuilder, kind: ir.VectorType, mask: Vec) -> list[_Piece]:
+    lanes = min(8, 128 // kind.element.width)
+    bits = builder.bitcast(mask.value, ir.IntType(kind.count))
+    found, before = [], _long(0)
+    for first in range(0, kind.count, lanes):
+        part = builder.trunc(builder.lshr(bits, ir.Constant(bits.type, first)), ir.IntType(lanes))
+        part = builder.zext(part, _I64)
+        count = builder.ctpop(part)
+        found.append(_Piece(builder, first, ir.VectorType(kind.element, lanes), part, before, count))
+        before = builder.add(before, count)
+    return found
+
+
+def _reorder(context: Any, builder: ir.IRBuilder, data: ir.Value, piece: _Piece, way: str) -> ir.Value:
+    """The lanes of a piece's data, expanded or compressed."""
+    bytes_kind, kind = ir.VectorType(_I8, 16), piece.kind
+    size = kind.count * kind.element.width // 8
+    table = _orders(builder, kind.count, kind.element.width // 8, way)
+    row = address(builder, table, builder.shl(piece.mask, _long(4)), _I8)
+    order = builder.load(row, typ=bytes_kind, align=16)
+    data = builder.bitcast(data, ir.VectorType(_I8, size))
+    if size < 16:
+        data = _picked(builder, data, range(16))
+    found = _call(builder, _shuffle_of(context), bytes_kind, [(bytes_kind, data), (bytes_kind, order)])
+    return builder.bitcast(found if size == 16 else _picked(builder, found, range(size)), kind)
+
+
+def _orders(builder: ir.IRBuilder, lanes: int, size: int, way: str) -> ir.Value:
+    """The address of the table: 16 bytes a mask, each the place that a byte of the result comes from."""
+    name = f"deltaweights.{way.replace(' ', '.')}.{lanes}.{size}"
+    if name in builder.module.globals:
+        return builder.module.get_global(name)
+    rows = bytearray()
+    for mask in range(1 << lanes):
+        chosen = [lane for lane in range(lanes) if mask >> lane & 1]
+        if way == "expand":
+            order = [chosen.index(lane) if lane in chosen else 0 for lane in range(lanes)]
+        else:
+            others = [0] * (lanes - len(chosen))
+            order = chosen + others if way == "compress" else others + chosen
+        row = [size * lane + byte for lane in order for byte in range(size)]
+        rows += bytes(row + [0] * (16 - len(row)))
+    content = cgutils.make_bytearray(rows)
+    table = cgutils.global_constant(builder, name, content)
+    table.align = 16
+    return table
+
+
+def _picked(builder: ir.IRBuilder, vector: ir.Value, lanes: Iterable[int]) -> ir.Value:
+    """These lanes of a vector; any content where it has none."""
+    kind = vector.type
+    places = [ir.Constant(_I32, lane if lane < kind.count else 0) for lane in lanes]
+    order = ir.Constant(ir.VectorType(_I32, len(places)), places)
+    return builder.shuffle_vector(vector, vector, order)
+
+
+def _joined(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
+    """Vectors one behind the other, as one."""
+    while len(vectors) > 1:
+        size = 2 * vectors[0].type.count
+        order = ir.Constant(ir.VectorType(_I32, size), list(range(size)))
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [builder.shuffle_vector(low, high, order) for low, high in pairs]
+    return vectors[0]
+
+
+def _has(context: Any, feature: str) -> bool:
+    """Whether code is compiled for processors with a feature, by LLVM's name."""
+    return f"+{feature}" in context.codegen().magic_tuple()[2].split(",")
+
+
+def _shuffle_of(context: Any) -> str | None:
+    """LLVM's name of the instruction that shuffles 16 bytes, if there is one."""
+    if context.codegen().magic_tuple()[0].startswith(("aarch64", "arm64")):
+        return "llvm.aarch64.neon.tbl1.v16i8"
+    return "llvm.x86.ssse3.pshuf.b.128" if _has(context, "ssse3") else None
 
 
 class _Loop:
@@ -277,7 +400,7 @@ class _Loop:
         vectors: int,
     ) -> None:
         self.b = builder
-        self.features = features_of(context)
+        self.context_of_code = context
         self.vectors = range(vectors)
         for name, kind, value in zip(self.names, signature.args, args, strict=True):
             if isinstance(kind, types.Array):
@@ -314,14 +437,14 @@ class _Loop:
         """Decoding: every lane below 2**16 takes one word of the stream."""
         mask = state < 65536
         where = address(self.b, self.words, self.cursor(), _I16)
-        word = self.b.zext(expand_load(self.b, where, _vector(_I16), mask, self.features), _vector(_I32))
+        words = expand_load(self.context_of_code, self.b, where, _vector(_I16), mask)
+        word = self.b.zext(words, _vector(_I32))
         self.set(v, mask.choose((state << 16) | Vec(self.b, word), state))
         self.b.store(self.b.add(self.cursor(), mask.count()), self.cell)
 
     def spill(self, state: Vec, mask: Vec) -> Vec:
         """Encoding: every lane in `mask` puts its low word in front of the stream."""
-        at = self.b.sub(self.cursor(), mask.count())
-        compress_store(self.b, state, mask, self.words, at)
+        at = compress_before(self.context_of_code, self.b, state, mask, self.words, self.cursor())
         self.b.store(at, self.cell)
         return mask.choose(state >> 16, state)
 
@@ -763,8 +886,7 @@ def _make_sift(merge: bool) -> Any:
             if base.dtype.bitwidth > 32:
                 return args[5]
             kind = _lane_type(base.dtype.bitwidth)
-            element, name = kind.element, f"v{kind.count}i{kind.element.width}"
-            mask_kind = ir.VectorType(_I1, kind.count)
+            element = kind.element
             array = context.make_array(base)(context, builder, args[0])
             chosen_data, other_data = (
                 context.make_array(a)(context, builder, value).data
@@ -783,15 +905,12 @@ def _make_sift(merge: bool) -> Any:
                 there = address(builder, chosen_data, now, element)
                 if merge:
                     prefetch(builder, other_data, first, element)
-                    taken = expand_load(builder, there, kind, inside, features_of(context))
+                    taken = expand_load(context, builder, there, kind, inside)
                     merged = inside.choose(Vec(builder, taken), bits)
                     _store_as(builder, merged, (other_data, element), first)
                 else:
                     data = _load_as(builder, (other_data, element), first, kind).value
-                    rest = ir.Constant(kind, ir.Undefined)
-                    call = [(kind, data), (mask_kind, inside.value), (kind, rest)]
-                    packed = _call(builder, f"llvm.experimental.vector.compress.{name}", kind, call)
-                    _store_as(builder, Vec(builder, packed), (chosen_data, element), now)
+                    compress(context, builder, data, inside, there)
                 builder.store(builder.add(now, inside.count()), cursor)
             return builder.load(cursor, typ=_I64)
 
@@ -818,7 +937,7 @@ def _make_byte_mover(push: bool) -> Any:
             plane_data = context.make_array(plane)(context, builder, args[3]).data
             limit32 = builder.trunc(args[2], _I32)
             cursor = cgutils.alloca_once_value(builder, args[4])
-            kind, bits = _vector(_I8), _vector(_I1)
+            kind = _vector(_I8)
             length = cgutils.unpack_tuple(builder, value_array.shape)[0]
             with cgutils.for_range(builder, builder.lshr(length, _long(4))) as turn:
                 first = builder.shl(turn.index, _long(4))
@@ -827,15 +946,11 @@ def _make_byte_mover(push: bool) -> Any:
                 now = builder.load(cursor, typ=_I64)
                 there = address(builder, plane_data, now, _I8)
                 if push:
-                    low = expand_load(builder, there, kind, mask, features_of(context))
+                    low = expand_load(context, builder, there, kind, mask)
                     longer = (value << 8) | Vec(builder, builder.zext(low, _vector(_I32)))
                     moved = mask.choose(longer, value)
                 else:
-                    low = builder.trunc(value.value, kind)
-                    rest = ir.Constant(kind, ir.Undefined)
-                    call = [(kind, low), (bits, mask.value), (kind, rest)]
-                    name = "llvm.experimental.vector.compress.v16i8"
-                    builder.store(_call(builder, name, kind, call), there, align=1)
+                    compress(context, builder, builder.trunc(value.value, kind), mask, there)
                     moved = mask.choose(value >> 8, value)
                 store(builder, moved, value_array.data, first)
                 builder.store(builder.add(now, mask.count()), cursor)
