@@ -14,6 +14,7 @@ zero stands for an exception.
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from importlib import import_module
 
@@ -23,6 +24,7 @@ from numba import types
 from numba.core import config
 from numba.core.compiler_lock import global_compiler_lock
 
+from . import spaces
 from .kernel import array, array_at
 from .store import ENTRY
 
@@ -45,7 +47,8 @@ def object_code(module: str, name: str, kinds: list[str]) -> tuple[str, bytes]:
     """(kind of the result, object file) of kernel `name` of a module of this package.
 
     kinds   one text an argument: "i", "f" or "b" for an integer, a float or a bool; for an array the code of
-            its dtype and its number of dimensions, as in "u2.1"
+            its dtype and its number of dimensions, as in "u2.1"; for a tuple of :mod:`.spaces` its name and
+            what it holds, as in "RunSpace(u4.1,u2.1)"
     The result's kind is one of those letters, or "n" for none. Raises TypeError for arguments that the kernel
     does not take: called with them, its code would read what is not there.
     """
@@ -75,8 +78,16 @@ def _unoptimized():
 def _type_of(kind):
     if kind in _SCALARS:
         return _SCALARS[kind]
+    if kind.endswith(")"):
+        name, _, held = kind[:-1].partition("(")
+        return types.NamedTuple([_type_of(part) for part in _parts(held)], getattr(spaces, name))
     element, dimensions = kind.split(".")
     return array(_ELEMENTS[element], int(dimensions))
+
+
+def _parts(held):
+    """What the comma separates that stands in no parentheses."""
+    return re.findall(r"(?:[^,()]|\([^()]*\))+", held)  # no tuple holds one that holds a third
 
 
 def _kind_of_result(kind):
@@ -116,19 +127,15 @@ def _back_end(codegen):
 def _entry(context, described):
     """The module with the C function that calls the kernel."""
     flat = [_POINTER]
-    for kind in described.argtypes:
+    for kind in _leaves(described.argtypes):
         scalar = ir.DoubleType() if kind == types.float64 else _LONG
         flat.append(_POINTER if isinstance(kind, types.Array) else scalar)
     module = context.create_module(ENTRY)
     function = ir.Function(module, ir.FunctionType(ir.IntType(32), flat), ENTRY)
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     into, *given = function.args
-    arguments = []
-    for kind, argument in zip(described.argtypes, given, strict=True):
-        if isinstance(kind, types.Array):
-            arguments.append(_array(context, builder, kind, argument))
-        else:
-            arguments.append(builder.trunc(argument, ir.IntType(1)) if kind == types.boolean else argument)
+    left = iter(given)
+    arguments = [_argument(context, builder, kind, left) for kind in described.argtypes]
     kernel = context.declare_function(module, described)
     status, value = context.call_conv.call_function(
         builder, kernel, described.restype, described.argtypes, arguments
@@ -138,6 +145,25 @@ def _entry(context, described):
         builder.store(builder.zext(value, _BYTE) if boolean else value, into)
     builder.ret(status.code)
     return module
+
+
+def _leaves(kinds):
+    """The types, and instead of tuples what they hold."""
+    for kind in kinds:
+        if isinstance(kind, types.NamedTuple):
+            yield from _leaves(kind)
+        else:
+            yield kind
+
+
+def _argument(context, builder, kind, left):
+    """Numba's value of a type, made of what is left of the arguments."""
+    if isinstance(kind, types.NamedTuple):
+        return context.make_tuple(builder, kind, [_argument(context, builder, k, left) for k in kind])
+    given = next(left)
+    if isinstance(kind, types.Array):
+        return _array(context, builder, kind, given)
+    return builder.trunc(given, ir.IntType(1)) if kind == types.boolean else given
 
 
 def _array(context, builder, kind, numpy_object):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from ..errors import PayloadError
 from .compiled import runs
 from .constants import APART, BAD, FIRST, GUARD, MAX_ROWS, WAYS, WORDS_SPARE
 from .scratch import scratch
+from .spaces import RunSpace
 from .store import kept
 from .tables import DIRECT_BITS, SCALES, TOKENS, laplace_family
 
@@ -31,37 +32,24 @@ def family() -> NDArray[np.uint32]:
     return np.frombuffer(stored, np.uint32).reshape(SCALES, TOKENS)
 
 
-class Workspace(NamedTuple):
-    """What a kernel that writes runs works in: this thread's working memory, but for ``found``."""
-
-    leading: NDArray[np.uint32]  # [n]: values without their tails
-    keys: NDArray[np.uint16]  # [n]: context and token
-    counters: NDArray[np.uint32]
-    tables: NDArray[np.uint32]  # [MAX_ROWS, TOKENS]: counts, then weights and frequencies of two choices
-    explicit: Bytes  # which tables are
-    encoder: NDArray[np.uint32]  # frequency and start of each key
-    words: NDArray[np.uint16]  # filled from its end
-    head: Bytes  # all that stands in front of the words
-    found: NDArray[np.int64]  # [2]
-
-    def written(self, end: int) -> list[memoryview]:
-        """The two parts of what was written, with a head of so many bytes."""
-        return [self.head[:end].data, self.words[int(self.found[FIRST]) :].data]
-
-
-def workspace(count: int, contexts: int, more: int = 0) -> Workspace:
+def run_space(count: int, contexts: int, more: int = 0) -> RunSpace:
     """For runs of so many values and contexts, at most, whose head may follow ``more`` other bytes."""
-    return Workspace(
-        scratch("part", count, np.uint32),
-        scratch("keys", count, np.uint16),
-        scratch("counters", WAYS * ((MAX_ROWS << 7) + APART), np.uint32),
-        scratch("rows", MAX_ROWS * TOKENS, np.uint32).reshape(MAX_ROWS, TOKENS),
-        scratch("explicit", MAX_ROWS, np.uint8),
-        scratch("encoder table", contexts << 8, np.uint32),
-        scratch("words", 3 * count + WORDS_SPARE, np.uint16),
-        scratch("head", head_bytes(contexts) + more, np.uint8),
-        np.empty(2, np.int64),
+    return RunSpace(
+        leading=scratch("part", count, np.uint32),
+        keys=scratch("keys", count, np.uint16),
+        counters=scratch("counters", WAYS * ((MAX_ROWS << 7) + APART), np.uint32),
+        tables=scratch("rows", MAX_ROWS * TOKENS, np.uint32).reshape(MAX_ROWS, TOKENS),
+        explicit=scratch("explicit", MAX_ROWS, np.uint8),
+        encoder=scratch("encoder table", contexts << 8, np.uint32),
+        words=scratch("words", 3 * count + WORDS_SPARE, np.uint16),
+        head=scratch("head", head_bytes(contexts) + more, np.uint8),
+        found=np.empty(2, np.int64),
     )
+
+
+def written(space: RunSpace, end: int) -> bytes:
+    """What a kernel wrote, with a head of so many bytes."""
+    return b"".join([space.head[:end].data, space.words[int(space.found[FIRST]) :].data])
 
 
 def head_bytes(contexts: int) -> int:
@@ -71,13 +59,11 @@ def head_bytes(contexts: int) -> int:
 
 def encode_list(values: Values, direct_bits: int = DIRECT_BITS, tail: int = 0) -> bytes:
     """Numbers as a run of one context, the `tail` low bits of each of them as they are."""
-    space = workspace(len(values), 1)
+    space = run_space(len(values), 1)
     contexts = scratch("contexts", len(values), np.uint8)
     contexts[:] = 0
-    end = runs.encode_run(
-        contexts, values, _lone_member, family(), direct_bits, 32, tail, np.inf, *space, 0
-    )  # fmt: skip
-    return b"".join(space.written(end))
+    end = runs.encode_run(contexts, values, _lone_member, family(), direct_bits, 32, tail, np.inf, space, 0)
+    return written(space, end)
 
 
 def room_to_read(data: Bytes, contexts: int) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:

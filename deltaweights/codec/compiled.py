@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import threading
 from functools import cache
 from typing import Any
@@ -44,8 +45,8 @@ class Kernels:
 class Kernel:
     """A kernel to call, which releases the GIL.
 
-    Arguments are integers, floats, bools and C-contiguous arrays; which of the arrays are written to, the
-    kernel's docstring says, and nothing else keeps it from writing.
+    Arguments are integers, floats, bools, C-contiguous arrays, and tuples of these from :mod:`.spaces`; which
+    of the arrays are written to, the kernel's docstring says, and nothing else keeps it from writing.
     """
 
     def __init__(self, module: str, name: str) -> None:
@@ -55,15 +56,7 @@ class Kernel:
     def __call__(self, *arguments: Any) -> Any:
         kinds: list[Any] = []
         flat: list[Any] = []
-        for argument in arguments:
-            if isinstance(argument, np.ndarray):
-                if not argument.flags.c_contiguous:
-                    raise ValueError(f"{self._name} takes contiguous arrays")
-                kinds += argument.dtype, argument.ndim
-                flat.append(id(argument))  # its place in memory
-            else:
-                kinds.append(type(argument))
-                flat.append(argument)
+        self._flatten(arguments, kinds, flat)
         key = tuple(kinds)
         function, result = self._loaded.get(key) or self._load(key, arguments)
         if result is None:
@@ -74,6 +67,21 @@ class Kernel:
         if status:
             raise RuntimeError(f"kernel {self._name} ended with status {status}")
         return found
+
+    def _flatten(self, arguments: tuple[Any, ...], kinds: list[Any], flat: list[Any]) -> None:
+        """Collect what machine code is given, and what it depends on."""
+        for argument in arguments:
+            if isinstance(argument, np.ndarray):
+                if not argument.flags.c_contiguous:
+                    raise ValueError(f"{self._name} takes contiguous arrays")
+                kinds += argument.dtype, argument.ndim
+                flat.append(id(argument))  # its place in memory
+                continue
+            kinds.append(type(argument))
+            if isinstance(argument, tuple):
+                self._flatten(argument, kinds, flat)
+            else:
+                flat.append(argument)
 
     def _load(self, key: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
         with _loading:
@@ -89,6 +97,8 @@ alone, delta, runs, subset = Kernels("alone"), Kernels("delta"), Kernels("runs")
 
 def _kind_of(argument: Any) -> str:
     """What :mod:`.build` calls an argument."""
+    if isinstance(argument, tuple):
+        return f"{type(argument).__name__}({','.join(map(_kind_of, argument))})"
     if isinstance(argument, np.ndarray):
         if not argument.dtype.isnative:
             raise ValueError("kernels take arrays of this machine's byte order")
@@ -103,7 +113,8 @@ def _function(code: bytes, kinds: list[str]) -> Any:
     import llvmlite.binding as llvm  # takes as long as NumPy: `--help` need not wait for it
 
     scalars = {"i": ctypes.c_int64, "f": ctypes.c_double, "b": ctypes.c_int64}
-    types: list[Any] = [scalars.get(kind, ctypes.c_void_p) for kind in kinds]
+    leaves = (leaf for kind in kinds for leaf in re.findall(r"[\w.]+(?!\w*\()", kind))
+    types: list[Any] = [scalars.get(leaf, ctypes.c_void_p) for leaf in leaves]
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target().create_target_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()

@@ -208,12 +208,10 @@ def low_bytes(lowest, step, context):
 
 
 @kernel()
-def sample_rows(base, values, shift, mask, scales, log_segment, wide, part, contexts, keys, counts, total):
-    """Histogram of (row, token) into total, rows being contexts that nothing clamps: (first row, rows).
-
-    part ... counts   scratch: uint32[n], uint8[n], uint16[n], and for :func:`.runs.count_tokens`
-    total             uint32[MAX_ROWS, TOKENS]
-    """
+def sample_rows(base, values, shift, mask, scales, log_segment, wide, space):
+    """Histogram of (row, token) into a ChunkSpace's tables, rows being contexts that nothing clamps: (first
+    row, rows)."""
+    part, contexts = space.run.leading[: len(values)], space.contexts[: len(values)]
     contexts_of(base, 0, shift, mask, scales, log_segment, -_OFFSET, 0, 255, contexts)
     if wide:
         for i in range(len(values)):
@@ -225,7 +223,8 @@ def sample_rows(base, values, shift, mask, scales, log_segment, wide, part, cont
         low, high = min(low, np.int64(contexts[i])), max(high, np.int64(contexts[i]))
     for i in range(len(contexts)):
         contexts[i] -= low
-    runs.count_tokens(contexts, part, DIRECT_BITS, 7, keys, counts, total[: high - low + 1])
+    keys, counters = space.run.keys[: len(values)], space.run.counters
+    runs.count_tokens(contexts, part, DIRECT_BITS, 7, keys, counters, space.run.tables[: high - low + 1])
     return low - _OFFSET, high - low + 1
 
 
@@ -343,24 +342,21 @@ def take_sample(elements, size, sample):
 
 
 @kernel()
-def choose_contexts(
-    base, target, shift, mask, wide, scale_up, values, part, contexts, keys, counts, total, planes, sums,
-    layout,
-):  # fmt: skip
+def choose_contexts(base, target, shift, mask, wide, scale_up, space, layout):
     """The cheapest segment length and span of contexts for a sample of a chunk.
 
     base, target   the sample: patches of `PATCH` elements, so that segments are whole
     scale_up       how many elements each of the sample stands for
-    values ... total   scratch: uint32[n], and see `sample_rows`
-    planes, sums   scratch: uint8[7, n], float32[n // UNIT + 1]
-    layout         int64[5], written: what decode_elements calls so, and the scale of the sample
+    space          a ChunkSpace
+    layout         int64[5], written: what an OpenDelta calls so, and the scale of the sample
     Returns the bits in all.
     """
-    count, sizes = len(base), _seven_cursors()
+    count, sizes, planes = len(base), _seven_cursors(), space.planes
+    values, total = space.values[:count], space.run.tables
     for first in range(0, count, BLOCK):
         stop = min(first + BLOCK, count)
         block_distances(base[first:stop], target[first:stop], first, values[first:stop], planes, sizes)
-    sums = sums[: (count + UNIT - 1) // UNIT]
+    sums = space.sums[: (count + UNIT - 1) // UNIT]
     unit_moves(base, values, shift, mask, sums)
     best, all_scales = np.inf, _sample_scales()
     table_bits = _FAMILY_BITS if count * scale_up < _SMALL else _TABLE_BITS
@@ -369,9 +365,7 @@ def choose_contexts(
             continue
         scales = all_scales[: segments_of(count, log_segment)]
         base_scale = scales_from(sums, count, log_segment, mask, scales)
-        first, rows = sample_rows(
-            base, values, shift, mask, scales, log_segment, wide, part, contexts, keys, counts, total
-        )
+        first, rows = sample_rows(base, values, shift, mask, scales, log_segment, wide, space)
         step = 0 if log_segment else 1
         raw = raw_bits(total[:rows], first) if wide else 0.0
         low, tables, bits = trim_rows(total[:rows], 1 << step, scale_up, table_bits, first, wide)
@@ -428,76 +422,68 @@ def fit_shifts(moves, counts, shifts):
 
 
 @kernel()
-def encode(
-    base, target, shift, mask, wide, family, some, there, values, contexts, planes, sizes, sums, scales,
-    above, one_context, leading, keys, counters, tables, explicit, encoder, words, head, found,
-):  # fmt: skip
+def encode(base, target, shift, mask, wide, family, space):
     """Code a chunk but for its planes; where the head ends, or BAD where it would be longer than the target.
 
     base, target   uint8, uint16, uint32 or uint64[n]
     shift, mask    where the exponent is: (bits >> shift) & mask
     wide           whether elements have 32 bits or more
-    some, there    like base, scratch: MAX_SAMPLE elements, or n where that is less
-    values         uint32[n], contexts uint8[n], sums float32[n // UNIT + 1]: scratch
-    planes         uint8[0 or 3 or 7, n + SPARE], written; sizes int64[7], zeros: how much of each is filled
-    scales, above  int64 and uint32, scratch; one_context uint8, zeros: one a segment
-    leading ... words   of a coder.Workspace; words[found[FIRST]:] stands behind the head, written
-    head           uint8, written
+    space          a ChunkSpace: the head, the words behind it and the planes are left there
     """
-    size = MORE_SAMPLED if is_clustered(base, target) else SAMPLED
-    count = take_sample(base, size, some)
-    take_sample(target, size, there)
-    layout, whole = _layout(), base.itemsize * len(base)
-    bits = choose_contexts(
-        some[:count], there[:count], shift, mask, wide, len(base) / count, values[:count], leading[:count],
-        contexts[:count], keys[:count], counters, tables, planes, sums, layout,
-    )  # fmt: skip
-    if bits > 8 * whole:
+    layout, whole, run = _layout(), base.itemsize * len(base), space.run
+    if choose_layout(base, target, shift, mask, wide, space, layout) > 8 * whole:
         return BAD
-    scales = scales[: segments_of(len(base), layout[LOG_SEGMENT])]
+    values, contexts = space.values, space.contexts
+    scales = space.scales[: segments_of(len(base), layout[LOG_SEGMENT])]
     scales[:] = layout[4]
-    base_scale = measure(base, target, shift, mask, layout, scales, values, contexts, planes, sizes, sums)
+    base_scale = measure(base, target, shift, mask, layout, scales, space)
     if wide:
-        split_bytes(values, contexts, layout, planes, sizes)
+        split_bytes(values, contexts, layout, space.planes, space.sizes)
     at = HEAD
     if layout[LOG_SEGMENT]:
-        above, at = above[: len(scales)], HEAD + 4
+        above = space.above[: len(scales)]
         for s in range(len(scales)):
             above[s] = scales[s] - base_scale
-        at = encode_list(
-            above, one_context[: len(scales)], family, leading, keys, counters, tables, explicit, encoder,
-            words, head, found, at,
-        )  # fmt: skip
-        runs.put_number(head, HEAD, at - HEAD - 4, 4)
+        at = encode_list(above, space.one_context[: len(scales)], family, run, HEAD + 4)
+        runs.put_number(run.head, HEAD, at - HEAD - 4, 4)
     own, start = _members()[: layout[TABLES]], at + 4 if wide else at
     members(layout, wide, 0, own)
-    at = runs.encode_run(
-        contexts, values, own, family, DIRECT_BITS, min(8 * base.itemsize, 32), 0, np.float64(whole),
-        leading, keys, counters, tables, explicit, encoder, words, head, found, start,
-    )  # fmt: skip
+    bits = min(8 * base.itemsize, 32)
+    at = runs.encode_run(contexts, values, own, family, DIRECT_BITS, bits, 0, np.float64(whole), run, start)
     if at == BAD:
         return BAD
     if wide:
-        runs.put_number(head, start - 4, at - start + 2 * (len(words) - found[FIRST]), 4)
-    head[0], head[1], head[2] = layout[LOG_SEGMENT], layout[STEP], layout[TABLES]
-    runs.put_number(head, 3, layout[LOWEST], 2)
-    runs.put_number(head, 5, base_scale, 2)
-    runs.put_number(head, 7, found[TWEAK], 1)
+        runs.put_number(run.head, start - 4, at - start + 2 * (len(run.words) - run.found[FIRST]), 4)
+    put_head(run.head, layout, base_scale, run.found[TWEAK])
     return at
 
 
 @kernel()
-def encode_list(
-    values, one_context, family, leading, keys, counters, tables, explicit, encoder, words, head, found, at
-):  # fmt: skip
-    """Write a run of one context into head, its words too; where it ends (see :func:`.runs.encode_run`)."""
+def choose_layout(base, target, shift, mask, wide, space, layout):
+    """:func:`choose_contexts` by a sample of a chunk."""
+    size = MORE_SAMPLED if is_clustered(base, target) else SAMPLED
+    count = take_sample(base, size, space.some)
+    take_sample(target, size, space.there)
+    some, there = space.some[:count], space.there[:count]
+    return choose_contexts(some, there, shift, mask, wide, len(base) / count, space, layout)
+
+
+@kernel()
+def put_head(head, layout, base_scale, tweak):
+    """The first HEAD bytes of a delta."""
+    head[0], head[1], head[2] = layout[LOG_SEGMENT], layout[STEP], layout[TABLES]
+    runs.put_number(head, 3, layout[LOWEST], 2)
+    runs.put_number(head, 5, base_scale, 2)
+    runs.put_number(head, 7, tweak, 1)
+
+
+@kernel()
+def encode_list(values, one_context, family, space, at):
+    """Write a run of one context into a RunSpace's head, its words too; where it ends."""
     own = _members()[:1]
     own[0] = 0
-    at = runs.encode_run(
-        one_context, values, own, family, DIRECT_BITS, 32, 0, np.inf,
-        leading, keys, counters, tables, explicit, encoder, words, head, found, at,
-    )  # fmt: skip
-    return runs.put_words(head, at, words[found[FIRST] :])
+    at = runs.encode_run(one_context, values, own, family, DIRECT_BITS, 32, 0, np.inf, space, at)
+    return runs.put_words(space.head, at, space.words[space.found[FIRST] :])
 
 
 @kernel(types.void(_longs, types.boolean, types.int64, _longs))
@@ -565,24 +551,21 @@ def append_bytes(values, contexts, limits, planes, cursors, starts):
 
 
 @kernel()
-def measure(base, target, shift, mask, layout, scales, values, contexts, planes, sizes, sums):
+def measure(base, target, shift, mask, layout, scales, space):
     """Distances of a whole chunk as uint32, their contexts, and the scales of its segments; the lowest scale.
 
-    base, target   uint8, uint16, uint32 or uint64[n]
-    shift, mask    where the exponent is: (bits >> shift) & mask
-    scales         int64, one a segment; read where there is but one, else written
-    planes         uint8[0 or 3 or 7, n]; rows 3..6 get the low halves of 64-bit distances
-    sizes          int64[7]: how much of each plane is filled
-    sums           float32[n // UNIT + 1], scratch
+    scales   int64, one a segment; read where there is but one, else written
+    space    a ChunkSpace, of which values, contexts, rows 3..6 of the planes (the low halves of 64-bit
+             distances) and their sizes are written
     """
     log_segment, step = layout[LOG_SEGMENT], layout[STEP]
     lowest, last = layout[LOWEST], layout[TABLES] - 1
-    count = len(values)
-    sums = sums[: (count + UNIT - 1) // UNIT]
+    count, contexts = len(space.values), space.contexts
+    sums = space.sums[: (count + UNIT - 1) // UNIT]
     for first in range(0, count, BLOCK):
         stop = min(first + BLOCK, count)
-        part, found = base[first:stop], values[first:stop]
-        block_distances(part, target[first:stop], first, found, planes, sizes)
+        part, found = base[first:stop], space.values[first:stop]
+        block_distances(part, target[first:stop], first, found, space.planes, space.sizes)
         if log_segment:
             unit_moves(part, found, shift, mask, sums[first // UNIT :])
         else:
@@ -614,48 +597,41 @@ def block_distances(base, target, first, values, planes, sizes):
 
 
 @kernel()
-def decode(
-    base, out, data, listed, shift, mask, wide, family, layout, base_scale, tweak, scales, above, slots,
-    frequencies, words, planes, starts,
-):  # fmt: skip
-    """Fill out from a run, and the scales' list where there is one; FINE, or what does not fit.
+def decode(base, out, opened):
+    """Fill out from a spaces.OpenDelta; FINE, or what of it does not fit.
 
-    data, listed   uint8: all of the run, and of the list of scales (read only if there are segments)
-    base, out      uint8, uint16, uint32 or uint64[n]
-    layout         int64[4]: log2 of the segment length, context step, lowest context, tables
-    scales, above  int64 and uint32, scratch, one a segment
-    frequencies, slots, words   scratch, see :func:`.runs.open_run`; words are enough for the longer run
-    planes         uint8: the planes one behind the other, plane p from starts[p] to starts[p + 1]; SPARE more
-    starts         int64[8]
+    base, out   uint8, uint16, uint32 or uint64[n]
     """
-    scales = scales[: segments_of(len(out), layout[LOG_SEGMENT])]
-    scales[:] = base_scale
+    layout, family, frequencies, words = opened.layout, opened.family, opened.frequencies, opened.words
+    scales = opened.scales[: segments_of(len(out), layout[LOG_SEGMENT])]
+    scales[:] = opened.base_scale
     if layout[LOG_SEGMENT]:
-        above = above[: len(scales)]
-        if not runs.decode_list(listed, family, DIRECT_BITS, 0, frequencies[:1], words, above):
+        above = opened.above[: len(scales)]
+        if not runs.decode_list(opened.listed, family, DIRECT_BITS, 0, frequencies[:1], words, above):
             return BAD_SCALES
         for s in range(len(scales)):
             scales[s] += above[s] & 0xFFFF
     own, states, settings, rest = _members()[: layout[TABLES]], _states(), _settings(), _rest()
-    members(layout, wide, tweak, own)
+    members(layout, opened.wide, opened.tweak, own)
     rest[:], settings[TAIL] = 0, 0
-    count = runs.open_run(data, own, family, DIRECT_BITS, frequencies, slots, states, settings, words)
+    count = runs.open_run(
+        opened.data, own, family, DIRECT_BITS, frequencies, opened.slots, states, settings, words
+    )
     if count == BAD:
         return BAD_HEAD
-    is_whole = decode_elements(
-        base, shift, mask, scales, layout, words[:count], slots, settings, states, rest, planes, starts, out
-    )
+    is_whole = decode_elements(base, scales, opened, words[:count], settings, states, rest, out)
     return FINE if is_whole else BAD_REST
 
 
 @kernel()
-def decode_elements(
-    base, shift, mask, scales, layout, words, slots, settings, states, rest, planes, starts, out
-):
+def decode_elements(base, scales, opened, words, settings, states, rest, out):
     """Fill out from an open run; False where the run or the planes do not fit.
 
+    scales           int64, one a segment
     words ... rest   as :func:`.runs.open_run` left them; the others as in :func:`decode`
     """
+    shift, mask, layout, slots = opened.shift, opened.mask, opened.layout, opened.slots
+    planes, starts = opened.planes, opened.starts
     log_segment, step = layout[LOG_SEGMENT], layout[STEP]
     lowest, last = layout[LOWEST], layout[TABLES] - 1
     contexts, values = _block_of_bytes(), _block_of_values()

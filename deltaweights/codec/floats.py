@@ -48,6 +48,7 @@ from .constants import (
 )
 from .planes import get_planes, put_plane
 from .scratch import scratch
+from .spaces import ChunkSpace, OpenDelta
 from .tables import BYTE_BITS, PRECISION
 from .ulp import FloatFormat
 
@@ -85,23 +86,36 @@ def _delta_planes(itemsize: int) -> int:
 def encode_delta(base: Bytes, target: Bytes, form: FloatFormat) -> bytes | None:
     """The target's delta against the base; None where it would be longer than the target."""
     before, after = elements(base, form), elements(target, form)
-    count, rows = len(after), _delta_planes(form.itemsize)
-    segments, sampled = count // UNIT + 1, min(count, MAX_SAMPLE)
-    planes = scratch("planes", rows * (count + SPARE), np.uint8).reshape(rows, -1 if rows else 0)
-    sizes, one_context = np.zeros(7, np.int64), scratch("one context", segments, np.uint8)
-    one_context[:] = 0
-    space = coder.workspace(count, MAX_TABLES, HEAD + 8 + coder.head_bytes(1) + 6 * segments)
-    end = delta.encode(
-        before, after, form.shift, form.mask, rows > 0, coder.family(),
-        scratch("some", sampled, form.dtype), scratch("there", sampled, form.dtype),
-        scratch("values", count, np.uint32), scratch("contexts", count, np.uint8), planes, sizes,
-        scratch("sums", segments, np.float32), scratch("scales", segments, np.int64),
-        scratch("above", segments, np.uint32), one_context, *space,
-    )  # fmt: skip
+    rows = _delta_planes(form.itemsize)
+    space = _chunk_space(len(after), rows, form)
+    end = delta.encode(before, after, form.shift, form.mask, rows > 0, coder.family(), space)
     if end == BAD:
         return None
-    written = b"".join(space.written(end))  # before planes are put, which takes the same memory
-    return b"".join([written, *(put_plane(planes[p, : sizes[p]]) for p in range(rows))]) if rows else written
+    written = coder.written(space.run, end)  # before planes are put, which takes the same memory
+    if not rows:
+        return written
+    planes = zip(space.planes, space.sizes.tolist(), strict=False)
+    return b"".join([written, *(put_plane(plane[:size]) for plane, size in planes)])
+
+
+def _chunk_space(count: int, rows: int, form: FloatFormat) -> ChunkSpace:
+    """To code so many elements with so many planes in: this thread's working memory."""
+    segments, sampled = count // UNIT + 1, min(count, MAX_SAMPLE)
+    one_context = scratch("one context", segments, np.uint8)
+    one_context[:] = 0
+    return ChunkSpace(
+        some=scratch("some", sampled, form.dtype),
+        there=scratch("there", sampled, form.dtype),
+        values=scratch("values", count, np.uint32),
+        contexts=scratch("contexts", count, np.uint8),
+        planes=scratch("planes", rows * (count + SPARE), np.uint8).reshape(rows, -1 if rows else 0),
+        sizes=np.zeros(7, np.int64),
+        sums=scratch("sums", segments, np.float32),
+        scales=scratch("scales", segments, np.int64),
+        above=scratch("above", segments, np.uint32),
+        one_context=one_context,
+        run=coder.run_space(count, MAX_TABLES, HEAD + 8 + coder.head_bytes(1) + 6 * segments),
+    )
 
 
 def sized(data: bytes) -> bytes:
@@ -112,7 +126,7 @@ def sized(data: bytes) -> bytes:
 def decode_delta(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> None:
     """Fill out with the target; PayloadError where data is no delta of that many elements."""
     before, result = elements(base, form), elements(out, form)
-    check_decoded(delta.decode(before, result, *open_delta(data, len(result), form)))
+    check_decoded(delta.decode(before, result, open_delta(data, len(result), form)))
     deliver(result, out)
 
 
@@ -122,9 +136,9 @@ def check_decoded(result: int) -> None:
         raise PayloadError(_WRONG[result])
 
 
-def open_delta(data: Bytes, count: int, form: FloatFormat) -> tuple[Any, ...]:
-    """What kernel `delta.decode` needs besides base and target, of at most `count` elements. All but data is
-    this thread's working memory: only the last delta opened can be decoded."""
+def open_delta(data: Bytes, count: int, form: FloatFormat) -> OpenDelta:
+    """A delta of at most `count` elements. Part of it is this thread's working memory: only the last delta
+    opened can be decoded."""
     layout, base_scale, tweak = _open_head(data)
     data, rows, listed = data[_HEAD.size :], _delta_planes(form.itemsize), data[:0]
     if layout[LOG_SEGMENT]:
@@ -138,12 +152,25 @@ def open_delta(data: Bytes, count: int, form: FloatFormat) -> tuple[Any, ...]:
         joined = scratch("planes", int(starts[rows]) + SPARE, np.uint8)
         np.concatenate(planes, out=joined[: int(starts[rows])])
     tables, segments = int(layout[TABLES]), count // UNIT + 1
-    return (
-        data, listed, form.shift, form.mask, rows > 0, coder.family(), layout, base_scale, tweak,
-        scratch("scales", segments, np.int64), scratch("above", segments, np.uint32),
-        scratch("slots", tables << PRECISION, np.uint32),
-        *coder.room_to_read(max(data, listed, key=len), tables), joined, starts,
-    )  # fmt: skip
+    frequencies, words = coder.room_to_read(max(data, listed, key=len), tables)
+    return OpenDelta(
+        data=data,
+        listed=listed,
+        shift=form.shift,
+        mask=form.mask,
+        wide=rows > 0,
+        family=coder.family(),
+        layout=layout,
+        base_scale=base_scale,
+        tweak=tweak,
+        planes=joined,
+        starts=starts,
+        scales=scratch("scales", segments, np.int64),
+        above=scratch("above", segments, np.uint32),
+        slots=scratch("slots", tables << PRECISION, np.uint32),
+        frequencies=frequencies,
+        words=words,
+    )
 
 
 def _open_head(data: Bytes) -> tuple[NDArray[np.int64], int, int]:

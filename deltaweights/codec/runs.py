@@ -37,6 +37,7 @@ from .constants import (
     WAYS,
 )  # fmt: skip
 from .kernel import array, kernel, room
+from .spaces import RunSpace
 from .tables import DIRECT_BITS, PRECISION, SCALES, TOKENS
 
 _WEIGHT_TOTAL = 1 << 14  # explicit tables: weights add up to about this
@@ -52,6 +53,9 @@ _flag = types.boolean
 _real = types.float64
 _bytes, _longs = array(types.uint8), array(types.int64)
 _numbers, _words, _tables = array(types.uint32), array(types.uint16), array(types.uint32, 2)
+_space = types.NamedTuple(
+    (_numbers, _words, _numbers, _tables, _bytes, _numbers, _words, _bytes, _longs), RunSpace
+)
 _a_table, _no_bytes = room(types.uint32, TOKENS), room(types.uint8, 0)
 _one_long, _settings, _rest = room(types.int64, 1), room(types.int64, 4), room(types.int64, 64)
 _slots, _states = room(types.uint32, 1 << PRECISION), room(types.uint32, 64)
@@ -523,16 +527,8 @@ def encode_words(words, frequencies, keys, values, lanes, direct_bits, tail, spa
     return at
 
 
-@kernel(
-    _i(
-        _bytes, _numbers, _longs, _tables, _i, _i, _i, _real,
-        _numbers, _words, _numbers, _tables, _bytes, _numbers, _words, _bytes, _longs, _i,
-    )
-)  # fmt: skip
-def encode_run(
-    contexts, values, members, family, direct_bits, value_bits, tail, limit,
-    leading, keys, counters, tables, explicit, encoder, words, head, found, at,
-):  # fmt: skip
+@kernel(_i(_bytes, _numbers, _longs, _tables, _i, _i, _i, _real, _space, _i))
+def encode_run(contexts, values, members, family, direct_bits, value_bits, tail, limit, space, at):
     """Code a run with the cheapest tables found; where its head ends, or BAD where it would be too long.
 
     contexts     uint8[n], each below len(members)
@@ -540,40 +536,38 @@ def encode_run(
     members      int64[contexts], each context's member of the family, before the tweak is added
     tail         how many low bits of each value are raw; the others are bytes then
     limit        bytes
-    leading ... words   of a coder.Workspace; words[found[FIRST]:] is the run's end, written
-    head         uint8, from `at` on: the run but for its words, written
-    found        int64[2], written: the tweak at TWEAK, the first word at FIRST
+    space        a spaces.RunSpace. Of the run, all but its words is written to `head` from `at` on, and the
+                 words to the end of `words`
     """
     count, wide, span = len(values), len(members), log_span(direct_bits, value_bits)
-    counts, keys, upper = tables[:wide], keys[:count], values
+    counts, keys, upper = space.tables[:wide], space.keys[:count], values
     if tail:
-        upper = leading[:count]
+        upper = space.leading[:count]
         for i in range(count):
             upper[i] = values[i] >> np.uint32(tail)
-    count_tokens(contexts, upper, direct_bits, span, keys, counters, counts)
+    count_tokens(contexts, upper, direct_bits, span, keys, space.counters, counts)
     highest, raw = highest_and_raw_bits(counts, direct_bits)
     tweak, spread = 0, _USUAL_SPREAD
     if count < _SMALL and wide > 1:
         tweak, spread = fit_family(counts, members, family, highest)
     raw += np.float64(tail * count)
     choice, bits = cheapest_tables(
-        members, tweak, family, spread, highest, raw, count >= _SMALL, tables, explicit
+        members, tweak, family, spread, highest, raw, count >= _SMALL, space.tables, space.explicit
     )
     if bits > 8 * limit:
         return BAD
-    precision = PRECISION - choice
-    explicit = explicit[choice * wide : (choice + 1) * wide]
-    weights = tables[(1 + 2 * choice) * wide : (2 + 2 * choice) * wide]
-    frequencies = tables[(2 + 2 * choice) * wide : (3 + 2 * choice) * wide]
+    precision, tables = PRECISION - choice, space.tables[(1 + 2 * choice) * wide :]
     code, states = lane_code(bits / 8, count), _states()
     lanes = 1 << 2 * code
-    found[TWEAK] = tweak
-    found[FIRST] = encode_words(
-        words, frequencies, keys, values, lanes, direct_bits, tail, span, precision, encoder, states
-    )
+    space.found[TWEAK] = tweak
+    space.found[FIRST] = encode_words(
+        space.words, tables[wide : 2 * wide], keys, values, lanes, direct_bits, tail, span, precision,
+        space.encoder, states,
+    )  # fmt: skip
+    head = space.head
     head[at:] = 0
     head[at], head[at + 1] = precision - 8 | code << 3 | spread << 5, highest
-    at += 2 + write_tables(head[at + 2 :], explicit, weights)
+    at += 2 + write_tables(head[at + 2 :], space.explicit[choice * wide : (choice + 1) * wide], tables[:wide])
     for lane in range(lanes):
         at = put_number(head, at, np.int64(states[lane]), 4)
     return at

@@ -165,7 +165,7 @@ def decode_sparse(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> No
         opened = floats.open_delta(parts.delta, len(before), form)
         floats.check_decoded(
             subset.decode(
-                before, result, parts.cutoff, active, parts.places, restored, chosen, changed, *opened
+                before, result, parts.cutoff, active, parts.places, restored, chosen, changed, opened
             )
         )
     floats.deliver(result, out)

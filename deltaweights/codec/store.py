@@ -22,7 +22,8 @@ ENTRY = "deltaweights_entry"  # the function of an object file
 _HERE = Path(__file__).parent
 #: The modules that machine code depends on, and how it is called.
 _SOURCES = (
-    "alone", "build", "compiled", "constants", "delta", "kernel", "runs", "simd", "store", "subset", "tables",
+    "alone", "build", "compiled", "constants", "delta", "kernel", "runs", "simd", "spaces", "store", "subset",
+    "tables",
 )  # fmt: skip
 _SETTINGS = ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_OPT")  # of Numba's, that change its code
 _DIGEST = 32  # bytes of the SHA-256 that a file begins with

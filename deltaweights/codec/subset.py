@@ -93,27 +93,20 @@ def merge(base, shift, mask, cutoff, active, chosen, out):
 
 
 @kernel()
-def decode(
-    base, out, cutoff, active, places, restored, chosen, changed,
-    data, listed, shift, mask, wide, family, layout, base_scale, tweak, scales, above, slots,
-    frequencies, words, planes, starts,
-):  # fmt: skip
+def decode(base, out, cutoff, active, places, restored, chosen, changed, opened):
     """Fill out from the delta of the chosen elements, and what others became; see :func:`.delta.decode`.
 
     base, out          unsigned[n], out perhaps base itself
     cutoff, active     what is chosen, see :func:`choose`
     places, restored   uint32[m] and unsigned[m]: the other elements that changed, and what they are now
     chosen, changed    unsigned[n + SUBSET_SPARE], scratch
-    data ... starts    of the delta, as for :func:`.delta.decode`
+    opened             a spaces.OpenDelta
     """
-    count = choose(base, base, shift, mask, cutoff, active, chosen)
-    result = delta.decode(
-        chosen[:count], changed[:count], data, listed, shift, mask, wide, family, layout, base_scale, tweak,
-        scales, above, slots, frequencies, words, planes, starts,
-    )  # fmt: skip
+    count = choose(base, base, opened.shift, opened.mask, cutoff, active, chosen)
+    result = delta.decode(chosen[:count], changed[:count], opened)
     if result != FINE:
         return result
-    merge(base, shift, mask, cutoff, active, changed, out)
+    merge(base, opened.shift, opened.mask, cutoff, active, changed, out)
     for i in range(len(places)):
         out[places[i]] = restored[i]
     return FINE
