@@ -67,7 +67,7 @@ def encode_chunk(
     dtype    safetensors' code, such as "BF16"; unknown ones are taken as bytes
     quick    where hardly anything changed, save time on both sides rather than the last bytes
 
-    Raises ValueError where the lengths differ or exceed MAX_CHUNK.
+    Raises ValueError where the lengths differ or exceed MAX_CHUNK, or arrays are not uint8.
     """
     _check(base, target)
     if len(target) == 0 or (base is not None and _equal(base, target)):
@@ -158,9 +158,9 @@ def decode_chunk(
 
     Raises PayloadError where the data cannot be an encoder's; damaged data that happens to decode
     gives wrong bytes, which is why the caller keeps a digest of each chunk. Raises ValueError where
-    the lengths of base and out differ or exceed MAX_CHUNK.
+    the lengths of base and out differ or exceed MAX_CHUNK, or arrays are not as above.
     """
-    _check(base, out)
+    _check(base, out, written=True)
     source = np.frombuffer(data, np.uint8)
     form = FORMATS.get(dtype)
     if form is not None and len(out) % form.itemsize:
@@ -213,14 +213,19 @@ def patch_chunk(
     Returns what was overwritten; None where the chunk is coded otherwise, has elements of 64 bits or is not
     aligned to its elements: then nothing is written. Raises as `decode_chunk` does, and nothing is written.
     """
-    _check(None, chunk)
+    _check(None, chunk, written=True)
     form = FORMATS.get(dtype)
     if method != Method.SPARSE or form is None or len(chunk) % form.itemsize:
         return None
     return sparse.patch_sparse(np.frombuffer(data, np.uint8), chunk, form)
 
 
-def _check(base: Bytes | None, chunk: Bytes) -> None:
+def _check(base: Bytes | None, chunk: Bytes, *, written: bool = False) -> None:
+    # Kernels are given addresses: nothing of NumPy's would keep them from writing, or reading too far.
+    if any(side is not None and side.dtype != np.uint8 for side in (base, chunk)):
+        raise ValueError("chunks are arrays of uint8")
+    if written and not chunk.flags.writeable:
+        raise ValueError("the array to fill is read-only")
     if len(chunk) > MAX_CHUNK:
         raise ValueError(f"a chunk of {len(chunk)} bytes is longer than {MAX_CHUNK}")
     if base is not None and len(base) != len(chunk):

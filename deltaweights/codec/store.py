@@ -25,7 +25,11 @@ _SOURCES = (
     "alone", "build", "compiled", "constants", "delta", "kernel", "runs", "simd", "spaces", "store", "subset",
     "tables",
 )  # fmt: skip
-_SETTINGS = ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_OPT")  # of Numba's, that change its code
+#: Numba's, that change its code.
+_SETTINGS = (
+    "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX", "NUMBA_OPT", "NUMBA_BOUNDSCHECK",
+    "NUMBA_DEBUGINFO",
+)  # fmt: skip
 _DIGEST = 32  # bytes of the SHA-256 that a file begins with
 
 

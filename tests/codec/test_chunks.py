@@ -227,6 +227,26 @@ def test_lengths_are_checked() -> None:
         encode_chunk(None, big, "BF16")
 
 
+def test_what_kernels_could_write_or_read_wrongly_is_refused() -> None:
+    """They are given addresses: of bytes that nothing may change, or of elements where bytes are counted."""
+    base, target = fine_tune("BF16", 5000, 1e-4)
+    few = base.copy()
+    few.view("<u2")[7] ^= 1
+    for there in (target, few):
+        method, data = encode_chunk(base, there, "BF16")
+        frozen = bytes(len(base))
+        out = np.frombuffer(frozen, np.uint8)
+        with pytest.raises(ValueError, match="read-only"):
+            decode_chunk(method, data, base, "BF16", out)
+        with pytest.raises(ValueError, match="read-only"):
+            patch_chunk(method, data, out, "BF16")
+        assert frozen == bytes(len(base))
+        with pytest.raises(ValueError, match="uint8"):
+            decode_chunk(method, data, base, "BF16", np.zeros(len(base), np.uint16))
+        with pytest.raises(ValueError, match="uint8"):
+            encode_chunk(base, np.zeros(len(base), np.uint16), "BF16")
+
+
 def test_a_base_that_is_missing_or_unwanted_is_an_error() -> None:
     base, target = fine_tune("BF16", 5000, 1e-4)
     method, data = encode_chunk(base, target, "BF16")

@@ -128,6 +128,15 @@ def test_what_a_kernel_does_not_take_is_refused(places: Path) -> None:
     assert not [path for path in places.rglob("*") if path.is_file()]
 
 
+@pytest.mark.parametrize("name", ["NUMBA_CPU_NAME", "NUMBA_OPT", "NUMBA_BOUNDSCHECK", "NUMBA_DEBUGINFO"])
+def test_kernels_made_under_other_settings_are_others(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow ones, made to look for a mistake in somebody's program, must not stay for everybody."""
+    monkeypatch.delenv(name, raising=False)
+    usual = store._folder.__wrapped__()
+    monkeypatch.setenv(name, "1")
+    assert store._folder.__wrapped__() != usual
+
+
 def test_compiling_is_announced_once(places: Path, caplog: pytest.LogCaptureFixture) -> None:
     store._announce.cache_clear()
     with caplog.at_level(logging.WARNING, "deltaweights"):

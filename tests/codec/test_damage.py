@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -243,3 +245,8 @@ def test_states_that_no_encoder_leaves_are_refused() -> None:
     base = np.zeros(256, np.uint8)
     with pytest.raises(PayloadError, match="head of a run"):
         decode_chunk(Method.DELTA, head + run, base, "BF16", base.copy())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is protected as Linux does it")
+def test_kernels_stay_inside_their_arrays() -> None:
+    subprocess.run([sys.executable, "-m", "tests.codec.guarded"], check=True)

@@ -1,0 +1,96 @@
+"""Kernels whose arrays lie between pages that may not be touched: a step too far ends the process.
+
+Run as a program: every case of test_damage.py, and more, there and back, then damaged.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaweights.codec import compiled, decode_chunk, encode_chunk
+from deltaweights.codec.ulp import FORMATS
+from deltaweights.errors import PayloadError
+
+from .pairs import Bytes, fine_tune, noise
+from .test_damage import Case, cases, damaged
+
+_PAGE = mmap.PAGESIZE
+_DAMAGES = 25  # of each payload
+_mprotect = ctypes.CDLL(None, use_errno=True).mprotect
+_mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_rooms: dict[object, Bytes] = {}
+
+
+def _room(key: object, size: int) -> Bytes:
+    """Memory between two such pages, at least `size` bytes and whole pages, kept by key."""
+    if len(_rooms.get(key, b"")) < size:
+        whole = -(-size // _PAGE) * _PAGE
+        room = np.frombuffer(mmap.mmap(-1, whole + 2 * _PAGE), np.uint8)
+        for page in (room.ctypes.data, room.ctypes.data + _PAGE + whole):
+            assert _mprotect(page, _PAGE, 0) == 0
+        _rooms[key] = room[_PAGE : _PAGE + whole]
+    return _rooms[key]
+
+
+def guard(at_end: bool) -> None:
+    """Have all kernels work on copies of their arrays that begin, or end, at such a page."""
+    call = compiled.Kernel.__call__
+
+    def guarded(kernel: compiled.Kernel, *arguments: Any) -> Any:
+        moved: dict[tuple[int, int], tuple[NDArray[Any], Bytes]] = {}  # by place: base and out may be one
+        given: list[Any] = []
+        for number, argument in enumerate(arguments):
+            if isinstance(argument, np.ndarray) and argument.nbytes:
+                place, size = (argument.ctypes.data, argument.nbytes), argument.nbytes
+                if place not in moved:
+                    room = _room((kernel._module, kernel._name, number), size)
+                    room = room[-size:] if at_end else room[:size]
+                    room[:] = argument.reshape(-1).view(np.uint8)
+                    moved[place] = argument, room
+                argument = moved[place][1].view(argument.dtype).reshape(argument.shape)  # noqa: PLW2901
+            given.append(argument)
+        result = call(kernel, *given)
+        for argument, room in moved.values():
+            if argument.flags.writeable:
+                argument.reshape(-1).view(np.uint8)[:] = room
+        return result
+
+    compiled.Kernel.__call__ = guarded  # type: ignore[method-assign, assignment]
+
+
+def _all_cases() -> Iterator[Case]:
+    yield from cases().values()
+    for dtype in FORMATS:
+        for count in (1, 63, 64, 65, 513, 4097):
+            yield dtype, *fine_tune(dtype, count, 1e-2, seed=count)
+        yield dtype, noise(dtype, 700, 1), noise(dtype, 700, 2)
+        yield dtype, None, fine_tune(dtype, 700, 0)[0]
+
+
+def main() -> None:
+    """Raise where bytes come back wrong, end where a kernel leaves its arrays."""
+    rng = np.random.default_rng(0)
+    plain = compiled.Kernel.__call__
+    for at_end in (False, True):
+        compiled.Kernel.__call__ = plain  # type: ignore[method-assign]
+        guard(at_end)
+        for dtype, base, target in _all_cases():
+            method, data = encode_chunk(base, target, dtype)
+            out = np.empty_like(target)
+            decode_chunk(method, data, base, dtype, out)
+            assert np.array_equal(out, target)
+            for _ in range(_DAMAGES if len(data) else 0):
+                try:
+                    decode_chunk(method, damaged(data, rng), base, dtype, out)
+                except PayloadError:
+                    continue
+
+
+if __name__ == "__main__":
+    main()
