@@ -44,17 +44,21 @@ def guard(at_end: bool) -> None:
 
     def guarded(kernel: compiled.Kernel, *arguments: Any) -> Any:
         moved: dict[tuple[int, int], tuple[NDArray[Any], Bytes]] = {}  # by place: base and out may be one
-        given: list[Any] = []
-        for number, argument in enumerate(arguments):
-            if isinstance(argument, np.ndarray) and argument.nbytes:
-                place, size = (argument.ctypes.data, argument.nbytes), argument.nbytes
-                if place not in moved:
-                    room = _room((kernel._module, kernel._name, number), size)
-                    room = room[-size:] if at_end else room[:size]
-                    room[:] = argument.reshape(-1).view(np.uint8)
-                    moved[place] = argument, room
-                argument = moved[place][1].view(argument.dtype).reshape(argument.shape)  # noqa: PLW2901
-            given.append(argument)
+
+        def move(argument: Any, *key: object) -> Any:
+            if isinstance(argument, tuple):
+                return type(argument)(*(move(part, *key, n) for n, part in enumerate(argument)))
+            if not isinstance(argument, np.ndarray) or not argument.nbytes:
+                return argument
+            place, size = (argument.ctypes.data, argument.nbytes), argument.nbytes
+            if place not in moved:
+                room = _room(key, size)
+                room = room[-size:] if at_end else room[:size]
+                room[:] = argument.reshape(-1).view(np.uint8)
+                moved[place] = argument, room
+            return moved[place][1].view(argument.dtype).reshape(argument.shape)
+
+        given = [move(argument, kernel._module, kernel._name, n) for n, argument in enumerate(arguments)]
         result = call(kernel, *given)
         for argument, room in moved.values():
             if argument.flags.writeable:
