@@ -149,12 +149,19 @@ def _encode_generic(base: Bytes | None, target: Bytes, dtype: str) -> Candidates
 
 
 def decode_chunk(
-    method: int, data: bytes | memoryview | Bytes, base: Bytes | None, dtype: str, out: Bytes
+    method: int,
+    data: bytes | memoryview | Bytes,
+    base: Bytes | None,
+    dtype: str,
+    out: Bytes,
+    *,
+    follows: bool = False,
 ) -> None:
     """Fill `out` with the chunk that `encode_chunk` made `(method, data)` of.
 
     base   uint8[n], the same bytes as when encoding (None then, None now)
     out    uint8[n], writable, filled in full; the same array as base, if base is not needed afterwards
+    follows  saves time where the bytes behind base are the next chunk's base
 
     Raises PayloadError where the data cannot be an encoder's; damaged data that happens to decode
     gives wrong bytes, which is why the caller keeps a digest of each chunk. Raises ValueError where
@@ -176,11 +183,13 @@ def decode_chunk(
         generic.decode_planes(source, base, generic.ITEMSIZES.get(dtype, 1), out)
     elif method == Method.ZSTD:
         out[:] = planes.expand(source, len(out))
-    elif form is None or not _decode_float(method, source, base, dtype, out):
+    elif form is None or not _decode_float(method, source, base, dtype, out, follows):
         raise PayloadError(f"method {method} cannot have {len(source)} bytes for this {dtype} chunk")
 
 
-def _decode_float(method: int, data: Bytes, base: Bytes | None, dtype: str, out: Bytes) -> bool:
+def _decode_float(
+    method: int, data: Bytes, base: Bytes | None, dtype: str, out: Bytes, follows: bool
+) -> bool:
     """Fill `out` by one of the methods for floats; False where it is none of them, or lacks a base."""
     form = FORMATS[dtype]
     if method == Method.ALONE:
@@ -190,7 +199,7 @@ def _decode_float(method: int, data: Bytes, base: Bytes | None, dtype: str, out:
     elif base is None:
         return False
     elif method == Method.DELTA:
-        floats.decode_delta(data, base, form, out)
+        floats.decode_delta(data, base, form, out, follows=follows)
     elif method == Method.SPARSE:
         sparse.decode_sparse(data, base, form, out)
     elif method == Method.DRIFT:

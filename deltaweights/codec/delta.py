@@ -51,13 +51,16 @@ _OFFSET = 100  # histogram row of a ULP that is worth the mean update
 _FAMILY_BITS, _TABLE_BITS, _SMALL = 70.0, 300.0, 1 << 14
 _STILL = 8  # how many half octaves below all others a segment is put that did not move
 _LENGTHS = (0, 7, 9)  # logarithms of the segment lengths tried; 0 is one scale for all
-_PLACE = 64  # elements in a row in which changes are counted, to see whether they are clustered
+_PLACE = 64  # elements in a row of which something is counted, in places that are evenly spread
+_SEEN = 16  # such places that decoding looks at
+_MANY_LONG = 0.012  # of a chunk's values: from there on every other step of 64 meets one
 _bytes, _numbers, _longs = array(types.uint8), array(types.uint32), array(types.int64)
 _block_of_bytes, _block_of_moves = room(types.uint8, BLOCK), room(types.float32, BLOCK)
 _block_of_values, _block_of_long_values = room(types.uint32, BLOCK), room(types.uint64, BLOCK)
 _a_table, _row_costs = room(types.uint32, TOKENS), room(types.float64, MAX_ROWS)
 _seven_cursors, _three_limits = room(types.int64, 7), room(types.int64, 3)
 _sample_scales = room(types.int64, MAX_SAMPLE // UNIT + 1)
+_shares = room(types.float64, 64)
 _layout, _members = room(types.int64, 5), room(types.int64, 64)
 _states, _settings, _rest = room(types.uint32, 64), room(types.int64, 4), room(types.int64, 64)
 
@@ -642,7 +645,7 @@ def decode_elements(base, scales, opened, words, settings, states, rest, out):
     cursor, done = 0, 0
     if base.itemsize <= 2 and settings[LANES] == 64:  # what is left goes the slower way below
         done = len(out) & ~63
-        cursor = decode_narrow(base, shift, mask, scales, layout, words, slots, settings, states, out)
+        cursor = decode_narrow(base, scales, opened, words, settings, states, out)
     for first in range(done, len(out), BLOCK):
         stop = min(first + BLOCK, len(out))
         block, part = contexts[: stop - first], out[first:stop]
@@ -663,20 +666,48 @@ def decode_elements(base, scales, opened, words, settings, states, rest, out):
 
 
 @kernel()
-def decode_narrow(base, shift, mask, scales, layout, words, slots, settings, states, out):
+def decode_narrow(base, scales, opened, words, settings, states, out):
     """Fill the whole steps of out (elements of 8 or 16 bits) from a run of 64 lanes; the word cursor."""
+    layout, slots, shift, mask = opened.layout, opened.slots, opened.shift, opened.mask
     log_segment, step, lowest, last = layout[LOG_SEGMENT], layout[STEP], layout[LOWEST], layout[TABLES] - 1
     end, steps, precision = len(words) - GUARD, len(out) >> 6, settings[BITS]
     log_segment = log_segment if log_segment else 62  # all in segment 0
     if settings[DIRECT]:
         return simd.decode_floats_direct(
             words, slots, base, out, states, 0, end, steps, precision, shift, mask, scales, log_segment,
-            0, lowest, step, last,
+            0, lowest, step, last, opened.ahead,
+        )  # fmt: skip
+    if share_of_long_values(base, scales, opened, precision) > _MANY_LONG:
+        return simd.decode_floats_raw(
+            words, slots, base, out, states, 0, end, steps, precision, shift, mask, scales, log_segment,
+            0, lowest, step, last, opened.ahead,
         )  # fmt: skip
     return simd.decode_floats(
         words, slots, base, out, states, 0, end, steps, precision, shift, mask, scales, log_segment,
-        0, lowest, step, last,
+        0, lowest, step, last, opened.ahead,
     )  # fmt: skip
+
+
+@kernel()
+def share_of_long_values(base, scales, opened, precision):
+    """About what part of a chunk's values has more raw bits than are inline, by the contexts of a sample."""
+    layout, shares, total, seen = opened.layout, _shares(), 0.0, 0
+    contexts = _block_of_bytes()[:_PLACE]
+    longest = (1 << DIRECT_BITS) + 4 * (19 - precision - DIRECT_BITS)  # the first such token
+    for c in range(layout[TABLES]):
+        found = np.uint32(0)
+        for t in range(longest, TOKENS):
+            found += opened.frequencies[c, t]
+        shares[c] = found / (1 << precision)
+    for first in range(0, len(base) - _PLACE + 1, max(len(base) // _SEEN, _PLACE)):
+        contexts_of(
+            base[first : first + _PLACE], first, opened.shift, opened.mask, scales, layout[LOG_SEGMENT],
+            layout[LOWEST], layout[STEP], layout[TABLES] - 1, contexts,
+        )  # fmt: skip
+        for i in range(_PLACE):
+            total += shares[contexts[i]]
+        seen += _PLACE
+    return total / max(seen, 1)
 
 
 @kernel()

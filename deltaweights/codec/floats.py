@@ -123,10 +123,14 @@ def sized(data: bytes) -> bytes:
     return len(data).to_bytes(4, "little") + data
 
 
-def decode_delta(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> None:
-    """Fill out with the target; PayloadError where data is no delta of that many elements."""
+def decode_delta(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes, *, follows: bool = False) -> None:
+    """Fill out with the target; PayloadError where data is no delta of that many elements.
+
+    `follows`: in memory, the next chunk's base comes after this one's.
+    """
     before, result = elements(base, form), elements(out, form)
-    check_decoded(delta.decode(before, result, open_delta(data, len(result), form)))
+    ahead = len(result) if follows else 0
+    check_decoded(delta.decode(before, result, open_delta(data, len(result), form, ahead)))
     deliver(result, out)
 
 
@@ -136,7 +140,7 @@ def check_decoded(result: int) -> None:
         raise PayloadError(_WRONG[result])
 
 
-def open_delta(data: Bytes, count: int, form: FloatFormat) -> OpenDelta:
+def open_delta(data: Bytes, count: int, form: FloatFormat, ahead: int = 0) -> OpenDelta:
     """A delta of at most `count` elements. Part of it is this thread's working memory: only the last delta
     opened can be decoded."""
     layout, base_scale, tweak = _open_head(data)
@@ -159,6 +163,7 @@ def open_delta(data: Bytes, count: int, form: FloatFormat) -> OpenDelta:
         shift=form.shift,
         mask=form.mask,
         wide=rows > 0,
+        ahead=ahead,
         family=coder.family(),
         layout=layout,
         base_scale=base_scale,

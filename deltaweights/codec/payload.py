@@ -200,7 +200,7 @@ def decode(
         reference, part = None if old is None else old[start:end], out[start:end]
         if reference is not None and checksum(reference) != base_sum:
             raise PayloadError(f"Bytes {start} to {end} of the base are not those it was coded against")
-        decode_chunk(method, data[position : position + length], reference, dtype, part)
+        decode_chunk(method, data[position : position + length], reference, dtype, part, follows=True)
         if checksum(part) != target_sum:
             raise PayloadError(f"Bytes {start} to {end} do not decode to what was encoded")
     return out

@@ -193,9 +193,12 @@ def prefetch(builder: ir.IRBuilder, out: ir.Value, at: ir.Value, element: ir.Typ
     _ask_for(builder, out, builder.add(at, ir.Constant(_I64, _AHEAD * 8 // element.width)), element)
 
 
-def _ask_for(builder: ir.IRBuilder, data: ir.Value, at: ir.Value, element: ir.Type) -> None:
+def _ask_for(
+    builder: ir.IRBuilder, data: ir.Value, at: ir.Value, element: ir.Type, *, writes: bool = True
+) -> None:
+    """Have a cache line brought, to be written to, or as far as the second cache; any address will do."""
     arguments = [(_POINTER, address(builder, data, at, element))]
-    arguments += [(_I32, ir.Constant(_I32, flag)) for flag in (1, 3, 1)]
+    arguments += [(_I32, ir.Constant(_I32, flag)) for flag in ((1, 3, 1) if writes else (0, 2, 1))]
     _call(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
 
 
@@ -471,8 +474,8 @@ class _FloatLoop(_Loop):
     Elements have 8 or 16 bits and are worked 32 at a time, in lanes of 16 bits.
     """
 
-    names = ("words", "table", "base", "out", "states", "at", "end", "steps", "precision",
-             "shift", "mask", "scales", "log_segment", "first", "lowest", "step", "last")  # fmt: skip
+    names = ("words", "table", "base", "out", "states", "at", "end", "steps", "precision", "shift",
+             "mask", "scales", "log_segment", "first", "lowest", "step", "last", "ahead")  # fmt: skip
 
     def __init__(self, context: Any, builder: ir.IRBuilder, signature: Signature, args: list[ir.Value],
                  vectors: int) -> None:  # fmt: skip
@@ -494,6 +497,7 @@ class _FloatLoop(_Loop):
         ]
         for where in at:
             prefetch(self.b, self.out, where, self.element)
+            _ask_for(self.b, self.base, self.b.add(where, self.ahead), self.element, writes=False)
 
     def context(self, v: int, place: ir.Value) -> Vec:
         half = self.contexts[v // 2].value
@@ -550,6 +554,28 @@ def _decode_step_wide(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
         with b.if_then(_any(loop, [s.nonzero() for s in second]), likely=False):
             _decode_raw(loop, values, second)
     loop.put([Vec(b, b.load(value, typ=_vector(_I32))) for value in values], place)
+
+
+def _decode_step_raw(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
+    """The same where many tokens carry more raw bits than are inline.
+
+    No branch has to be foreseen: to have been wrong costs as much as the gathers that were begun for nothing.
+    """
+    loop.begin(place)
+    slots = [_decode_slot(loop, v, place(v)) for v in loop.vectors]
+    values = []
+    for v, slot in zip(loop.vectors, slots, strict=True):
+        _take_token(loop, v, slot)
+        count = (slot >> 27).at_most(loop.inline)
+        values.append(_take_bits(loop, v, (slot >> 23) & 15, count))
+    rest = [(slot >> 27).less(loop.inline) for slot in slots]
+    first = [r.at_most(16) for r in rest]
+    second = [r - f for r, f in zip(rest, first, strict=True)]
+    values = [_take_bits(loop, v, values[v], first[v]) for v in loop.vectors]
+    cells = [cgutils.alloca_once_value(loop.b, value.value) for value in values]
+    with loop.b.if_then(_any(loop, [s.nonzero() for s in second]), likely=False):
+        _decode_raw(loop, cells, second)
+    loop.put([Vec(loop.b, loop.b.load(cell, typ=_vector(_I32))) for cell in cells], place)
 
 
 def _decode_raw(loop: _Loop, values: list[ir.Value], counts: list[Vec]) -> None:
@@ -1036,8 +1062,10 @@ decode_16_direct = _make_decoder(_decode_step_direct, _ValueLoop, 1)
 decode_64_tail = _make_decoder(_decode_step_tail, _ValueLoop, 4)
 
 # decode_floats(words, table, base, out, states, at, end, steps, precision, shift, mask, scales,
-# log_segment, first, lowest, step, last) -> at: decode_64, contexts_vectors and restore_vectors in one,
-# for elements of 8 or 16 bits.
+# log_segment, first, lowest, step, last, ahead) -> at: decode_64, contexts_vectors and restore_vectors in
+# one, for elements of 8 or 16 bits. Of the base, what lies `ahead` of each element is asked for.
+# decode_floats_raw is for many tokens with more raw bits than are inline.
+decode_floats_raw = _make_decoder(_decode_step_raw, _FloatLoop, 4)
 decode_floats = _make_decoder(_decode_step_wide, _FloatLoop, 4)
 decode_floats_direct = _make_decoder(_decode_step_direct, _FloatLoop, 4)
 

@@ -52,6 +52,7 @@ class OpenDelta(NamedTuple):
     shift: int  # where the exponent is: (bits >> shift) & mask
     mask: int
     wide: bool  # whether elements have 32 bits or more
+    ahead: int  # how many elements further on in memory the base of the next chunk is; 0 where none is
     family: Numbers
     layout: Longs  # [4]: log2 of the segment length, context step, lowest context, tables
     base_scale: int
