@@ -23,6 +23,7 @@ _ZSTD_LEVEL = 3
 _WINDOW = 1 << 23  # the longest window a frame may ask for: memory that zstd takes, however short the frame
 _PROBE = 1 << 14  # bytes that zstd is tried on before it gets the whole plane
 _ZSTD_GAIN = 0.99  # zstd is chosen where a probe of it stays below this part of the entropy
+_SHORT = 1 << 14  # bytes of a plane that takes longer to be spread over no memory than to be filled
 _NOISE = 7.92  # bits a byte above which coding a plane is not worth the time
 
 
@@ -125,7 +126,7 @@ def _decode(kind: int, data: Bytes, size: int) -> Bytes:
     if kind == Plane.RAW and len(data) == size:
         return data
     if kind == Plane.FILL and len(data) == 1:
-        return np.broadcast_to(data[0], size)  # takes no memory
+        return np.broadcast_to(data[0], size) if size > _SHORT else np.full(size, data[0])
     if kind == Plane.ZSTD:
         return expand(data, size)
     if kind == Plane.RANS:
