@@ -7,386 +7,42 @@ One *step* codes 64 (or 16) consecutive values, lane `i` taking value `i`; a ste
 (or one) vectors of sixteen 32-bit elements, which is what an AVX-512 register holds. LLVM lowers
 the same operations to AVX2 or NEON, where a register holds fewer.
 
-The arithmetic is :mod:`.reference`'s, line for line. Three operations have no scalar look:
-
-* `gather` reads sixteen table entries, one per lane;
-* `expand_load` reads consecutive words of the stream into those lanes that need one;
-* `compress` packs the words of those lanes that emit one, ready to be stored in a row.
+The arithmetic is :mod:`.reference`'s, line for line; what there is to do with vectors is in :mod:`.vectors`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
-WIDTH = 16  # 32-bit elements in a vector
-_AHEAD = 4096  # bytes; how far ahead of writing them cache lines are asked for
-
-_I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
-_F32 = ir.FloatType()
-_POINTER = ir.PointerType()
-
-
-def _vector(element: ir.Type) -> ir.VectorType:
-    return ir.VectorType(element, WIDTH)
-
-
-class Vec:
-    """Lanes of unsigned integers, or of booleans; the operators emit instructions.
-
-    Sixteen lanes of 32 bits in the entropy coder; elsewhere as many as 512 bits hold.
-    """
-
-    def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
-        self.b = builder
-        self.value = value
-
-    def _lift(self, other: Vec | ir.Value | int) -> ir.Value:
-        """A vector of the same type: splat a constant or a scalar."""
-        if isinstance(other, Vec):
-            return other.value
-        if isinstance(other, int):
-            return ir.Constant(self.value.type, [other] * self.value.type.count)
-        return splat(self.b, other, self.value.type.count).value
-
-    def __add__(self, other: Vec | ir.Value | int) -> Vec:
-        return Vec(self.b, self.b.add(self.value, self._lift(other)))
-
-    def __sub__(self, other: Vec | ir.Value | int) -> Vec:
-        return Vec(self.b, self.b.sub(self.value, self._lift(other)))
-
-    def __mul__(self, other: Vec | ir.Value | int) -> Vec:
-        return Vec(self.b, self.b.mul(self.value, self._lift(other)))
-
-    def __and__(self, other: Vec | ir.Value | int) -> Vec:
-        return Vec(self.b, self.b.and_(self.value, self._lift(other)))
-
-    def __or__(self, other: Vec | ir.Value | int) -> Vec:
-        return Vec(self.b, self.b.or_(self.value, self._lift(other)))
-
-    def __xor__(self, other: Vec | ir.Value | int) -> Vec:
-        return Vec(self.b, self.b.xor(self.value, self._lift(other)))
-
-    def __lshift__(self, other: Vec | ir.Value | int) -> Vec:
-        return Vec(self.b, self.b.shl(self.value, self._lift(other)))
-
-    def __rshift__(self, other: Vec | ir.Value | int) -> Vec:
-        return Vec(self.b, self.b.lshr(self.value, self._lift(other)))
-
-    def __ge__(self, other: Vec | ir.Value | int) -> Vec:
-        return Vec(self.b, self.b.icmp_unsigned(">=", self.value, self._lift(other)))
-
-    def __lt__(self, other: Vec | ir.Value | int) -> Vec:
-        return Vec(self.b, self.b.icmp_unsigned("<", self.value, self._lift(other)))
-
-    def negative(self) -> Vec:
-        """Lanes that are below zero when read as signed."""
-        return Vec(self.b, self.b.icmp_signed("<", self.value, self._lift(0)))
-
-    def nonzero(self) -> Vec:
-        return Vec(self.b, self.b.icmp_unsigned("!=", self.value, self._lift(0)))
-
-    def choose(self, yes: Vec | int, no: Vec) -> Vec:
-        """`yes` in the lanes where this mask is set, `no` elsewhere."""
-        return Vec(self.b, self.b.select(self.value, no._lift(yes), no.value))
-
-    def at_most(self, other: Vec | ir.Value | int) -> Vec:
-        return (self < other).choose(self, Vec(self.b, self._lift(other)))
-
-    def less(self, other: int) -> Vec:
-        """The difference, but not below zero."""
-        return Vec(self.b, (self < other).choose(other, self).value) - other
-
-    def shift_signed(self, other: ir.Value | int) -> Vec:
-        return Vec(self.b, self.b.ashr(self.value, self._lift(other)))
-
-    def clamp_signed(self, last: ir.Value) -> Vec:
-        """Into 0..last, both signed."""
-        raised = self.negative().choose(0, self)
-        return raised.at_most(last)
-
-    def low(self, count: Vec) -> Vec:
-        """The lowest `count` bits of each lane, `count` below 32."""
-        one = Vec(self.b, self._lift(1))
-        return self & ((one << count) - 1)
-
-    def floor_log2(self) -> Vec:
-        """The place of each lane's highest set bit (31 - leading zeros)."""
-        kind = self.value.type
-        zeros = _call(self.b, "llvm.ctlz.v16i32", kind, [(kind, self.value), (_I1, ir.Constant(_I1, 0))])
-        return Vec(self.b, self._lift(31)) - Vec(self.b, zeros)
-
-    def to_float(self) -> ir.Value:
-        return self.b.uitofp(self.value, _vector(_F32))
-
-    def words(self) -> ir.Value:
-        return self.b.trunc(self.value, _vector(_I16))
-
-    def count(self) -> ir.Value:
-        """How many lanes of a mask are set, as a 64-bit scalar."""
-        count = self.value.type.count
-        bits = self.b.bitcast(self.value, ir.IntType(count))
-        return self.b.ctpop(bits if count == 64 else self.b.zext(bits, _I64))
-
-    def any(self) -> ir.Value:
-        bits = self.b.bitcast(self.value, _I16)
-        return self.b.icmp_unsigned("!=", bits, ir.Constant(_I16, 0))
-
-
-def _call(
-    builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[tuple[ir.Type, ir.Value]]
-) -> ir.Value:
-    kind = ir.FunctionType(result, [t for t, _ in arguments])
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
-    return builder.call(function, [v for _, v in arguments])
-
-
-def splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int = WIDTH) -> Vec:
-    """All lanes equal to one scalar."""
-    kind = ir.VectorType(scalar.type, lanes)
-    first = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(_I32, 0))
-    zeros = ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes)
-    return Vec(builder, builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), zeros))
-
-
-def address(builder: ir.IRBuilder, base: ir.Value, index: ir.Value, element: ir.Type) -> ir.Value:
-    where = builder.gep(base, [index], source_etype=element)
-    where.type = _POINTER  # opaque, where llvmlite keeps the pointee of Numba's array
-    return where
-
-
-def load(builder: ir.IRBuilder, element: ir.Type, base: ir.Value, index: ir.Value) -> Vec:
-    """Sixteen consecutive elements from `base[index]`, widened to 32 bits."""
-    where = address(builder, base, index, element)
-    loaded = builder.load(where, typ=_vector(element), align=element.width // 8)
-    if element.width < 32:
-        loaded = builder.zext(loaded, _vector(_I32))
-    return Vec(builder, loaded)
-
-
-def store(builder: ir.IRBuilder, vector: Vec, base: ir.Value, index: ir.Value) -> None:
-    builder.store(vector.value, address(builder, base, index, _I32), align=4)
-
-
-def gather(builder: ir.IRBuilder, base: ir.Value, index: Vec) -> Vec:
-    """`base[index]` for sixteen indexes at once; `base` holds 32-bit entries."""
-    kind, mask, places = _vector(_I32), _vector(_I1), _vector(_POINTER)
-    where = builder.gep(base, [index.value], source_etype=_I32)
-    where.type = places  # a vector of indexes makes a vector of pointers; llvmlite types it as one
-    arguments = [
-        (places, where),
-        (_I32, ir.Constant(_I32, 4)),
-        (mask, ir.Constant(mask, [1] * WIDTH)),
-        (kind, ir.Constant(kind, [0] * WIDTH)),
-    ]
-    return Vec(builder, _call(builder, "llvm.masked.gather.v16i32.v16p0", kind, arguments))
-
-
-def prefetch(builder: ir.IRBuilder, out: ir.Value, at: ir.Value, element: ir.Type) -> None:
-    """Ask for the cache line that will be written some turns after `out[at]`: waiting for it then would
-    stall all lanes."""
-    _ask_for(builder, out, builder.add(at, ir.Constant(_I64, _AHEAD * 8 // element.width)), element)
-
-
-def _ask_for(
-    builder: ir.IRBuilder, data: ir.Value, at: ir.Value, element: ir.Type, *, writes: bool = True
-) -> None:
-    """Have a cache line brought, to be written to, or as far as the second cache; any address will do."""
-    arguments = [(_POINTER, address(builder, data, at, element))]
-    arguments += [(_I32, ir.Constant(_I32, flag)) for flag in ((1, 3, 1) if writes else (0, 2, 1))]
-    _call(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
-
-
-def _firm_load(builder: ir.IRBuilder, where: ir.Value, kind: ir.Type) -> ir.Value:
-    """A load that LLVM neither merges with what uses it nor makes part of a vector's."""
-    loaded = _FirmLoad(builder.block, where, typ=kind)
-    loaded.align = getattr(kind, "element", kind).width // 8
-    builder._insert(loaded)
-    return loaded
-
-
-class _FirmLoad(ir.instructions.LoadInstr):
-    """A volatile load."""
-
-    def descr(self, buf: list[str]) -> None:
-        super().descr(buf)
-        buf[-1] = buf[-1].replace("load ", "load volatile ", 1)
-
-
-def expand_load(
-    context: Any, builder: ir.IRBuilder, where: ir.Value, kind: ir.VectorType, mask: Vec
-) -> ir.Value:
-    """Consecutive elements from `where` on into the set lanes of `mask`; anything in the others.
-
-    A whole vector must be readable there: loading all and expanding in a register takes less than half
-    the time of an expanding load on processors where that is microcode (Zen 4: 0.9 ns instead of 2.2).
-    """
-    name, width = f"v{kind.count}i{kind.element.width}", kind.element.width
-    if _has(context, "avx512vbmi2" if width < 32 else "avx512f"):
-        loaded = _firm_load(builder, where, kind)
-        arguments = [(kind, loaded), (kind, ir.Constant(kind, ir.Undefined)), (mask.value.type, mask.value)]
-        return _call(builder, f"llvm.x86.avx512.mask.expand.{name}", kind, arguments)
-    if _shuffle_of(context):
-        found = []
-        for piece in _pieces(builder, kind, mask):
-            data = builder.load(piece.behind(where), typ=piece.kind, align=width // 8)
-            found.append(_reorder(context, builder, data, piece, "expand"))
-        return _joined(builder, found)
-    arguments = [(_POINTER, where), (mask.value.type, mask.value), (kind, ir.Constant(kind, ir.Undefined))]
-    return _call(builder, f"llvm.masked.expandload.{name}", kind, arguments)
-
-
-def compress(context: Any, builder: ir.IRBuilder, value: ir.Value, mask: Vec, where: ir.Value) -> None:
-    """The set lanes of a vector in a row from `where` on; up to a whole vector is written there."""
-    kind = value.type
-    if _has(context, "avx512f") or not _shuffle_of(context):
-        name = f"llvm.experimental.vector.compress.v{kind.count}i{kind.element.width}"
-        arguments = [(kind, value), (mask.value.type, mask.value), (kind, ir.Constant(kind, ir.Undefined))]
-        builder.store(_call(builder, name, kind, arguments), where, align=kind.element.width // 8)
-        return
-    for piece in _pieces(builder, kind, mask):
-        packed = _reorder(context, builder, piece.part_of(value), piece, "compress")
-        builder.store(packed, piece.behind(where), align=kind.element.width // 8)
-
-
-def compress_before(
-    context: Any, builder: ir.IRBuilder, vector: Vec, mask: Vec, base: ir.Value, end: ir.Value
-) -> ir.Value:
-    """The low words of the set lanes in a row that ends in front of `base[end]`; where it begins.
-
-    Nothing beyond is written, but perhaps some words in front. Packing in a register and storing under a
-    mask: a compressing store to memory is many times slower on some processors.
-    """
-    kind, bits = _vector(_I16), _vector(_I1)
-    words, at = vector.words(), builder.sub(end, mask.count())
-    if _has(context, "avx512f") or not _shuffle_of(context):
-        arguments = [(kind, words), (bits, mask.value), (kind, ir.Constant(kind, ir.Undefined))]
-        packed = _call(builder, "llvm.experimental.vector.compress.v16i16", kind, arguments)
-        one = ir.Constant(_I32, 1)
-        count = builder.trunc(mask.count(), _I32)
-        run = builder.bitcast(builder.trunc(builder.sub(builder.shl(one, count), one), _I16), bits)
-        arguments = [
-            (kind, packed),
-            (_POINTER, address(builder, base, at, _I16)),
-            (_I32, ir.Constant(_I32, 2)),
-            (bits, run),
-        ]
-        _call(builder, "llvm.masked.store.v16i16.p0", ir.VoidType(), arguments)
-        return at
-    for piece in reversed(
-        _pieces(builder, kind, mask)
-    ):  # each is written over what the one before had too much
-        packed = _reorder(context, builder, piece.part_of(words), piece, "compress to the end")
-        stop = builder.add(builder.add(at, piece.before), piece.count)
-        where = address(builder, base, builder.sub(stop, _long(piece.kind.count)), _I16)
-        builder.store(packed, where, align=2)
-    return at
-
-
-# Where no instruction expands or compresses, one that shuffles bytes does, in pieces of eight lanes or of 16
-# bytes: it is told the order by a table with a row for each mask.
-
-
-class _Piece(NamedTuple):
-    """Some lanes of a vector, and their mask."""
-
-    builder: ir.IRBuilder
-    first: int  # lane
-    kind: ir.VectorType
-    mask: ir.Value  # an integer
-    before: ir.Value  # how many lanes in front of these are set,
-    count: ir.Value  # and how many of these
-
-    def part_of(self, vector: ir.Value) -> ir.Value:
-        """These lanes of a vector."""
-        return _picked(self.builder, vector, range(self.first, self.first + self.kind.count))
-
-    def behind(self, where: ir.Value) -> ir.Value:
-        """Where these lanes' elements are, those of all set lanes being in a row from `where` on."""
-        return address(self.builder, where, self.before, self.kind.element)
-
-
-def _pieces(builder: ir.IRBuilder, kind: ir.VectorType, mask: Vec) -> list[_Piece]:
-    lanes = min(8, 128 // kind.element.width)
-    bits = builder.bitcast(mask.value, ir.IntType(kind.count))
-    found, before = [], _long(0)
-    for first in range(0, kind.count, lanes):
-        part = builder.trunc(builder.lshr(bits, ir.Constant(bits.type, first)), ir.IntType(lanes))
-        part = builder.zext(part, _I64)
-        count = builder.ctpop(part)
-        found.append(_Piece(builder, first, ir.VectorType(kind.element, lanes), part, before, count))
-        before = builder.add(before, count)
-    return found
-
-
-def _reorder(context: Any, builder: ir.IRBuilder, data: ir.Value, piece: _Piece, way: str) -> ir.Value:
-    """The lanes of a piece's data, expanded or compressed."""
-    bytes_kind, kind = ir.VectorType(_I8, 16), piece.kind
-    size = kind.count * kind.element.width // 8
-    table = _orders(builder, kind.count, kind.element.width // 8, way)
-    row = address(builder, table, builder.shl(piece.mask, _long(4)), _I8)
-    order = builder.load(row, typ=bytes_kind, align=16)
-    data = builder.bitcast(data, ir.VectorType(_I8, size))
-    if size < 16:
-        data = _picked(builder, data, range(16))
-    found = _call(builder, _shuffle_of(context), bytes_kind, [(bytes_kind, data), (bytes_kind, order)])
-    return builder.bitcast(found if size == 16 else _picked(builder, found, range(size)), kind)
-
-
-def _orders(builder: ir.IRBuilder, lanes: int, size: int, way: str) -> ir.Value:
-    """The address of the table: 16 bytes a mask, each the place that a byte of the result comes from."""
-    name = f"deltaweights.{way.replace(' ', '.')}.{lanes}.{size}"
-    if name in builder.module.globals:
-        return builder.module.get_global(name)
-    rows = bytearray()
-    for mask in range(1 << lanes):
-        chosen = [lane for lane in range(lanes) if mask >> lane & 1]
-        if way == "expand":
-            order = [chosen.index(lane) if lane in chosen else 0 for lane in range(lanes)]
-        else:
-            others = [0] * (lanes - len(chosen))
-            order = chosen + others if way == "compress" else others + chosen
-        row = [size * lane + byte for lane in order for byte in range(size)]
-        rows += bytes(row + [0] * (16 - len(row)))
-    content = cgutils.make_bytearray(rows)
-    table = cgutils.global_constant(builder, name, content)
-    table.align = 16
-    return table
-
-
-def _picked(builder: ir.IRBuilder, vector: ir.Value, lanes: Iterable[int]) -> ir.Value:
-    """These lanes of a vector; any content where it has none."""
-    kind = vector.type
-    places = [ir.Constant(_I32, lane if lane < kind.count else 0) for lane in lanes]
-    order = ir.Constant(ir.VectorType(_I32, len(places)), places)
-    return builder.shuffle_vector(vector, vector, order)
-
-
-def _joined(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
-    """Vectors one behind the other, as one."""
-    while len(vectors) > 1:
-        size = 2 * vectors[0].type.count
-        order = ir.Constant(ir.VectorType(_I32, size), list(range(size)))
-        pairs = zip(vectors[::2], vectors[1::2], strict=True)
-        vectors = [builder.shuffle_vector(low, high, order) for low, high in pairs]
-    return vectors[0]
-
-
-def _has(context: Any, feature: str) -> bool:
-    """Whether code is compiled for processors with a feature, by LLVM's name."""
-    return f"+{feature}" in context.codegen().magic_tuple()[2].split(",")
-
-
-def _shuffle_of(context: Any) -> str | None:
-    """LLVM's name of the instruction that shuffles 16 bytes, if there is one."""
-    if context.codegen().magic_tuple()[0].startswith(("aarch64", "arm64")):
-        return "llvm.aarch64.neon.tbl1.v16i8"
-    return "llvm.x86.ssse3.pshuf.b.128" if _has(context, "ssse3") else None
+from .vectors import (
+    F32,
+    I1,
+    I8,
+    I16,
+    I32,
+    I64,
+    WIDTH,
+    Vec,
+    address,
+    bring,
+    compress,
+    compress_before,
+    expand_load,
+    firm_load,
+    gather,
+    int64,
+    load,
+    prefetch,
+    splat,
+    store,
+    vector_of,
+)
 
 
 class _Loop:
@@ -412,23 +68,23 @@ class _Loop:
         self.cell = cgutils.alloca_once_value(builder, self.at)
         self.lanes = []
         for v in self.vectors:
-            start = load(builder, _I32, self.states, self.index(v * WIDTH))
+            start = load(builder, I32, self.states, self.index(v * WIDTH))
             self.lanes.append(cgutils.alloca_once_value(builder, start.value))
-        self.bits = splat(builder, builder.trunc(self.precision, _I32))
+        self.bits = splat(builder, builder.trunc(self.precision, I32))
         #: Raw bits that follow a token without a refill in between.
         self.inline = Vec(builder, self.bits._lift(16)) - self.bits
 
     def index(self, value: int) -> ir.Value:
-        return ir.Constant(_I64, value)
+        return ir.Constant(I64, value)
 
     def get(self, v: int) -> Vec:
-        return Vec(self.b, self.b.load(self.lanes[v], typ=_vector(_I32)))
+        return Vec(self.b, self.b.load(self.lanes[v], typ=vector_of(I32)))
 
     def set(self, v: int, state: Vec) -> None:
         self.b.store(state.value, self.lanes[v])
 
     def cursor(self) -> ir.Value:
-        return self.b.load(self.cell, typ=_I64)
+        return self.b.load(self.cell, typ=I64)
 
     def finish(self) -> ir.Value:
         """Write the lane states back and return the cursor."""
@@ -439,9 +95,9 @@ class _Loop:
     def refill(self, v: int, state: Vec) -> None:
         """Decoding: every lane below 2**16 takes one word of the stream."""
         mask = state < 65536
-        where = address(self.b, self.words, self.cursor(), _I16)
-        words = expand_load(self.context_of_code, self.b, where, _vector(_I16), mask)
-        word = self.b.zext(words, _vector(_I32))
+        where = address(self.b, self.words, self.cursor(), I16)
+        words = expand_load(self.context_of_code, self.b, where, vector_of(I16), mask)
+        word = self.b.zext(words, vector_of(I32))
         self.set(v, mask.choose((state << 16) | Vec(self.b, word), state))
         self.b.store(self.b.add(self.cursor(), mask.count()), self.cell)
 
@@ -461,7 +117,7 @@ class _ValueLoop(_Loop):
         """Nothing to prepare for a step."""
 
     def context(self, v: int, place: ir.Value) -> Vec:
-        return load(self.b, _I8, self.contexts, place)
+        return load(self.b, I8, self.contexts, place)
 
     def put(self, values: list[Vec], place: Callable[[int], ir.Value]) -> None:
         for v, value in zip(self.vectors, values, strict=True):
@@ -481,7 +137,7 @@ class _FloatLoop(_Loop):
                  vectors: int) -> None:  # fmt: skip
         super().__init__(context, builder, signature, args, vectors)
         self.element = ir.IntType(signature.args[self.names.index("base")].dtype.bitwidth)
-        self.kind = ir.VectorType(_I16, 2 * WIDTH)
+        self.kind = ir.VectorType(I16, 2 * WIDTH)
         self.elements: list[Vec] = []
         self.contexts: list[Vec] = []
 
@@ -497,17 +153,17 @@ class _FloatLoop(_Loop):
         ]
         for where in at:
             prefetch(self.b, self.out, where, self.element)
-            _ask_for(self.b, self.base, self.b.add(where, self.ahead), self.element, writes=False)
+            bring(self.b, self.base, self.b.add(where, self.ahead), self.element, writes=False)
 
     def context(self, v: int, place: ir.Value) -> Vec:
         half = self.contexts[v // 2].value
         first = WIDTH * (v % 2)
-        places = ir.Constant(_vector(_I32), list(range(first, first + WIDTH)))
+        places = ir.Constant(vector_of(I32), list(range(first, first + WIDTH)))
         part = self.b.shuffle_vector(half, half, places)
-        return Vec(self.b, self.b.zext(part, _vector(_I32)))
+        return Vec(self.b, self.b.zext(part, vector_of(I32)))
 
     def put(self, values: list[Vec], place: Callable[[int], ir.Value]) -> None:
-        words = ir.Constant(ir.VectorType(_I32, 2 * WIDTH), list(range(0, 4 * WIDTH, 2)))
+        words = ir.Constant(ir.VectorType(I32, 2 * WIDTH), list(range(0, 4 * WIDTH, 2)))
         for half, bits in enumerate(self.elements):
             low, high = (self.b.bitcast(value.value, self.kind) for value in values[2 * half : 2 * half + 2])
             zigzag = Vec(self.b, self.b.shuffle_vector(low, high, words))
@@ -553,7 +209,7 @@ def _decode_step_wide(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
         _decode_raw(loop, values, first)
         with b.if_then(_any(loop, [s.nonzero() for s in second]), likely=False):
             _decode_raw(loop, values, second)
-    loop.put([Vec(b, b.load(value, typ=_vector(_I32))) for value in values], place)
+    loop.put([Vec(b, b.load(value, typ=vector_of(I32))) for value in values], place)
 
 
 def _decode_step_raw(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
@@ -575,13 +231,13 @@ def _decode_step_raw(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
     cells = [cgutils.alloca_once_value(loop.b, value.value) for value in values]
     with loop.b.if_then(_any(loop, [s.nonzero() for s in second]), likely=False):
         _decode_raw(loop, cells, second)
-    loop.put([Vec(loop.b, loop.b.load(cell, typ=_vector(_I32))) for cell in cells], place)
+    loop.put([Vec(loop.b, loop.b.load(cell, typ=vector_of(I32))) for cell in cells], place)
 
 
 def _decode_raw(loop: _Loop, values: list[ir.Value], counts: list[Vec]) -> None:
     """Pull up to 16 more raw bits a lane and append them to the values."""
     for v in loop.vectors:
-        value = Vec(loop.b, loop.b.load(values[v], typ=_vector(_I32)))
+        value = Vec(loop.b, loop.b.load(values[v], typ=vector_of(I32)))
         loop.b.store(_take_bits(loop, v, value, counts[v]).value, values[v])
 
 
@@ -609,14 +265,14 @@ def _decode_step_tail(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
     slots = [_decode_slot(loop, v, place(v)) for v in loop.vectors]
     for v, slot in zip(loop.vectors, slots, strict=True):
         _take_token(loop, v, slot)
-    tail = splat(loop.b, loop.b.trunc(loop.tail, _I32))
+    tail = splat(loop.b, loop.b.trunc(loop.tail, I32))
     loop.put([_take_bits(loop, v, slot >> 23, tail) for v, slot in enumerate(slots)], place)
 
 
 def _encode_step(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
     """The mirror image of decoding a step: raw bits last to first, then tokens last to first."""
     b = loop.b
-    values = [load(b, _I32, loop.values, place(v)) for v in loop.vectors]
+    values = [load(b, I32, loop.values, place(v)) for v in loop.vectors]
     raws = []
     for value in values:
         wide = value >= loop.direct
@@ -645,7 +301,7 @@ def _encode_raw(loop: _Loop, values: list[Vec], counts: list[Vec]) -> None:
 def _encode_token(loop: _Loop, v: int, place: ir.Value, value: Vec, inline: Vec) -> None:
     """Put one token and its inline raw bits, the low ones of `value`, onto each lane of vector `v`."""
     b, state = loop.b, loop.get(v)
-    entry = load(b, _I32, loop.entries, place)
+    entry = load(b, I32, loop.entries, place)
     frequency, start = entry >> 16, entry & 65535
     room = Vec(b, state._lift(32)) - loop.bits - inline
     state = loop.spill(state, (state >> room) >= frequency)
@@ -668,9 +324,9 @@ def _underestimate(b: ir.IRBuilder, state: Vec, frequency: Vec) -> Vec:
     more. The reciprocal is made smaller by 2**-22; three roundings of at most 2**-24 leave the product too
     small, but by less than 7 * 2**-24 of it: by less than two.
     """
-    almost_one = ir.Constant(_vector(_F32), [1.0 - 2.0**-22] * WIDTH)
+    almost_one = ir.Constant(vector_of(F32), [1.0 - 2.0**-22] * WIDTH)
     reciprocal = b.fdiv(almost_one, frequency.to_float())
-    return Vec(b, b.fptoui(b.fmul(state.to_float(), reciprocal), _vector(_I32)))
+    return Vec(b, b.fptoui(b.fmul(state.to_float(), reciprocal), vector_of(I32)))
 
 
 def _place(loop: _Loop, step: ir.Value) -> Callable[[int], ir.Value]:
@@ -706,8 +362,8 @@ def _make_encoder(vectors: int) -> Any:
     def typer(typingctx: Any, *kinds: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             loop = _WriteLoop(context, builder, signature, args, vectors)
-            loop.direct = builder.trunc(loop.direct, _I32)
-            loop.tail = splat(builder, builder.trunc(loop.tail, _I32))
+            loop.direct = builder.trunc(loop.direct, I32)
+            loop.tail = splat(builder, builder.trunc(loop.tail, I32))
             last = builder.sub(loop.steps, loop.index(1))
             with cgutils.for_range(builder, loop.steps) as turn:
                 _encode_step(loop, _place(loop, builder.sub(last, turn.index)))
@@ -727,10 +383,6 @@ def _intrinsic(typer: Callable[..., Any], names: Iterable[str]) -> Any:
 
 
 # ------------------------------------------------------------------------------ float transforms
-
-
-def _long(value: int) -> ir.Value:
-    return ir.Constant(_I64, value)
 
 
 def _lane_type(width: int) -> ir.VectorType:
@@ -776,7 +428,7 @@ def _elementwise(body: Callable[..., None], arity: int, least_width: int = 8) ->
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             if kinds[0].dtype.bitwidth > 32:
-                return ir.Constant(_I64, 0)
+                return ir.Constant(I64, 0)
             arguments = []
             for kind, value in zip(kinds, args[1:], strict=True):
                 if isinstance(kind, types.Array):
@@ -785,7 +437,7 @@ def _elementwise(body: Callable[..., None], arity: int, least_width: int = 8) ->
                 else:
                     arguments.append(value)
             lanes = _lane_type(max(kinds[0].dtype.bitwidth, least_width))
-            size = ir.Constant(_I64, lanes.count)
+            size = ir.Constant(I64, lanes.count)
             steps = builder.udiv(args[0], size)
             with cgutils.for_range(builder, steps) as turn:
                 body(builder, lanes, builder.mul(turn.index, size), *arguments)
@@ -840,11 +492,11 @@ def _contexts_of(
     """The contexts of elements in lanes of 16 bits or more, the first being number first + at of all."""
     element = bits.value.type.element
     segment = builder.ashr(builder.add(first, at), log_segment)
-    scale = builder.load(address(builder, scales, segment, _I64), typ=_I64)
+    scale = builder.load(address(builder, scales, segment, I64), typ=I64)
     # Places are far below 1024 in either direction before they are clamped: offsets may be clamped
     # there as well, which lets them fit into 16 bits.
     offset = builder.add(scale, lowest)
-    for sign, bound in ((">", _long(1 << 10)), ("<", _long(-(1 << 10)))):
+    for sign, bound in ((">", int64(1 << 10)), ("<", int64(-(1 << 10)))):
         offset = builder.select(builder.icmp_signed(sign, offset, bound), bound, offset)
     shift, mask, offset, step, last = (builder.trunc(a, element) for a in (shift, mask, offset, step, last))
     exponent = (bits >> shift) & mask
@@ -866,25 +518,25 @@ def _context_body(
 def _move_body(
     builder: Any, kind: Any, at: Any, base: Any, values: Any, moves: Any, shift: Any, mask: Any
 ) -> None:
-    shift, mask = (builder.trunc(a, _I32) for a in (shift, mask))
+    shift, mask = (builder.trunc(a, I32) for a in (shift, mask))
     exponent = (_load_as(builder, base, at, kind) >> shift) & mask
     steps = (_load_as(builder, values, at, kind) + 1) >> 1
-    power = builder.bitcast((exponent.at_most(190) << 23).value, _vector(_F32))
+    power = builder.bitcast((exponent.at_most(190) << 23).value, vector_of(F32))
     move = builder.fmul(steps.to_float(), power)
-    builder.store(move, address(builder, moves[0], at, _F32), align=4)
+    builder.store(move, address(builder, moves[0], at, F32), align=4)
 
 
 def _key_body(
     builder: Any, kind: Any, at: Any, values: Any, contexts: Any, keys: Any, direct_bits: Any, span: Any
 ) -> None:
     value = _load_as(builder, values, at, kind)
-    bits = splat(builder, builder.trunc(direct_bits, _I32))
+    bits = splat(builder, builder.trunc(direct_bits, I32))
     direct = (bits & 0 | 1) << bits
     wide = value >= direct
     octave = (value | 1).floor_log2()
     bucket = direct + ((octave - bits) << 2) + ((value >> (octave - 2)) & 3)
     token = wide.choose(bucket, value)
-    key = (_load_as(builder, contexts, at, kind) << builder.trunc(span, _I32)) | token
+    key = (_load_as(builder, contexts, at, kind) << builder.trunc(span, I32)) | token
     _store_as(builder, key, keys, at)
 
 
@@ -919,15 +571,15 @@ def _make_sift(merge: bool) -> Any:
                 for a, value in ((chosen, args[4]), (other, args[6]))
             )
             shift_, mask_, bound = (
-                builder.trunc(a, element) for a in (*args[1:3], builder.add(args[3], _long(1)))
+                builder.trunc(a, element) for a in (*args[1:3], builder.add(args[3], int64(1)))
             )
-            size = _long(kind.count)
+            size = int64(kind.count)
             steps = builder.udiv(cgutils.unpack_tuple(builder, array.shape)[0], size)
             with cgutils.for_range(builder, steps) as turn:
                 first = builder.mul(turn.index, size)
                 bits = _load_as(builder, (array.data, element), first, kind)
                 inside = ((bits >> shift_) & mask_) < bound
-                now = builder.load(cursor, typ=_I64)
+                now = builder.load(cursor, typ=I64)
                 there = address(builder, chosen_data, now, element)
                 if merge:
                     prefetch(builder, other_data, first, element)
@@ -938,7 +590,7 @@ def _make_sift(merge: bool) -> Any:
                     data = _load_as(builder, (other_data, element), first, kind).value
                     compress(context, builder, data, inside, there)
                 builder.store(builder.add(now, inside.count()), cursor)
-            return builder.load(cursor, typ=_I64)
+            return builder.load(cursor, typ=I64)
 
         return types.int64(base, shift, mask, cutoff, chosen, at, other), codegen
 
@@ -961,26 +613,26 @@ def _make_byte_mover(push: bool) -> Any:
             value_array = context.make_array(values)(context, builder, args[0])
             context_data = context.make_array(contexts)(context, builder, args[1]).data
             plane_data = context.make_array(plane)(context, builder, args[3]).data
-            limit32 = builder.trunc(args[2], _I32)
+            limit32 = builder.trunc(args[2], I32)
             cursor = cgutils.alloca_once_value(builder, args[4])
-            kind = _vector(_I8)
+            kind = vector_of(I8)
             length = cgutils.unpack_tuple(builder, value_array.shape)[0]
-            with cgutils.for_range(builder, builder.lshr(length, _long(4))) as turn:
-                first = builder.shl(turn.index, _long(4))
-                mask = load(builder, _I8, context_data, first) < limit32
-                value = load(builder, _I32, value_array.data, first)
-                now = builder.load(cursor, typ=_I64)
-                there = address(builder, plane_data, now, _I8)
+            with cgutils.for_range(builder, builder.lshr(length, int64(4))) as turn:
+                first = builder.shl(turn.index, int64(4))
+                mask = load(builder, I8, context_data, first) < limit32
+                value = load(builder, I32, value_array.data, first)
+                now = builder.load(cursor, typ=I64)
+                there = address(builder, plane_data, now, I8)
                 if push:
                     low = expand_load(context, builder, there, kind, mask)
-                    longer = (value << 8) | Vec(builder, builder.zext(low, _vector(_I32)))
+                    longer = (value << 8) | Vec(builder, builder.zext(low, vector_of(I32)))
                     moved = mask.choose(longer, value)
                 else:
                     compress(context, builder, builder.trunc(value.value, kind), mask, there)
                     moved = mask.choose(value >> 8, value)
                 store(builder, moved, value_array.data, first)
                 builder.store(builder.add(now, mask.count()), cursor)
-            return builder.load(cursor, typ=_I64)
+            return builder.load(cursor, typ=I64)
 
         return types.int64(values, contexts, limit, plane, at), codegen
 
@@ -1006,7 +658,7 @@ def differing(typingctx: Any, first: Any, second: Any, place: Any) -> Any:
             return _load_as(builder, (data, kind.element), args[2], kind).value
 
         differ = builder.icmp_unsigned("!=", loaded(first, args[0]), loaded(second, args[1]))
-        return builder.bitcast(differ, _I32)
+        return builder.bitcast(differ, I32)
 
     return types.uint32(first, second, types.int64), codegen
 
@@ -1017,7 +669,7 @@ def ask_for(typingctx: Any, array: Any, place: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(array)(context, builder, args[0]).data
-        _ask_for(builder, data, args[1], ir.IntType(array.dtype.bitwidth))
+        bring(builder, data, args[1], ir.IntType(array.dtype.bitwidth))
         return context.get_dummy_value()
 
     return types.void(array, types.int64), codegen
@@ -1028,8 +680,8 @@ def bit_length(typingctx: Any, value: Any) -> Any:
     """How many bits a uint32 needs: 0 for 0."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        zeros = builder.ctlz(args[0], ir.Constant(_I1, 0))
-        return builder.sub(ir.Constant(_I32, 32), zeros)
+        zeros = builder.ctlz(args[0], ir.Constant(I1, 0))
+        return builder.sub(ir.Constant(I32, 32), zeros)
 
     return types.uint32(types.uint32), codegen
 
@@ -1040,7 +692,7 @@ def firm(typingctx: Any, numbers: Any, at: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(numbers)(context, builder, args[0]).data
-        return _firm_load(builder, address(builder, data, args[1], _I32), _I32)
+        return firm_load(builder, address(builder, data, args[1], I32), I32)
 
     return types.uint32(numbers, types.int64), codegen
 

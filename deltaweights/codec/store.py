@@ -23,7 +23,7 @@ _HERE = Path(__file__).parent
 #: The modules that machine code depends on, and how it is called.
 _SOURCES = (
     "alone", "build", "compiled", "constants", "delta", "kernel", "runs", "simd", "spaces", "store", "subset",
-    "tables",
+    "tables", "vectors",
 )  # fmt: skip
 #: Numba's, that change its code.
 _SETTINGS = (

@@ -12,8 +12,8 @@ from numba import njit
 from numba.core import types
 from numba.extending import intrinsic
 
-from deltaweights.codec import simd
-from deltaweights.codec.simd import Vec, compress, compress_before, expand_load
+from deltaweights.codec import vectors
+from deltaweights.codec.vectors import Vec, compress, compress_before, expand_load
 
 KINDS = ((16, 16), (16, 8), (64, 8), (32, 16), (16, 32))  # lanes, bits: those in use
 WAYS = ("usual", "shuffles", "neither")
@@ -22,11 +22,13 @@ WAYS = ("usual", "shuffles", "neither")
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Code for this processor; for one without AVX-512; for one that has no shuffle either."""
-    has, shuffle_of = simd._has, simd._shuffle_of
+    has, shuffle_of = vectors._has, vectors._shuffle_of
     if request.param != "usual":
-        monkeypatch.setattr(simd, "_has", lambda context, name: has(context, name) and "avx512" not in name)
+        monkeypatch.setattr(
+            vectors, "_has", lambda context, name: has(context, name) and "avx512" not in name
+        )
     if request.param == "neither":
-        monkeypatch.setattr(simd, "_shuffle_of", lambda context: None)
+        monkeypatch.setattr(vectors, "_shuffle_of", lambda context: None)
     elif request.param == "shuffles" and shuffle_of(_Context()) is None:
         pytest.skip("this processor shuffles no bytes")
     return request.param
@@ -78,7 +80,7 @@ def test_expanding_puts_a_row_into_the_set_lanes(way: str, lanes: int, bits: int
     def body(context, builder, kind, source, mask, out):
         found = expand_load(context, builder, source, kind, mask)
         builder.store(
-            found, simd.address(builder, out, ir.Constant(ir.IntType(64), 0), kind.element), align=1
+            found, vectors.address(builder, out, ir.Constant(ir.IntType(64), 0), kind.element), align=1
         )
         return mask.count()
 
@@ -93,9 +95,9 @@ def test_expanding_puts_a_row_into_the_set_lanes(way: str, lanes: int, bits: int
 def test_compressing_puts_the_set_lanes_in_a_row(way: str, lanes: int, bits: int) -> None:
     def body(context, builder, kind, source, mask, out):
         first = ir.Constant(ir.IntType(64), 0)
-        where = simd.address(builder, source, first, kind.element)
+        where = vectors.address(builder, source, first, kind.element)
         vector = builder.load(where, typ=kind, align=1)
-        compress(context, builder, vector, mask, simd.address(builder, out, first, kind.element))
+        compress(context, builder, vector, mask, vectors.address(builder, out, first, kind.element))
         return mask.count()
 
     squeeze = _compiled(lanes, bits, body)
@@ -110,7 +112,7 @@ def test_compressing_before_leaves_alone_what_is_behind(way: str) -> None:
     end = 24
 
     def body(context, builder, kind, source, mask, out):
-        vector = simd.load(builder, ir.IntType(32), source, ir.Constant(ir.IntType(64), 0))
+        vector = vectors.load(builder, ir.IntType(32), source, ir.Constant(ir.IntType(64), 0))
         stop = ir.Constant(ir.IntType(64), end)
         return compress_before(context, builder, vector, mask, out, stop)
 

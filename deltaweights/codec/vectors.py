@@ -1,0 +1,387 @@
+# mypy: ignore-errors
+# Numba and LLVM type what is in here.
+"""Vectors as LLVM has them: what instructions do to all lanes, and to some of them.
+
+Three operations have no scalar look:
+
+* `gather` reads sixteen table entries, one per lane;
+* `expand_load` reads consecutive elements into those lanes that need one;
+* `compress` and `compress_before` pack those of the lanes that have one in a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from llvmlite import ir
+from numba.core import cgutils
+
+WIDTH = 16  # 32-bit elements in a vector
+_AHEAD = 4096  # bytes; how far ahead of writing them cache lines are asked for
+
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+F32 = ir.FloatType()
+POINTER = ir.PointerType()
+
+
+def vector_of(element: ir.Type) -> ir.VectorType:
+    return ir.VectorType(element, WIDTH)
+
+
+class Vec:
+    """Lanes of unsigned integers, or of booleans; the operators emit instructions.
+
+    Sixteen lanes of 32 bits in the entropy coder; elsewhere as many as 512 bits hold.
+    """
+
+    def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
+        self.b = builder
+        self.value = value
+
+    def _lift(self, other: Vec | ir.Value | int) -> ir.Value:
+        """A vector of the same type: splat a constant or a scalar."""
+        if isinstance(other, Vec):
+            return other.value
+        if isinstance(other, int):
+            return ir.Constant(self.value.type, [other] * self.value.type.count)
+        return splat(self.b, other, self.value.type.count).value
+
+    def __add__(self, other: Vec | ir.Value | int) -> Vec:
+        return Vec(self.b, self.b.add(self.value, self._lift(other)))
+
+    def __sub__(self, other: Vec | ir.Value | int) -> Vec:
+        return Vec(self.b, self.b.sub(self.value, self._lift(other)))
+
+    def __mul__(self, other: Vec | ir.Value | int) -> Vec:
+        return Vec(self.b, self.b.mul(self.value, self._lift(other)))
+
+    def __and__(self, other: Vec | ir.Value | int) -> Vec:
+        return Vec(self.b, self.b.and_(self.value, self._lift(other)))
+
+    def __or__(self, other: Vec | ir.Value | int) -> Vec:
+        return Vec(self.b, self.b.or_(self.value, self._lift(other)))
+
+    def __xor__(self, other: Vec | ir.Value | int) -> Vec:
+        return Vec(self.b, self.b.xor(self.value, self._lift(other)))
+
+    def __lshift__(self, other: Vec | ir.Value | int) -> Vec:
+        return Vec(self.b, self.b.shl(self.value, self._lift(other)))
+
+    def __rshift__(self, other: Vec | ir.Value | int) -> Vec:
+        return Vec(self.b, self.b.lshr(self.value, self._lift(other)))
+
+    def __ge__(self, other: Vec | ir.Value | int) -> Vec:
+        return Vec(self.b, self.b.icmp_unsigned(">=", self.value, self._lift(other)))
+
+    def __lt__(self, other: Vec | ir.Value | int) -> Vec:
+        return Vec(self.b, self.b.icmp_unsigned("<", self.value, self._lift(other)))
+
+    def negative(self) -> Vec:
+        """Lanes that are below zero when read as signed."""
+        return Vec(self.b, self.b.icmp_signed("<", self.value, self._lift(0)))
+
+    def nonzero(self) -> Vec:
+        return Vec(self.b, self.b.icmp_unsigned("!=", self.value, self._lift(0)))
+
+    def choose(self, yes: Vec | int, no: Vec) -> Vec:
+        """`yes` in the lanes where this mask is set, `no` elsewhere."""
+        return Vec(self.b, self.b.select(self.value, no._lift(yes), no.value))
+
+    def at_most(self, other: Vec | ir.Value | int) -> Vec:
+        return (self < other).choose(self, Vec(self.b, self._lift(other)))
+
+    def less(self, other: int) -> Vec:
+        """The difference, but not below zero."""
+        return Vec(self.b, (self < other).choose(other, self).value) - other
+
+    def shift_signed(self, other: ir.Value | int) -> Vec:
+        return Vec(self.b, self.b.ashr(self.value, self._lift(other)))
+
+    def clamp_signed(self, last: ir.Value) -> Vec:
+        """Into 0..last, both signed."""
+        raised = self.negative().choose(0, self)
+        return raised.at_most(last)
+
+    def low(self, count: Vec) -> Vec:
+        """The lowest `count` bits of each lane, `count` below 32."""
+        one = Vec(self.b, self._lift(1))
+        return self & ((one << count) - 1)
+
+    def floor_log2(self) -> Vec:
+        """The place of each lane's highest set bit (31 - leading zeros)."""
+        kind = self.value.type
+        zeros = call(self.b, "llvm.ctlz.v16i32", kind, [(kind, self.value), (I1, ir.Constant(I1, 0))])
+        return Vec(self.b, self._lift(31)) - Vec(self.b, zeros)
+
+    def to_float(self) -> ir.Value:
+        return self.b.uitofp(self.value, vector_of(F32))
+
+    def words(self) -> ir.Value:
+        return self.b.trunc(self.value, vector_of(I16))
+
+    def count(self) -> ir.Value:
+        """How many lanes of a mask are set, as a 64-bit scalar."""
+        count = self.value.type.count
+        bits = self.b.bitcast(self.value, ir.IntType(count))
+        return self.b.ctpop(bits if count == 64 else self.b.zext(bits, I64))
+
+    def any(self) -> ir.Value:
+        bits = self.b.bitcast(self.value, I16)
+        return self.b.icmp_unsigned("!=", bits, ir.Constant(I16, 0))
+
+
+def call(
+    builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[tuple[ir.Type, ir.Value]]
+) -> ir.Value:
+    kind = ir.FunctionType(result, [t for t, _ in arguments])
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, [v for _, v in arguments])
+
+
+def int64(value: int) -> ir.Value:
+    """A constant."""
+    return ir.Constant(I64, value)
+
+
+def splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int = WIDTH) -> Vec:
+    """All lanes equal to one scalar."""
+    kind = ir.VectorType(scalar.type, lanes)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(I32, 0))
+    zeros = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
+    return Vec(builder, builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), zeros))
+
+
+def address(builder: ir.IRBuilder, base: ir.Value, index: ir.Value, element: ir.Type) -> ir.Value:
+    where = builder.gep(base, [index], source_etype=element)
+    where.type = POINTER  # opaque, where llvmlite keeps the pointee of Numba's array
+    return where
+
+
+def load(builder: ir.IRBuilder, element: ir.Type, base: ir.Value, index: ir.Value) -> Vec:
+    """Sixteen consecutive elements from `base[index]`, widened to 32 bits."""
+    where = address(builder, base, index, element)
+    loaded = builder.load(where, typ=vector_of(element), align=element.width // 8)
+    if element.width < 32:
+        loaded = builder.zext(loaded, vector_of(I32))
+    return Vec(builder, loaded)
+
+
+def store(builder: ir.IRBuilder, vector: Vec, base: ir.Value, index: ir.Value) -> None:
+    builder.store(vector.value, address(builder, base, index, I32), align=4)
+
+
+def gather(builder: ir.IRBuilder, base: ir.Value, index: Vec) -> Vec:
+    """`base[index]` for sixteen indexes at once; `base` holds 32-bit entries."""
+    kind, mask, places = vector_of(I32), vector_of(I1), vector_of(POINTER)
+    where = builder.gep(base, [index.value], source_etype=I32)
+    where.type = places  # a vector of indexes makes a vector of pointers; llvmlite types it as one
+    arguments = [
+        (places, where),
+        (I32, ir.Constant(I32, 4)),
+        (mask, ir.Constant(mask, [1] * WIDTH)),
+        (kind, ir.Constant(kind, [0] * WIDTH)),
+    ]
+    return Vec(builder, call(builder, "llvm.masked.gather.v16i32.v16p0", kind, arguments))
+
+
+def prefetch(builder: ir.IRBuilder, out: ir.Value, at: ir.Value, element: ir.Type) -> None:
+    """Ask for the cache line that will be written some turns after `out[at]`: waiting for it then would
+    stall all lanes."""
+    bring(builder, out, builder.add(at, ir.Constant(I64, _AHEAD * 8 // element.width)), element)
+
+
+def bring(
+    builder: ir.IRBuilder, data: ir.Value, at: ir.Value, element: ir.Type, *, writes: bool = True
+) -> None:
+    """Have a cache line brought, to be written to, or as far as the second cache; any address will do."""
+    arguments = [(POINTER, address(builder, data, at, element))]
+    arguments += [(I32, ir.Constant(I32, flag)) for flag in ((1, 3, 1) if writes else (0, 2, 1))]
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
+
+
+def firm_load(builder: ir.IRBuilder, where: ir.Value, kind: ir.Type) -> ir.Value:
+    """A load that LLVM neither merges with what uses it nor makes part of a vector's."""
+    loaded = _FirmLoad(builder.block, where, typ=kind)
+    loaded.align = getattr(kind, "element", kind).width // 8
+    builder._insert(loaded)
+    return loaded
+
+
+class _FirmLoad(ir.instructions.LoadInstr):
+    """A volatile load."""
+
+    def descr(self, buf: list[str]) -> None:
+        super().descr(buf)
+        buf[-1] = buf[-1].replace("load ", "load volatile ", 1)
+
+
+def expand_load(
+    context: Any, builder: ir.IRBuilder, where: ir.Value, kind: ir.VectorType, mask: Vec
+) -> ir.Value:
+    """Consecutive elements from `where` on into the set lanes of `mask`; anything in the others.
+
+    A whole vector must be readable there: loading all and expanding in a register takes less than half
+    the time of an expanding load on processors where that is microcode (Zen 4: 0.9 ns instead of 2.2).
+    """
+    name, width = f"v{kind.count}i{kind.element.width}", kind.element.width
+    if _has(context, "avx512vbmi2" if width < 32 else "avx512f"):
+        loaded = firm_load(builder, where, kind)
+        arguments = [(kind, loaded), (kind, ir.Constant(kind, ir.Undefined)), (mask.value.type, mask.value)]
+        return call(builder, f"llvm.x86.avx512.mask.expand.{name}", kind, arguments)
+    if _shuffle_of(context):
+        found = []
+        for piece in _pieces(builder, kind, mask):
+            data = builder.load(piece.behind(where), typ=piece.kind, align=width // 8)
+            found.append(_reorder(context, builder, data, piece, "expand"))
+        return _joined(builder, found)
+    arguments = [(POINTER, where), (mask.value.type, mask.value), (kind, ir.Constant(kind, ir.Undefined))]
+    return call(builder, f"llvm.masked.expandload.{name}", kind, arguments)
+
+
+def compress(context: Any, builder: ir.IRBuilder, value: ir.Value, mask: Vec, where: ir.Value) -> None:
+    """The set lanes of a vector in a row from `where` on; up to a whole vector is written there."""
+    kind = value.type
+    if _has(context, "avx512f") or not _shuffle_of(context):
+        name = f"llvm.experimental.vector.compress.v{kind.count}i{kind.element.width}"
+        arguments = [(kind, value), (mask.value.type, mask.value), (kind, ir.Constant(kind, ir.Undefined))]
+        builder.store(call(builder, name, kind, arguments), where, align=kind.element.width // 8)
+        return
+    for piece in _pieces(builder, kind, mask):
+        packed = _reorder(context, builder, piece.part_of(value), piece, "compress")
+        builder.store(packed, piece.behind(where), align=kind.element.width // 8)
+
+
+def compress_before(
+    context: Any, builder: ir.IRBuilder, vector: Vec, mask: Vec, base: ir.Value, end: ir.Value
+) -> ir.Value:
+    """The low words of the set lanes in a row that ends in front of `base[end]`; where it begins.
+
+    Nothing beyond is written, but perhaps some words in front. Packing in a register and storing under a
+    mask: a compressing store to memory is many times slower on some processors.
+    """
+    kind, bits = vector_of(I16), vector_of(I1)
+    words, at = vector.words(), builder.sub(end, mask.count())
+    if _has(context, "avx512f") or not _shuffle_of(context):
+        arguments = [(kind, words), (bits, mask.value), (kind, ir.Constant(kind, ir.Undefined))]
+        packed = call(builder, "llvm.experimental.vector.compress.v16i16", kind, arguments)
+        one = ir.Constant(I32, 1)
+        count = builder.trunc(mask.count(), I32)
+        run = builder.bitcast(builder.trunc(builder.sub(builder.shl(one, count), one), I16), bits)
+        arguments = [
+            (kind, packed),
+            (POINTER, address(builder, base, at, I16)),
+            (I32, ir.Constant(I32, 2)),
+            (bits, run),
+        ]
+        call(builder, "llvm.masked.store.v16i16.p0", ir.VoidType(), arguments)
+        return at
+    for piece in reversed(
+        _pieces(builder, kind, mask)
+    ):  # each is written over what the one before had too much
+        packed = _reorder(context, builder, piece.part_of(words), piece, "compress to the end")
+        stop = builder.add(builder.add(at, piece.before), piece.count)
+        where = address(builder, base, builder.sub(stop, int64(piece.kind.count)), I16)
+        builder.store(packed, where, align=2)
+    return at
+
+
+# Where no instruction expands or compresses, one that shuffles bytes does, in pieces of eight lanes or of 16
+# bytes: it is told the order by a table with a row for each mask.
+
+
+class _Piece(NamedTuple):
+    """Some lanes of a vector, and their mask."""
+
+    builder: ir.IRBuilder
+    first: int  # lane
+    kind: ir.VectorType
+    mask: ir.Value  # an integer
+    before: ir.Value  # how many lanes in front of these are set,
+    count: ir.Value  # and how many of these
+
+    def part_of(self, vector: ir.Value) -> ir.Value:
+        """These lanes of a vector."""
+        return _picked(self.builder, vector, range(self.first, self.first + self.kind.count))
+
+    def behind(self, where: ir.Value) -> ir.Value:
+        """Where these lanes' elements are, those of all set lanes being in a row from `where` on."""
+        return address(self.builder, where, self.before, self.kind.element)
+
+
+def _pieces(builder: ir.IRBuilder, kind: ir.VectorType, mask: Vec) -> list[_Piece]:
+    lanes = min(8, 128 // kind.element.width)
+    bits = builder.bitcast(mask.value, ir.IntType(kind.count))
+    found, before = [], int64(0)
+    for first in range(0, kind.count, lanes):
+        part = builder.trunc(builder.lshr(bits, ir.Constant(bits.type, first)), ir.IntType(lanes))
+        part = builder.zext(part, I64)
+        count = builder.ctpop(part)
+        found.append(_Piece(builder, first, ir.VectorType(kind.element, lanes), part, before, count))
+        before = builder.add(before, count)
+    return found
+
+
+def _reorder(context: Any, builder: ir.IRBuilder, data: ir.Value, piece: _Piece, way: str) -> ir.Value:
+    """The lanes of a piece's data, expanded or compressed."""
+    bytes_kind, kind = ir.VectorType(I8, 16), piece.kind
+    size = kind.count * kind.element.width // 8
+    table = _orders(builder, kind.count, kind.element.width // 8, way)
+    row = address(builder, table, builder.shl(piece.mask, int64(4)), I8)
+    order = builder.load(row, typ=bytes_kind, align=16)
+    data = builder.bitcast(data, ir.VectorType(I8, size))
+    if size < 16:
+        data = _picked(builder, data, range(16))
+    found = call(builder, _shuffle_of(context), bytes_kind, [(bytes_kind, data), (bytes_kind, order)])
+    return builder.bitcast(found if size == 16 else _picked(builder, found, range(size)), kind)
+
+
+def _orders(builder: ir.IRBuilder, lanes: int, size: int, way: str) -> ir.Value:
+    """The address of the table: 16 bytes a mask, each the place that a byte of the result comes from."""
+    name = f"deltaweights.{way.replace(' ', '.')}.{lanes}.{size}"
+    if name in builder.module.globals:
+        return builder.module.get_global(name)
+    rows = bytearray()
+    for mask in range(1 << lanes):
+        chosen = [lane for lane in range(lanes) if mask >> lane & 1]
+        if way == "expand":
+            order = [chosen.index(lane) if lane in chosen else 0 for lane in range(lanes)]
+        else:
+            others = [0] * (lanes - len(chosen))
+            order = chosen + others if way == "compress" else others + chosen
+        row = [size * lane + byte for lane in order for byte in range(size)]
+        rows += bytes(row + [0] * (16 - len(row)))
+    content = cgutils.make_bytearray(rows)
+    table = cgutils.global_constant(builder, name, content)
+    table.align = 16
+    return table
+
+
+def _picked(builder: ir.IRBuilder, vector: ir.Value, lanes: Iterable[int]) -> ir.Value:
+    """These lanes of a vector; any content where it has none."""
+    kind = vector.type
+    places = [ir.Constant(I32, lane if lane < kind.count else 0) for lane in lanes]
+    order = ir.Constant(ir.VectorType(I32, len(places)), places)
+    return builder.shuffle_vector(vector, vector, order)
+
+
+def _joined(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
+    """Vectors one behind the other, as one."""
+    while len(vectors) > 1:
+        size = 2 * vectors[0].type.count
+        order = ir.Constant(ir.VectorType(I32, size), list(range(size)))
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [builder.shuffle_vector(low, high, order) for low, high in pairs]
+    return vectors[0]
+
+
+def _has(context: Any, feature: str) -> bool:
+    """Whether code is compiled for processors with a feature, by LLVM's name."""
+    return f"+{feature}" in context.codegen().magic_tuple()[2].split(",")
+
+
+def _shuffle_of(context: Any) -> str | None:
+    """LLVM's name of the instruction that shuffles 16 bytes, if there is one."""
+    if context.codegen().magic_tuple()[0].startswith(("aarch64", "arm64")):
+        return "llvm.aarch64.neon.tbl1.v16i8"
+    return "llvm.x86.ssse3.pshuf.b.128" if _has(context, "ssse3") else None
