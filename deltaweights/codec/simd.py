@@ -68,14 +68,11 @@ class _Loop:
         self.cell = cgutils.alloca_once_value(builder, self.at)
         self.lanes = []
         for v in self.vectors:
-            start = load(builder, I32, self.states, self.index(v * WIDTH))
+            start = load(builder, I32, self.states, int64(v * WIDTH))
             self.lanes.append(cgutils.alloca_once_value(builder, start.value))
         self.bits = splat(builder, builder.trunc(self.precision, I32))
         #: Raw bits that follow a token without a refill in between.
         self.inline = Vec(builder, self.bits._lift(16)) - self.bits
-
-    def index(self, value: int) -> ir.Value:
-        return ir.Constant(I64, value)
 
     def get(self, v: int) -> Vec:
         return Vec(self.b, self.b.load(self.lanes[v], typ=vector_of(I32)))
@@ -89,7 +86,7 @@ class _Loop:
     def finish(self) -> ir.Value:
         """Write the lane states back and return the cursor."""
         for v in self.vectors:
-            store(self.b, self.get(v), self.states, self.index(v * WIDTH))
+            store(self.b, self.get(v), self.states, int64(v * WIDTH))
         return self.cursor()
 
     def refill(self, v: int, state: Vec) -> None:
@@ -192,24 +189,17 @@ def _take_token(loop: _Loop, v: int, slot: Vec) -> None:
 def _decode_step_wide(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
     """One step whose tokens may carry raw bits."""
     b = loop.b
-    loop.begin(place)
-    slots = [_decode_slot(loop, v, place(v)) for v in loop.vectors]
-    values = []
-    for v, slot in zip(loop.vectors, slots, strict=True):
-        _take_token(loop, v, slot)
-        count = (slot >> 27).at_most(loop.inline)
-        values.append(cgutils.alloca_once_value(b, _take_bits(loop, v, (slot >> 23) & 15, count).value))
+    slots, values = _decode_inline(loop, place)
+    cells = [cgutils.alloca_once_value(b, value.value) for value in values]
     most = slots[0]
     for slot in slots[1:]:
         most = (most < slot).choose(slot, most)
     with b.if_then((most >= ((loop.inline + 1) << 27)).any(), likely=False):
-        rest = [(slot >> 27).less(loop.inline) for slot in slots]
-        first = [r.at_most(16) for r in rest]
-        second = [r - f for r, f in zip(rest, first, strict=True)]
-        _decode_raw(loop, values, first)
+        first, second = _beyond_inline(loop, slots)
+        _decode_raw(loop, cells, first)
         with b.if_then(_any(loop, [s.nonzero() for s in second]), likely=False):
-            _decode_raw(loop, values, second)
-    loop.put([Vec(b, b.load(value, typ=vector_of(I32))) for value in values], place)
+            _decode_raw(loop, cells, second)
+    loop.put([Vec(b, b.load(cell, typ=vector_of(I32))) for cell in cells], place)
 
 
 def _decode_step_raw(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
@@ -217,21 +207,32 @@ def _decode_step_raw(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
 
     No branch has to be foreseen: to have been wrong costs as much as the gathers that were begun for nothing.
     """
-    loop.begin(place)
-    slots = [_decode_slot(loop, v, place(v)) for v in loop.vectors]
-    values = []
-    for v, slot in zip(loop.vectors, slots, strict=True):
-        _take_token(loop, v, slot)
-        count = (slot >> 27).at_most(loop.inline)
-        values.append(_take_bits(loop, v, (slot >> 23) & 15, count))
-    rest = [(slot >> 27).less(loop.inline) for slot in slots]
-    first = [r.at_most(16) for r in rest]
-    second = [r - f for r, f in zip(rest, first, strict=True)]
+    slots, values = _decode_inline(loop, place)
+    first, second = _beyond_inline(loop, slots)
     values = [_take_bits(loop, v, values[v], first[v]) for v in loop.vectors]
     cells = [cgutils.alloca_once_value(loop.b, value.value) for value in values]
     with loop.b.if_then(_any(loop, [s.nonzero() for s in second]), likely=False):
         _decode_raw(loop, cells, second)
     loop.put([Vec(loop.b, loop.b.load(cell, typ=vector_of(I32))) for cell in cells], place)
+
+
+def _decode_inline(loop: _Loop, place: Callable[[int], ir.Value]) -> tuple[list[Vec], list[Vec]]:
+    """(slots, values) of a step, of the values' raw bits those that are inline."""
+    loop.begin(place)
+    slots = [_decode_slot(loop, v, place(v)) for v in loop.vectors]  # gathers first: they overlap
+    values = []
+    for v, slot in zip(loop.vectors, slots, strict=True):
+        _take_token(loop, v, slot)
+        count = (slot >> 27).at_most(loop.inline)
+        values.append(_take_bits(loop, v, (slot >> 23) & 15, count))
+    return slots, values
+
+
+def _beyond_inline(loop: _Loop, slots: list[Vec]) -> tuple[list[Vec], list[Vec]]:
+    """How many raw bits the second and the third pull take."""
+    rest = [(slot >> 27).less(loop.inline) for slot in slots]
+    first = [r.at_most(16) for r in rest]
+    return first, [r - f for r, f in zip(rest, first, strict=True)]
 
 
 def _decode_raw(loop: _Loop, values: list[ir.Value], counts: list[Vec]) -> None:
@@ -330,8 +331,8 @@ def _underestimate(b: ir.IRBuilder, state: Vec, frequency: Vec) -> Vec:
 
 
 def _place(loop: _Loop, step: ir.Value) -> Callable[[int], ir.Value]:
-    first = loop.b.mul(step, loop.index(WIDTH * len(loop.vectors)))
-    return lambda v: loop.b.add(first, loop.index(v * WIDTH))
+    first = loop.b.mul(step, int64(WIDTH * len(loop.vectors)))
+    return lambda v: loop.b.add(first, int64(v * WIDTH))
 
 
 class _WriteLoop(_Loop):
@@ -364,7 +365,7 @@ def _make_encoder(vectors: int) -> Any:
             loop = _WriteLoop(context, builder, signature, args, vectors)
             loop.direct = builder.trunc(loop.direct, I32)
             loop.tail = splat(builder, builder.trunc(loop.tail, I32))
-            last = builder.sub(loop.steps, loop.index(1))
+            last = builder.sub(loop.steps, int64(1))
             with cgutils.for_range(builder, loop.steps) as turn:
                 _encode_step(loop, _place(loop, builder.sub(last, turn.index)))
             return loop.finish()

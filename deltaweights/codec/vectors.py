@@ -188,7 +188,7 @@ def gather(builder: ir.IRBuilder, base: ir.Value, index: Vec) -> Vec:
 def prefetch(builder: ir.IRBuilder, out: ir.Value, at: ir.Value, element: ir.Type) -> None:
     """Ask for the cache line that will be written some turns after `out[at]`: waiting for it then would
     stall all lanes."""
-    bring(builder, out, builder.add(at, ir.Constant(I64, _AHEAD * 8 // element.width)), element)
+    bring(builder, out, builder.add(at, int64(_AHEAD * 8 // element.width)), element)
 
 
 def bring(
@@ -243,9 +243,7 @@ def compress(context: Any, builder: ir.IRBuilder, value: ir.Value, mask: Vec, wh
     """The set lanes of a vector in a row from `where` on; up to a whole vector is written there."""
     kind = value.type
     if _has(context, "avx512f") or not _shuffle_of(context):
-        name = f"llvm.experimental.vector.compress.v{kind.count}i{kind.element.width}"
-        arguments = [(kind, value), (mask.value.type, mask.value), (kind, ir.Constant(kind, ir.Undefined))]
-        builder.store(call(builder, name, kind, arguments), where, align=kind.element.width // 8)
+        builder.store(_packed(builder, value, mask), where, align=kind.element.width // 8)
         return
     for piece in _pieces(builder, kind, mask):
         packed = _reorder(context, builder, piece.part_of(value), piece, "compress")
@@ -263,27 +261,31 @@ def compress_before(
     kind, bits = vector_of(I16), vector_of(I1)
     words, at = vector.words(), builder.sub(end, mask.count())
     if _has(context, "avx512f") or not _shuffle_of(context):
-        arguments = [(kind, words), (bits, mask.value), (kind, ir.Constant(kind, ir.Undefined))]
-        packed = call(builder, "llvm.experimental.vector.compress.v16i16", kind, arguments)
         one = ir.Constant(I32, 1)
         count = builder.trunc(mask.count(), I32)
         run = builder.bitcast(builder.trunc(builder.sub(builder.shl(one, count), one), I16), bits)
         arguments = [
-            (kind, packed),
+            (kind, _packed(builder, words, mask)),
             (POINTER, address(builder, base, at, I16)),
             (I32, ir.Constant(I32, 2)),
             (bits, run),
         ]
         call(builder, "llvm.masked.store.v16i16.p0", ir.VoidType(), arguments)
         return at
-    for piece in reversed(
-        _pieces(builder, kind, mask)
-    ):  # each is written over what the one before had too much
+    for piece in reversed(_pieces(builder, kind, mask)):  # each over what the one behind it has in front
         packed = _reorder(context, builder, piece.part_of(words), piece, "compress to the end")
         stop = builder.add(builder.add(at, piece.before), piece.count)
         where = address(builder, base, builder.sub(stop, int64(piece.kind.count)), I16)
         builder.store(packed, where, align=2)
     return at
+
+
+def _packed(builder: ir.IRBuilder, value: ir.Value, mask: Vec) -> ir.Value:
+    """The set lanes first; anything in the others."""
+    kind = value.type
+    arguments = [(kind, value), (mask.value.type, mask.value), (kind, ir.Constant(kind, ir.Undefined))]
+    name = f"llvm.experimental.vector.compress.v{kind.count}i{kind.element.width}"
+    return call(builder, name, kind, arguments)
 
 
 # Where no instruction expands or compresses, one that shuffles bytes does, in pieces of eight lanes or of 16
