@@ -48,7 +48,7 @@ def nudge(model: nn.Module, seed: int = 1, std: float = 1e-3) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             step = torch.empty(parameter.shape).normal_(0, std, generator=generator)
-            parameter.add_(step.to(parameter.dtype))
+            parameter.add_(step.to(parameter))
 
 
 class Tied(nn.Module):
@@ -66,7 +66,7 @@ class Tied(nn.Module):
 
 def raw(tensor: Tensor) -> bytes:
     """The bytes of a tensor in row-major order."""
-    return byte_view(tensor.contiguous()).numpy().tobytes()
+    return byte_view(tensor.contiguous()).cpu().numpy().tobytes()
 
 
 def raw_state(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]:
