@@ -100,23 +100,29 @@ Took = tuple[float, float]  # seconds by the clock, seconds of the CPU's in all 
 
 
 def timed(action: Callable[[], object]) -> Took:
-    """How long it takes."""
+    """How long it takes, on a device too."""
     before, start = os.times(), time.perf_counter()
     action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     wall, after = time.perf_counter() - start, os.times()
     return wall, after.user + after.system - before.user - before.system
 
 
 def load(path: Path, model: State) -> None:
     """What an engine does without a stream: as load_state_dict copies into the parameters."""
-    loaded = load_file(path)
+    device = next(iter(model.values())).device
+    loaded = load_file(path, device=str(device))
     for name, tensor in model.items():
         tensor.copy_(loaded[name])
 
 
-def measure(folder: Path, states: tuple[State, State], repeats: int) -> tuple[int, dict[str, list[Took]]]:
+def measure(
+    folder: Path, states: tuple[State, State], repeats: int, device: str
+) -> tuple[int, dict[str, list[Took]]]:
     """The largest update's bytes; and save, publish, load and sync the two states by turns."""
     file, stream = folder / "state.safetensors", folder / "stream"
+    states = states if device == "cpu" else tuple({n: t.to(device) for n, t in s.items()} for s in states)  # type: ignore[assignment]
     plain, checked, in_place = ({n: t.clone() for n, t in states[0].items()} for _ in range(3))
     took: dict[str, list[Took]] = {}
     with DeltaPublisher(stream, states[0], anchor_base=False, anchor_every=None) as publisher:
@@ -132,7 +138,7 @@ def measure(folder: Path, states: tuple[State, State], repeats: int) -> tuple[in
                 "save": partial(save_file, state, file),
                 "publish": partial(publisher.publish, step, state),
                 "load": partial(load, file, plain),
-                "load_file alone": partial(load_file, file),
+                "load_file alone": partial(load_file, file, device=device),
             }
             actions |= {name: partial(one.sync, model) for name, (one, model) in followers.items()}
             for name, action in actions.items():
@@ -150,6 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tensors", type=int, default=64, help="of 16 MiB each")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu", help="where both models lie, such as cuda; default cpu")
     parser.add_argument("--folder", type=Path, help="where the files go; /dev/shm if it has room, else disk")
     options = parser.parse_args()
     memory, needed = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 8 * options.tensors << 24
@@ -163,7 +170,7 @@ def main() -> None:
         plain, packed = places_and_values(*both)
         full = sum(tensor.nbytes for tensor in both[0].values())
         with pairs.work_folder(options.folder, 2 * full) as folder:
-            update, took = measure(folder, both, options.repeats)
+            update, took = measure(folder, both, options.repeats, options.device)
         del both  # before the next ones
         rows = [[title, "bytes", "of the state", "times the update's"]]
         for name, size in (

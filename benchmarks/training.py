@@ -61,18 +61,24 @@ class Holder(nn.Module):
             module.register_parameter(last, nn.Parameter(memory, requires_grad=False))
 
 
-def load_target(pair: pairs.Pair) -> dict[str, Tensor]:
+def load_target(pair: pairs.Pair, device: str = "cpu") -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for path in sorted(pair.target.glob("*.safetensors")):
-        state |= load_file(path)
+        state |= load_file(path, device=device)
     return state
 
 
-def load_times(pair: pairs.Pair, repeats: int) -> dict[str, float]:
+def wait_for(device: str) -> None:
+    """Until the device has done all that was asked of it."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def load_times(pair: pairs.Pair, repeats: int, device: str) -> dict[str, float]:
     """The median seconds of each way, interleaved, each into memory of its own that was written before."""
     delta = pair.root / "delta"
     ways: dict[str, Callable[[nn.Module], object]] = {
-        "plain": lambda model: model.load_state_dict(load_target(pair)),
+        "plain": lambda model: model.load_state_dict(load_target(pair, device)),
         "load_into": lambda model: load_into(model, delta, pair.base),
         "sha256": lambda model: load_into(model, delta, pair.base, sha256=True),
     }
@@ -80,13 +86,15 @@ def load_times(pair: pairs.Pair, repeats: int) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats + 1):
         for name, load in ways.items():
-            model = Holder(expected, "cpu")
+            model = Holder(expected, device)
             gc.collect()
+            wait_for(device)
             start = time.perf_counter()
             load(model)
+            wait_for(device)
             seconds[name].append(time.perf_counter() - start)
             state = model.state_dict()
-            assert all(torch.equal(state[key], expected[key]) for key in expected)
+            assert all(torch.equal(state[key].cpu(), expected[key]) for key in expected)
             del model, state
     return {name: median(values[1:]) for name, values in seconds.items()}  # the first warms up
 
@@ -108,11 +116,13 @@ def measure_memory(root: Path) -> None:
     print(peak_memory() - before - sum(p.nbytes for p in model.parameters()))
 
 
-def bench_load(pair: pairs.Pair, update: float, repeats: int) -> tuple[list[list[str]], list[str]]:
+def bench_load(
+    pair: pairs.Pair, update: float, repeats: int, device: str
+) -> tuple[list[list[str]], list[str]]:
     """Rows of the table, and the figures that do not hold."""
     delta = pair.root / "delta"
     run_measured(deltaweights("diff", pair.base, pair.target, "-o", delta, "-q"))
-    times = load_times(pair, repeats)
+    times = load_times(pair, repeats, device)
     command = [sys.executable, __file__, "--memory-of", str(pair.root)]
     beyond = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     shutil.rmtree(delta)
@@ -205,6 +215,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="default 5")
     parser.add_argument("--steps", type=int, default=40, help="of the fine-tuning, default 40")
     parser.add_argument("--folder", type=Path, help="where the files go; /dev/shm if it has room, else disk")
+    parser.add_argument("--device", default="cpu", help="where the model lies, such as cuda; default cpu")
     parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
@@ -216,7 +227,7 @@ def main() -> None:
         for update in (2e-4, 1e-6):
             pair = pairs.Pair(folder / "pair")
             pairs.make_in_child(pair, nbytes, shards=options.shards, update=update)
-            rows, worse = bench_load(pair, update, options.repeats)
+            rows, worse = bench_load(pair, update, options.repeats, options.device)
             print_table(rows)
             missed += worse
             if update == 1e-6:

@@ -31,7 +31,7 @@ from ..pipeline import result_of
 from .layout import Layout, lay_out
 from .load import load_into
 from .memory import MemorySource
-from .tensors import byte_view
+from .tensors import byte_view, settle
 
 _NAME = re.compile(r"step-(\d{8,})(?:-on-(\d{8,}))?", re.ASCII)
 _PARTIAL, _TRASH, _LOCK = ".partial", ".trash", ".lock"
@@ -226,9 +226,7 @@ class DeltaCheckpointer:
             for name, tensor in tensors.items():
                 snapshot[name] = _like(tensor, spare.get(name))
                 _copy_bytes(tensor, snapshot[name])
-        tensors_there = (tensor for tensors, _ in layout.shards.values() for tensor in tensors.values())
-        for device in {tensor.device for tensor in tensors_there if tensor.is_cuda}:
-            torch.cuda.synchronize(device)
+        settle(tensor for tensors, _ in layout.shards.values() for tensor in tensors.values())
         self._snapshots.append(snapshot)
         shards = {
             path: ({name: snapshot[name] for name in tensors}, metadata)

@@ -18,7 +18,7 @@ from ..checkpoint import Location, OutputFolder, Readable
 from ..errors import CheckpointError
 from ..pipeline import Meter, ProgressCallback, Workers
 from ..target import Target, TensorRecipe, check_digest
-from .tensors import byte_view, dtype_of, torch_shape
+from .tensors import byte_view, dtype_of, settle, torch_shape
 
 #: Chunks that a thread takes at once.
 _BATCH = 16
@@ -288,6 +288,7 @@ def _fill(
             chosen = [tensor for name, tensor in recipe.tensors.items() if name in wanted]
             target.read_tables(chosen)  # before memory is taken: payloads that long must exist
             slots = [_Slot(tensor, take(tensor)) for tensor in chosen]
+            settle(slot.tensor for slot in slots)
             is_whole = len(chosen) == len(recipe.tensors) and all(slot.direct is not None for slot in slots)
             digest = hashlib.sha256(recipe.header.raw) if sha256 and is_whole else None
             with target.expect((slot.recipe, i) for slot in slots for i in range(slot.recipe.plan.count)):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checkpoint import HubId, ReadableFile, Source, Span, TensorInfo, build_header, file_blocks
 from ..errors import CheckpointError
-from .tensors import byte_view, code_of, stored_shape
+from .tensors import byte_view, code_of, settle, stored_shape
 
 #: The order of tensors in a file that safetensors writes: by dtype in this order, then by name. It is the
 #: reverse of how that library lists its dtypes, so that wide elements come first and all are aligned.
@@ -89,6 +89,7 @@ class MemorySource:
             path: MemoryFile(path, [np.frombuffer(data, np.uint8)]) for path, data in files.items()
         }
         for path, (tensors, metadata) in shards.items():
+            settle(tensors.values())
             self._files[path] = MemoryFile(path, _safetensors(tensors, metadata))
         self._others = others
         self._elsewhere = _without_weights(others) if others else set()

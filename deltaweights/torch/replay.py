@@ -116,17 +116,18 @@ class Replay:
                     "Untie them, as the publisher does.",
                 )
         self._buffers = _Buffers()
-        #: Chunks that are written already, in memory, and what was there.
-        self._overwritten: list[tuple[NDArray[np.uint8], list[codec.Overwritten]]] = []
+        #: Chunks that are written already, and what was there.
+        self._overwritten: list[tuple[_Chunk, list[codec.Overwritten]]] = []
         #: Chunks that are checked and still to be written.
         self._checked: list[_Chunk] = []
 
     def apply(self, workers: Workers, *, in_place: bool) -> None:
         """Bring the tensors to the last step. Every chunk is checked after every step.
 
-        A chunk of which little changes, in the CPU's memory, gets that where it lies. What was there is kept
-        until all chunks are checked, unless ``in_place``. Other chunks are decoded and checked, and when all
-        are, decoded again and written; ``in_place``, each is written as soon as it is checked.
+        A chunk of which little changes gets that where it lies, or in a copy that is written back to its
+        device. What was there is kept until all chunks are checked, unless ``in_place``. Other chunks are
+        decoded and checked, and when all are, decoded again and written; ``in_place``, each is written as
+        soon as it is checked.
 
         Raises:
             BaseMismatchError: the tensors are not what the first update was made from.
@@ -167,14 +168,17 @@ class Replay:
         """Make sure that a chunk can be decoded; write it if that can be undone."""
         overwritten = self._patch(chunk)
         if overwritten is not None:
-            self._overwritten.append((self._read(chunk), overwritten))
+            self._overwritten.append((chunk, overwritten))
         elif self._decode(chunk, check=True) is not None:
             self._checked.append(chunk)
 
     def _put_back(self) -> None:
         """Undo what :meth:`_stage` wrote."""
         while self._overwritten:
-            _put_back(*self._overwritten.pop())
+            chunk, overwritten = self._overwritten.pop()
+            memory = self._read(chunk)
+            _put_back(memory, overwritten)
+            self._give_back(chunk, memory)
 
     def _check_and_write(self, chunk: _Chunk) -> None:
         if self._patch(chunk) is None:
@@ -200,6 +204,12 @@ class Replay:
         """A chunk as it is: the tensor's own memory on a CPU, else a copy."""
         return self._state[chunk[0]].read(*self._span(chunk))
 
+    def _give_back(self, chunk: _Chunk, memory: NDArray[np.uint8]) -> None:
+        """Write what :meth:`_read` gave and was changed since, if it is a copy."""
+        tensor = self._state[chunk[0]]
+        if not tensor.is_on_cpu:
+            tensor.write(self._span(chunk)[0], memory)
+
     def _patch(self, chunk: _Chunk) -> list[codec.Overwritten] | None:
         """Take a chunk through all steps where it lies, if each of them changes little of it.
 
@@ -208,11 +218,14 @@ class Replay:
         """
         name, index = chunk
         tensor = self._state[name]
-        if self._starts_anew or not tensor.is_on_cpu:
+        if self._starts_anew:
             return None
+        steps = list(self._steps(chunk))
+        if not steps:
+            return []
         memory, done, is_done = self._read(chunk), list[codec.Overwritten](), False
         try:
-            for payload in self._steps(chunk):
+            for payload in steps:
                 method, data = payload.data(index, self._buffers.data)
                 overwritten = codec.patch_chunk(method, data, memory, tensor.code)
                 if overwritten is None:
@@ -221,6 +234,7 @@ class Replay:
                 if not payload.leads_to(index, memory):
                     done.pop().put_back(memory)
                     raise _fault(payload, chunk, memory, _WRONG)
+            self._give_back(chunk, memory)
             is_done = True
             return done
         except PayloadError as error:

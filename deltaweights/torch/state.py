@@ -14,7 +14,7 @@ from .. import codec
 from ..errors import CheckpointError
 from ..pipeline import Workers
 from .stream import CHUNK_BYTES, tensor_digest
-from .tensors import byte_view, code_of, sharing, stored_shape
+from .tensors import byte_view, code_of, settle, sharing, stored_shape
 
 #: A model, or its tensors by name.
 State: TypeAlias = "nn.Module | Mapping[str, Tensor]"
@@ -94,7 +94,7 @@ class StateTensor:
 
 
 def state_of(state: State) -> dict[str, StateTensor]:
-    """The state's tensors, sorted by name.
+    """The state's tensors, sorted by name. Their devices have done what was asked of them.
 
     Raises:
         CheckpointError: there is none; one has no bytes (sparse, meta), or no dtype that safetensors has; two
@@ -105,6 +105,7 @@ def state_of(state: State) -> dict[str, StateTensor]:
     if not tensors:
         raise CheckpointError("The state has no tensors", "", "Pass a model or its state_dict().")
     found = {name: StateTensor(name, tensor) for name, tensor in tensors.items()}
+    settle(tensors.values())
     # Others than contiguous ones may lie between each other without a byte in common.
     for names in sharing({name: tensor for name, tensor in tensors.items() if tensor.is_contiguous()}):
         if len({found[name].identity for name in names}) > 1:

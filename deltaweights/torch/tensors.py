@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -90,6 +90,13 @@ def torch_shape(name: str, code: str, shape: tuple[int, ...]) -> tuple[int, ...]
 def byte_view(tensor: Tensor) -> Tensor:
     """The bytes of a contiguous tensor: uint8, one dimension, the same memory on the same device."""
     return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def settle(tensors: Iterable[Tensor]) -> None:
+    """Wait until the tensors' CUDA devices have done all that was asked of them, on whatever stream: other
+    threads then find in the tensors what the caller would."""
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        torch.cuda.synchronize(device)
 
 
 def sharing(state: Mapping[str, Tensor]) -> list[list[str]]:

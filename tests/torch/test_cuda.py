@@ -105,8 +105,7 @@ def test_a_model_on_cuda_is_saved(tmp_path: Path) -> None:
 def test_checkpoints_of_a_model_on_cuda(qwen2: Trio, tmp_path: Path, anchor_every: int) -> None:
     """Each is what the model was when it was saved, though it goes on being trained at once."""
     model, states = on_cuda(tiny_qwen2()), {}
-    options = {"anchor_every": anchor_every}
-    with DeltaCheckpointer(tmp_path / "kept", qwen2.base, **options) as checkpointer:
+    with DeltaCheckpointer(tmp_path / "kept", qwen2.base, anchor_every=anchor_every) as checkpointer:
         for step in range(4):
             nudge(model, seed=step)
             states[step] = raw_state(model.state_dict())
@@ -130,7 +129,7 @@ class Layers(nn.Module):
         self.embed = nn.Embedding(900, 2000, dtype=torch.bfloat16)
         self.head = nn.Linear(2000, 900, bias=True, dtype=torch.bfloat16)
         self.head.weight = self.embed.weight
-        self.half = nn.Linear(500, 600, dtype=torch.float16)
+        self.halves = nn.Linear(500, 600, dtype=torch.float16)
         self.wide = nn.Linear(300, 400)
         self.turned = nn.Parameter(torch.randn(700, 900, dtype=torch.bfloat16).t())
         self.register_buffer("count", torch.tensor(0))
