@@ -8,7 +8,17 @@ layers use the same pieces a chunk at a time: :class:`ChunkPlan`, :func:`encode_
 :func:`decode_chunk`, :func:`check_records`.
 """
 
-from .chunk import MAX_CHUNK, STANDALONE, Method, Overwritten, decode_chunk, encode_chunk, patch_chunk
+from .chunk import (
+    MAX_CHUNK,
+    STANDALONE,
+    Method,
+    Overwritten,
+    Patch,
+    decode_chunk,
+    encode_chunk,
+    patch_chunk,
+    read_patch,
+)
 from .convert import convert, is_convertible, rescale
 from .opaque import compress_blocks, decompress_blocks
 from .payload import (
@@ -31,6 +41,7 @@ __all__ = [
     "ChunkPlan",
     "Method",
     "Overwritten",
+    "Patch",
     "check_records",
     "checksum",
     "compress_blocks",
@@ -44,5 +55,6 @@ __all__ = [
     "encode_chunk",
     "is_convertible",
     "patch_chunk",
+    "read_patch",
     "rescale",
 ]

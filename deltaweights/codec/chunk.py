@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import PayloadError
 from . import drift, floats, generic, planes, sparse, window
-from .sparse import Overwritten
+from .sparse import Overwritten, Patch
 from .ulp import FORMATS, FloatFormat
 
 __all__ = [
@@ -26,9 +26,11 @@ __all__ = [
     "STANDALONE",
     "Method",
     "Overwritten",
+    "Patch",
     "decode_chunk",
     "encode_chunk",
     "patch_chunk",
+    "read_patch",
 ]
 
 Bytes = NDArray[np.uint8]
@@ -227,6 +229,18 @@ def patch_chunk(
     if method != Method.SPARSE or form is None or len(chunk) % form.itemsize:
         return None
     return sparse.patch_sparse(np.frombuffer(data, np.uint8), chunk, form)
+
+
+def read_patch(method: int, data: bytes | memoryview | Bytes, nbytes: int, dtype: str) -> Patch | None:
+    """What changes in a chunk of `nbytes` bytes, where the data is a list of that and little does.
+
+    None where the chunk is coded otherwise or has elements of 64 bits. PayloadError where data codes no such
+    chunk.
+    """
+    form = FORMATS.get(dtype)
+    if method != Method.SPARSE or form is None or nbytes % form.itemsize:
+        return None
+    return sparse.read_patch(np.frombuffer(data, np.uint8), nbytes // form.itemsize, form)
 
 
 def _check(base: Bytes | None, chunk: Bytes, *, written: bool = False) -> None:

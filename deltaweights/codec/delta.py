@@ -605,25 +605,41 @@ def decode(base, out, opened):
 
     base, out   uint8, uint16, uint32 or uint64[n]
     """
+    states, settings, rest = _states(), _settings(), _rest()
+    count = open_chunk(len(out), opened, states, settings)
+    if count < 0:
+        return -count
+    rest[:] = 0
+    scales = opened.scales[: segments_of(len(out), opened.layout[LOG_SEGMENT])]
+    is_whole = decode_elements(base, scales, opened, opened.words[:count], settings, states, rest, out)
+    return FINE if is_whole else BAD_REST
+
+
+@kernel()
+def open_chunk(count, opened, states, settings):
+    """Read all of a delta but its values: fills the scales, slots and words of a spaces.OpenDelta.
+
+    count     elements
+    states    uint32[64], settings int64[4]: written, see :func:`.runs.open_head`
+
+    Returns how many words there are, GUARD included; where something does not fit, what, made negative.
+    """
     layout, family, frequencies, words = opened.layout, opened.family, opened.frequencies, opened.words
-    scales = opened.scales[: segments_of(len(out), layout[LOG_SEGMENT])]
+    scales = opened.scales[: segments_of(count, layout[LOG_SEGMENT])]
     scales[:] = opened.base_scale
     if layout[LOG_SEGMENT]:
         above = opened.above[: len(scales)]
         if not runs.decode_list(opened.listed, family, DIRECT_BITS, 0, frequencies[:1], words, above):
-            return BAD_SCALES
+            return -BAD_SCALES
         for s in range(len(scales)):
             scales[s] += above[s] & 0xFFFF
-    own, states, settings, rest = _members()[: layout[TABLES]], _states(), _settings(), _rest()
+    own = _members()[: layout[TABLES]]
     members(layout, opened.wide, opened.tweak, own)
-    rest[:], settings[TAIL] = 0, 0
-    count = runs.open_run(
+    settings[TAIL] = 0
+    filled = runs.open_run(
         opened.data, own, family, DIRECT_BITS, frequencies, opened.slots, states, settings, words
     )
-    if count == BAD:
-        return BAD_HEAD
-    is_whole = decode_elements(base, scales, opened, words[:count], settings, states, rest, out)
-    return FINE if is_whole else BAD_REST
+    return -BAD_HEAD if filled == BAD else filled
 
 
 @kernel()

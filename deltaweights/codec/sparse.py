@@ -204,6 +204,29 @@ def patch_sparse(data: Bytes, chunk: Bytes, form: FloatFormat) -> Overwritten | 
     return Overwritten(places, before)
 
 
+class Patch(NamedTuple):
+    """What makes a chunk of a base the target's: places of elements (int32[m], ascending), how far each of
+    them moves (uint32[m], zigzagged ULPs; see :mod:`.ulp`), and how many bytes an element has."""
+
+    places: NDArray[np.int32]
+    distances: NDArray[np.uint32]
+    itemsize: int
+
+
+def read_patch(data: Bytes, count: int, form: FloatFormat) -> Patch | None:
+    """A chunk of so many elements as a patch.
+
+    None where data has more than places, or elements have 64 bits; PayloadError where it codes no such chunk.
+    """
+    if form.itemsize == 8 or _follows(data):
+        return None
+    parts = _take_apart(data, count, form)
+    places = np.cumsum(parts.places.astype(np.int64) + 1) - 1
+    if places.size and places[-1] >= count:
+        raise _beyond()
+    return Patch(places.astype(np.int32), parts.values, form.itemsize)
+
+
 class _Parts(NamedTuple):
     """A sparse chunk, taken apart. The marks are one bit for each unit."""
 

@@ -18,11 +18,14 @@ from ..checkpoint.header import header_length
 from ..checkpoint.source import HEAD_BYTES, LocalFile
 from ..errors import BaseMismatchError, CheckpointError, DeltaWeightsError, HeaderError, PayloadError
 from ..pipeline import Workers
+from . import gpu
 from .state import StateTensor, owners, plan_of
 from .stream import CHUNK_BYTES, Record, damaged, tensor_digest
 
 #: Chunks that a thread takes at once.
 _BATCH = 8
+#: Chunks that are patched on a GPU at once.
+_GROUP = 64
 
 _WRONG = "it does not decode to what was encoded"
 
@@ -118,16 +121,17 @@ class Replay:
         self._buffers = _Buffers()
         #: Chunks that are written already, and what was there.
         self._overwritten: list[tuple[_Chunk, list[codec.Overwritten]]] = []
+        self._overwritten_on_gpus: list[gpu.Overwritten] = []
         #: Chunks that are checked and still to be written.
         self._checked: list[_Chunk] = []
 
     def apply(self, workers: Workers, *, in_place: bool) -> None:
         """Bring the tensors to the last step. Every chunk is checked after every step.
 
-        A chunk of which little changes gets that where it lies, or in a copy that is written back to its
-        device. What was there is kept until all chunks are checked, unless ``in_place``. Other chunks are
-        decoded and checked, and when all are, decoded again and written; ``in_place``, each is written as
-        soon as it is checked.
+        A chunk of which little changes gets that where it lies, on a GPU too, or else in a copy that is
+        written back to its device. What was there is kept until all chunks are checked, unless ``in_place``.
+        Other chunks are decoded and checked, and when all are, decoded again and written; ``in_place``, each
+        is written as soon as it is checked.
 
         Raises:
             BaseMismatchError: the tensors are not what the first update was made from.
@@ -135,10 +139,10 @@ class Replay:
                 With both, the tensors are as they were, unless ``in_place``.
         """
         if in_place:
-            self._each(workers, self._chunks(), self._check_and_write)
+            self._each(workers, self._patch_on_gpus(workers), self._check_and_write)
         else:
             try:
-                self._each(workers, self._chunks(), self._stage)
+                self._each(workers, self._patch_on_gpus(workers), self._stage)
             except BaseException:
                 self._put_back()
                 raise
@@ -159,10 +163,72 @@ class Replay:
             for _ in done:
                 pass
 
-    def _chunks(self) -> Iterator[_Chunk]:
+    def _patch_on_gpus(self, workers: Workers) -> list[_Chunk]:
+        """Patch what lies on GPUs there; returns the chunks that are left."""
+        left: list[_Chunk] = []
+        groups: list[list[_Chunk]] = []
         for name in self._payloads:
-            for index in range(plan_of(self._state[name]).count):
-                yield name, index
+            chunks = [(name, index) for index in range(plan_of(self._state[name]).count)]
+            if self._starts_anew or self._state[name].on_gpu is None:
+                left += chunks
+            else:
+                groups += [chunks[first : first + _GROUP] for first in range(0, len(chunks), _GROUP)]
+        with closing(workers.map(self._patch_group, groups)) as done:
+            for others in done:
+                left += others
+        return left
+
+    def _patch_group(self, chunks: Sequence[_Chunk]) -> list[_Chunk]:
+        """Take chunks of one tensor, in a row on a GPU, through all steps at once.
+
+        Returns those that cannot be taken so; all of them, and nothing is changed, where one turns out wrong.
+        """
+        first, end = self._span(chunks[0])[0], self._span(chunks[-1])[1]
+        memory = self._state[chunks[0][0]].on_gpu
+        assert memory is not None
+        memory = memory[first:end]
+        left: list[_Chunk] = []
+        found: list[tuple[_Chunk, int, list[codec.Patch]]] = []
+        for chunk in chunks:
+            patches = self._patches(chunk) if gpu.can_check(memory, *self._within(chunk, first)) else None
+            if patches is None:
+                left.append(chunk)
+            elif patches:
+                found.append((chunk, self._span(chunk)[0] - first, patches))
+        if not found:
+            return left
+        overwritten = [
+            gpu.patch(memory, [(start, patches[step]) for _, start, patches in found if step < len(patches)])
+            for step in range(max(len(patches) for _, _, patches in found))
+        ]
+        sums = gpu.checksums(memory, [self._within(chunk, first) for chunk, _, _ in found])
+        expected = [int(list(self._steps(chunk))[-1].records["target"][chunk[1]]) for chunk, _, _ in found]
+        if sums.tolist() != expected:
+            _put_back_on_gpu(overwritten)
+            return list(chunks)
+        self._overwritten_on_gpus += overwritten
+        return left
+
+    def _within(self, chunk: _Chunk, first: int) -> tuple[int, int]:
+        """The chunk's first byte and end, counted from byte ``first`` of its tensor."""
+        start, end = self._span(chunk)
+        return start - first, end - first
+
+    def _patches(self, chunk: _Chunk) -> list[codec.Patch] | None:
+        """What changes in a chunk at each step; None where one of them is no patch."""
+        name, index = chunk
+        start, end = self._span(chunk)
+        found = []
+        try:
+            for payload in self._steps(chunk):
+                method, data = payload.data(index, self._buffers.data)
+                patch = codec.read_patch(method, data, end - start, self._state[name].code)
+                if patch is None:
+                    return None
+                found.append(patch)
+        except PayloadError:  # whoever decodes it otherwise says what is wrong
+            return None
+        return found
 
     def _stage(self, chunk: _Chunk) -> None:
         """Make sure that a chunk can be decoded; write it if that can be undone."""
@@ -173,7 +239,8 @@ class Replay:
             self._checked.append(chunk)
 
     def _put_back(self) -> None:
-        """Undo what :meth:`_stage` wrote."""
+        """Undo what was written."""
+        _put_back_on_gpu(self._overwritten_on_gpus)
         while self._overwritten:
             chunk, overwritten = self._overwritten.pop()
             memory = self._read(chunk)
@@ -277,6 +344,11 @@ class Replay:
             is_first_anchor = self._starts_anew and number == 0
             if is_first_anchor or payload.records["method"][index] != codec.Method.SAME:
                 yield payload
+
+
+def _put_back_on_gpu(steps: list[gpu.Overwritten]) -> None:
+    while steps:
+        steps.pop().put_back()
 
 
 def _put_back(memory: NDArray[np.uint8], steps: list[codec.Overwritten]) -> None:

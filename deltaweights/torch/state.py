@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import codec
 from ..errors import CheckpointError
 from ..pipeline import Workers
+from . import gpu
 from .stream import CHUNK_BYTES, tensor_digest
 from .tensors import byte_view, code_of, settle, sharing, stored_shape
 
@@ -66,6 +67,11 @@ class StateTensor:
     def is_on_cuda(self) -> bool:
         """Whether its bytes are copied faster to pinned memory."""
         return self._tensor.is_cuda
+
+    @property
+    def on_gpu(self) -> Tensor | None:
+        """Its bytes (uint8) on a GPU that chunks can be worked on; None elsewhere."""
+        return self._flat if gpu.is_usable(self._flat.device) else None
 
     @property
     def version(self) -> int:

@@ -1,0 +1,143 @@
+"""Chunks that lie on a GPU: patched and checked there.
+
+Whatever cannot be done there, or comes out wrong, is the caller's to do on the CPU, which also finds out what
+is the matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .. import codec
+
+Words = NDArray[np.uint64]
+
+# XXH3-64 of more than 240 bytes, with seed 0 and the default secret: the constants of its specification,
+# https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md
+_SECRET = bytes.fromhex(
+    "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221"
+    "b8084674f743248ee03590e6813a264c3c2852bb91c300cb88d0658b1b532ea371644897a20df94e3819ef46a9deacd8"
+    "a8fa763fe39c343ff9dcbbc7c70b4f1d8a51e04bcdb45931c89f7ec9d9787364eac5ac8334d3ebc3c581a0fffa1363eb"
+    "170ddd51b7f0da49d316552629d4689e2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
+)
+_START = (
+    0xC2B2AE3D, 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x85EBCA77,
+    0x27D4EB2F165667C5, 0x9E3779B1,
+)  # fmt: skip
+_LENGTH_FACTOR, _LAST_FACTOR = np.uint64(_START[1]), np.uint64(0x165667919E3779F9)
+_LAST_STRIPE, _MERGE = 121, 11  # where in the secret the last stripe's key begins, and that of the end
+_SHORT = 240  # up to so many bytes are hashed in other ways
+_WORD = 8  # bytes; the kernel reads whole ones
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def is_usable(device: torch.device) -> bool:
+    """Whether chunks can be worked on there: on a CUDA device, if Triton is installed, as it is with torch's
+    builds for CUDA on Linux."""
+    return device.type == "cuda" and _has_triton()
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches kernels on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class Overwritten(NamedTuple):
+    """What stood in a tensor where it was changed: places (int32[m]) in ``elements``, and what was there."""
+
+    elements: Tensor
+    places: Tensor
+    before: Tensor
+
+    def put_back(self) -> None:
+        """Make the tensor what it was."""
+        self.elements[self.places.long()] = self.before
+
+
+def patch(data: Tensor, patches: Sequence[tuple[int, codec.Patch]]) -> Overwritten:
+    """Move elements of ``data``.
+
+    Args:
+        data: bytes (uint8) on a device that :func:`is_usable`, fewer than 2^31, at an address that is a
+            multiple of the elements' size.
+        patches: one or more, of elements of one size, and from which byte of ``data`` on each counts; all
+            places are different, and within the data.
+    """
+    from . import gpu_kernels
+
+    itemsize = patches[0][1].itemsize
+    elements = data.view(_INTEGERS[itemsize])
+    places = np.concatenate([patch.places + np.int32(start // itemsize) for start, patch in patches])
+    distances = np.concatenate([patch.distances for _, patch in patches]).view(np.int32)
+    where, moves = (torch.from_numpy(array).to(data.device) for array in (places, distances))
+    before = torch.empty(len(places), dtype=elements.dtype, device=data.device)
+    blocks = -(-len(places) // gpu_kernels.PATCH_BLOCK.value)
+    if blocks:
+        with _on(data.device):
+            gpu_kernels.patch[(blocks,)](elements, where, moves, before, len(places), width=8 * itemsize)
+    return Overwritten(elements, where, before)
+
+
+def can_check(data: Tensor, start: int, end: int) -> bool:
+    """Whether :func:`checksums` can take these bytes of ``data``."""
+    return end - start > _SHORT and not (data.data_ptr() + start) % _WORD and not (end - start) % _WORD
+
+
+def checksums(data: Tensor, spans: Sequence[tuple[int, int]]) -> Words:
+    """The XXH3-64 of some stretches (first byte and end) of ``data`` (uint8) on a device that
+    :func:`is_usable`; each of them one that :func:`can_check`."""
+    from . import gpu_kernels
+
+    lengths = np.array([end - start for start, end in spans], np.int64)
+    addresses = np.array([start for start, _ in spans], np.int64) + data.data_ptr()
+    found = torch.empty(len(spans), 8, dtype=torch.int64, device=data.device)
+    if len(spans):
+        given = [torch.from_numpy(array).to(data.device) for array in (addresses, lengths)]
+        with _on(data.device):
+            gpu_kernels.xxh3_accumulators[(len(spans),)](*given, *_constants(data.device), found, num_warps=1)
+    return _merged(found.cpu().numpy().view(np.uint64), lengths.view(np.uint64))
+
+
+@cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The kernel's keys and what its accumulators begin with."""
+    last = _SECRET[_LAST_STRIPE : _LAST_STRIPE + 64]
+    keys, start = np.frombuffer(_SECRET + last, "<i8"), np.array(_START, np.uint64).view(np.int64)
+    return torch.tensor(keys, device=device), torch.tensor(start, device=device)
+
+
+def _merged(accumulators: Words, lengths: Words) -> Words:
+    """The hashes, from eight accumulators each."""
+    keys = np.frombuffer(_SECRET[_MERGE : _MERGE + 64], "<u8")
+    mixed = accumulators ^ keys
+    found: Words = lengths * _LENGTH_FACTOR + _folded(mixed[:, ::2], mixed[:, 1::2]).sum(
+        axis=1, dtype=np.uint64
+    )
+    found ^= found >> np.uint64(37)
+    found *= _LAST_FACTOR
+    return found ^ (found >> np.uint64(32))
+
+
+def _folded(a: Words, b: Words) -> Words:
+    """The product's lower 64 bits XOR its upper ones."""
+    half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
+    middle = (a >> half) * (b & low) + (((a & low) * (b & low)) >> half)
+    other = (a & low) * (b >> half) + (middle & low)
+    upper = (a >> half) * (b >> half) + (middle >> half) + (other >> half)
+    result: Words = (a * b) ^ upper
+    return result
