@@ -636,6 +636,29 @@ class TensorRecipe:
         start, end = self._base_bytes(index)
         return _scratch.fill(end - start, partial(self.base.read_into, start))
 
+    def read_base_into(self, first: int, out: NDArray[np.uint8]) -> None:
+        """Fill ``out`` (uint8) with the base's bytes from chunk ``first`` on, in its own dtype."""
+        assert self.base is not None
+        self.base.read_into(self._base_bytes(first)[0], out)
+
+    def read_coded(self, first: int, end: int) -> list[tuple[int, NDArray[np.uint8]]]:
+        """How chunks ``first`` to ``end - 1`` are coded, and the data of each, valid until this thread reads
+        more. Raises :class:`PayloadError` where that is longer than the chunk."""
+        records, starts = self.table
+        lengths = records["length"][first:end].tolist()
+        for index, length in enumerate(lengths, first):
+            self._check_length(index, length)
+        data = _scratch.take("payload", sum(lengths))
+        self._payload.read_into(int(starts[first]), data)
+        begins = [int(start - starts[first]) for start in starts[first:end]]
+        parts = [data[begin : begin + length] for begin, length in zip(begins, lengths, strict=True)]
+        return list(zip(records["method"][first:end].tolist(), parts, strict=True))
+
+    def _check_length(self, index: int, length: int) -> None:
+        start, end = self.plan.span(index)
+        if length > end - start:
+            raise self._damaged(f"A chunk of {end - start} bytes is coded in {length}")
+
     def matches_base(self, index: int) -> bool:
         """Whether the base's bytes for chunk ``index`` are those that the delta was made from."""
         return codec.checksum(self._read_base(index)) == int(self.table[0]["base"][index])
@@ -677,8 +700,7 @@ class TensorRecipe:
     def _decode(self, index: int, base: NDArray[np.uint8] | None, out: NDArray[np.uint8]) -> None:
         records, starts = self.table
         length = int(records["length"][index])
-        if length > out.size:
-            raise self._damaged(f"A chunk of {out.size} bytes is coded in {length}")
+        self._check_length(index, length)
         data = _scratch.take("payload", length)
         self._payload.read_into(int(starts[index]), data)
         try:

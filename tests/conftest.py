@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from deltaweights import make_delta
@@ -22,6 +23,9 @@ from deltaweights.checkpoint import client
 
 from .checkpoints import bf16, contents, weights, write_pair, write_safetensors
 from .hub_server import HubServer
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton, which reads it then
 
 settings.register_profile(
     "deltaweights",

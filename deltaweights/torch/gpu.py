@@ -52,9 +52,14 @@ def is_usable(device: torch.device) -> bool:
     return device.type == "cuda" and _has_triton()
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches kernels on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def upload(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy of an array (of signed integers, or bytes) on the device."""
+    return torch.from_numpy(array).to(device)
 
 
 class Overwritten(NamedTuple):
@@ -84,33 +89,52 @@ def patch(data: Tensor, patches: Sequence[tuple[int, codec.Patch]]) -> Overwritt
     elements = data.view(_INTEGERS[itemsize])
     places = np.concatenate([patch.places + np.int32(start // itemsize) for start, patch in patches])
     distances = np.concatenate([patch.distances for _, patch in patches]).view(np.int32)
-    where, moves = (torch.from_numpy(array).to(data.device) for array in (places, distances))
+    where, moves = upload(places, data.device), upload(distances, data.device)
     before = torch.empty(len(places), dtype=elements.dtype, device=data.device)
     blocks = -(-len(places) // gpu_kernels.PATCH_BLOCK.value)
     if blocks:
-        with _on(data.device):
+        with on(data.device):
             gpu_kernels.patch[(blocks,)](elements, where, moves, before, len(places), width=8 * itemsize)
     return Overwritten(elements, where, before)
 
 
+def addresses(data: Tensor, start: int, end: int) -> tuple[int, int]:
+    """Where these bytes of ``data`` (uint8) lie, for :class:`Checksums`."""
+    return data.data_ptr() + start, data.data_ptr() + end
+
+
 def can_check(data: Tensor, start: int, end: int) -> bool:
-    """Whether :func:`checksums` can take these bytes of ``data``."""
+    """Whether :class:`Checksums` can take these bytes of ``data``."""
     return end - start > _SHORT and not (data.data_ptr() + start) % _WORD and not (end - start) % _WORD
 
 
-def checksums(data: Tensor, spans: Sequence[tuple[int, int]]) -> Words:
-    """The XXH3-64 of some stretches (first byte and end) of ``data`` (uint8) on a device that
-    :func:`is_usable`; each of them one that :func:`can_check`."""
-    from . import gpu_kernels
+class Checksums:
+    """The XXH3-64 of stretches of memory on a device, being computed.
 
-    lengths = np.array([end - start for start, end in spans], np.int64)
-    addresses = np.array([start for start, _ in spans], np.int64) + data.data_ptr()
-    found = torch.empty(len(spans), 8, dtype=torch.int64, device=data.device)
-    if len(spans):
-        given = [torch.from_numpy(array).to(data.device) for array in (addresses, lengths)]
-        with _on(data.device):
-            gpu_kernels.xxh3_accumulators[(len(spans),)](*given, *_constants(data.device), found, num_warps=1)
-    return _merged(found.cpu().numpy().view(np.uint64), lengths.view(np.uint64))
+    Args:
+        device: one that :func:`is_usable`.
+        spans: the address of the first byte and behind the last, of what :func:`can_check`. It has to stay.
+    """
+
+    def __init__(self, device: torch.device, spans: Sequence[tuple[int, int]]) -> None:
+        from . import gpu_kernels
+
+        starts, ends = np.array(spans, np.int64).reshape(-1, 2).T
+        self._lengths = ends - starts
+        self._found = torch.empty(len(spans), 8, dtype=torch.int64, device=device)
+        if len(spans):
+            with on(device):
+                gpu_kernels.xxh3_accumulators[(len(spans),)](
+                    upload(starts.copy(), device),
+                    upload(self._lengths, device),
+                    *_constants(device),
+                    self._found,
+                    num_warps=1,
+                )
+
+    def values(self) -> Words:
+        """[spans]; waits for them."""
+        return _merged(self._found.cpu().numpy().view(np.uint64), self._lengths.view(np.uint64))
 
 
 @cache

@@ -15,7 +15,11 @@ import triton.language as tl
 #: Elements that one program of `patch` moves.
 PATCH_BLOCK = tl.constexpr(1024)
 
-_LANES = tl.constexpr(64)
+#: Elements that `choose` looks at together.
+CHOOSE_BLOCK = tl.constexpr(512)
+
+#: States of a chunk in what `decode_runs` begins with, whatever its lanes.
+STATES = tl.constexpr(64)
 
 
 @triton.jit
@@ -97,11 +101,42 @@ def xxh3_accumulators(addresses, lengths, keys, start, accumulators):
     tl.store(accumulators + chunk * 8 + lane, total.to(tl.int64, bitcast=True))
 
 
-#: What a row of `plans` has for `decode_runs`, by column.
-BASE, OUT, COUNT, WORDS, STOP, SLOTS, SCALES, LOG_SEGMENT, LOWEST, STEP, LAST, PRECISION, DIRECT = map(
-    tl.constexpr, range(13)
-)
-COLUMNS = tl.constexpr(13)
+#: What a row of `plans` has, by column: addresses, and numbers of a run and of what is chosen.
+(
+    BASE, OUT, COUNT, WORDS, STOP, SLOTS, SCALES, LOG_SEGMENT, LOWEST, STEP, LAST, PRECISION, DIRECT,
+    ELEMENTS, MARKS, CUTOFF, CHOSEN,
+) = map(tl.constexpr, range(17))  # fmt: skip
+COLUMNS = tl.constexpr(17)
+
+
+@triton.jit
+def choose(plans, shift, mask, width: tl.constexpr):
+    """Which elements of chunks that are coded as SPARSE their deltas are about (docs/format.md).
+
+    plans          int64[chunks, COLUMNS]: reads BASE (elements of `width` bits), ELEMENTS, MARKS (a bit for
+                   each unit of 256 elements) and CUTOFF; writes COUNT, and places to CHOSEN (int32[ELEMENTS])
+    shift, mask    where an element has its exponent
+    """
+    plan = plans + tl.program_id(0) * COLUMNS
+    element: tl.constexpr = tl.uint8 if width == 8 else tl.uint16
+    base = tl.load(plan + BASE).to(tl.pointer_type(element))
+    marks = tl.load(plan + MARKS).to(tl.pointer_type(tl.uint8))
+    chosen = tl.load(plan + CHOSEN).to(tl.pointer_type(tl.int32))
+    count, cutoff = tl.load(plan + ELEMENTS).to(tl.int32), tl.load(plan + CUTOFF).to(tl.int32)
+    first, found = 0, 0
+    while first < count:
+        index = first + tl.arange(0, CHOOSE_BLOCK)
+        is_one = index < count
+        unit = index >> 8
+        mark = tl.load(marks + (unit >> 3), mask=is_one, other=0).to(tl.int32)
+        bits = tl.load(base + index, mask=is_one, other=0).to(tl.uint32)
+        is_low = ((bits >> shift) & mask).to(tl.int32) <= cutoff
+        is_chosen = (is_one & is_low & (((mark >> (unit & 7)) & 1) != 0)).to(tl.int32)
+        place = tl.cumsum(is_chosen, axis=0) - 1 + found
+        tl.store(chosen + place, index, mask=is_chosen != 0)
+        found += tl.sum(is_chosen, axis=0)
+        first += CHOOSE_BLOCK
+    tl.store(plan + COUNT, found.to(tl.int64))
 
 
 @triton.jit
@@ -122,38 +157,49 @@ def _with_raw_bits(state, value, width):
 
 
 @triton.jit
-def decode_runs(plans, first_states, ended, shift, mask, width: tl.constexpr):
-    """Chunks that are coded as DELTA in 64 lanes, from their bases (docs/format.md).
+def _places(chosen, index, is_one, is_chosen: tl.constexpr):
+    """Where the run's elements lie in the chunk."""
+    return tl.load(chosen + index, mask=is_one, other=0) if is_chosen else index
+
+
+@triton.jit
+def decode_runs(
+    plans, first_states, ended, shift, mask, width: tl.constexpr, lanes: tl.constexpr, is_chosen: tl.constexpr
+):
+    """Chunks that are coded as DELTA, from their bases; or of SPARSE ones, what is chosen (docs/format.md).
 
     plans          int64[chunks, COLUMNS]: addresses of the base's and the target's elements (which may be the
                    same), of the words (uint16), slots (uint32) and scales (int32), and the run's settings
-    first_states   int32[chunks, 64]
+    first_states   int32[chunks, STATES], of which the first `lanes` count
     ended          int32[chunks], written: 1 where the run came out even, else 0
     shift, mask    where an element has its exponent; it has `width` bits, 8 or 16
     """
     chunk = tl.program_id(0)
     plan = plans + chunk * COLUMNS
-    element = tl.uint8 if width == 8 else tl.uint16
+    element: tl.constexpr = tl.uint8 if width == 8 else tl.uint16
     base = tl.load(plan + BASE).to(tl.pointer_type(element))
     out = tl.load(plan + OUT).to(tl.pointer_type(element))
     words = tl.load(plan + WORDS).to(tl.pointer_type(tl.uint16))
     slots = tl.load(plan + SLOTS).to(tl.pointer_type(tl.uint32))
     scales = tl.load(plan + SCALES).to(tl.pointer_type(tl.int32))
+    chosen = tl.load(plan + CHOSEN).to(tl.pointer_type(tl.int32))
     count, stop = tl.load(plan + COUNT).to(tl.int32), tl.load(plan + STOP).to(tl.int32)
     log_segment, lowest = tl.load(plan + LOG_SEGMENT).to(tl.int32), tl.load(plan + LOWEST).to(tl.int32)
     step, last = tl.load(plan + STEP).to(tl.int32), tl.load(plan + LAST).to(tl.int32)
     precision, is_direct = tl.load(plan + PRECISION).to(tl.uint32), tl.load(plan + DIRECT)
     slot_mask, inline = (1 << precision) - 1, 16 - precision
-    lane = tl.arange(0, _LANES)
-    state = tl.load(first_states + chunk * _LANES + lane).to(tl.uint32, bitcast=True)
+    lane = tl.arange(0, lanes)
+    state = tl.load(first_states + chunk * STATES + lane).to(tl.uint32, bitcast=True)
     cursor, first = 0, 0
-    following = tl.load(base + lane, mask=lane < count, other=0)
+    next_place = _places(chosen, lane, lane < count, is_chosen)
+    next_bits = tl.load(base + next_place, mask=lane < count, other=0)
     while first < count:
         index = first + lane
         is_one = index < count
-        bits = following.to(tl.uint32)  # asked for a step before
-        following = tl.load(base + index + _LANES, mask=index + _LANES < count, other=0)
-        scale = tl.load(scales + (first >> log_segment))
+        place, bits = next_place, next_bits.to(tl.uint32)  # asked for a step before they are needed
+        next_place = _places(chosen, index + lanes, index + lanes < count, is_chosen)
+        next_bits = tl.load(base + next_place, mask=index + lanes < count, other=0)
+        scale = tl.load(scales + (index >> log_segment), mask=is_one, other=0)
         exponent = ((bits >> shift) & mask).to(tl.int32)
         context = tl.minimum(tl.maximum((2 * exponent - scale - lowest) >> step, 0), last).to(tl.uint32)
         entry = tl.load(slots + ((context << precision) | (state & slot_mask)))
@@ -169,7 +215,7 @@ def decode_runs(plans, first_states, ended, shift, mask, width: tl.constexpr):
             state, value = _with_raw_bits(state, value, here)
             state, cursor = _refilled(state, is_one, words, cursor, stop)
             rest -= here
-        tl.store(out + index, _restored(bits, value, width).to(element), mask=is_one)
-        first += _LANES
+        tl.store(out + place, _restored(bits, value, width).to(element), mask=is_one)
+        first += lanes
     is_even = (tl.sum((state != 65536).to(tl.int32), axis=0) == 0) & (cursor == stop)
     tl.store(ended + chunk, is_even.to(tl.int32))

@@ -18,6 +18,7 @@ from ..checkpoint import Location, OutputFolder, Readable
 from ..errors import CheckpointError
 from ..pipeline import Meter, ProgressCallback, Workers
 from ..target import Target, TensorRecipe, check_digest
+from . import gpu, gpu_decode
 from .tensors import byte_view, dtype_of, settle, torch_shape
 
 #: Chunks that a thread takes at once.
@@ -291,39 +292,75 @@ def _fill(
             settle(slot.tensor for slot in slots)
             is_whole = len(chosen) == len(recipe.tensors) and all(slot.direct is not None for slot in slots)
             digest = hashlib.sha256(recipe.header.raw) if sha256 and is_whole else None
+            staged: list[gpu_decode.Staged] = []
             with target.expect((slot.recipe, i) for slot in slots for i in range(slot.recipe.plan.count)):
                 for batch in workers.map(_decode, _batches(slots)):
-                    for slot, index in batch:
+                    if batch.staged:
+                        staged.append(batch.staged)
+                        if gpu_decode.is_enough(staged):
+                            _decode_staged(staged, slots)
+                    for slot, index in batch.chunks:
                         start, end = slot.recipe.plan.span(index)
                         if digest and slot.direct is not None:
                             digest.update(slot.direct.data[start:end])
                         if end == slot.recipe.info.nbytes:
                             slot.finish()
                         meter.add(end - start)
+                _decode_staged(staged, slots)
             if digest:
                 check_digest(recipe.file, digest.hexdigest())
 
         workers.each(fill_shard, [path for path in names if names[path]])
 
 
-def _batches(slots: Sequence[_Slot]) -> Iterator[list[tuple[_Slot, int]]]:
-    """All chunks in order, some at a time: to hand over each one alone takes as long as to decode it."""
-    batch: list[tuple[_Slot, int]] = []
+class _Batch(NamedTuple):
+    """Chunks that a thread takes at once; those of them that wait on a GPU to be decoded."""
+
+    chunks: list[tuple[_Slot, int]]
+    staged: gpu_decode.Staged | None = None
+
+
+def _batches(slots: Sequence[_Slot]) -> Iterator[_Batch]:
+    """All chunks in order, some at a time: to hand over each one alone takes as long as to decode it. Those
+    of a tensor on a GPU are by themselves."""
+    batch = _Batch([])
     for slot in slots:
         slot.begin()
-        for index in range(slot.recipe.plan.count):
-            batch.append((slot, index))
-            if len(batch) == _BATCH:
+        indexes = range(slot.recipe.plan.count)
+        if slot.on_gpu is not None:
+            most = max(1, gpu_decode.STAGED_BYTES // slot.recipe.plan.chunk_bytes)
+            for first in indexes[::most]:
+                yield _Batch([(slot, index) for index in indexes[first : first + most]])
+            continue
+        for index in indexes:
+            batch.chunks.append((slot, index))
+            if len(batch.chunks) == _BATCH:
                 yield batch
-                batch = []
-    if batch:
+                batch = _Batch([])
+    if batch.chunks:
         yield batch
 
 
-def _decode(batch: list[tuple[_Slot, int]]) -> list[tuple[_Slot, int]]:
-    for slot, index in batch:
-        slot.decode(index)
-    return batch
+def _decode(batch: _Batch) -> _Batch:
+    slot, first = batch.chunks[0]
+    staged = None
+    if slot.on_gpu is not None:
+        staged = gpu_decode.stage(slot.recipe, slot.on_gpu, first, batch.chunks[-1][1] + 1)
+    done = {chunk.index for chunk in staged.chunks} if staged else set[int]()
+    for slot, index in batch.chunks:
+        if index not in done:
+            slot.decode(index)
+    return _Batch(batch.chunks, staged)
+
+
+def _decode_staged(staged: list[gpu_decode.Staged], slots: Sequence[_Slot]) -> None:
+    """Decode what waits on GPUs; none is left. What comes out wrong there is decoded as ever, which finds out
+    why."""
+    slot_of = {id(slot.recipe): slot for slot in slots}
+    for device in {one.data.device for one in staged}:
+        for recipe, index in gpu_decode.decode([one for one in staged if one.data.device == device]):
+            slot_of[id(recipe)].decode(index)
+    staged.clear()
 
 
 class _Scratch(threading.local):
@@ -342,22 +379,26 @@ _scratch = _Scratch()
 
 
 class _Slot:
-    """A tensor of the model and how to rebuild it. There are three ways, the fastest that is possible is
-    taken: straight into the tensor's memory; by way of one chunk (another device, another dtype); by way of a
-    whole tensor (one that is not contiguous, or whose elements are cut by chunks)."""
+    """A tensor of the model and how to rebuild it. There are four ways, the fastest that is possible is
+    taken: straight into the tensor's memory; in that memory on a GPU, where :mod:`.gpu_decode` takes a chunk;
+    by way of one chunk (another device, another dtype); by way of a whole tensor (one that is not contiguous,
+    or whose elements are cut by chunks)."""
 
     def __init__(self, recipe: TensorRecipe, tensor: Tensor) -> None:
         self.recipe = recipe
         self.tensor = tensor
         self.dtype = dtype_of(recipe.info.name, recipe.info.dtype)
         self.direct: NDArray[np.uint8] | None = None
+        self.on_gpu: Tensor | None = None  # the tensor's bytes, where they can be decoded
         self.whole: Tensor | None = None
         is_same = tensor.dtype == self.dtype
         self.size = 1 if is_same else self.dtype.itemsize  # bytes of an element of `flat`, as stored
         self.is_chunked = tensor.is_contiguous() and all(start % self.size == 0 for start, _ in recipe.plan)
         if self.is_chunked:
             self.flat = byte_view(tensor) if is_same else tensor.reshape(-1)
-            if is_same and tensor.device.type == "cpu":
+            if is_same and gpu.is_usable(tensor.device):
+                self.on_gpu = self.flat
+            elif is_same and tensor.device.type == "cpu":
                 self.direct = self.flat.numpy()
 
     def begin(self) -> None:

@@ -201,9 +201,10 @@ class Replay:
             gpu.patch(memory, [(start, patches[step]) for _, start, patches in found if step < len(patches)])
             for step in range(max(len(patches) for _, _, patches in found))
         ]
-        sums = gpu.checksums(memory, [self._within(chunk, first) for chunk, _, _ in found])
+        spans = [gpu.addresses(memory, *self._within(chunk, first)) for chunk, _, _ in found]
+        sums = gpu.Checksums(memory.device, spans)
         expected = [int(list(self._steps(chunk))[-1].records["target"][chunk[1]]) for chunk, _, _ in found]
-        if sums.tolist() != expected:
+        if sums.values().tolist() != expected:
             _put_back_on_gpu(overwritten)
             return list(chunks)
         self._overwritten_on_gpus += overwritten

@@ -149,9 +149,19 @@ def digests(state: Mapping[str, StateTensor], workers: Workers) -> dict[str, str
 
 def _checksums(state: Mapping[str, StateTensor], workers: Workers) -> dict[str, NDArray[np.uint64]]:
     """The XXH3-64 of every chunk of every tensor (little-endian)."""
-    spans = [(name, span) for name, t in state.items() for span in plan_of(t)]
-    sums = workers.map(lambda one: codec.checksum(state[one[0]].read(*one[1])), spans)
-    found: dict[str, list[int]] = {name: [] for name in state}
-    for (name, _), value in zip(spans, sums, strict=True):
-        found[name].append(value)
-    return {name: np.array(values, "<u8") for name, values in found.items()}
+    found = {name: np.zeros(plan_of(tensor).count, "<u8") for name, tensor in state.items()}
+    here: list[tuple[str, int, tuple[int, int]]] = []
+    there: list[tuple[NDArray[np.uint64], list[int], gpu.Checksums]] = []
+    for name, tensor in state.items():
+        spans, memory = list(plan_of(tensor)), tensor.on_gpu
+        on_gpu = [i for i, span in enumerate(spans) if memory is not None and gpu.can_check(memory, *span)]
+        if memory is not None and on_gpu:
+            where = [gpu.addresses(memory, *spans[i]) for i in on_gpu]
+            there.append((found[name], on_gpu, gpu.Checksums(memory.device, where)))
+        here += [(name, i, span) for i, span in enumerate(spans) if i not in set(on_gpu)]
+    sums = workers.map(lambda one: codec.checksum(state[one[0]].read(*one[2])), here)
+    for (name, index, _), value in zip(here, sums, strict=True):
+        found[name][index] = value
+    for values, indexes, checksums in there:
+        values[indexes] = checksums.values()
+    return found

@@ -14,8 +14,6 @@ from ..conftest import Trio
 from .models import nudge, tiny_qwen2
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the GPU's kernels are imported
 
 
 @pytest.fixture(autouse=True)

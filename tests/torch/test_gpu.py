@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,16 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 from torch import Tensor
 
-from deltaweights import BaseMismatchError, DeltaError, codec
+from deltaweights import BaseMismatchError, DeltaError, codec, make_delta
 from deltaweights.codec.ulp import FORMATS, restore
-from deltaweights.torch import DeltaPublisher, DeltaSubscriber, gpu, replay
+from deltaweights.torch import DeltaPublisher, DeltaSubscriber, gpu, gpu_decode, load_state_dict, replay
 from deltaweights.torch.stream import CHUNK_BYTES
 
-from .models import raw_state
+from ..conftest import Trio
+from .models import raw_state, saved_state
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #: The interpreter is slow.
@@ -31,7 +34,7 @@ def _on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "is_usable", lambda device: device.type == DEVICE.type)
     if DEVICE.type == "cpu":
         one_at_a_time = threading.RLock()  # as Triton's interpreter wants it
-        monkeypatch.setattr(gpu, "_on", lambda device: one_at_a_time)
+        monkeypatch.setattr(gpu, "on", lambda device: one_at_a_time)
 
 
 def on_device(data: NDArray[np.uint8]) -> Tensor:
@@ -46,8 +49,11 @@ def test_checksums_are_those_of_xxhash(words: list[int], seed: int) -> None:
     data = rng.integers(0, 256, 8 * sum(words), np.uint8)
     ends = np.cumsum(8 * np.array(words)).tolist()
     spans = list(zip([0, *ends[:-1]], ends, strict=True))
-    found = gpu.checksums(on_device(data), spans)
-    assert found.tolist() == [xxhash.xxh3_64_intdigest(data[start:end].tobytes()) for start, end in spans]
+    memory = on_device(data)
+    found = gpu.Checksums(DEVICE, [gpu.addresses(memory, *span) for span in spans])
+    assert found.values().tolist() == [
+        xxhash.xxh3_64_intdigest(data[start:end].tobytes()) for start, end in spans
+    ]
 
 
 def test_what_the_kernel_cannot_read_is_not_taken() -> None:
@@ -91,8 +97,8 @@ State = dict[str, Tensor]
 
 
 def state(seed: int = 0) -> State:
-    """Two chunks and a half of bf16, others of float32 and float16 (at no address that a kernel reads), one too
-    small, and integers."""
+    """Two chunks and a half of bf16, others of float32 and float16 (at no address that a kernel reads), one
+    too small, and integers."""
     generator = torch.Generator().manual_seed(seed)
     made = {
         "large": torch.randn(5 * CHUNK_BYTES // 4, generator=generator).to(torch.bfloat16),
@@ -201,3 +207,88 @@ def test_damaged_patches_are_found_and_put_back(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(DeltaError, match="Chunk 1 of tensor 'large'"):
         DeltaSubscriber(tmp_path).sync(follower)
     assert raw_state(follower) == before
+
+
+# Loading ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Trio:
+    """Small chunks in every way: dense and sparse, of several lanes, dtypes and segments, and others."""
+    folder, rng = tmp_path_factory.mktemp("gpu"), np.random.default_rng(0)
+
+    def normal(count: int, std: float) -> Tensor:
+        return torch.from_numpy(rng.standard_normal(count) * std)
+
+    base, target = {}, {}
+    for dtype, count, update in (
+        (torch.bfloat16, 7000, 1e-2),
+        (torch.bfloat16, 3000, 2e-4),
+        (torch.float16, 7000, 1e-2),
+        (torch.float8_e4m3fn, 4000, 3e-3),
+        (torch.float32, 9000, 1e-4),
+    ):
+        name, weights = f"{str(dtype)[6:]}.{update}", normal(count, 0.02)
+        base[name], target[name] = weights.to(dtype), (weights + normal(count, update)).to(dtype)
+    steps = torch.from_numpy(np.repeat(rng.exponential(size=128) * 1e-2, 128)) * normal(16384, 1)
+    base["segments"] = normal(16384, 0.02).bfloat16()
+    target["segments"] = (base["segments"].double() + steps).bfloat16()
+    base["rows"] = normal(16384, 0.02).bfloat16()
+    target["rows"] = base["rows"].clone()
+    target["rows"][1024:1792] = (base["rows"][1024:1792].double() + normal(768, 1e-2)).bfloat16()
+    target["rows"][5] += 1
+    bits = normal(12_000, 1).bfloat16().view(torch.int16)
+    low = torch.from_numpy(rng.choice(12_000, 700, replace=False))
+    base["low"], target["low"] = bits.clone().view(torch.bfloat16), bits.clone().view(torch.bfloat16)
+    for side in (base, target):
+        side["low"].view(torch.int16)[low] = torch.from_numpy(rng.integers(0, 1 << 13, 700, np.int16))
+    for name, dtype in (("few", torch.bfloat16), ("wide few", torch.float32)):
+        base[name] = normal(8192, 0.02).to(dtype)
+        target[name] = base[name].clone()
+        target[name][::700] *= 1.01
+    base["same"] = target["same"] = normal(4000, 1).bfloat16()
+    base["resized"], target["resized"] = normal(9000, 1).bfloat16(), normal(15000, 1).bfloat16()
+    target["resized"][:9000] = base["resized"] * 1.01
+    base["resized"], target["resized"] = base["resized"].view(30, 300), target["resized"].view(50, 300)
+    base["converted"] = normal(4000, 1).float()
+    target["converted"] = (base["converted"] * 1.001).bfloat16()
+    target["added"] = normal(4000, 1).bfloat16()
+    base["integers"], target["integers"] = torch.arange(3000), torch.arange(1, 3001)
+    for side, tensors in (("base", base), ("target", target)):
+        (folder / side).mkdir()
+        save_file(tensors, folder / side / "model.safetensors")
+    make_delta(folder / "base", folder / "target", folder / "delta", chunk_bytes=1 << 15)
+    return Trio(folder / "base", folder / "target", folder / "delta")
+
+
+def count_staged(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int, bool] | str]:
+    """How many chunks are decoded on the device: by dtype, lanes, whether some are chosen; others by what."""
+    counts: Counter[tuple[str, int, bool] | str] = Counter()
+    real = gpu_decode.decode
+
+    def counted(staged: list[gpu_decode.Staged]) -> object:
+        for one in staged:
+            for chunk in one.chunks:
+                if chunk.run:
+                    counts[one.recipe.info.dtype, chunk.run.kind.lanes, chunk.run.kind.is_chosen] += 1
+                counts["patched" if chunk.patch else "other"] += 1
+        return real(staged)
+
+    monkeypatch.setattr(gpu_decode, "decode", counted)
+    return counts
+
+
+def test_a_target_is_decoded_on_its_device(pair: Trio, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = count_staged(monkeypatch)
+    monkeypatch.setattr(gpu_decode, "_MOST_BYTES", 1 << 16)  # several times
+    loaded = load_state_dict(pair.delta, pair.base, device=DEVICE, threads=2)
+    assert raw_state(loaded) == raw_state(saved_state(pair.target))
+    assert counts == {
+        ("BF16", 16, False): 2,
+        ("BF16", 16, True): 1,
+        ("BF16", 64, False): 2,
+        ("F16", 64, False): 1,
+        ("F8_E4M3", 16, False): 1,
+        "patched": 3,
+        "other": 7,
+    }
