@@ -6,7 +6,8 @@ is the matter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import codec
+from ..pipeline import usable_cores
 
 Words = NDArray[np.uint64]
 
@@ -41,15 +43,39 @@ _WORD = 8  # bytes; the kernel reads whole ones
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 
+#: Threads to prepare a GPU's work. More of them wait for Python's lock and each other: of 1, 2, 4, 8 and 16
+#: threads on 16 cores, 2 and 4 were fastest (docs/benchmarks.md).
+_THREADS = 4
+
+_log = logging.getLogger("deltaweights")
+_distrusted: set[torch.device] = set()
+
+
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+def _runs_kernels(device: torch.device) -> bool:
+    return device.type == "cuda" and _has_triton()
+
+
 def is_usable(device: torch.device) -> bool:
     """Whether chunks can be worked on there: on a CUDA device, if Triton is installed, as it is with torch's
-    builds for CUDA on Linux."""
-    return device.type == "cuda" and _has_triton()
+    builds for CUDA on Linux; and as long as nothing came out wrong."""
+    return _runs_kernels(device) and device not in _distrusted
+
+
+def distrust(device: torch.device) -> None:
+    """Use the device's kernels no more, where they made wrong bytes of what turned out to be right."""
+    if device not in _distrusted:
+        _distrusted.add(device)
+        _log.warning("kernels on %s gave wrong results, which was found; going on without them", device)
+
+
+def usual_threads(devices: Iterable[torch.device]) -> int | None:
+    """How many threads to use if nobody says; None for as many as there are cores."""
+    return min(_THREADS, usable_cores()) if any(map(is_usable, devices)) else None
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

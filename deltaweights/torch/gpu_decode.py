@@ -125,7 +125,7 @@ def stage(recipe: TensorRecipe, data: Tensor, first: int, end: int) -> Staged | 
     Raises:
         CheckpointError, DeltaError: base or delta cannot be read.
     """
-    if recipe.base is None or recipe.base.info.dtype != recipe.info.dtype:
+    if not gpu.is_usable(data.device) or recipe.base is None or recipe.base.info.dtype != recipe.info.dtype:
         return None
     while end > first and not recipe.plan.has_base(end - 1):
         end -= 1
@@ -198,28 +198,16 @@ def _read_chunk(
 
 
 def _plan(opened: codec.OpenRun, chosen: codec.Chosen | None, count: int, places: list[int]) -> _Run:
-    from . import gpu_kernels as kernels
-
+    """What :mod:`.gpu_kernels` wants to know of a run; the order is that of its columns."""
     words, slots, scales, marks = places
-    columns = {
-        kernels.COUNT: count,
-        kernels.WORDS: words,
-        kernels.STOP: len(opened.words),
-        kernels.SLOTS: slots,
-        kernels.SCALES: scales,
-        kernels.LOG_SEGMENT: opened.log_segment or _ONE_SEGMENT,
-        kernels.LOWEST: opened.lowest,
-        kernels.STEP: opened.step,
-        kernels.LAST: (len(opened.slots) >> opened.precision) - 1,
-        kernels.PRECISION: opened.precision,
-        kernels.DIRECT: opened.is_direct,
-        kernels.ELEMENTS: count,
-        kernels.MARKS: marks,
-        kernels.CUTOFF: chosen.cutoff if chosen else 0,
-    }
-    row = np.zeros(kernels.COLUMNS.value, np.int64)
-    for column, value in columns.items():
-        row[column.value] = value
+    row = np.array(
+        [
+            0, 0, count, words, len(opened.words), slots, scales, opened.log_segment or _ONE_SEGMENT,
+            opened.lowest, opened.step, (len(opened.slots) >> opened.precision) - 1, opened.precision,
+            opened.is_direct, count, marks, chosen.cutoff if chosen else 0, 0,
+        ],
+        np.int64,
+    )  # fmt: skip
     form = opened.form
     kind = _Kind(form.shift, form.mask, 8 * form.itemsize, opened.lanes, chosen is not None)
     return _Run(kind, row, opened.states)

@@ -60,7 +60,7 @@ def load_state_dict(
             takes about twice as long. Without it, what is certain is this: every chunk of base and target
             that was used has the XXH3-64 checksum that the delta records. That finds any damage and any wrong
             base; it is no proof against somebody who makes up a false delta.
-        threads: how many; the number of usable cores if None.
+        threads: how many; if None, the number of usable cores, or 4 for a GPU.
         progress: called with a phase ("load"), bytes done, bytes in all.
 
     Raises:
@@ -84,6 +84,7 @@ def load_state_dict(
     with open_chain(listed(delta), base) as target:
         found = _tensors_by_shard(target, shards)
         links(target)[0].published_base_files()  # finds a wrong base on the Hub before it is fetched
+        threads = threads or gpu.usual_threads([torch.empty(0, device=device).device])
         _fill(target, found, take, sha256, threads, progress)
     return {name: tensors[name] for names in found.values() for name in names}
 
@@ -140,6 +141,7 @@ def load_into(
         wanted = {path: [name for name in shard if name in chosen] for path, shard in found.items()}
         _leave_meta(model, {id(state[name]) for name in chosen}, torch.device(device))
         state = model.state_dict(keep_vars=True)
+        threads = threads or gpu.usual_threads(state[name].device for name in chosen)
         _fill(target, wanted, lambda recipe: state[recipe.info.name].detach(), sha256, threads, progress)
     return report
 
@@ -346,7 +348,7 @@ def _decode(batch: _Batch) -> _Batch:
     staged = None
     if slot.on_gpu is not None:
         staged = gpu_decode.stage(slot.recipe, slot.on_gpu, first, batch.chunks[-1][1] + 1)
-    done = {chunk.index for chunk in staged.chunks} if staged else set[int]()
+    done = {chunk.number for chunk in staged.chunks} if staged else set[int]()
     for slot, index in batch.chunks:
         if index not in done:
             slot.decode(index)
@@ -360,6 +362,7 @@ def _decode_staged(staged: list[gpu_decode.Staged], slots: Sequence[_Slot]) -> N
     for device in {one.data.device for one in staged}:
         for recipe, index in gpu_decode.decode([one for one in staged if one.data.device == device]):
             slot_of[id(recipe)].decode(index)
+            gpu.distrust(device)  # base and delta are right
     staged.clear()
 
 

@@ -59,6 +59,11 @@ class StateTensor:
             self._bytes = self._flat.numpy()
 
     @property
+    def device(self) -> torch.device:
+        """Where its bytes are."""
+        return self._flat.device
+
+    @property
     def is_on_cpu(self) -> bool:
         """Whether its bytes are read without a copy."""
         return self._bytes is not None

@@ -1,0 +1,136 @@
+"""Chunks on GPUs taken through a weight stream's updates where they lie."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from .. import codec
+from ..errors import PayloadError
+from ..pipeline import Workers
+from . import gpu
+from .payloads import Chunk, Payload
+from .state import StateTensor, plan_of
+from .stream import CHUNK_BYTES
+
+#: Chunks in a row that are patched at once.
+_GROUP = 64
+
+
+class _Patched(NamedTuple):
+    """Chunks of a tensor that went through all their steps."""
+
+    memory: Tensor
+    chunks: list[Chunk]
+    spans: list[tuple[int, int]]  # addresses
+    expected: list[int]  # their checksums
+
+
+class _Room(threading.local):
+    """Each thread's memory for coded data."""
+
+    def __init__(self) -> None:
+        self.data = np.empty(CHUNK_BYTES, np.uint8)
+
+
+class GpuPatches:
+    """What was patched on GPUs, with what is needed to undo it."""
+
+    def __init__(self) -> None:
+        self._overwritten: list[gpu.Overwritten] = []
+        self._room = _Room()
+
+    def apply(
+        self,
+        state: Mapping[str, StateTensor],
+        steps_of: Callable[[Chunk], Iterable[Payload]],
+        workers: Workers,
+    ) -> list[Chunk]:
+        """Take all chunks that can be through their steps, and check them.
+
+        Returns those that cannot: on other devices, not coded as patches, or not where a kernel reads them.
+        Where any comes out wrong, all that were on its device are left as they were and returned.
+        """
+        left: list[Chunk] = []
+        groups: list[tuple[StateTensor, list[Chunk]]] = []
+        for name, tensor in state.items():
+            chunks = [(name, index) for index in range(plan_of(tensor).count)]
+            if tensor.on_gpu is None:
+                left += chunks
+            else:
+                groups += [
+                    (tensor, chunks[first : first + _GROUP]) for first in range(0, len(chunks), _GROUP)
+                ]
+        patched: list[_Patched] = []
+        with closing(workers.map(lambda group: self._patch(*group, steps_of), groups)) as done:
+            for others, found in done:
+                left += others
+                patched += found
+        for device in {one.memory.device for one in patched}:
+            left += self._check([one for one in patched if one.memory.device == device])
+        return left
+
+    def put_back(self) -> None:
+        """Make the tensors what they were."""
+        while self._overwritten:
+            self._overwritten.pop().put_back()
+
+    def _patch(
+        self, tensor: StateTensor, chunks: Sequence[Chunk], steps_of: Callable[[Chunk], Iterable[Payload]]
+    ) -> tuple[list[Chunk], list[_Patched]]:
+        """Take chunks in a row of one tensor through their steps: (those that cannot be, the others)."""
+        plan, memory = plan_of(tensor), tensor.on_gpu
+        assert memory is not None
+        first = plan.span(chunks[0][1])[0]
+        memory = memory[first : plan.span(chunks[-1][1])[1]]
+        left: list[Chunk] = []
+        patches: list[tuple[int, list[codec.Patch]]] = []
+        patched = _Patched(memory, [], [], [])
+        for chunk in chunks:
+            start, end = (place - first for place in plan.span(chunk[1]))
+            steps = list(steps_of(chunk))
+            can_be = gpu.can_check(memory, start, end)
+            found = self._read(steps, chunk[1], end - start, tensor.code) if can_be else None
+            if found is None:
+                left.append(chunk)
+            elif found:
+                patches.append((start, found))
+                patched.chunks.append(chunk)
+                patched.spans.append(gpu.addresses(memory, start, end))
+                patched.expected.append(int(steps[-1].records["target"][chunk[1]]))
+        for step in range(max((len(found) for _, found in patches), default=0)):
+            some = [(start, found[step]) for start, found in patches if step < len(found)]
+            self._overwritten.append(gpu.patch(memory, some))
+        return left, [patched] if patches else []
+
+    def _read(
+        self, steps: Sequence[Payload], index: int, nbytes: int, dtype: str
+    ) -> list[codec.Patch] | None:
+        """What changes in a chunk at each step; None where one of them is no patch."""
+        found = []
+        for payload in steps:
+            try:
+                patch = codec.read_patch(*payload.data(index, self._room.data), nbytes, dtype)
+            except PayloadError:  # whoever decodes it otherwise says what is wrong
+                return None
+            if patch is None:
+                return None
+            found.append(patch)
+        return found
+
+    def _check(self, patched: Sequence[_Patched]) -> list[Chunk]:
+        """Check chunks on one device; returns all of them, unpatched, where one is wrong."""
+        device = patched[0].memory.device
+        sums = gpu.Checksums(device, [span for one in patched for span in one.spans])
+        if sums.values().tolist() == [value for one in patched for value in one.expected]:
+            return []
+        here = [one for one in self._overwritten if one.elements.device == device]
+        self._overwritten = [one for one in self._overwritten if one.elements.device != device]
+        while here:
+            here.pop().put_back()
+        return [chunk for one in patched for chunk in one.chunks]
