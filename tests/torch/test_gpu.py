@@ -225,7 +225,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Trio:
 
     base, target = {}, {}
     for dtype, count, update in (
-        (torch.bfloat16, 5200, 1e-2),
+        (torch.bfloat16, 7000, 5e-3),
         (torch.bfloat16, 1700, 1e-3),
         (torch.float16, 4400, 1e-2),
         (torch.float8_e4m3fn, 2000, 3e-2),
