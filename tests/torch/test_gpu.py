@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -25,6 +28,8 @@ from deltaweights.torch.stream import CHUNK_BYTES
 
 from ..conftest import Trio
 from .models import raw_state, saved_state
+
+pytest.importorskip("triton", reason="there is no Triton for this machine")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #: The interpreter is slow.
@@ -354,3 +359,49 @@ def test_a_gpu_that_computes_wrong_is_found_out(
     assert "gave wrong results" in caplog.text
     assert calls[0] == 1
     assert not gpu.is_usable(torch.empty(0, device=DEVICE).device)
+
+
+#: Compile every kernel as it is launched, for a processor that need not be here.
+_COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from deltaweights.torch import gpu_kernels as kernels
+
+target = GPUTarget("cuda", int(sys.argv[1]), 32)
+plans, numbers = {"plans": "*i64", "shift": "i32", "mask": "i32"}, ("addresses", "lengths", "keys", "start")
+for kernel, types, constants in [
+    (kernels.xxh3_accumulators, dict.fromkeys((*numbers, "accumulators"), "*i64"), {}),
+    (kernels.choose, plans, {"width": 16}),
+    *(
+        (
+            kernels.patch,
+            {"elements": f"*i{w}", "places": "*i32", "distances": "*i32", "before": f"*i{w}", "count": "i32"},
+            {"width": w},
+        )
+        for w in (8, 16, 32)
+    ),
+    *(
+        (
+            kernels.decode_runs,
+            plans | {"first_states": "*i32", "ended": "*i32"},
+            {"width": width, "lanes": lanes, "is_chosen": is_chosen},
+        )
+        for width, lanes, is_chosen in ((8, 16, False), (16, 64, False), (16, 64, True))
+    ),
+]:
+    source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants)
+    made = triton.compile(source, target=target, options={"num_warps": 1})
+    assert made.asm["cubin"]
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_gpus(tmp_path: Path, capability: int) -> None:
+    """The interpreter takes more than the compiler does. That needs no GPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-c", _COMPILE, str(capability)]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
