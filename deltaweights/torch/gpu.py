@@ -79,8 +79,9 @@ def usual_threads(devices: Iterable[torch.device]) -> int | None:
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches kernels on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """What is asked of a device within this is done in one order, whoever asks: on its default stream. (The
+    caller's own thread may be on another, and is one of those that work.)"""
+    return torch.cuda.stream(torch.cuda.default_stream(device)) if device.type == "cuda" else nullcontext()
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -97,7 +98,8 @@ class Overwritten(NamedTuple):
 
     def put_back(self) -> None:
         """Make the tensor what it was."""
-        self.elements[self.places.long()] = self.before
+        with on(self.elements.device):
+            self.elements[self.places.long()] = self.before
 
 
 def patch(data: Tensor, patches: Sequence[tuple[int, codec.Patch]]) -> Overwritten:
@@ -115,11 +117,11 @@ def patch(data: Tensor, patches: Sequence[tuple[int, codec.Patch]]) -> Overwritt
     elements = data.view(_INTEGERS[itemsize])
     places = np.concatenate([patch.places + np.int32(start // itemsize) for start, patch in patches])
     distances = np.concatenate([patch.distances for _, patch in patches]).view(np.int32)
-    where, moves = upload(places, data.device), upload(distances, data.device)
-    before = torch.empty(len(places), dtype=elements.dtype, device=data.device)
     blocks = -(-len(places) // gpu_kernels.PATCH_BLOCK.value)
-    if blocks:
-        with on(data.device):
+    with on(data.device):
+        where, moves = upload(places, data.device), upload(distances, data.device)
+        before = torch.empty(len(places), dtype=elements.dtype, device=data.device)
+        if blocks:
             gpu_kernels.patch[(blocks,)](elements, where, moves, before, len(places), width=8 * itemsize)
     return Overwritten(elements, where, before)
 
@@ -147,9 +149,9 @@ class Checksums:
 
         starts, ends = np.array(spans, np.int64).reshape(-1, 2).T
         self._lengths = ends - starts
-        self._found = torch.empty(len(spans), 8, dtype=torch.int64, device=device)
-        if len(spans):
-            with on(device):
+        with on(device):
+            self._found = torch.empty(len(spans), 8, dtype=torch.int64, device=device)
+            if spans:
                 gpu_kernels.xxh3_accumulators[(len(spans),)](
                     upload(starts.copy(), device),
                     upload(self._lengths, device),
@@ -159,8 +161,10 @@ class Checksums:
                 )
 
     def values(self) -> Words:
-        """[spans]; waits for them."""
-        return _merged(self._found.cpu().numpy().view(np.uint64), self._lengths.view(np.uint64))
+        """[spans]; waits for them, and for all that was asked of the device before."""
+        with on(self._found.device):
+            found = self._found.cpu()
+        return _merged(found.numpy().view(np.uint64), self._lengths.view(np.uint64))
 
 
 @cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,11 +32,10 @@ _ONE_SEGMENT = 31  # its logarithm, where all elements are in one
 
 
 class _Memory(threading.local):
-    """Each thread's pinned memory, and its stream of copies to each device."""
+    """Each thread's pinned memory."""
 
     def __init__(self) -> None:
         self._rooms: dict[str, Tensor] = {}
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def room(self, use: str, device: torch.device) -> Tensor:
         """STAGED_BYTES (uint8) that the device copies from by itself."""
@@ -44,23 +44,34 @@ class _Memory(threading.local):
             self._rooms[use] = torch.empty(STAGED_BYTES, dtype=torch.uint8, pin_memory=is_pinned)
         return self._rooms[use]
 
-    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Copy each first one, of pinned memory, to the second one on a device. That is done when this
-        returns, and nobody else's work was waited for."""
-        device = pairs[0][1].device
-        if device.type != "cuda":
-            for source, target in pairs:
-                target.copy_(source)
-            return
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._streams[device]):
-            for source, target in pairs:
-                target.copy_(source, non_blocking=True)
-        self._streams[device].synchronize()
-
 
 _memory = _Memory()
+
+
+@cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    """The stream of copies to a device: they need not wait for its kernels."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _copy(base: Tensor, data: Tensor, coded: Tensor) -> Tensor:
+    """Copy from pinned memory: ``base`` to ``data``, and ``coded`` to memory of its own there, which is
+    returned when all is done.
+
+    That memory is the stream's: what was there before is read by no kernel any more, since :func:`decode`
+    waits for its own.
+    """
+    if data.device.type != "cuda":
+        data.copy_(base)
+        return coded.clone()
+    with torch.cuda.stream(_copies(data.device)):
+        data.copy_(base, non_blocking=True)
+        beside = torch.empty_like(coded, device=data.device)
+        beside.copy_(coded, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+    done.synchronize()
+    return beside
 
 
 class _Kind(NamedTuple):
@@ -144,9 +155,8 @@ def stage(recipe: TensorRecipe, data: Tensor, first: int, end: int) -> Staged | 
     start, stop = recipe.plan.span(first)[0], recipe.plan.span(end - 1)[1]
     base = _memory.room("base", data.device)[: stop - start]
     recipe.read_base_into(first, base.numpy())
-    beside = torch.empty(packed.size, dtype=torch.uint8, device=data.device)
-    _memory.copy([(base, data[start:stop]), (_memory.room("coded", data.device)[: packed.size], beside)])
-    return Staged(recipe, data, beside, chunks)
+    beside = _memory.room("coded", data.device)[: packed.size]
+    return Staged(recipe, data, _copy(base, data[start:stop], beside), chunks)
 
 
 class _Packed:
@@ -222,11 +232,12 @@ def decode(staged: Sequence[Staged]) -> list[tuple[TensorRecipe, int]]:
     chunks = [(one, chunk) for one in staged for chunk in one.chunks]
     device = staged[0].data.device
     spans = [gpu.addresses(one.data, chunk.start, chunk.end) for one, chunk in chunks]
-    base = gpu.Checksums(device, spans)
-    ended = _decode_runs(chunks, device)
-    for one in staged:
-        _patch(one)
-    target = gpu.Checksums(device, spans)
+    with gpu.on(device):
+        base = gpu.Checksums(device, spans)
+        ended = _decode_runs(chunks, device)
+        for one in staged:
+            _patch(one)
+        target = gpu.Checksums(device, spans)
     records = np.concatenate([one.recipe.table[0][[chunk.number for chunk in one.chunks]] for one in staged])
     is_right = (records["base"] == base.values()) & (records["target"] == target.values())
     for numbers, is_even in ended:

@@ -36,7 +36,7 @@ def _restored(bits, zigzag, width: tl.constexpr):
     return result ^ ((result >> top) * magnitude)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def patch(elements, places, distances, before, count, width: tl.constexpr):
     """Move `count` elements at different places; what was there goes to `before`.
 

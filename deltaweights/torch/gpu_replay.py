@@ -17,6 +17,7 @@ from . import gpu
 from .payloads import Chunk, Payload
 from .state import StateTensor, plan_of
 from .stream import CHUNK_BYTES
+from .tensors import settle
 
 #: Chunks in a row that are patched at once.
 _GROUP = 64
@@ -77,8 +78,7 @@ class GpuPatches:
 
     def put_back(self) -> None:
         """Make the tensors what they were."""
-        while self._overwritten:
-            self._overwritten.pop().put_back()
+        _put_back(self._overwritten)
 
     def _patch(
         self, tensor: StateTensor, chunks: Sequence[Chunk], steps_of: Callable[[Chunk], Iterable[Payload]]
@@ -131,6 +131,13 @@ class GpuPatches:
             return []
         here = [one for one in self._overwritten if one.elements.device == device]
         self._overwritten = [one for one in self._overwritten if one.elements.device != device]
-        while here:
-            here.pop().put_back()
+        _put_back(here)
         return [chunk for one in patched for chunk in one.chunks]
+
+
+def _put_back(overwritten: list[gpu.Overwritten]) -> None:
+    """Undo it, the last first; none is left, and the devices are done with it."""
+    elements = [one.elements for one in overwritten]
+    while overwritten:
+        overwritten.pop().put_back()
+    settle(elements)
