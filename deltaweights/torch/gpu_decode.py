@@ -51,7 +51,7 @@ _memory = _Memory()
 @cache
 def _copies(device: torch.device) -> torch.cuda.Stream:
     """The stream of copies to a device: they need not wait for its kernels."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call,no-any-return]
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _copy(base: Tensor, data: Tensor, coded: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def _copy(base: Tensor, data: Tensor, coded: Tensor) -> Tensor:
         data.copy_(base, non_blocking=True)
         beside = torch.empty_like(coded, device=data.device)
         beside.copy_(coded, non_blocking=True)
-        done = torch.cuda.Event()
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
     done.synchronize()
     return beside
