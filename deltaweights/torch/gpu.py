@@ -97,9 +97,19 @@ class Overwritten(NamedTuple):
     before: Tensor
 
     def put_back(self) -> None:
-        """Make the tensor what it was."""
-        with on(self.elements.device):
-            self.elements[self.places.long()] = self.before
+        """Make the tensor what it was. That takes no memory."""
+        from . import gpu_kernels
+
+        if len(self.places):
+            with on(self.elements.device):
+                gpu_kernels.put_back[(_blocks(self.places),)](*self, len(self.places))
+
+
+def _blocks(places: NDArray[np.int32] | Tensor) -> int:
+    """How many programs move elements at so many places."""
+    from . import gpu_kernels
+
+    return -(-len(places) // int(gpu_kernels.PATCH_BLOCK.value))
 
 
 def patch(data: Tensor, patches: Sequence[tuple[int, codec.Patch]]) -> Overwritten:
@@ -117,12 +127,13 @@ def patch(data: Tensor, patches: Sequence[tuple[int, codec.Patch]]) -> Overwritt
     elements = data.view(_INTEGERS[itemsize])
     places = np.concatenate([patch.places + np.int32(start // itemsize) for start, patch in patches])
     distances = np.concatenate([patch.distances for _, patch in patches]).view(np.int32)
-    blocks = -(-len(places) // gpu_kernels.PATCH_BLOCK.value)
     with on(data.device):
         where, moves = upload(places, data.device), upload(distances, data.device)
         before = torch.empty(len(places), dtype=elements.dtype, device=data.device)
-        if blocks:
-            gpu_kernels.patch[(blocks,)](elements, where, moves, before, len(places), width=8 * itemsize)
+        if len(places):
+            gpu_kernels.patch[(_blocks(places),)](
+                elements, where, moves, before, len(places), width=8 * itemsize
+            )
     return Overwritten(elements, where, before)
 
 

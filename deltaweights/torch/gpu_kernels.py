@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: Elements that one program of `patch` moves.
+#: Elements that one program of `patch` or `put_back` moves.
 PATCH_BLOCK = tl.constexpr(1024)
 
 #: Elements that `choose` looks at together.
@@ -54,6 +54,15 @@ def patch(elements, places, distances, before, count, width: tl.constexpr):
     full: tl.constexpr = (1 << width) - 1
     result = _restored(found.to(tl.uint32) & full, zigzag, width)
     tl.store(elements + place, result.to(elements.dtype.element_ty), mask=is_one)
+
+
+@triton.jit(do_not_specialize=["count"])
+def put_back(elements, places, before, count):
+    """Undo :func:`patch`; the arguments are the same."""
+    index = tl.program_id(0) * PATCH_BLOCK + tl.arange(0, PATCH_BLOCK)
+    is_one = index < count
+    place = tl.load(places + index, mask=is_one, other=0)
+    tl.store(elements + place, tl.load(before + index, mask=is_one, other=0), mask=is_one)
 
 
 @triton.jit

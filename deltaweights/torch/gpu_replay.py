@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .. import codec
@@ -20,7 +21,11 @@ from .stream import CHUNK_BYTES
 from .tensors import settle
 
 #: Chunks in a row that are patched at once.
-_GROUP = 64
+_AT_ONCE = 64
+
+
+#: Chunks in a row of one tensor.
+_Group: TypeAlias = tuple[StateTensor, list[Chunk]]
 
 
 class _Patched(NamedTuple):
@@ -57,16 +62,28 @@ class GpuPatches:
         Returns those that cannot: on other devices, not coded as patches, or not where a kernel reads them.
         Where any comes out wrong, all that were on its device are left as they were and returned.
         """
-        left: list[Chunk] = []
-        groups: list[tuple[StateTensor, list[Chunk]]] = []
+        elsewhere: list[Chunk] = []
+        groups: list[_Group] = []
         for name, tensor in state.items():
             chunks = [(name, index) for index in range(plan_of(tensor).count)]
             if tensor.on_gpu is None:
-                left += chunks
+                elsewhere += chunks
             else:
-                groups += [
-                    (tensor, chunks[first : first + _GROUP]) for first in range(0, len(chunks), _GROUP)
-                ]
+                groups += [(tensor, chunks[at : at + _AT_ONCE]) for at in range(0, len(chunks), _AT_ONCE)]
+        try:
+            return elsewhere + self._patch_all(groups, steps_of, workers)
+        except torch.cuda.OutOfMemoryError:  # what was there takes it; chunks by themselves take none
+            self.put_back()
+            return elsewhere + [chunk for _, chunks in groups for chunk in chunks]
+
+    def _patch_all(
+        self,
+        groups: Sequence[_Group],
+        steps_of: Callable[[Chunk], Iterable[Payload]],
+        workers: Workers,
+    ) -> list[Chunk]:
+        """See :meth:`apply`."""
+        left: list[Chunk] = []
         patched: list[_Patched] = []
         with closing(workers.map(lambda group: self._patch(*group, steps_of), groups)) as done:
             for others, found in done:

@@ -6,6 +6,7 @@ import fnmatch
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -347,7 +348,8 @@ def _decode(batch: _Batch) -> _Batch:
     slot, first = batch.chunks[0]
     staged = None
     if slot.on_gpu is not None:
-        staged = gpu_decode.stage(slot.recipe, slot.on_gpu, first, batch.chunks[-1][1] + 1)
+        with suppress(torch.cuda.OutOfMemoryError):  # the model fits: then so do chunks, one by one
+            staged = gpu_decode.stage(slot.recipe, slot.on_gpu, first, batch.chunks[-1][1] + 1)
     done = {chunk.number for chunk in staged.chunks} if staged else set[int]()
     for slot, index in batch.chunks:
         if index not in done:
@@ -360,9 +362,15 @@ def _decode_staged(staged: list[gpu_decode.Staged], slots: Sequence[_Slot]) -> N
     why."""
     slot_of = {id(slot.recipe): slot for slot in slots}
     for device in {one.data.device for one in staged}:
-        for recipe, index in gpu_decode.decode([one for one in staged if one.data.device == device]):
+        some = [one for one in staged if one.data.device == device]
+        try:
+            failed, is_wrong = gpu_decode.decode(some), True
+        except torch.cuda.OutOfMemoryError:
+            failed, is_wrong = [(one.recipe, chunk.number) for one in some for chunk in one.chunks], False
+        for recipe, index in failed:
             slot_of[id(recipe)].decode(index)
-            gpu.distrust(device)  # base and delta are right
+        if failed and is_wrong:
+            gpu.distrust(device)  # since base and delta are right
     staged.clear()
 
 

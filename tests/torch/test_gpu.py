@@ -218,6 +218,27 @@ def test_damaged_patches_are_found_and_put_back(tmp_path: Path, monkeypatch: pyt
     assert raw_state(follower) == before
 
 
+def test_a_gpu_without_memory_leaves_the_work_to_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, follower = state(), state()
+    real, calls = gpu.patch, [0]
+
+    def full(*args: Any) -> gpu.Overwritten:
+        calls[0] += 1
+        if calls[0] > 1:
+            raise torch.cuda.OutOfMemoryError
+        return real(*args)
+
+    with DeltaPublisher(tmp_path, trained) as publisher:
+        train(trained, 1)
+        publisher.publish(1, trained)
+    monkeypatch.setattr(gpu, "patch", full)
+    DeltaSubscriber(tmp_path, threads=1).sync(follower)
+    assert raw_state(follower) == raw_state(trained)
+    assert calls[0] == 2
+
+
 # Loading ------------------------------------------------------------------------------------------------
 
 
@@ -375,6 +396,7 @@ plans, numbers = {"plans": "*i64", "shift": "i32", "mask": "i32"}, ("addresses",
 for kernel, types, constants in [
     (kernels.xxh3_accumulators, dict.fromkeys((*numbers, "accumulators"), "*i64"), {}),
     (kernels.choose, plans, {"width": 16}),
+    (kernels.put_back, {"elements": "*i16", "places": "*i32", "before": "*i16", "count": "i32"}, {}),
     *(
         (
             kernels.patch,
@@ -406,3 +428,20 @@ def test_kernels_compile_for_gpus(tmp_path: Path, capability: int) -> None:
     command = [sys.executable, "-c", _COMPILE, str(capability)]
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("place", ["_copy", "_decode_runs"])
+def test_a_full_gpu_is_loaded_chunk_by_chunk(
+    small: Trio, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    calls = [0]
+
+    def full(*args: Any) -> Any:
+        calls[0] += 1
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(gpu_decode, place, full)
+    loaded = load_state_dict(small.delta, small.base, device=DEVICE)
+    assert raw_state(loaded) == raw_state(saved_state(small.target))
+    assert calls[0]
+    assert gpu.is_usable(torch.empty(0, device=DEVICE).device)
