@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -23,7 +21,6 @@ from .tensors import settle
 #: Chunks in a row that are patched at once.
 _AT_ONCE = 64
 
-
 #: Chunks in a row of one tensor.
 _Group: TypeAlias = tuple[StateTensor, list[Chunk]]
 
@@ -37,19 +34,12 @@ class _Patched(NamedTuple):
     expected: list[int]  # their checksums
 
 
-class _Room(threading.local):
-    """Each thread's memory for coded data."""
-
-    def __init__(self) -> None:
-        self.data = np.empty(CHUNK_BYTES, np.uint8)
-
-
 class GpuPatches:
     """What was patched on GPUs, with what is needed to undo it."""
 
     def __init__(self) -> None:
         self._overwritten: list[gpu.Overwritten] = []
-        self._room = _Room()
+        self._room = np.empty(CHUNK_BYTES, np.uint8)
 
     def apply(
         self,
@@ -82,13 +72,14 @@ class GpuPatches:
         steps_of: Callable[[Chunk], Iterable[Payload]],
         workers: Workers,
     ) -> list[Chunk]:
-        """See :meth:`apply`."""
+        """See :meth:`apply`. By one thread: two would spend more time on Python's lock than they save."""
         left: list[Chunk] = []
         patched: list[_Patched] = []
-        with closing(workers.map(lambda group: self._patch(*group, steps_of), groups)) as done:
-            for others, found in done:
-                left += others
-                patched += found
+        for tensor, chunks in groups:
+            workers.check()
+            others, found = self._patch(tensor, chunks, steps_of)
+            left += others
+            patched += found
         for device in {one.memory.device for one in patched}:
             left += self._check([one for one in patched if one.memory.device == device])
         return left
@@ -130,9 +121,11 @@ class GpuPatches:
     ) -> list[codec.Patch] | None:
         """What changes in a chunk at each step; None where one of them is no patch."""
         found = []
+        if any(payload.records["method"][index] != codec.Method.SPARSE for payload in steps):
+            return None  # without reading it
         for payload in steps:
             try:
-                patch = codec.read_patch(*payload.data(index, self._room.data), nbytes, dtype)
+                patch = codec.read_patch(*payload.data(index, self._room), nbytes, dtype)
             except PayloadError:  # whoever decodes it otherwise says what is wrong
                 return None
             if patch is None:
