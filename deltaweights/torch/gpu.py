@@ -10,7 +10,6 @@ import logging
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +52,12 @@ _distrusted: set[torch.device] = set()
 
 @cache
 def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    """Whether there is Triton 3.2 or later; 3.0 computes other things."""
+    try:
+        from triton import __version__
+    except ImportError:
+        return False
+    return tuple(map(int, __version__.split(".")[:2])) >= (3, 2)
 
 
 def _runs_kernels(device: torch.device) -> bool:
@@ -61,8 +65,8 @@ def _runs_kernels(device: torch.device) -> bool:
 
 
 def is_usable(device: torch.device) -> bool:
-    """Whether chunks can be worked on there: on a CUDA device, if Triton is installed, as it is with torch's
-    builds for CUDA on Linux; and as long as nothing came out wrong."""
+    """Whether chunks can be worked on there: on a CUDA device, if there is Triton, as there is with torch's
+    builds for CUDA on Linux from 2.6 on; and as long as nothing came out wrong."""
     return _runs_kernels(device) and device not in _distrusted
 
 

@@ -100,6 +100,14 @@ def test_patches_move_elements_as_the_codec_does(dtype: str, count: int, seed: i
     assert data.cpu().numpy().tobytes() == before.tobytes()
 
 
+def test_which_devices_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert gpu._has_triton()
+    assert gpu.is_usable(torch.device("cuda:0"))
+    assert not gpu.is_usable(torch.device("cpu"))
+    assert not gpu.is_usable(torch.device("meta"))
+
+
 # Streams ------------------------------------------------------------------------------------------------
 
 State = dict[str, Tensor]
@@ -414,7 +422,8 @@ for kernel, types, constants in [
         for width, lanes, is_chosen in ((8, 16, False), (16, 64, False), (16, 64, True))
     ),
 ]:
-    source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants)
+    types |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constants)
     made = triton.compile(source, target=target, options={"num_warps": 1})
     assert made.asm["cubin"]
 """
