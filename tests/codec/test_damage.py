@@ -10,7 +10,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from deltaweights.codec import Method, decode_chunk, drift, encode_chunk, patch_chunk
+from deltaweights.codec import Chosen, Method, decode_chunk, drift, encode_chunk, patch_chunk, read_steps
+from deltaweights.codec.ulp import FORMATS
 from deltaweights.errors import PayloadError
 
 from .pairs import Bytes, decayed, fine_tune, noise, to_bits
@@ -105,6 +106,39 @@ def test_mutated_payloads(name: str) -> None:
         assert (room[:32] == 0x5A).all()
         assert (room[-32:] == 0x5A).all()
     assert refused > 100
+
+
+@pytest.mark.parametrize("name", ["delta", "long delta", "sparse", "rare", "eight bits"])
+def test_mutated_payloads_opened_for_others(name: str) -> None:
+    """Whoever decodes what `read_steps` opens may rely on these numbers to stay within its arrays."""
+    rare: Case = ("BF16", *fine_tune("BF16", 60_000, 1e-6))
+    dtype, base, target = (cases() | {"rare": rare})[name]
+    method, data = encode_chunk(base, target, dtype, quick=name == "rare")
+    assert read_steps(method, np.frombuffer(data, np.uint8), len(target), dtype)
+    rng, count, opened = np.random.default_rng(5), len(target) // FORMATS[dtype].itemsize, 0
+    for _ in range(600):
+        try:
+            steps = read_steps(method, np.frombuffer(damaged(data, rng), np.uint8), len(target), dtype)
+        except PayloadError:
+            continue
+        opened += 1
+        run, patch = steps or (None, None)
+        if isinstance(run, Chosen):
+            assert 8 * len(run.marks) >= -(-count // 256)
+            run = run.run
+            assert run.log_segment == 0
+        if run:
+            tables, rest = divmod(len(run.slots), 1 << run.precision)
+            assert (rest, 8 <= run.precision <= 11, 1 <= tables <= 64) == (0, True, True)
+            assert len(run.scales) == (-(-count >> run.log_segment) if run.log_segment else 1)
+            assert np.abs(run.scales).max() < 1 << 20
+            assert run.lanes in (1, 4, 16, 64)
+            assert (run.states[: run.lanes] >= 1 << 16).all()
+        if patch:
+            assert len(patch.places) == len(patch.distances)
+            assert (np.diff(patch.places, prepend=-1) > 0).all()
+            assert (patch.places < count).all()
+    assert opened > 5
 
 
 @pytest.mark.parametrize("name", ["delta", "sparse", "wide", "drift", "alone", "window", "planes", "zstd"])
