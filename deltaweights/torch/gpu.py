@@ -64,10 +64,23 @@ def _runs_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and _has_triton()
 
 
+@cache
+def _passes_test(device: torch.device) -> bool:
+    """Whether a kernel can be compiled and run there, and is right: Triton needs a C compiler, for one."""
+    data = torch.arange(4096, dtype=torch.int16).view(torch.uint8)
+    try:
+        there = data.to(device)
+        found = Checksums(device, [addresses(there, 0, len(there))]).values()
+    except Exception as error:  # whatever it is, there is another way
+        _log.info("no kernels on %s: %s", device, error)
+        return False
+    return int(found[0]) == codec.checksum(data.numpy())
+
+
 def is_usable(device: torch.device) -> bool:
     """Whether chunks can be worked on there: on a CUDA device, if there is Triton, as there is with torch's
-    builds for CUDA on Linux from 2.6 on; and as long as nothing came out wrong."""
-    return _runs_kernels(device) and device not in _distrusted
+    builds for CUDA on Linux from 2.6 on, and it works; and as long as nothing came out wrong."""
+    return _runs_kernels(device) and device not in _distrusted and _passes_test(device)
 
 
 def distrust(device: torch.device) -> None:
@@ -79,7 +92,7 @@ def distrust(device: torch.device) -> None:
 
 def usual_threads(devices: Iterable[torch.device]) -> int | None:
     """How many threads to use if nobody says; None for as many as there are cores."""
-    return min(_THREADS, usable_cores()) if any(map(is_usable, devices)) else None
+    return min(_THREADS, usable_cores()) if any(map(_runs_kernels, devices)) else None
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

@@ -77,7 +77,12 @@ def load_state_dict(
         shape = torch_shape(name, recipe.info.dtype, recipe.info.shape)
         try:
             tensors[name] = torch.empty(shape, dtype=kept, device=device)
-        except (RuntimeError, TypeError, OverflowError) as error:  # no such shape, or no such memory
+        except (
+            RuntimeError,
+            TypeError,
+            OverflowError,
+            AssertionError,
+        ) as error:  # no such shape, memory, device
             why = f"{list(shape)} of {kept}: {error}".splitlines()[0]
             raise CheckpointError(f"Tensor {name!r} cannot be loaded", f"{why}.") from error
         return tensors[name]
@@ -85,7 +90,8 @@ def load_state_dict(
     with open_chain(listed(delta), base) as target:
         found = _tensors_by_shard(target, shards)
         links(target)[0].published_base_files()  # finds a wrong base on the Hub before it is fetched
-        threads = threads or gpu.usual_threads([torch.empty(0, device=device).device])
+        with suppress(RuntimeError):  # if there is no such device, `take` says so
+            threads = threads or gpu.usual_threads([torch.device(device)])
         _fill(target, found, take, sha256, threads, progress)
     return {name: tensors[name] for names in found.values() for name in names}
 

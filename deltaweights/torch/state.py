@@ -156,17 +156,19 @@ def _checksums(state: Mapping[str, StateTensor], workers: Workers) -> dict[str, 
     """The XXH3-64 of every chunk of every tensor (little-endian)."""
     found = {name: np.zeros(plan_of(tensor).count, "<u8") for name, tensor in state.items()}
     here: list[tuple[str, int, tuple[int, int]]] = []
-    there: list[tuple[NDArray[np.uint64], list[int], gpu.Checksums]] = []
+    there: dict[torch.device, list[tuple[str, int, tuple[int, int]]]] = {}
     for name, tensor in state.items():
-        spans, memory = list(plan_of(tensor)), tensor.on_gpu
-        on_gpu = [i for i, span in enumerate(spans) if memory is not None and gpu.can_check(memory, *span)]
-        if memory is not None and on_gpu:
-            where = [gpu.addresses(memory, *spans[i]) for i in on_gpu]
-            there.append((found[name], on_gpu, gpu.Checksums(memory.device, where)))
-        here += [(name, i, span) for i, span in enumerate(spans) if i not in set(on_gpu)]
+        memory = tensor.on_gpu
+        for index, span in enumerate(plan_of(tensor)):
+            if memory is not None and gpu.can_check(memory, *span):
+                there.setdefault(memory.device, []).append((name, index, gpu.addresses(memory, *span)))
+            else:
+                here.append((name, index, span))
+    on_gpus = [(some, gpu.Checksums(device, [span for *_, span in some])) for device, some in there.items()]
     sums = workers.map(lambda one: codec.checksum(state[one[0]].read(*one[2])), here)
     for (name, index, _), value in zip(here, sums, strict=True):
         found[name][index] = value
-    for values, indexes, checksums in there:
-        values[indexes] = checksums.values()
+    for some, checksums in on_gpus:
+        for (name, index, _), value in zip(some, checksums.values().tolist(), strict=True):
+            found[name][index] = value
     return found

@@ -31,6 +31,8 @@ from .models import raw_state, saved_state
 pytest.importorskip("triton", reason="there is no Triton for this machine")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+#: As tensors name it.
+HERE = torch.empty(0, device=DEVICE).device
 #: Of streams here, for Triton's interpreter is slow.
 CHUNK_BYTES = 1 << 15
 _few = settings(max_examples=20, deadline=None)
@@ -103,9 +105,25 @@ def test_patches_move_elements_as_the_codec_does(dtype: str, count: int, seed: i
 def test_which_devices_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert gpu._has_triton()
-    assert gpu.is_usable(torch.device("cuda:0"))
+    assert gpu._runs_kernels(torch.device("cuda:0"))
     assert not gpu.is_usable(torch.device("cpu"))
     assert not gpu.is_usable(torch.device("meta"))
+
+
+def test_a_gpu_that_cannot_be_used_is_not(small: Trio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as without the C compiler that Triton needs."""
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("Failed to find C compiler.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gpu, "Checksums", fail)
+        gpu._passes_test.cache_clear()
+        assert not gpu.is_usable(HERE)
+    loaded = load_state_dict(small.delta, small.base, device=DEVICE)
+    assert raw_state(loaded) == raw_state(saved_state(small.target))
+    gpu._passes_test.cache_clear()
+    assert gpu.is_usable(HERE)
 
 
 # Streams ------------------------------------------------------------------------------------------------
@@ -354,7 +372,7 @@ def test_a_wrong_base_is_refused(small: Trio) -> None:
     save_file(state, small.base / "model.safetensors")
     with pytest.raises(BaseMismatchError, match="'second'"):
         load_state_dict(small.delta, small.base, device=DEVICE)
-    assert gpu.is_usable(torch.empty(0, device=DEVICE).device)
+    assert gpu.is_usable(HERE)
 
 
 def test_a_damaged_delta_is_refused(small: Trio) -> None:
@@ -366,7 +384,7 @@ def test_a_damaged_delta_is_refused(small: Trio) -> None:
     shard.write_bytes(data)
     with pytest.raises(DeltaError, match="Tensor 'second'"):
         load_state_dict(small.delta, small.base, device=DEVICE)
-    assert gpu.is_usable(torch.empty(0, device=DEVICE).device)
+    assert gpu.is_usable(HERE)
 
 
 def test_a_gpu_that_computes_wrong_is_found_out(
@@ -388,7 +406,7 @@ def test_a_gpu_that_computes_wrong_is_found_out(
     assert raw_state(loaded) == raw_state(saved_state(small.target))
     assert "gave wrong results" in caplog.text
     assert calls[0] == 1
-    assert not gpu.is_usable(torch.empty(0, device=DEVICE).device)
+    assert not gpu.is_usable(HERE)
 
 
 #: Compile every kernel as it is launched, for a processor that need not be here.
@@ -453,4 +471,4 @@ def test_a_full_gpu_is_loaded_chunk_by_chunk(
     loaded = load_state_dict(small.delta, small.base, device=DEVICE)
     assert raw_state(loaded) == raw_state(saved_state(small.target))
     assert calls[0]
-    assert gpu.is_usable(torch.empty(0, device=DEVICE).device)
+    assert gpu.is_usable(HERE)

@@ -53,6 +53,20 @@ def test_state_dict_is_the_target(trio: Trio) -> None:
     assert seen[-1] == ("load", seen[-1][2], seen[-1][2])
 
 
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+        ),
+        "nonsense",
+    ],
+)
+def test_there_may_be_no_such_device(trio: Trio, device: str) -> None:
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_state_dict(trio.delta, trio.base, device=device)
+
+
 def test_state_dict_is_the_target_for_every_dtype(tmp_path: Path) -> None:
     from deltaweights.torch.tensors import DTYPES
 
