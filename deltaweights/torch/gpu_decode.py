@@ -111,8 +111,8 @@ class Staged(NamedTuple):
 
     @property
     def weight(self) -> int:
-        """How much decoding it takes, in bytes."""
-        return sum(
+        """What counts towards how much is decoded at once, in bytes: a head may ask for more than the chunk."""
+        return len(self.coded) + sum(
             (chunk.end - chunk.start) * (_CHOSEN_COUNT_FOR if chunk.run and chunk.run.kind.is_chosen else 1)
             for chunk in self.chunks
         )
