@@ -106,20 +106,20 @@ def upload(array: NDArray[Any], device: torch.device) -> Tensor:
     return torch.from_numpy(array).to(device)
 
 
-class Overwritten(NamedTuple):
-    """What stood in a tensor where it was changed: places (int32[m]) in ``elements``, and what was there."""
+class Elements(NamedTuple):
+    """Elements for some places (int32[m]) of a tensor: what stood there, or is to."""
 
-    elements: Tensor
+    tensor: Tensor
     places: Tensor
-    before: Tensor
+    values: Tensor
 
-    def put_back(self) -> None:
-        """Make the tensor what it was. That takes no memory."""
+    def put(self) -> None:
+        """Write them. That takes no memory."""
         from . import gpu_kernels
 
         if len(self.places):
-            with on(self.elements.device):
-                gpu_kernels.put_back[(_blocks(self.places),)](*self, len(self.places))
+            with on(self.tensor.device):
+                gpu_kernels.put[(_blocks(self.places),)](*self, len(self.places))
 
 
 def _blocks(places: NDArray[np.int32] | Tensor) -> int:
@@ -129,8 +129,9 @@ def _blocks(places: NDArray[np.int32] | Tensor) -> int:
     return -(-len(places) // int(gpu_kernels.PATCH_BLOCK.value))
 
 
-def patch(data: Tensor, patches: Sequence[tuple[int, codec.Patch]]) -> Overwritten:
-    """Move elements of ``data``.
+def patch(data: Tensor, patches: Sequence[tuple[int, codec.Patch]], *, is_moved: bool = True) -> Elements:
+    """Move elements of ``data``; returns those that were there. Where it is not ``is_moved``, nothing is
+    written, and those that are to be there are returned.
 
     Args:
         data: bytes (uint8) on a device that :func:`is_usable`, fewer than 2^31, at an address that is a
@@ -146,12 +147,12 @@ def patch(data: Tensor, patches: Sequence[tuple[int, codec.Patch]]) -> Overwritt
     distances = np.concatenate([patch.distances for _, patch in patches]).view(np.int32)
     with on(data.device):
         where, moves = upload(places, data.device), upload(distances, data.device)
-        before = torch.empty(len(places), dtype=elements.dtype, device=data.device)
+        others = torch.empty(len(places), dtype=elements.dtype, device=data.device)
         if len(places):
             gpu_kernels.patch[(_blocks(places),)](
-                elements, where, moves, before, len(places), width=8 * itemsize
+                elements, where, moves, others, len(places), width=8 * itemsize, is_moved=is_moved
             )
-    return Overwritten(elements, where, before)
+    return Elements(elements, where, others)
 
 
 def addresses(data: Tensor, start: int, end: int) -> tuple[int, int]:

@@ -111,7 +111,7 @@ class Staged(NamedTuple):
 
     @property
     def weight(self) -> int:
-        """What counts towards how much is decoded at once, in bytes: a head may ask for more than the chunk."""
+        """What counts towards how much is decoded at once, in bytes: a small chunk's tables may be large."""
         return len(self.coded) + sum(
             (chunk.end - chunk.start) * (_CHOSEN_COUNT_FOR if chunk.run and chunk.run.kind.is_chosen else 1)
             for chunk in self.chunks
@@ -123,11 +123,25 @@ def is_enough(staged: Sequence[Staged]) -> bool:
     return sum(one.weight for one in staged) >= _MOST_BYTES
 
 
+def can_be_staged(recipe: TensorRecipe, data: Tensor) -> list[bool]:
+    """Which chunks :func:`stage` may take, as far as their records tell."""
+    if recipe.base is None or recipe.base.info.dtype != recipe.info.dtype or not gpu.is_usable(data.device):
+        return [False] * recipe.plan.count
+    methods = {codec.Method.SAME, codec.Method.SPARSE}
+    if codec.element_bytes(recipe.info.dtype, recipe.info.nbytes) <= 2:
+        methods.add(codec.Method.DELTA)
+    return [
+        recipe.plan.has_base(index) and method in methods and gpu.can_check(data, *recipe.plan.span(index))
+        for index, method in enumerate(recipe.table[0]["method"].tolist())
+    ]
+
+
 def stage(recipe: TensorRecipe, data: Tensor, first: int, end: int) -> Staged | None:
-    """Bring chunks ``first`` to ``end - 1`` to their device, undecoded. From any thread.
+    """Bring chunks ``first`` to ``end - 1``, each of which :func:`can_be_staged`, to their device, undecoded.
+    From any thread.
 
     Args:
-        data: all of the tensor's bytes (uint8), on a device that :func:`gpu.is_usable`.
+        data: all of the tensor's bytes (uint8).
         first, end: their bytes are at most STAGED_BYTES.
 
     Returns:
@@ -136,19 +150,14 @@ def stage(recipe: TensorRecipe, data: Tensor, first: int, end: int) -> Staged | 
     Raises:
         CheckpointError, DeltaError: base or delta cannot be read.
     """
-    if not gpu.is_usable(data.device) or recipe.base is None or recipe.base.info.dtype != recipe.info.dtype:
-        return None
-    while end > first and not recipe.plan.has_base(end - 1):
-        end -= 1
     packed = _Packed(_memory.room("coded", data.device).numpy())
     chunks = []
-    for index, (method, coded) in enumerate(recipe.read_coded(first, end) if end > first else [], first):
-        span = recipe.plan.span(index)
+    for index, (method, coded) in enumerate(recipe.read_coded(first, end), first):
         try:
-            found = _read_chunk(recipe, index, span, method, coded, packed)
+            found = _read_chunk(recipe, index, recipe.plan.span(index), method, coded, packed)
         except PayloadError:  # whoever decodes it otherwise says what is wrong
             continue
-        if found and gpu.can_check(data, *span):
+        if found:
             chunks.append(found)
     if not chunks:
         return None
@@ -223,26 +232,31 @@ def _plan(opened: codec.OpenRun, chosen: codec.Chosen | None, count: int, places
     return _Run(kind, row, opened.states)
 
 
-def decode(staged: Sequence[Staged]) -> list[tuple[TensorRecipe, int]]:
+def decode(staged: Sequence[Staged]) -> tuple[list[tuple[TensorRecipe, int]], bool]:
     """Make the target's chunks of the staged ones, all on one device.
 
     Returns:
-        Those that came out wrong, whose memory holds anything: a base or a delta is not what it should be.
+        Those that came out wrong, whose memory holds anything; and whether one of them had the right base: so
+        the delta is not what it should be, or the device is not.
     """
     chunks = [(one, chunk) for one in staged for chunk in one.chunks]
     device = staged[0].data.device
     spans = [gpu.addresses(one.data, chunk.start, chunk.end) for one, chunk in chunks]
     with gpu.on(device):
         base = gpu.Checksums(device, spans)
+        exceptions = [_exceptions(one) for one in staged]  # they count from the base's elements
         ended = _decode_runs(chunks, device)
-        for one in staged:
-            _patch(one)
+        for elements in exceptions:
+            if elements:
+                elements.put()
         target = gpu.Checksums(device, spans)
     records = np.concatenate([one.recipe.table[0][[chunk.number for chunk in one.chunks]] for one in staged])
-    is_right = (records["base"] == base.values()) & (records["target"] == target.values())
+    has_base = records["base"] == base.values()
+    is_right = has_base & (records["target"] == target.values())
     for numbers, is_even in ended:
         is_right[numbers] &= is_even.cpu().numpy() == 1
-    return [(chunks[number][0].recipe, chunks[number][1].number) for number in np.flatnonzero(~is_right)]
+    failed = [(chunks[number][0].recipe, chunks[number][1].number) for number in np.flatnonzero(~is_right)]
+    return failed, bool((has_base & ~is_right).any())
 
 
 def _decode_runs(
@@ -286,9 +300,8 @@ def _with_addresses(one: Staged, chunk: _Chunk) -> NDArray[np.int64]:
     return row
 
 
-def _patch(one: Staged) -> None:
-    """Patch the chunks that have a patch."""
+def _exceptions(one: Staged) -> gpu.Elements | None:
+    """What the chunks' patches make of the base's elements."""
     first, end = one.chunks[0].start, one.chunks[-1].end
     patches = [(chunk.start - first, chunk.patch) for chunk in one.chunks if chunk.patch]
-    if patches:
-        gpu.patch(one.data[first:end], patches)
+    return gpu.patch(one.data[first:end], patches, is_moved=False) if patches else None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: Elements that one program of `patch` or `put_back` moves.
+#: Elements that one program of `patch` or `put` moves.
 PATCH_BLOCK = tl.constexpr(1024)
 
 #: Elements that `choose` looks at together.
@@ -28,6 +28,7 @@ def _restored(bits, zigzag, width: tl.constexpr):
     top: tl.constexpr = width - 1
     full: tl.constexpr = (1 << width) - 1
     magnitude: tl.constexpr = full >> 1
+    zigzag &= full
     negative = bits >> top
     order = bits ^ (negative * magnitude)
     steps = (zigzag >> 1) ^ (0 - (zigzag & 1))
@@ -37,32 +38,36 @@ def _restored(bits, zigzag, width: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["count"])
-def patch(elements, places, distances, before, count, width: tl.constexpr):
-    """Move `count` elements at different places; what was there goes to `before`.
+def patch(elements, places, distances, others, count, width: tl.constexpr, is_moved: tl.constexpr):
+    """Move `count` elements at different places; what was there goes to `others`. Where it is not `is_moved`,
+    what they would become goes there instead.
 
     elements    int8, int16 or int32 of `width` bits
     places      int32[count]
     distances   int32[count], zigzagged
-    before      as elements, [count], written
+    others      as elements, [count], written
     """
     index = tl.program_id(0) * PATCH_BLOCK + tl.arange(0, PATCH_BLOCK)
     is_one = index < count
     place = tl.load(places + index, mask=is_one, other=0)
     zigzag = tl.load(distances + index, mask=is_one, other=0).to(tl.uint32, bitcast=True)
     found = tl.load(elements + place, mask=is_one, other=0)
-    tl.store(before + index, found, mask=is_one)
     full: tl.constexpr = (1 << width) - 1
-    result = _restored(found.to(tl.uint32) & full, zigzag, width)
-    tl.store(elements + place, result.to(elements.dtype.element_ty), mask=is_one)
+    result = _restored(found.to(tl.uint32) & full, zigzag, width).to(elements.dtype.element_ty)
+    if is_moved:
+        tl.store(others + index, found, mask=is_one)
+        tl.store(elements + place, result, mask=is_one)
+    else:
+        tl.store(others + index, result, mask=is_one)
 
 
 @triton.jit(do_not_specialize=["count"])
-def put_back(elements, places, before, count):
-    """Undo :func:`patch`; the arguments are the same."""
+def put(elements, places, others, count):
+    """Set elements to what :func:`patch` left in `others`; the arguments are the same."""
     index = tl.program_id(0) * PATCH_BLOCK + tl.arange(0, PATCH_BLOCK)
     is_one = index < count
     place = tl.load(places + index, mask=is_one, other=0)
-    tl.store(elements + place, tl.load(before + index, mask=is_one, other=0), mask=is_one)
+    tl.store(elements + place, tl.load(others + index, mask=is_one, other=0), mask=is_one)
 
 
 @triton.jit

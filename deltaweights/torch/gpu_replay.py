@@ -21,8 +21,8 @@ from .tensors import settle
 #: Chunks in a row that are patched at once.
 _AT_ONCE = 64
 
-#: Chunks in a row of one tensor.
-_Group: TypeAlias = tuple[StateTensor, list[Chunk]]
+#: A tensor, its bytes on a GPU, and chunks of it in a row.
+_Group: TypeAlias = tuple[StateTensor, Tensor, list[Chunk]]
 
 
 class _Patched(NamedTuple):
@@ -38,7 +38,7 @@ class GpuPatches:
     """What was patched on GPUs, with what is needed to undo it."""
 
     def __init__(self) -> None:
-        self._overwritten: list[gpu.Overwritten] = []
+        self._overwritten: list[gpu.Elements] = []
         self._room = np.empty(CHUNK_BYTES, np.uint8)
 
     def apply(
@@ -56,15 +56,17 @@ class GpuPatches:
         groups: list[_Group] = []
         for name, tensor in state.items():
             chunks = [(name, index) for index in range(plan_of(tensor).count)]
-            if tensor.on_gpu is None:
+            memory = tensor.on_gpu
+            if memory is None:
                 elsewhere += chunks
-            else:
-                groups += [(tensor, chunks[at : at + _AT_ONCE]) for at in range(0, len(chunks), _AT_ONCE)]
+                continue
+            for first in range(0, len(chunks), _AT_ONCE):
+                groups.append((tensor, memory, chunks[first : first + _AT_ONCE]))
         try:
             return elsewhere + self._patch_all(groups, steps_of, workers)
         except torch.cuda.OutOfMemoryError:  # what was there takes it; chunks by themselves take none
             self.put_back()
-            return elsewhere + [chunk for _, chunks in groups for chunk in chunks]
+            return elsewhere + [chunk for *_, chunks in groups for chunk in chunks]
 
     def _patch_all(
         self,
@@ -75,9 +77,9 @@ class GpuPatches:
         """See :meth:`apply`. By one thread: two would spend more time on Python's lock than they save."""
         left: list[Chunk] = []
         patched: list[_Patched] = []
-        for tensor, chunks in groups:
+        for group in groups:
             workers.check()
-            others, found = self._patch(tensor, chunks, steps_of)
+            others, found = self._patch(*group, steps_of)
             left += others
             patched += found
         for device in {one.memory.device for one in patched}:
@@ -89,11 +91,14 @@ class GpuPatches:
         _put_back(self._overwritten)
 
     def _patch(
-        self, tensor: StateTensor, chunks: Sequence[Chunk], steps_of: Callable[[Chunk], Iterable[Payload]]
+        self,
+        tensor: StateTensor,
+        memory: Tensor,
+        chunks: Sequence[Chunk],
+        steps_of: Callable[[Chunk], Iterable[Payload]],
     ) -> tuple[list[Chunk], list[_Patched]]:
         """Take chunks in a row of one tensor through their steps: (those that cannot be, the others)."""
-        plan, memory = plan_of(tensor), tensor.on_gpu
-        assert memory is not None
+        plan = plan_of(tensor)
         first = plan.span(chunks[0][1])[0]
         memory = memory[first : plan.span(chunks[-1][1])[1]]
         left: list[Chunk] = []
@@ -139,15 +144,16 @@ class GpuPatches:
         sums = gpu.Checksums(device, [span for one in patched for span in one.spans])
         if sums.values().tolist() == [value for one in patched for value in one.expected]:
             return []
-        here = [one for one in self._overwritten if one.elements.device == device]
-        self._overwritten = [one for one in self._overwritten if one.elements.device != device]
+        here = [one for one in self._overwritten if one.tensor.device == device]
+        self._overwritten = [one for one in self._overwritten if one.tensor.device != device]
         _put_back(here)
         return [chunk for one in patched for chunk in one.chunks]
 
 
-def _put_back(overwritten: list[gpu.Overwritten]) -> None:
+def _put_back(overwritten: list[gpu.Elements]) -> None:
     """Undo it, the last first; none is left, and the devices are done with it."""
-    elements = [one.elements for one in overwritten]
+    tensors = [one.tensor for one in overwritten]
     while overwritten:
-        overwritten.pop().put_back()
-    settle(elements)
+        overwritten[-1].put()
+        overwritten.pop()
+    settle(tensors)

@@ -7,6 +7,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..errors import CheckpointError
 from ..pipeline import Meter, ProgressCallback, Workers
 from ..target import Target, TensorRecipe, check_digest
 from . import gpu, gpu_decode
-from .tensors import byte_view, dtype_of, settle, torch_shape
+from .tensors import byte_view, dtype_of, settle, sharing, torch_shape
 
 #: Chunks that a thread takes at once.
 _BATCH = 16
@@ -299,6 +300,9 @@ def _fill(
             target.read_tables(chosen)  # before memory is taken: payloads that long must exist
             slots = [_Slot(tensor, take(tensor)) for tensor in chosen]
             settle(slot.tensor for slot in slots)
+            for group in sharing({str(i): slot.tensor for i, slot in enumerate(slots)}):
+                for i in group:  # decoded side by side, they would be each other's base
+                    slots[int(i)].on_gpu = None
             is_whole = len(chosen) == len(recipe.tensors) and all(slot.direct is not None for slot in slots)
             digest = hashlib.sha256(recipe.header.raw) if sha256 and is_whole else None
             staged: list[gpu_decode.Staged] = []
@@ -323,44 +327,51 @@ def _fill(
 
 
 class _Batch(NamedTuple):
-    """Chunks that a thread takes at once; those of them that wait on a GPU to be decoded."""
+    """Chunks that a thread takes at once: whether they may be staged for a GPU, and those that were."""
 
     chunks: list[tuple[_Slot, int]]
+    is_for_gpu: bool = False
     staged: gpu_decode.Staged | None = None
 
 
 def _batches(slots: Sequence[_Slot]) -> Iterator[_Batch]:
     """All chunks in order, some at a time: to hand over each one alone takes as long as to decode it. Those
-    of a tensor on a GPU are by themselves."""
+    that may be staged are by themselves, in a row of one tensor."""
     batch = _Batch([])
     for slot in slots:
         slot.begin()
-        indexes = range(slot.recipe.plan.count)
+        plan, is_staged = slot.recipe.plan, [False] * slot.recipe.plan.count
         if slot.on_gpu is not None:
-            most = max(1, gpu_decode.STAGED_BYTES // slot.recipe.plan.chunk_bytes)
-            for first in indexes[::most]:
-                yield _Batch([(slot, index) for index in indexes[first : first + most]])
-            continue
-        for index in indexes:
-            batch.chunks.append((slot, index))
-            if len(batch.chunks) == _BATCH:
-                yield batch
-                batch = _Batch([])
+            is_staged = gpu_decode.can_be_staged(slot.recipe, slot.on_gpu)
+        for is_for_gpu, group in groupby(range(plan.count), is_staged.__getitem__):
+            indexes = list(group)
+            if is_for_gpu:
+                most = max(1, gpu_decode.STAGED_BYTES // plan.chunk_bytes)
+                for first in range(0, len(indexes), most):
+                    yield _Batch([(slot, index) for index in indexes[first : first + most]], is_for_gpu=True)
+                continue
+            for index in indexes:
+                batch.chunks.append((slot, index))
+                if len(batch.chunks) == _BATCH:
+                    yield batch
+                    batch = _Batch([])
     if batch.chunks:
         yield batch
 
 
 def _decode(batch: _Batch) -> _Batch:
-    slot, first = batch.chunks[0]
-    staged = None
-    if slot.on_gpu is not None:
+    staged, done = None, set[int]()
+    if batch.is_for_gpu:
+        slot, first = batch.chunks[0]
+        assert slot.on_gpu is not None
         with suppress(torch.cuda.OutOfMemoryError):  # the model fits: then so do chunks, one by one
             staged = gpu_decode.stage(slot.recipe, slot.on_gpu, first, batch.chunks[-1][1] + 1)
-    done = {chunk.number for chunk in staged.chunks} if staged else set[int]()
+    if staged:
+        done = {chunk.number for chunk in staged.chunks}
     for slot, index in batch.chunks:
         if index not in done:
             slot.decode(index)
-    return _Batch(batch.chunks, staged)
+    return batch._replace(staged=staged)
 
 
 def _decode_staged(staged: list[gpu_decode.Staged], slots: Sequence[_Slot]) -> None:
@@ -370,13 +381,14 @@ def _decode_staged(staged: list[gpu_decode.Staged], slots: Sequence[_Slot]) -> N
     for device in {one.data.device for one in staged}:
         some = [one for one in staged if one.data.device == device]
         try:
-            failed, is_wrong = gpu_decode.decode(some), True
+            failed, is_strange = gpu_decode.decode(some)
         except torch.cuda.OutOfMemoryError:
-            failed, is_wrong = [(one.recipe, chunk.number) for one in some for chunk in one.chunks], False
+            settle(one.data for one in some)  # what was begun there must not end after what follows
+            failed, is_strange = [(one.recipe, chunk.number) for one in some for chunk in one.chunks], False
         for recipe, index in failed:
             slot_of[id(recipe)].decode(index)
-        if failed and is_wrong:
-            gpu.distrust(device)  # since base and delta are right
+        if is_strange:
+            gpu.distrust(device)  # since the delta is right
     staged.clear()
 
 

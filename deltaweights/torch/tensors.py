@@ -89,7 +89,8 @@ def torch_shape(name: str, code: str, shape: tuple[int, ...]) -> tuple[int, ...]
 
 def byte_view(tensor: Tensor) -> Tensor:
     """The bytes of a contiguous tensor: uint8, one dimension, the same memory on the same device."""
-    return tensor.detach().reshape(-1).view(torch.uint8)
+    # A tensor of one element is contiguous whatever its stride, and keeps that when it is reshaped.
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def settle(tensors: Iterable[Tensor]) -> None:

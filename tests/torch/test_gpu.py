@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,11 +21,20 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaweights import BaseMismatchError, DeltaError, codec, make_delta
+from deltaweights.codec import floats, planes, sparse
 from deltaweights.codec.ulp import FORMATS, restore
-from deltaweights.torch import DeltaPublisher, DeltaSubscriber, gpu, gpu_decode, load_state_dict, payloads
+from deltaweights.torch import (
+    DeltaPublisher,
+    DeltaSubscriber,
+    gpu,
+    gpu_decode,
+    load_into,
+    load_state_dict,
+    payloads,
+)
 
 from ..conftest import Trio
 from .models import raw_state, saved_state
@@ -81,7 +92,7 @@ def test_patches_move_elements_as_the_codec_does(dtype: str, count: int, seed: i
     form, rng = FORMATS[dtype], np.random.default_rng(seed)
     before = rng.integers(0, 256, form.itemsize * 2 * count, np.uint8).view(form.dtype)
     places = np.sort(rng.choice(2 * count, count, replace=False))
-    distances = rng.integers(0, 1 << 8 * form.itemsize, count, np.uint32)
+    distances = rng.integers(0, 1 << 32, count, np.uint32)  # they count modulo 2^N
     data = on_device(before.view(np.uint8))
     cut = count // 3  # two patches, the second from the third element on that the first has not
     start = int(places[cut])
@@ -98,7 +109,7 @@ def test_patches_move_elements_as_the_codec_does(dtype: str, count: int, seed: i
     expected = before.copy()
     expected[places] = restore(before[places], distances.astype(form.dtype))
     assert data.cpu().numpy().tobytes() == expected.tobytes()
-    overwritten.put_back()
+    overwritten.put()
     assert data.cpu().numpy().tobytes() == before.tobytes()
 
 
@@ -160,7 +171,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     real = gpu.patch
 
-    def counted(data: Tensor, patches: list[tuple[int, codec.Patch]]) -> gpu.Overwritten:
+    def counted(data: Tensor, patches: list[tuple[int, codec.Patch]]) -> gpu.Elements:
         calls.append(len(patches))
         return real(data, patches)
 
@@ -250,7 +261,7 @@ def test_a_gpu_without_memory_leaves_the_work_to_the_cpu(
     trained, follower = state(), state()
     real, calls = gpu.patch, [0]
 
-    def full(*args: Any) -> gpu.Overwritten:
+    def full(*args: Any) -> gpu.Elements:
         calls[0] += 1
         if calls[0] > 1:
             raise torch.cuda.OutOfMemoryError
@@ -327,14 +338,14 @@ def count_staged(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int, boo
     real = gpu_decode.decode
 
     def counted(staged: list[gpu_decode.Staged]) -> object:
-        failed = real(staged)
+        failed, is_strange = real(staged)
         counts["failed"] += len(failed)
         for one in staged:
             for chunk in one.chunks:
                 if chunk.run:
                     counts[one.recipe.info.dtype, chunk.run.kind.lanes, chunk.run.kind.is_chosen] += 1
                 counts["patched" if chunk.patch else "other"] += 1
-        return failed
+        return failed, is_strange
 
     monkeypatch.setattr(gpu_decode, "decode", counted)
     return counts
@@ -355,6 +366,35 @@ def test_a_target_is_decoded_on_its_device(pair: Trio, monkeypatch: pytest.Monke
         "other": 6,
         "failed": 0,
     }
+
+
+def test_exceptions_count_from_the_base() -> None:
+    """Also where the run has moved the same elements. No encoder of ours writes such chunks."""
+    rng, form = np.random.default_rng(0), FORMATS["BF16"]
+    base = rng.integers(0x3C00, 0x3E00, 2000, np.uint16)
+    moved = base + rng.integers(0, 99, 2000, np.uint16)
+    places, distances = np.arange(0, 2000, 40), rng.integers(0, 1 << 17, 50, np.uint32)
+    delta = floats.encode_delta(base.view(np.uint8), moved.view(np.uint8), form)
+    assert delta
+    gaps = (np.diff(places, prepend=-1) - 1).astype(np.uint32)
+    parts = [struct.pack("<hBI", 255, 1, 50), planes.put_plane(np.full(1, 255, np.uint8))]
+    data = b"".join([*parts, *sparse._put_exceptions(gaps, distances), delta])
+    expected = np.empty(4000, np.uint8)
+    codec.decode_chunk(codec.Method.SPARSE, data, base.view(np.uint8), "BF16", expected)
+    records = np.zeros(1, codec.RECORD)
+    records["base"], records["target"] = codec.checksum(base.view(np.uint8)), codec.checksum(expected)
+    recipe: Any = SimpleNamespace(info=SimpleNamespace(dtype="BF16"), table=(records, None))
+    room = np.empty(1 << 20, np.uint8)
+    packed = gpu_decode._Packed(room)
+    chunk = gpu_decode._read_chunk(
+        recipe, 0, (0, 4000), codec.Method.SPARSE, np.frombuffer(data, np.uint8), packed
+    )
+    assert chunk
+    assert chunk.run
+    memory = on_device(base.view(np.uint8))
+    staged = gpu_decode.Staged(recipe, memory, on_device(room[: packed.size]), [chunk])
+    assert gpu_decode.decode([staged]) == ([], False)
+    assert memory.cpu().numpy().tobytes() == expected.tobytes()
 
 
 @pytest.fixture
@@ -422,12 +462,12 @@ plans, numbers = {"plans": "*i64", "shift": "i32", "mask": "i32"}, ("addresses",
 for kernel, types, constants in [
     (kernels.xxh3_accumulators, dict.fromkeys((*numbers, "accumulators"), "*i64"), {}),
     (kernels.choose, plans, {"width": 16}),
-    (kernels.put_back, {"elements": "*i16", "places": "*i32", "before": "*i16", "count": "i32"}, {}),
+    (kernels.put, {"elements": "*i16", "places": "*i32", "others": "*i16", "count": "i32"}, {}),
     *(
         (
             kernels.patch,
-            {"elements": f"*i{w}", "places": "*i32", "distances": "*i32", "before": f"*i{w}", "count": "i32"},
-            {"width": w},
+            {"elements": f"*i{w}", "places": "*i32", "distances": "*i32", "others": f"*i{w}", "count": "i32"},
+            {"width": w, "is_moved": True},
         )
         for w in (8, 16, 32)
     ),
@@ -471,4 +511,18 @@ def test_a_full_gpu_is_loaded_chunk_by_chunk(
     loaded = load_state_dict(small.delta, small.base, device=DEVICE)
     assert raw_state(loaded) == raw_state(saved_state(small.target))
     assert calls[0]
+    assert gpu.is_usable(HERE)
+
+
+def test_parameters_that_overlap_are_not_decoded_side_by_side(tmp_path: Path) -> None:
+    """Such as views of one buffer in several shapes: each would be the other's base."""
+    weights = torch.randn(1200)
+    moved = (weights + 0.1 * torch.randn(1200)).bfloat16()
+    base = {"flat": weights.bfloat16(), "rows": weights.bfloat16().view(12, 100)}
+    trio = write_trio(tmp_path, base, {"flat": moved, "rows": moved.clone().view(12, 100)})
+    model = nn.Module()
+    memory = torch.zeros(1200, dtype=torch.bfloat16, device=DEVICE)
+    model.flat, model.rows = nn.Parameter(memory), nn.Parameter(memory.view(12, 100))
+    load_into(model, trio.delta, trio.base)
+    assert raw_state(model.state_dict()) == raw_state(saved_state(trio.target))
     assert gpu.is_usable(HERE)

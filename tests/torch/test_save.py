@@ -18,7 +18,7 @@ from torch import nn
 from deltaweights import CheckpointError, apply_delta, make_delta
 from deltaweights.torch import save_delta
 from deltaweights.torch.memory import MemorySource
-from deltaweights.torch.tensors import DTYPES
+from deltaweights.torch.tensors import DTYPES, byte_view
 
 from ..checkpoints import contents
 from ..conftest import Trio
@@ -48,6 +48,14 @@ def test_files_in_memory_are_those_that_safetensors_writes(
     assert out.tobytes() == expected[start:end]
     with pytest.raises(CheckpointError, match="ends too early"):
         source.open("m.safetensors").read_into(start + 1, np.empty(len(expected) - start, np.uint8))
+
+
+def test_bytes_of_one_element_are_had_whatever_its_stride() -> None:
+    tensor = torch.arange(6, dtype=torch.int16)[3::2][:1]
+    assert tensor.stride() == (2,)
+    assert byte_view(tensor).tolist() == [3, 0]
+    assert byte_view(torch.zeros(0, 7)).numel() == 0
+    assert byte_view(torch.tensor(258, dtype=torch.int16)).tolist() == [2, 1]
 
 
 def check_equal(folder: Path, base: Path, state: Any, **options: Any) -> None:
