@@ -634,7 +634,7 @@ class TensorRecipe:
         """The base's bytes for chunk ``index``, in its own dtype; valid until this thread reads more."""
         assert self.base is not None
         start, end = self._base_bytes(index)
-        return _scratch.fill(end - start, partial(self.base.read_into, start))
+        return _scratch.fill(end - start, partial(self.read_base_into, index))
 
     def read_base_into(self, first: int, out: NDArray[np.uint8]) -> None:
         """Fill ``out`` (uint8) with the base's bytes from chunk ``first`` on, in its own dtype."""
@@ -647,17 +647,14 @@ class TensorRecipe:
         records, starts = self.table
         lengths = records["length"][first:end].tolist()
         for index, length in enumerate(lengths, first):
-            self._check_length(index, length)
+            begin, stop = self.plan.span(index)
+            if length > stop - begin:
+                raise self._damaged(f"A chunk of {stop - begin} bytes is coded in {length}")
         data = _scratch.take("payload", sum(lengths))
         self._payload.read_into(int(starts[first]), data)
         begins = [int(start - starts[first]) for start in starts[first:end]]
         parts = [data[begin : begin + length] for begin, length in zip(begins, lengths, strict=True)]
         return list(zip(records["method"][first:end].tolist(), parts, strict=True))
-
-    def _check_length(self, index: int, length: int) -> None:
-        start, end = self.plan.span(index)
-        if length > end - start:
-            raise self._damaged(f"A chunk of {end - start} bytes is coded in {length}")
 
     def matches_base(self, index: int) -> bool:
         """Whether the base's bytes for chunk ``index`` are those that the delta was made from."""
@@ -698,16 +695,12 @@ class TensorRecipe:
         raise self._wrong_base(index)
 
     def _decode(self, index: int, base: NDArray[np.uint8] | None, out: NDArray[np.uint8]) -> None:
-        records, starts = self.table
-        length = int(records["length"][index])
-        self._check_length(index, length)
-        data = _scratch.take("payload", length)
-        self._payload.read_into(int(starts[index]), data)
+        ((method, data),) = self.read_coded(index, index + 1)
         try:
-            codec.decode_chunk(int(records["method"][index]), data.data, base, self.info.dtype, out)
+            codec.decode_chunk(method, data.data, base, self.info.dtype, out)
         except PayloadError as error:
             raise self._damaged(error.what) from error
-        if codec.checksum(out) != int(records["target"][index]):
+        if codec.checksum(out) != int(self.table[0]["target"][index]):
             raise self._damaged(f"Chunk {index} does not decode to what was encoded")
 
     def _wrong_base(self, index: int) -> DeltaWeightsError:

@@ -41,7 +41,6 @@ _WORD = 8  # bytes; the kernel reads whole ones
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
-
 #: Threads to prepare a GPU's work. More of them wait for Python's lock and each other: of 1, 2, 4, 8 and 16
 #: threads on 16 cores, 2 and 4 were fastest (docs/benchmarks.md).
 _THREADS = 4

@@ -205,8 +205,7 @@ def _read_chunk(
     run, patch = steps
     if run is None:
         return _Chunk(index, *span, None, patch)
-    chosen = run if isinstance(run, codec.Chosen) else None
-    opened = run.run if isinstance(run, codec.Chosen) else run
+    chosen, opened = (run, run.run) if isinstance(run, codec.Chosen) else (None, run)
     if opened.lanes not in (16, 64):
         return None
     marks = chosen.marks if chosen else np.empty(0, np.uint8)
@@ -262,8 +261,8 @@ def decode(staged: Sequence[Staged]) -> tuple[list[tuple[TensorRecipe, int]], bo
 def _decode_runs(
     chunks: Sequence[tuple[Staged, _Chunk]], device: torch.device
 ) -> list[tuple[list[int], Tensor]]:
-    """Decode the runs of some chunks. Returns, for those of each kind: the chunks' numbers, and 1 (int32) for
-    each whose run came out even."""
+    """Decode the runs of some chunks, within :func:`gpu.on` their device. Returns, for those of each kind:
+    the chunks' numbers, and 1 (int32) for each whose run came out even."""
     from . import gpu_kernels as kernels
 
     of_kind: dict[_Kind, list[int]] = {}
@@ -280,10 +279,9 @@ def _decode_runs(
             before = np.cumsum(rows[:, kernels.ELEMENTS.value]) - rows[:, kernels.ELEMENTS.value]
             rows[:, kernels.CHOSEN.value] = places.data_ptr() + 4 * before
         plans, is_even = gpu.upload(rows, device), torch.empty(len(some), dtype=torch.int32, device=device)
-        with gpu.on(device):
-            if kind.is_chosen:
-                kernels.choose[(len(some),)](plans, *kind[:3], num_warps=4)
-            kernels.decode_runs[(len(some),)](plans, gpu.upload(states, device), is_even, *kind, num_warps=1)
+        if kind.is_chosen:
+            kernels.choose[(len(some),)](plans, *kind[:3], num_warps=4)
+        kernels.decode_runs[(len(some),)](plans, gpu.upload(states, device), is_even, *kind, num_warps=1)
         ended.append((numbers, is_even))
     return ended
 

@@ -78,12 +78,8 @@ def load_state_dict(
         shape = torch_shape(name, recipe.info.dtype, recipe.info.shape)
         try:
             tensors[name] = torch.empty(shape, dtype=kept, device=device)
-        except (
-            RuntimeError,
-            TypeError,
-            OverflowError,
-            AssertionError,
-        ) as error:  # no such shape, memory, device
+        # No such shape, no such memory, or no such device.
+        except (RuntimeError, TypeError, OverflowError, AssertionError) as error:
             why = f"{list(shape)} of {kept}: {error}".splitlines()[0]
             raise CheckpointError(f"Tensor {name!r} cannot be loaded", f"{why}.") from error
         return tensors[name]
