@@ -282,15 +282,22 @@ class RebuiltShard(ReadableFile):
         # Nothing is written to `out` while anything is still to be decoded: it may be a buffer that the
         # readers below use too (see _Scratch.fill).
         chunks = list(self.chunks(offset, end))
-        if len(chunks) == 1 and chunks[0][2] == offset and _length(*chunks[0][:2]) == out.size:
-            recipe, index, _ = chunks[0]
-            recipe.decode(index, out)
+        if chunks and _is_row(chunks, offset, end):
+            recipe, first, _ = chunks[0]
+            recipe.decode(first, first + len(chunks), out)
             return
         pieces = [(place, self._cache.get(recipe, index)) for recipe, index, place in chunks]
         for place, piece in [(0, self._raw_header), *pieces]:
             first, last = max(place, offset), min(place + piece.size, end)
             if first < last:
                 out[first - offset : last - offset] = piece[first - place : last - place]
+
+
+def _is_row(chunks: Sequence[tuple[TensorRecipe, int, int]], start: int, end: int) -> bool:
+    """Whether these chunks can be decoded at once, and are bytes ``start`` to ``end`` of their file."""
+    (recipe, first, begin), (last_recipe, last, last_begin) = chunks[0], chunks[-1]
+    is_alike = recipe is last_recipe and recipe.plan.has_base(first) == recipe.plan.has_base(last)
+    return is_alike and begin == start and last_begin + _length(recipe, last) == end
 
 
 def _length(recipe: TensorRecipe, index: int) -> int:
@@ -314,7 +321,7 @@ class _ChunkCache:
                 self._chunks.move_to_end(key)
                 return self._chunks[key]
         chunk = np.empty(_length(recipe, index), np.uint8)
-        recipe.decode(index, chunk)  # without the lock: two readers may do it twice, none waits
+        recipe.decode(index, index + 1, chunk)  # without the lock: two readers may do it twice, none waits
         with self._lock:
             if key not in self._chunks:
                 self._chunks[key] = chunk

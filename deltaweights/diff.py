@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -63,12 +65,14 @@ from .manifest import (
     is_safe_path,
 )
 from .match import Match, RenameRule, match_tensors
-from .pipeline import Buffers, Meter, ProgressCallback, Workers, result_of
+from .pipeline import Buffers, Meter, ProgressCallback, Workers, batches, result_of
 from .target import read_manifest
 
 #: Compressing a file pays if it saves this share of it; small ones stay readable on the Hub.
 _WORTH_COMPRESSING = 64 << 10
 _WORTH_SAVING = 0.9
+#: Payloads are written so many bytes at a time, or more: each write has a thread wait for Python's lock.
+_WRITE_BYTES = 1 << 20
 
 
 def make_delta(
@@ -278,16 +282,47 @@ def _removed(old: Checkpoint, matches: Iterable[Match]) -> list[TensorEntry]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Coded:
-    """One chunk, encoded: its record, its data, how many elements changed, and the bytes of target and base
-    as they were read."""
+class _Coded(NamedTuple):
+    """One chunk, encoded: its record, its data, and how many elements changed."""
 
     record: tuple[int, int, int, int]
     data: bytes
     changed: int
+
+
+class _Row(NamedTuple):
+    """Chunks ``first`` to ``end - 1`` of a tensor, to be encoded."""
+
+    match: Match
+    plan: codec.ChunkPlan
+    first: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """How many of the target's bytes they are."""
+        start, end = self.plan.bounds(self.first, self.end)
+        return end - start
+
+    @property
+    def has_base(self) -> bool:
+        """Whether they are coded against the base."""
+        return self.plan.has_base(self.first)
+
+    @property
+    def base_bytes(self) -> int:
+        """How many of the base's bytes that are."""
+        if not self.match.base or not self.has_base:
+            return 0
+        return codec.rescale(self.nbytes, self.match.target.info.dtype, self.match.base.info.dtype)
+
+
+class _Batch(NamedTuple):
+    """Encoded chunks, and the bytes of target and base as they were read."""
+
+    chunks: list[_Coded]
     target: NDArray[np.uint8]
-    base: NDArray[np.uint8] | None
+    base: NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,10 +455,10 @@ class _DeltaWriter:
                 for match, plan in zip(matches, self._plans(matches), strict=True):
                     coded = islice(chunks, plan.count)
                     length, changed, is_same = 0, 0, False
-                    if not match.like:
+                    if match.like:
+                        deque(coded, 0)  # a duplicate's bytes are hashed, no more
+                    else:
                         length, changed, is_same = self._write_payload(file, room + position, plan, coded)
-                    for _ in coded:
-                        pass  # a duplicate's bytes are hashed, no more
                     entries.append(_entry(match, is_same, changed, length, self._old))
                     payloads.append(
                         TensorInfo(match.target.info.name, "U8", (length,), position, position + length)
@@ -469,20 +504,20 @@ class _DeltaWriter:
 
     def _encode_all(self, matches: Sequence[Match], digests: _Digests) -> Generator[_Coded, None, None]:
         """The chunks of all tensors, in order: while one tensor is written, the next ones are encoded. What
-        was read for a chunk is hashed, and counts until the next one is asked for."""
-        buffers = Buffers(self._chunk_bytes)
-        jobs = (
-            (match, plan, index)
+        was read for them is hashed."""
+        at_once = self._workers.batch_bytes
+        buffers = Buffers(at_once)
+        rows = (
+            _Row(match, plan, first, end)
             for match, plan in zip(matches, self._plans(matches), strict=True)
-            for index in range(plan.count)
+            for first, end in plan.rows(at_once)
         )
-        for coded in self._workers.map(lambda job: _encode(*job, buffers), jobs):
-            digests.update(coded)
-            self._meter.add(coded.target.nbytes)
-            yield coded
-            buffers.give(coded.target)
-            if coded.base is not None:
-                buffers.give(coded.base)
+        encode = partial(_encode, buffers=buffers)
+        for batch in self._workers.map(encode, batches(rows, at_once, lambda row: row.nbytes)):
+            digests.update(batch, buffers)
+            self._meter.add(batch.target.nbytes)
+            yield from batch.chunks
+        digests.finish()
 
     @staticmethod
     def _write_payload(
@@ -492,12 +527,17 @@ class _DeltaWriter:
         and whether all bytes are the base's."""
         records = np.zeros(plan.count, codec.RECORD)
         position, changed = records.nbytes, 0
+        unwritten, size = list[bytes](), 0
         for index, coded in enumerate(chunks):
-            file.write_at(offset + position, coded.data)
             for key, value in zip(("method", "length", "base", "target"), coded.record, strict=True):
                 records[key][index] = value
-            position += len(coded.data)
             changed += coded.changed
+            unwritten.append(coded.data)
+            size += len(coded.data)
+            if size >= _WRITE_BYTES or index + 1 == plan.count:
+                file.write_at(offset + position, *unwritten)
+                position += size
+                unwritten, size = [], 0
         file.write_at(offset, records.tobytes())
         is_same = plan.shared == plan.nbytes and not records["method"].any()
         return position, changed, is_same
@@ -584,15 +624,24 @@ class _Digests:
         self._target = hashlib.sha256(shard.header.raw)
         self._base = hashlib.sha256(base.header.raw) if base else None
         self._workers = workers
+        self._unfinished: tuple[Callable[[], None], ...] = ()  # the base's hash is taken meanwhile
 
-    def update(self, coded: _Coded) -> None:
-        """Take in the next chunk."""
-        done = None
-        if self._base and coded.base is not None:
-            done = self._workers.aside(partial(self._base.update, coded.base.data))
-        self._target.update(coded.target.data)
-        if done:
-            done()
+    def update(self, batch: _Batch, buffers: Buffers) -> None:
+        """Take in what was read next, and give its memory to ``buffers``."""
+        self.finish()
+        if self._base and batch.base.size:
+            hashed = self._workers.aside(partial(self._base.update, batch.base.data))
+            self._unfinished = hashed, partial(buffers.give, batch.base)
+        else:
+            buffers.give(batch.base)
+        self._target.update(batch.target.data)
+        buffers.give(batch.target)
+
+    def finish(self) -> None:
+        """Wait until all was taken in."""
+        for call in self._unfinished:
+            call()
+        self._unfinished = ()
 
     @property
     def target(self) -> str:
@@ -628,25 +677,51 @@ def _base_spans(matches: Iterable[Match]) -> list[Span]:
     ]
 
 
-def _encode(match: Match, plan: codec.ChunkPlan, index: int, buffers: Buffers) -> _Coded:
-    """Read and encode one chunk; what another tensor stands for is only read."""
-    start, end = plan.span(index)
-    info = match.target.info
-    target = match.read(start, end, buffers.take)
-    if match.like:
-        return _Coded((0, 0, 0, 0), b"", 0, target, None)
-    read, base, base_sum, changed = None, None, 0, 0
-    if plan.has_base(index):
-        assert match.base is not None
+def _encode(rows: list[_Row], buffers: Buffers) -> _Batch:
+    """Read and encode some rows of chunks."""
+    target = buffers.take(sum(row.nbytes for row in rows))
+    base = buffers.take(sum(row.base_bytes for row in rows))
+    chunks: list[_Coded] = []
+    position = base_position = 0
+    for row in rows:
+        new = target[position : position + row.nbytes]
+        old = base[base_position : base_position + row.base_bytes]
+        position, base_position = position + new.size, base_position + old.size
+        chunks += _encode_row(row, new, old)
+    return _Batch(chunks, target, base)
+
+
+def _encode_row(row: _Row, target: NDArray[np.uint8], read: NDArray[np.uint8]) -> Iterator[_Coded]:
+    """Read a row's bytes of target and base, and encode its chunks; what another tensor stands for is only
+    read."""
+    match, dtype = row.match, row.match.target.info.dtype
+    source, origin = dtype, row.plan.span(row.first)[0]
+    match.target.read_into(origin, target)
+    if match.base and row.has_base:
         source = match.base.info.dtype
-        read = match.read_base(start, end, buffers.take)
+        match.base.read_into(codec.rescale(origin, dtype, source), read)
+    for index in range(row.first, row.end):
+        start, end = (place - origin for place in row.plan.span(index))
+        old = read[codec.rescale(start, dtype, source) : codec.rescale(end, dtype, source)]
+        if match.like:
+            yield _Coded((0, 0, 0, 0), b"", 0)
+        else:
+            yield _encode_chunk(target[start:end], dtype, old if row.has_base else None, source)
+
+
+def _encode_chunk(
+    target: NDArray[np.uint8], dtype: str, read: NDArray[np.uint8] | None, source: str
+) -> _Coded:
+    """Encode a chunk of ``dtype``; what was ``read`` of the base, if it has one, is of dtype ``source``."""
+    base, base_sum, changed = None, 0, 0
+    if read is not None:
         base_sum = codec.checksum(read)
-        base = codec.convert(read, source, info.dtype)
-        changed = codec.count_changed(base, target, info.dtype)
-    method, data = codec.encode_chunk(base, target, info.dtype)
-    is_same = method == codec.Method.SAME and source == info.dtype
+        base = codec.convert(read, source, dtype)
+        changed = codec.count_changed(base, target, dtype)
+    method, data = codec.encode_chunk(base, target, dtype)
+    is_same = method == codec.Method.SAME and source == dtype
     target_sum = base_sum if is_same else codec.checksum(target)
-    return _Coded((method, len(data), base_sum, target_sum), data, changed, target, read)
+    return _Coded((method, len(data), base_sum, target_sum), data, changed)
 
 
 def _entry(match: Match, is_same: bool, changed: int, payload_bytes: int, old: Checkpoint) -> TensorEntry:

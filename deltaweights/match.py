@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,13 +31,6 @@ RenameRule = tuple[str, str]
 
 CompiledRule = tuple[re.Pattern[str], str]
 
-#: Gives an array of so many bytes, of any content.
-Take = Callable[[int], NDArray[np.uint8]]
-
-
-def _new(nbytes: int) -> NDArray[np.uint8]:
-    return np.empty(nbytes, np.uint8)
-
 
 @dataclass(frozen=True, slots=True)
 class Match:
@@ -52,19 +45,19 @@ class Match:
     shared_bytes: int
     like: Tensor | None = None
 
-    def read(self, start: int, end: int, take: Take = _new) -> NDArray[np.uint8]:
-        """The target tensor's bytes ``start`` to ``end``, in memory that ``take`` gives."""
-        return _read(self.target, start, end, take)
+    def read(self, start: int, end: int) -> NDArray[np.uint8]:
+        """The target tensor's bytes ``start`` to ``end``."""
+        return _read(self.target, start, end)
 
-    def read_base(self, start: int, end: int, take: Take = _new) -> NDArray[np.uint8]:
+    def read_base(self, start: int, end: int) -> NDArray[np.uint8]:
         """The base tensor's bytes, in its own dtype, for the target tensor's bytes ``start`` to ``end``."""
         assert self.base is not None
         dtypes = self.target.info.dtype, self.base.info.dtype
-        return _read(self.base, rescale(start, *dtypes), rescale(end, *dtypes), take)
+        return _read(self.base, rescale(start, *dtypes), rescale(end, *dtypes))
 
 
-def _read(tensor: Tensor, start: int, end: int, take: Take = _new) -> NDArray[np.uint8]:
-    out = take(end - start)
+def _read(tensor: Tensor, start: int, end: int) -> NDArray[np.uint8]:
+    out = np.empty(end - start, np.uint8)
     tensor.read_into(start, out)
     return out
 

@@ -21,7 +21,7 @@ from .checkpoint import Location, OutputFolder, Readable, local_path, sha256_of
 from .errors import DeltaError, OutputError
 from .license import landing_place, text_records
 from .manifest import Manifest, TargetFile
-from .pipeline import Buffers, Meter, ProgressCallback, Workers
+from .pipeline import Buffers, Meter, ProgressCallback, Workers, batches
 from .target import ShardRecipe, Target, TensorRecipe, check_digest
 
 #: At least so many chunks of the base are compared with the delta before anything is written, and at least
@@ -279,21 +279,35 @@ def rebuild_shard(recipe: ShardRecipe, workers: Workers, meter: Meter, sink: Sin
     if sink:
         sink(0, memoryview(recipe.header.raw))
     meter.add(len(recipe.header.raw))
-    buffers = Buffers(recipe.target.manifest.chunk_bytes)
+    at_once = workers.batch_bytes
+    buffers = Buffers(at_once)
 
-    def decode(chunk: tuple[TensorRecipe, int]) -> NDArray[np.uint8]:
-        tensor, index = chunk
-        start, end = tensor.plan.span(index)
-        data = buffers.take(end - start)
-        tensor.decode(index, data)
+    def decode(rows: list[tuple[TensorRecipe, int, int]]) -> NDArray[np.uint8]:
+        origin, end = _bounds(rows[0])[0], _bounds(rows[-1])[1]  # tensors leave no gaps
+        data = buffers.take(end - origin)
+        for row in rows:
+            start, stop = (place - origin for place in _bounds(row))
+            row[0].decode(*row[1:], data[start:stop])
         if sink:
-            sink(recipe.header.data_start + tensor.info.start + start, data.data)
+            sink(recipe.header.data_start + origin, data.data)
         return data
 
     recipe.target.read_tables(recipe.tensors.values())
     with recipe.target.expect(recipe.chunks()):
-        for data in workers.map(decode, recipe.chunks()):
+        for data in workers.map(decode, batches(recipe.rows(at_once), at_once, _length)):
             sha256.update(data.data)
             meter.add(data.size)
             buffers.give(data)
     return sha256.hexdigest()
+
+
+def _bounds(row: tuple[TensorRecipe, int, int]) -> tuple[int, int]:
+    """First byte and end of a row of chunks, in the shard behind its header."""
+    recipe, first, end = row
+    start, stop = recipe.plan.bounds(first, end)
+    return recipe.info.start + start, recipe.info.start + stop
+
+
+def _length(row: tuple[TensorRecipe, int, int]) -> int:
+    start, stop = _bounds(row)
+    return stop - start

@@ -21,6 +21,20 @@ Result = TypeVar("Result")
 ProgressCallback = Callable[[str, int, int], None]
 
 
+def batches(items: Iterable[Item], nbytes: int, nbytes_of: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """The items in order, so many at a time as have together at most ``nbytes``, or one."""
+    batch: list[Item] = []
+    room = nbytes
+    for item in items:
+        if batch and nbytes_of(item) > room:
+            yield batch
+            batch, room = [], nbytes
+        batch.append(item)
+        room -= nbytes_of(item)
+    if batch:
+        yield batch
+
+
 class Stopped(CancelledError):  # noqa: N818
     """Another thread failed first; its error is the one to report."""
 
@@ -46,6 +60,9 @@ class _Task(Generic[Result]):
     def result(self) -> Result:
         self.take()
         return result_of(self.future)
+
+
+_FEW_THREADS = 4
 
 
 class Workers:
@@ -94,6 +111,16 @@ class Workers:
             yield block
             if meter:
                 meter.add(len(block))
+
+    @property
+    def batch_bytes(self) -> int:
+        """How much to do at once: a few threads do best with what their caches hold; the more there are, the
+        longer each one waits for Python's lock whenever it has to have it."""
+        import os
+
+        if "B" in os.environ:
+            return int(os.environ["B"]) << 20
+        return (1 << 20) if self.threads <= _FEW_THREADS else (4 << 20)
 
     @property
     def window(self) -> int:

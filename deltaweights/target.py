@@ -513,6 +513,12 @@ class ShardRecipe:
             for index in range(recipe.plan.count):
                 yield recipe, index
 
+    def rows(self, nbytes: int) -> Iterator[tuple[TensorRecipe, int, int]]:
+        """All chunks in order, in rows of at most ``nbytes``: the tensor, its first chunk, the end."""
+        for recipe in self.tensors.values():
+            for first, end in recipe.plan.rows(nbytes):
+                yield recipe, first, end
+
 
 class _Scratch(threading.local):
     """Buffers of each thread, used again for every chunk: memory that is given back to the system and
@@ -545,6 +551,10 @@ class _Scratch(threading.local):
 
 
 _scratch = _Scratch()
+
+
+class _WrongBase(Exception):  # noqa: N818
+    """Bytes of the base do not have their checksum."""
 
 
 class TensorRecipe:
@@ -621,25 +631,24 @@ class TensorRecipe:
     def base_span(self, index: int) -> Span:
         """Where the base has the bytes for chunk ``index``."""
         assert self.base is not None
-        return self.base.span(*self._base_bytes(index))
+        return self.base.span(*self._base_bytes(index, index + 1))
 
-    def _base_bytes(self, index: int) -> tuple[int, int]:
-        """First byte and end of the base's bytes for chunk ``index``, in the base's tensor."""
+    def _base_bytes(self, first: int, end: int) -> tuple[int, int]:
+        """First byte and end of what the base's tensor has for chunks ``first`` to ``end - 1``."""
         assert self.base is not None
-        start, end = self.plan.span(index)
+        start, stop = self.plan.bounds(first, end)
         dtypes = self.info.dtype, self.base.info.dtype
-        return codec.rescale(start, *dtypes), codec.rescale(end, *dtypes)
+        return codec.rescale(start, *dtypes), codec.rescale(stop, *dtypes)
 
-    def _read_base(self, index: int) -> NDArray[np.uint8]:
-        """The base's bytes for chunk ``index``, in its own dtype; valid until this thread reads more."""
-        assert self.base is not None
-        start, end = self._base_bytes(index)
-        return _scratch.fill(end - start, partial(self.read_base_into, index))
+    def _read_base(self, first: int, end: int) -> NDArray[np.uint8]:
+        """The base's bytes for these chunks, in its own dtype; valid until this thread reads more."""
+        start, stop = self._base_bytes(first, end)
+        return _scratch.fill(stop - start, partial(self.read_base_into, first))
 
     def read_base_into(self, first: int, out: NDArray[np.uint8]) -> None:
         """Fill ``out`` (uint8) with the base's bytes from chunk ``first`` on, in its own dtype."""
         assert self.base is not None
-        self.base.read_into(self._base_bytes(first)[0], out)
+        self.base.read_into(self._base_bytes(first, first + 1)[0], out)
 
     def read_coded(self, first: int, end: int) -> list[tuple[int, NDArray[np.uint8]]]:
         """How chunks ``first`` to ``end - 1`` are coded, and the data of each, valid until this thread reads
@@ -658,19 +667,20 @@ class TensorRecipe:
 
     def matches_base(self, index: int) -> bool:
         """Whether the base's bytes for chunk ``index`` are those that the delta was made from."""
-        return codec.checksum(self._read_base(index)) == int(self.table[0]["base"][index])
+        return codec.checksum(self._read_base(index, index + 1)) == int(self.table[0]["base"][index])
 
     def read(self) -> NDArray[np.uint8]:
         """The whole tensor's bytes; raises as :meth:`decode` does."""
         self.table  # noqa: B018  # a payload that long must exist before so much memory is taken
         data = np.empty(self.info.nbytes, np.uint8)
         with self._target.expect((self, index) for index in range(self.plan.count)):
-            for index, (start, end) in enumerate(self.plan):
-                self.decode(index, data[start:end])
+            for first, end in self.plan.rows(self._target.manifest.chunk_bytes):
+                self.decode(first, end, data[slice(*self.plan.bounds(first, end))])
         return data
 
-    def decode(self, index: int, out: NDArray[np.uint8]) -> None:
-        """Rebuild chunk ``index`` into ``out`` (uint8, the chunk's length).
+    def decode(self, first: int, end: int, out: NDArray[np.uint8]) -> None:
+        """Rebuild chunks ``first`` to ``end - 1``, one of :meth:`codec.ChunkPlan.rows`, into ``out`` (uint8,
+        their length).
 
         What does not have its checksum is read once more before that is an error: a bit that went wrong on
         the way from the Hub must not end a run of hours.
@@ -679,25 +689,49 @@ class TensorRecipe:
             BaseMismatchError: the base's bytes are not those that the delta was made from.
             PayloadError: the delta is damaged.
         """
-        base = self._checked_base(index) if self.needs_base(index) else None
-        try:
-            self._decode(index, base, out)
-        except PayloadError:
-            self._decode(index, base, out)
+        needs_base = any(self.needs_base(index) for index in range(first, end))
+        base = self._read_base(first, end) if needs_base else None
+        origin, wrong = self.plan.span(first)[0], []
+        for index, coded in enumerate(self.read_coded(first, end), first):
+            start, stop = (place - origin for place in self.plan.span(index))
+            try:
+                self._decode(index, coded, self._converted(index, base, origin), out[start:stop])
+            except (PayloadError, _WrongBase):
+                wrong.append((index, out[start:stop]))
+        for index, part in wrong:
+            self._decode_anew(index, part)
 
-    def _checked_base(self, index: int) -> NDArray[np.uint8]:
-        """The base's bytes for chunk ``index``, in the target's dtype."""
+    def _converted(self, index: int, base: NDArray[np.uint8] | None, origin: int) -> NDArray[np.uint8] | None:
+        """The base's bytes for chunk ``index``, checked and in the target's dtype, of those from byte
+        ``origin`` of the target's tensor on; None where it needs none."""
+        if base is None or not self.needs_base(index):
+            return None
         assert self.base is not None
-        for _ in range(2):
-            data = self._read_base(index)
-            if codec.checksum(data) == int(self.table[0]["base"][index]):
-                return codec.convert(data, self.base.info.dtype, self.info.dtype)
-        raise self._wrong_base(index)
+        source, dtype = self.base.info.dtype, self.info.dtype
+        start, stop = (codec.rescale(place - origin, dtype, source) for place in self.plan.span(index))
+        if codec.checksum(base[start:stop]) != int(self.table[0]["base"][index]):
+            raise _WrongBase
+        return codec.convert(base[start:stop], source, dtype)
 
-    def _decode(self, index: int, base: NDArray[np.uint8] | None, out: NDArray[np.uint8]) -> None:
-        ((method, data),) = self.read_coded(index, index + 1)
+    def _decode_anew(self, index: int, out: NDArray[np.uint8]) -> None:
+        """Read and decode a chunk that came out wrong."""
+        base = self._read_base(index, index + 1) if self.needs_base(index) else None
         try:
-            codec.decode_chunk(method, data.data, base, self.info.dtype, out)
+            converted = self._converted(index, base, self.plan.span(index)[0])
+        except _WrongBase:
+            raise self._wrong_base(index) from None
+        (coded,) = self.read_coded(index, index + 1)
+        self._decode(index, coded, converted, out)
+
+    def _decode(
+        self,
+        index: int,
+        coded: tuple[int, NDArray[np.uint8]],
+        base: NDArray[np.uint8] | None,
+        out: NDArray[np.uint8],
+    ) -> None:
+        try:
+            codec.decode_chunk(coded[0], coded[1].data, base, self.info.dtype, out)
         except PayloadError as error:
             raise self._damaged(error.what) from error
         if codec.checksum(out) != int(self.table[0]["target"][index]):

@@ -12,8 +12,10 @@ import fcntl
 import hashlib
 import os
 import unicodedata
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +25,7 @@ from .source import Source, blocks_at, free_space, local_path, sha256_of
 _WORKSPACE = ".deltaweights"
 _KEPT = "licenses"  # in the workspace: the texts that go with the result and are no part of it
 _BLOCK_BYTES = 1 << 20
+_MOST_PARTS = 64  # of one write: some systems take no more than a thousand
 
 
 class PartialFile:
@@ -35,13 +38,17 @@ class PartialFile:
         self._final = final
         self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
 
-    def write_at(self, offset: int, data: bytes | memoryview) -> None:
-        """Write all of ``data`` at byte ``offset``."""
-        view = memoryview(data)
+    def write_at(self, offset: int, *data: bytes | memoryview) -> None:
+        """Write all of ``data``, one part behind the other, from byte ``offset`` on."""
+        views = deque(memoryview(part) for part in data if len(part))
         with _full_disk_explained(self.path):
-            while view:
-                done = os.pwrite(self._fd, view, offset)
-                view, offset = view[done:], offset + done
+            while views:
+                done = os.pwritev(self._fd, list(islice(views, _MOST_PARTS)), offset)
+                offset += done
+                while views and done >= len(views[0]):
+                    done -= len(views.popleft())
+                if done:
+                    views[0] = views[0][done:]
 
     def write_blocks(self, blocks: Iterable[bytes]) -> None:
         """Write the blocks one after the other, from the start of the file."""

@@ -62,6 +62,18 @@ class ChunkPlan:
             end = self.nbytes
         return start, min(start + self.chunk_bytes, end)
 
+    def bounds(self, first: int, end: int) -> tuple[int, int]:
+        """First byte and end of chunks ``first`` to ``end - 1``, of which there must be some."""
+        return self.span(first)[0], self.span(end - 1)[1]
+
+    def rows(self, nbytes: int) -> Iterator[tuple[int, int]]:
+        """All chunks in order, as rows (first, end) of neighbours that have together at most ``nbytes``, or
+        are a single chunk, and that all have a base or all have none."""
+        most = max(1, nbytes // self.chunk_bytes)
+        for begin, stop in ((0, self.shared_count), (self.shared_count, self.count)):
+            for first in range(begin, stop, most):
+                yield first, min(first + most, stop)
+
     def index_at(self, position: int) -> int:
         """Which chunk holds the tensor's byte ``position``."""
         if position < self.shared:

@@ -7,7 +7,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import groupby
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from ..chain import Deltas, links, listed, open_chain
 from ..checkpoint import Location, OutputFolder, Readable
 from ..errors import CheckpointError
-from ..pipeline import Meter, ProgressCallback, Workers
+from ..pipeline import Meter, ProgressCallback, Workers, batches
 from ..target import Target, TensorRecipe, check_digest
 from . import gpu, gpu_decode
 from .tensors import byte_view, dtype_of, settle, sharing, torch_shape
 
-#: Chunks that a thread takes at once.
-_BATCH = 16
+#: Bytes that a thread takes at once.
+_BATCH_BYTES = 16 << 20
 
 
 class LoadReport(NamedTuple):
@@ -303,13 +303,13 @@ def _fill(
             digest = hashlib.sha256(recipe.header.raw) if sha256 and is_whole else None
             staged: list[gpu_decode.Staged] = []
             with target.expect((slot.recipe, i) for slot in slots for i in range(slot.recipe.plan.count)):
-                for batch in workers.map(_decode, _batches(slots)):
+                for batch in workers.map(_decode, _batches(slots, workers.batch_bytes)):
                     if batch.staged:
                         staged.append(batch.staged)
                         if gpu_decode.is_enough(staged):
                             _decode_staged(staged, slots)
-                    for slot, index in batch.chunks:
-                        start, end = slot.recipe.plan.span(index)
+                    for slot, first, stop in batch.rows:
+                        start, end = slot.recipe.plan.bounds(first, stop)
                         if digest and slot.direct is not None:
                             digest.update(slot.direct.data[start:end])
                         if end == slot.recipe.info.nbytes:
@@ -322,52 +322,48 @@ def _fill(
         workers.each(fill_shard, [path for path in names if names[path]])
 
 
-class _Batch(NamedTuple):
-    """Chunks that a thread takes at once: whether they may be staged for a GPU, and those that were."""
+_Row = tuple["_Slot", int, int]
 
-    chunks: list[tuple[_Slot, int]]
+
+class _Batch(NamedTuple):
+    """Rows of chunks that a thread takes at once, each as its tensor, the first chunk and the end. Those that
+    may be staged for a GPU are a single row by themselves."""
+
+    rows: list[_Row]
     is_for_gpu: bool = False
     staged: gpu_decode.Staged | None = None
 
 
-def _batches(slots: Sequence[_Slot]) -> Iterator[_Batch]:
-    """All chunks in order, some at a time: to hand over each one alone takes as long as to decode it. Those
-    that may be staged are by themselves, in a row of one tensor."""
-    batch = _Batch([])
-    for slot in slots:
-        slot.begin()
-        plan, is_staged = slot.recipe.plan, [False] * slot.recipe.plan.count
-        if slot.on_gpu is not None:
-            is_staged = gpu_decode.can_be_staged(slot.recipe, slot.on_gpu)
-        for is_for_gpu, group in groupby(range(plan.count), is_staged.__getitem__):
-            indexes = list(group)
-            if is_for_gpu:
-                most = max(1, gpu_decode.STAGED_BYTES // plan.chunk_bytes)
-                for first in range(0, len(indexes), most):
-                    yield _Batch([(slot, index) for index in indexes[first : first + most]], is_for_gpu=True)
-                continue
-            for index in indexes:
-                batch.chunks.append((slot, index))
-                if len(batch.chunks) == _BATCH:
-                    yield batch
-                    batch = _Batch([])
-    if batch.chunks:
-        yield batch
+def _batches(slots: Sequence[_Slot], row_bytes: int) -> Iterator[_Batch]:
+    """All chunks in order, in rows of at most ``row_bytes``, some rows at a time: to hand over each one alone
+    takes as long as to decode it."""
+    rows = chain.from_iterable(slot.rows(row_bytes) for slot in slots)
+    for is_for_gpu, group in groupby(rows, lambda found: found[0]):
+        alike = (row for _, row in group)
+        together = ([row] for row in alike) if is_for_gpu else batches(alike, _BATCH_BYTES, _length)
+        yield from (_Batch(some, is_for_gpu) for some in together)
+
+
+def _length(row: _Row) -> int:
+    start, end = row[0].recipe.plan.bounds(*row[1:])
+    return end - start
 
 
 def _decode(batch: _Batch) -> _Batch:
-    staged, done = None, set[int]()
     if batch.is_for_gpu:
-        slot, first = batch.chunks[0]
+        ((slot, first, end),) = batch.rows
         assert slot.on_gpu is not None
+        staged = None
         with suppress(torch.cuda.OutOfMemoryError):  # the model fits: then so do chunks, one by one
-            staged = gpu_decode.stage(slot.recipe, slot.on_gpu, first, batch.chunks[-1][1] + 1)
-    if staged:
-        done = {chunk.number for chunk in staged.chunks}
-    for slot, index in batch.chunks:
-        if index not in done:
-            slot.decode(index)
-    return batch._replace(staged=staged)
+            staged = gpu_decode.stage(slot.recipe, slot.on_gpu, first, end)
+        done = {chunk.number for chunk in staged.chunks} if staged else set[int]()
+        for index in range(first, end):
+            if index not in done:
+                slot.decode(index, index + 1)
+        return batch._replace(staged=staged)
+    for slot, first, end in batch.rows:
+        slot.decode(first, end)
+    return batch
 
 
 def _decode_staged(staged: list[gpu_decode.Staged], slots: Sequence[_Slot]) -> None:
@@ -382,7 +378,7 @@ def _decode_staged(staged: list[gpu_decode.Staged], slots: Sequence[_Slot]) -> N
             settle(one.data for one in some)  # what was begun there must not end after what follows
             failed, is_strange = [(one.recipe, chunk.number) for one in some for chunk in one.chunks], False
         for recipe, index in failed:
-            slot_of[id(recipe)].decode(index)
+            slot_of[id(recipe)].decode(index, index + 1)
         if is_strange:
             gpu.distrust(device)  # since the delta is right
     staged.clear()
@@ -426,24 +422,34 @@ class _Slot:
             elif is_same and tensor.device.type == "cpu":
                 self.direct = self.flat.numpy()
 
-    def begin(self) -> None:
-        """Take the memory that the third way needs."""
+    def rows(self, nbytes: int) -> Iterator[tuple[bool, _Row]]:
+        """All chunks in order, in rows, and whether these may be staged for a GPU; to be asked for when the
+        first of them is to be decoded."""
         if not self.is_chunked:
             self.whole = torch.empty(self.tensor.shape, dtype=self.dtype)
+        plan = self.recipe.plan
+        if self.on_gpu is None:
+            yield from ((False, (self, *row)) for row in plan.rows(nbytes))
+            return
+        is_staged = gpu_decode.can_be_staged(self.recipe, self.on_gpu)
+        for first, end in plan.rows(gpu_decode.STAGED_BYTES):
+            for is_for_gpu, row in groupby(range(first, end), is_staged.__getitem__):
+                indexes = list(row)
+                yield is_for_gpu, (self, indexes[0], indexes[-1] + 1)
 
-    def decode(self, index: int) -> None:
-        """Rebuild chunk ``index``; from any thread."""
-        start, end = self.recipe.plan.span(index)
+    def decode(self, first: int, end: int) -> None:
+        """Rebuild chunks ``first`` to ``end - 1``; from any thread."""
+        start, stop = self.recipe.plan.bounds(first, end)
         if self.direct is not None:
-            self.recipe.decode(index, self.direct[start:end])
+            self.recipe.decode(first, end, self.direct[start:stop])
         elif self.whole is not None:
-            self.recipe.decode(index, byte_view(self.whole).numpy()[start:end])
+            self.recipe.decode(first, end, byte_view(self.whole).numpy()[start:stop])
         else:
-            data = _scratch.take(end - start)
-            self.recipe.decode(index, data)
+            data = _scratch.take(stop - start)
+            self.recipe.decode(first, end, data)
             chunk = torch.from_numpy(data)
             elements = chunk if self.flat.dtype == torch.uint8 and self.size == 1 else chunk.view(self.dtype)
-            self.flat[start // self.size : end // self.size].copy_(elements)
+            self.flat[start // self.size : stop // self.size].copy_(elements)
 
     def finish(self) -> None:
         """After the last chunk."""
