@@ -650,9 +650,9 @@ class TensorRecipe:
         assert self.base is not None
         self.base.read_into(self._base_bytes(first, first + 1)[0], out)
 
-    def read_coded(self, first: int, end: int) -> list[tuple[int, NDArray[np.uint8]]]:
-        """How chunks ``first`` to ``end - 1`` are coded, and the data of each, valid until this thread reads
-        more. Raises :class:`PayloadError` where that is longer than the chunk."""
+    def _read_payload(self, first: int, end: int) -> NDArray[np.uint8]:
+        """The data of chunks ``first`` to ``end - 1``, one behind the other; valid until this thread reads
+        more. Raises :class:`PayloadError` where that of a chunk is longer than the chunk."""
         records, starts = self.table
         lengths = records["length"][first:end].tolist()
         for index, length in enumerate(lengths, first):
@@ -661,9 +661,19 @@ class TensorRecipe:
                 raise self._damaged(f"A chunk of {stop - begin} bytes is coded in {length}")
         data = _scratch.take("payload", sum(lengths))
         self._payload.read_into(int(starts[first]), data)
-        begins = [int(start - starts[first]) for start in starts[first:end]]
-        parts = [data[begin : begin + length] for begin, length in zip(begins, lengths, strict=True)]
-        return list(zip(records["method"][first:end].tolist(), parts, strict=True))
+        return data
+
+    def _coded(self, index: int, first: int, data: NDArray[np.uint8]) -> tuple[int, NDArray[np.uint8]]:
+        """How chunk ``index`` is coded, and its data, out of that from chunk ``first`` on."""
+        records, starts = self.table
+        begin = int(starts[index] - starts[first])
+        return int(records["method"][index]), data[begin : begin + int(records["length"][index])]
+
+    def read_coded(self, first: int, end: int) -> list[tuple[int, NDArray[np.uint8]]]:
+        """How chunks ``first`` to ``end - 1`` are coded, and the data of each, valid until this thread reads
+        more. Raises :class:`PayloadError` where that is longer than the chunk."""
+        data = self._read_payload(first, end)
+        return [self._coded(index, first, data) for index in range(first, end)]
 
     def matches_base(self, index: int) -> bool:
         """Whether the base's bytes for chunk ``index`` are those that the delta was made from."""
@@ -691,15 +701,32 @@ class TensorRecipe:
         """
         needs_base = any(self.needs_base(index) for index in range(first, end))
         base = self._read_base(first, end) if needs_base else None
+        data = self._read_payload(first, end)
         origin, wrong = self.plan.span(first)[0], []
-        for index, coded in enumerate(self.read_coded(first, end), first):
+        for index in self._decode_at_once(first, end, data, base, out):
             start, stop = (place - origin for place in self.plan.span(index))
             try:
+                coded = self._coded(index, first, data)
                 self._decode(index, coded, self._converted(index, base, origin), out[start:stop])
             except (PayloadError, _WrongBase):
                 wrong.append((index, out[start:stop]))
         for index, part in wrong:
             self._decode_anew(index, part)
+
+    def _decode_at_once(
+        self,
+        first: int,
+        end: int,
+        data: NDArray[np.uint8],
+        base: NDArray[np.uint8] | None,
+        out: NDArray[np.uint8],
+    ) -> list[int]:
+        """Decode and check what can be in one call. Returns which chunks are left."""
+        if base is None or self.base is None or self.base.info.dtype != self.info.dtype:
+            return list(range(first, end))
+        records, chunk_bytes = self.table[0][first:end], self.plan.chunk_bytes
+        is_right = codec.decode_row(records, data, base, self.info.dtype, out, chunk_bytes)
+        return [first + int(k) for k in np.flatnonzero(~is_right)]
 
     def _converted(self, index: int, base: NDArray[np.uint8] | None, origin: int) -> NDArray[np.uint8] | None:
         """The base's bytes for chunk ``index``, checked and in the target's dtype, of those from byte

@@ -32,6 +32,7 @@ from .payload import (
     checksum,
     count_changed,
     decode,
+    decode_row,
     element_bytes,
     encode,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "count_changed",
     "decode",
     "decode_chunk",
+    "decode_row",
     "decompress_blocks",
     "element_bytes",
     "encode",

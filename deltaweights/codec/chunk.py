@@ -270,12 +270,17 @@ def read_steps(
     return (None, patch) if patch else sparse.read_chosen(data, count, form)
 
 
-def _check(base: Bytes | None, chunk: Bytes, *, written: bool = False) -> None:
-    # Kernels are given addresses: nothing of NumPy's would keep them from writing, or reading too far.
+def check_arrays(base: Bytes | None, chunk: Bytes, *, written: bool = False) -> None:
+    """Raise ValueError where arrays are not of uint8, or `chunk` cannot be `written` to: kernels are given
+    addresses, and nothing of NumPy's would keep them from writing, or reading too far."""
     if any(side is not None and side.dtype != np.uint8 for side in (base, chunk)):
         raise ValueError("chunks are arrays of uint8")
     if written and not chunk.flags.writeable:
         raise ValueError("the array to fill is read-only")
+
+
+def _check(base: Bytes | None, chunk: Bytes, *, written: bool = False) -> None:
+    check_arrays(base, chunk, written=written)
     if len(chunk) > MAX_CHUNK:
         raise ValueError(f"a chunk of {len(chunk)} bytes is longer than {MAX_CHUNK}")
     if base is not None and len(base) != len(chunk):

@@ -18,7 +18,7 @@ import numpy as np
 
 from .store import ENTRY, object_code
 
-__all__ = ["Kernel", "Kernels", "alone", "delta", "runs", "subset"]
+__all__ = ["Kernel", "Kernels", "alone", "checked", "delta", "runs", "subset"]
 
 _RESULTS: dict[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_double, "b": ctypes.c_bool, "n": None}
 _loading = threading.RLock()
@@ -92,7 +92,7 @@ class Kernel:
             return self._loaded[key]
 
 
-alone, delta, runs, subset = Kernels("alone"), Kernels("delta"), Kernels("runs"), Kernels("subset")
+alone, checked, delta, runs, subset = map(Kernels, ("alone", "checked", "delta", "runs", "subset"))
 
 
 def _kind_of(argument: Any) -> str:

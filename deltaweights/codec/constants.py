@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 # Runs of tokens (runs.py).
 GUARD = 3 * 64 + 64  # words that a vector step may look at beyond the end of a stream
 WORDS_SPARE = 8  # words that an encoder may write in front of the first
@@ -32,3 +34,30 @@ PATCH = 512  # elements in a row of a sample; whole segments of every length
 # Subsets (subset.py).
 SUBSET_UNIT = 256  # elements that are active or not together
 SUBSET_SPARE = 64  # elements that `choose` may write beyond the last
+
+# Sparse chunks (sparse.py).
+SPARSE_HEAD = 7  # bytes in front of the plane
+SPARSE_SHARE = 16  # one element in so many may be an exception: what reading their lists takes is bounded
+
+# Chunks decoded in one call (checked.py): columns, and those of chunk.Method and planes.Plane that are.
+CHUNK_START, CHUNK_END, METHOD, DATA_START, DATA_END, BEFORE, AFTER = range(7)
+SAME, DELTA, SPARSE = 0, 2, 6
+RAW, FILL = 0, 1
+
+# XXH3-64 of more than 240 bytes, with seed 0 and the default secret (xxh3.py). Its specification:
+# https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md
+_SECRET = bytes.fromhex(
+    "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221"
+    "b8084674f743248ee03590e6813a264c3c2852bb91c300cb88d0658b1b532ea371644897a20df94e3819ef46a9deacd8"
+    "a8fa763fe39c343ff9dcbbc7c70b4f1d8a51e04bcdb45931c89f7ec9d9787364eac5ac8334d3ebc3c581a0fffa1363eb"
+    "170ddd51b7f0da49d316552629d4689e2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
+)
+XXH3_SHORT = 240  # up to so many bytes are hashed in other ways
+XXH3_START = (
+    0xC2B2AE3D, 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x85EBCA77,
+    0x27D4EB2F165667C5, 0x9E3779B1,
+)  # fmt: skip
+XXH3_SCRAMBLE_FACTOR, XXH3_LENGTH_FACTOR, XXH3_LAST_FACTOR = XXH3_START[7], XXH3_START[1], 0x165667919E3779F9
+#: The secret's words, uint64[24]; those from its byte 121 on, for the last stripe; those from byte 11 on, to
+#: merge the sums with.
+XXH3_KEYS = struct.unpack("<40Q", _SECRET + _SECRET[121 : 121 + 64] + _SECRET[11 : 11 + 64])

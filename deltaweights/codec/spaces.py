@@ -64,3 +64,19 @@ class OpenDelta(NamedTuple):
     slots: Numbers  # tables << PRECISION
     frequencies: Numbers  # [tables, TOKENS]
     words: Words  # enough for the longer of data and listed, with GUARD more
+
+
+class RowSpace(NamedTuple):
+    """To decode chunks of n elements, at most, in (see :mod:`.checked`)."""
+
+    frequencies: Numbers  # [64, TOKENS]
+    slots: Numbers  # 64 << PRECISION
+    words: Words  # enough for the longest chunk's data, with GUARD more
+    planes: Bytes  # none: SPARE
+    scales: Longs  # [n // UNIT + 1], like above
+    above: Numbers
+    active: Bytes  # [-(-n // SUBSET_UNIT)]
+    places: Numbers  # [n // SPARSE_SHARE], like values
+    values: Numbers
+    chosen: Elements  # [n + SUBSET_SPARE], like changed
+    changed: Elements

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ..errors import PayloadError
 from . import coder, floats, ulp
 from .compiled import subset
-from .constants import BAD, SUBSET_SPARE, SUBSET_UNIT
+from .constants import BAD, SPARSE_SHARE, SUBSET_SPARE, SUBSET_UNIT
 from .planes import put_plane, take_plane
 from .scratch import scratch
 from .ulp import FloatFormat
@@ -32,7 +32,6 @@ _HEAD = struct.Struct("<hBI")
 _FEW = 0.06  # changed elements, as a part of all, up to which a chunk counts as sparse
 _RARE = 0.01  # exceptions, as a part of all elements, at most, when encoding
 _QUICK = 0.02  # changed elements, as a part of all, up to which all may be exceptions to save time
-_SHARE = 16  # one element in so many may be an exception: what reading their lists takes is bounded
 _MOST = 0.6  # chosen elements, as a part of all, above which there is nothing to gain
 _ACTIVE = 0.4  # active units, as a part of all, up to which the others are left out
 _TOLERANCE = 0.01  # how much longer, by estimate, a chunk may become for the sake of speed
@@ -285,7 +284,7 @@ def _take_apart(data: Bytes, count: int, form: FloatFormat) -> _Parts:
     units = -(-count // SUBSET_UNIT)
     size = -(-units // 8)
     marks, data = take_plane(data[_HEAD.size :], size)
-    if len(marks) != size or follows > 1 or cutoff < -1 or exceptions > count // _SHARE:
+    if len(marks) != size or follows > 1 or cutoff < -1 or exceptions > count // SPARSE_SHARE:
         raise PayloadError("the head of a sparse chunk is damaged")
     lists = np.empty((3 if form.itemsize == 8 else 2, exceptions), np.uint32)
     if exceptions:

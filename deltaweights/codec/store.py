@@ -22,8 +22,8 @@ ENTRY = "deltaweights_entry"  # the function of an object file
 _HERE = Path(__file__).parent
 #: The modules that machine code depends on, and how it is called.
 _SOURCES = (
-    "alone", "build", "compiled", "constants", "delta", "kernel", "runs", "simd", "spaces", "store", "subset",
-    "tables", "vectors",
+    "alone", "build", "checked", "compiled", "constants", "delta", "kernel", "runs", "simd", "spaces",
+    "store", "subset", "tables", "vectors", "xxh3",
 )  # fmt: skip
 #: Numba's, that change its code.
 _SETTINGS = (
