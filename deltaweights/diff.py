@@ -517,7 +517,6 @@ class _DeltaWriter:
             digests.update(batch, buffers)
             self._meter.add(batch.target.nbytes)
             yield from batch.chunks
-        digests.finish()
 
     @staticmethod
     def _write_payload(
@@ -628,7 +627,7 @@ class _Digests:
 
     def update(self, batch: _Batch, buffers: Buffers) -> None:
         """Take in what was read next, and give its memory to ``buffers``."""
-        self.finish()
+        self._finish()
         if self._base and batch.base.size:
             hashed = self._workers.aside(partial(self._base.update, batch.base.data))
             self._unfinished = hashed, partial(buffers.give, batch.base)
@@ -637,8 +636,8 @@ class _Digests:
         self._target.update(batch.target.data)
         buffers.give(batch.target)
 
-    def finish(self) -> None:
-        """Wait until all was taken in."""
+    def _finish(self) -> None:
+        """Wait until all of the base was taken in."""
         for call in self._unfinished:
             call()
         self._unfinished = ()
@@ -650,6 +649,7 @@ class _Digests:
     @property
     def base(self) -> str:
         assert self._base
+        self._finish()
         return self._base.hexdigest()
 
 
@@ -691,7 +691,7 @@ def _encode(rows: list[_Row], buffers: Buffers) -> _Batch:
     return _Batch(chunks, target, base)
 
 
-def _encode_row(row: _Row, target: NDArray[np.uint8], read: NDArray[np.uint8]) -> Iterator[_Coded]:
+def _encode_row(row: _Row, target: NDArray[np.uint8], read: NDArray[np.uint8]) -> list[_Coded]:
     """Read a row's bytes of target and base, and encode its chunks; what another tensor stands for is only
     read."""
     match, dtype = row.match, row.match.target.info.dtype
@@ -700,28 +700,28 @@ def _encode_row(row: _Row, target: NDArray[np.uint8], read: NDArray[np.uint8]) -
     if match.base and row.has_base:
         source = match.base.info.dtype
         match.base.read_into(codec.rescale(origin, dtype, source), read)
-    for index in range(row.first, row.end):
-        start, end = (place - origin for place in row.plan.span(index))
-        old = read[codec.rescale(start, dtype, source) : codec.rescale(end, dtype, source)]
-        if match.like:
-            yield _Coded((0, 0, 0, 0), b"", 0)
-        else:
-            yield _encode_chunk(target[start:end], dtype, old if row.has_base else None, source)
+    if match.like:
+        return [_Coded((0, 0, 0, 0), b"", 0)] * (row.end - row.first)
+    spans = [slice(*(place - origin for place in row.plan.span(i))) for i in range(row.first, row.end)]
+    if not row.has_base:
+        return [_encode_alone(target[span], dtype) for span in spans]
+    base = codec.convert(read, source, dtype)
+    compared = codec.compare_row(base, target, dtype, row.plan.chunk_bytes)
+    sums = compared.base.tolist()
+    if source != dtype:
+        ends = [codec.rescale(span.stop, dtype, source) for span in spans]
+        sums = [codec.checksum(part) for part in np.split(read, ends[:-1])]
+    coded = []
+    for span, base_sum, target_sum, changed in zip(spans, sums, *compared[1:], strict=True):
+        method, data = codec.encode_chunk(base[span], target[span], dtype, changed=int(changed))
+        coded.append(_Coded((method, len(data), base_sum, int(target_sum)), data, int(changed)))
+    return coded
 
 
-def _encode_chunk(
-    target: NDArray[np.uint8], dtype: str, read: NDArray[np.uint8] | None, source: str
-) -> _Coded:
-    """Encode a chunk of ``dtype``; what was ``read`` of the base, if it has one, is of dtype ``source``."""
-    base, base_sum, changed = None, 0, 0
-    if read is not None:
-        base_sum = codec.checksum(read)
-        base = codec.convert(read, source, dtype)
-        changed = codec.count_changed(base, target, dtype)
-    method, data = codec.encode_chunk(base, target, dtype)
-    is_same = method == codec.Method.SAME and source == dtype
-    target_sum = base_sum if is_same else codec.checksum(target)
-    return _Coded((method, len(data), base_sum, target_sum), data, changed)
+def _encode_alone(target: NDArray[np.uint8], dtype: str) -> _Coded:
+    """Encode a chunk that has no base."""
+    method, data = codec.encode_chunk(None, target, dtype)
+    return _Coded((method, len(data), 0, codec.checksum(target)), data, 0)
 
 
 def _entry(match: Match, is_same: bool, changed: int, payload_bytes: int, old: Checkpoint) -> TensorEntry:

@@ -24,6 +24,7 @@ from deltaweights import CheckpointError, Manifest, OutputError, apply_delta, ma
 from deltaweights.checkpoint import DTYPE_BITS, LocalSource, open_checkpoint
 from deltaweights.codec import RECORD
 from deltaweights.manifest import FileRecord, TensorEntry
+from deltaweights.pipeline import Workers
 
 from .checkpoints import (
     Array,
@@ -363,6 +364,15 @@ def test_a_base_that_is_read_in_order_is_hashed_on_the_way(
     manifest = make_delta(base, diff.target, diff.delta, chunk_bytes=4096, threads=2)
     assert base.read_whole == [*read_whole, "note"]
     assert {file.path: file.sha256 for file in manifest.base.files} == digests(diff.base)
+
+
+def test_the_base_is_hashed_to_its_end_however_late_that_is(
+    trio: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread does so; here it never comes to it before somebody waits for the result."""
+    monkeypatch.setattr(Workers, "aside", lambda self, call: call)
+    manifest = make_delta(trio.base, trio.target, tmp_path / "late", threads=4)
+    assert {file.path: file.sha256 for file in manifest.base.files} == digests(trio.base)
 
 
 def test_a_resumed_run_records_the_base_of_what_was_finished_before(diff: Differ) -> None:

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +20,14 @@ from deltaweights.checkpoint import DTYPE_BITS
 from deltaweights.codec import (
     RECORD,
     ChunkPlan,
+    Method,
     check_records,
     checksum,
+    compare_row,
     compress_blocks,
-    count_changed,
     decode,
     decode_chunk,
+    decode_row,
     decompress_blocks,
     element_bytes,
     encode,
@@ -32,6 +35,7 @@ from deltaweights.codec import (
 )
 
 from .checkpoints import Array, bf16, f32, weights
+from .codec.pairs import fine_tune
 
 Bytes = NDArray[np.uint8]
 
@@ -322,20 +326,97 @@ def test_the_checksum_is_xxh3_64() -> None:
     assert checksum(np.empty(0, np.uint8)) == 0x2D06800538D394C2  # the reference implementation's value
 
 
-@given(st.integers(0, 300), st.sampled_from(["U8", "BF16", "F32", "F64", "C64", "BOOL", "F4"]), seeds)
-def test_count_changed_counts_elements(elements: int, dtype: str, seed: int) -> None:
-    size = max(1, DTYPE_BITS[dtype] // 8)
+@given(
+    st.integers(1, 9000),
+    st.sampled_from([*DTYPE_BITS, "A_DTYPE_OF_THE_FUTURE"]),
+    st.sampled_from([64, 256, 4096, 1 << 20]),
+    st.integers(0, 2),
+    seeds,
+)
+def test_rows_are_compared_chunk_by_chunk(
+    nbytes: int, dtype: str, chunk_bytes: int, offset: int, seed: int
+) -> None:
     generator = np.random.default_rng(seed)
-    base = generator.integers(0, 256, elements * size, np.uint8)
-    changes = generator.integers(0, 2, elements * size, np.uint8) * generator.integers(0, 2, 1, np.uint8)
-    expected = sum(changes[k : k + size].any() for k in range(0, elements * size, size))
-    assert count_changed(base, base ^ changes, dtype) == expected
+    base = generator.integers(0, 256, nbytes + offset, np.uint8)[offset:]
+    target = base.copy()
+    target[generator.random(nbytes) < 0.1] ^= np.uint8(0x81)
+    found = compare_row(base, target, dtype, chunk_bytes)
+    spans = [slice(start, start + chunk_bytes) for start in range(0, nbytes, chunk_bytes)]
+    size = element_bytes(dtype, nbytes)
+    differ = (base != target).reshape(-1, size).any(axis=1).repeat(size)
+    assert found.base.tolist() == [checksum(base[span]) for span in spans]
+    assert found.target.tolist() == [checksum(target[span]) for span in spans]
+    assert found.changed.tolist() == [int(differ[span].sum()) // size for span in spans]
 
 
-def test_count_changed_compares_bits_not_values() -> None:
+def test_bits_are_compared_not_values() -> None:
     zero, minus_zero, nan = (np.frombuffer(x, np.uint8) for x in (b"\0\0", b"\0\x80", b"\xc0\x7f"))
-    assert count_changed(zero, minus_zero, "BF16") == 1
-    assert count_changed(nan, nan, "BF16") == 0
+    assert compare_row(zero, minus_zero, "BF16", 64).changed.tolist() == [1]
+    assert compare_row(nan, nan, "BF16", 64).changed.tolist() == [0]
+    with pytest.raises(ValueError, match="2 bytes, target 1"):
+        compare_row(zero, nan[:1], "BF16", 64)
+
+
+# rows ------------------------------------------------------------------------------------------------
+
+
+def row_of(base: Bytes, target: Bytes, dtype: str, chunk_bytes: int) -> tuple[NDArray[np.void], Bytes]:
+    """(records, data) of all of a tensor's chunks."""
+    payload = np.frombuffer(encode(base, target, dtype, chunk_bytes=chunk_bytes), np.uint8)
+    plan = ChunkPlan(target.size, target.size, chunk_bytes)
+    table = payload[: plan.count * RECORD.itemsize]
+    return check_records(table.tobytes(), plan, payload.size)[0], payload[table.size :]
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F8_E4M3", "F8_E5M2"])
+@pytest.mark.parametrize("update", [0, 1e-7, 2e-6, 1e-5, 2e-4, 1e-2])
+def test_what_floats_of_8_or_16_bits_become_is_decoded_in_one_call(dtype: str, update: float) -> None:
+    base, target = fine_tune(dtype, 70_000, update, seed=1)
+    records, data = row_of(base, target, dtype, 1 << 15)
+    out = np.zeros_like(target)
+    is_done = decode_row(records, data, base, dtype, out, 1 << 15)
+    simple = np.isin(records["method"], [Method.SAME, Method.DELTA, Method.SPARSE])
+    assert is_done.tolist() == simple.tolist()
+    assert simple.any()
+    span = np.repeat(is_done, 1 << 15)[: out.size]
+    assert np.array_equal(out[span], target[span])
+
+
+@given(pairs(), dtypes, chunk_sizes, seeds, st.sampled_from(["nothing", "data", "base", "records"]))
+def test_chunks_of_a_row_are_done_only_if_they_are_right(
+    pair: tuple[Bytes | None, Bytes], dtype: str, chunk_bytes: int, seed: int, damage: str
+) -> None:
+    base, target = pair
+    if base is None or not target.size:
+        return
+    records, data = row_of(base, target, dtype, chunk_bytes)
+    records, data, base = records.copy(), data.copy(), base.copy()
+    generator = np.random.default_rng(seed)
+    raw = {"data": data, "base": base, "records": records.view(np.uint8)}.get(damage, data[:0])
+    if raw.size:
+        raw[generator.integers(0, raw.size)] ^= np.uint8(1 << generator.integers(0, 8))
+    records["length"] = np.minimum(records["length"], chunk_bytes)  # as their reader makes sure
+    out = np.zeros_like(target)
+    is_done = decode_row(records, data, base, dtype, out, chunk_bytes)
+    for index in np.flatnonzero(is_done):
+        span = slice(index * chunk_bytes, (index + 1) * chunk_bytes)
+        assert np.array_equal(out[span], target[span])
+
+
+def test_what_a_row_cannot_be_written_to_is_refused() -> None:
+    base, target = fine_tune("BF16", 3000, 1e-4)
+    records, data = row_of(base, target, "BF16", 4096)
+    read_only = target.copy()
+    read_only.flags.writeable = False
+    words: NDArray[Any] = target.copy().view(np.uint16)
+    for old, out, chunk_bytes in (
+        (base, read_only, 4096),
+        (base[:-2], target.copy(), 4096),
+        (base, target.copy(), 2048),
+        (base, words, 4096),
+    ):
+        with pytest.raises(ValueError, match=r"read-only|chunks"):
+            decode_row(records, data, old, "BF16", out, chunk_bytes)
 
 
 @given(dtypes, st.integers(0, 1000))

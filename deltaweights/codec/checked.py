@@ -1,10 +1,10 @@
 # mypy: ignore-errors
 # Numba and LLVM type what is in here.
-"""Chunks next to each other, decoded and checked in one call: for each chunk and each checksum alone a thread
-would have to wait for Python's lock, which is most of what many threads do otherwise.
+"""Chunks next to each other, decoded and checked, or compared, in one call: for each chunk and each checksum
+alone a thread would have to wait for Python's lock, which is most of what many threads do otherwise.
 
-Only what most chunks are is done here: elements of 8 or 16 bits, methods SAME, DELTA and SPARSE, planes that
-are stored or of one byte. The rest, and what is not right, is left to :mod:`.chunk`, which finds out why.
+Only what most chunks are is decoded here: elements of 8 or 16 bits, methods SAME, DELTA and SPARSE, planes
+that are stored or of one byte. The rest, and what is not right, is left to :mod:`.chunk`, which says why.
 """
 
 from __future__ import annotations
@@ -17,16 +17,14 @@ from .constants import (
     AFTER,
     BAD,
     BEFORE,
-    CHUNK_END,
-    CHUNK_START,
-    DATA_END,
-    DATA_START,
     DELTA,
     FILL,
     FINE,
     HEAD,
+    LENGTH,
     METHOD,
     RAW,
+    RECORD_BYTES,
     SAME,
     SPARSE,
     SPARSE_HEAD,
@@ -46,24 +44,27 @@ _layout, _starts = room(types.int64, 4), room(types.int64, 8)
 
 
 @kernel()
-def decode(base_bytes, base, out_bytes, out, coded, chunks, shift, mask, family, space, is_right):
+def decode(records, coded, step, base_bytes, base, out_bytes, out, shift, mask, family, space, is_right):
     """Decode what can be of some chunks.
 
-    base, out         unsigned[n] of 8 or 16 bits, apart; base_bytes and out_bytes: the same memory as uint8
-    coded             uint8: the data of all chunks
-    chunks            int64[m, 7], columns as in constants.py: CHUNK_START and CHUNK_END count elements,
-                      DATA_START and DATA_END bytes of coded, BEFORE and AFTER are checksums
-    space             a RowSpace
-    is_right          uint8[m], written: 1 where base and result have their checksums; else out holds anything
+    records     uint8: the chunks' records (payload.RECORD)
+    coded       uint8: the data of all chunks
+    step        how many elements all chunks but the last have
+    base, out   unsigned[n] of 8 or 16 bits, apart; base_bytes and out_bytes: the same memory as uint8
+    space       a RowSpace
+    is_right    bool[m], written: whether base and result have their checksums; else out holds anything
     """
-    for c in range(len(chunks)):
-        start, end = chunks[c, CHUNK_START], chunks[c, CHUNK_END]
+    at = 0
+    for c in range(len(is_right)):
+        record = records[c * RECORD_BYTES : (c + 1) * RECORD_BYTES]
+        data = coded[at : at + _number(record, LENGTH, 4)]
+        at += len(data)
+        start, end = c * step, min((c + 1) * step, len(out))
         first, last = start * out.itemsize, end * out.itemsize
-        is_right[c] = 0
-        if last - first <= XXH3_SHORT or xxh3(base_bytes[first:last]) != chunks[c, BEFORE]:
+        is_right[c] = False
+        if last - first <= XXH3_SHORT or xxh3(base_bytes[first:last]) != _number(record, BEFORE, 8):
             continue
-        data = coded[chunks[c, DATA_START] : chunks[c, DATA_END]]
-        before, result, method = base[start:end], out[start:end], chunks[c, METHOD]
+        before, result, method = base[start:end], out[start:end], record[METHOD]
         is_done = False
         if method == SAME and len(data) == 0:
             is_done = _copy(before, result)
@@ -72,7 +73,24 @@ def decode(base_bytes, base, out_bytes, out, coded, chunks, shift, mask, family,
         elif method == SPARSE:
             is_done = _decode_sparse(data, before, result, shift, mask, family, space)
         if is_done:
-            is_right[c] = xxh3(out_bytes[first:last]) == chunks[c, AFTER]
+            is_right[c] = xxh3(out_bytes[first:last]) == _number(record, AFTER, 8)
+
+
+@kernel()
+def compare(base_bytes, base, target_bytes, target, step, found):
+    """Checksums of chunks of base and target, and how many elements differ.
+
+    base, target   unsigned[n]; base_bytes and target_bytes: the same memory as uint8
+    step           how many elements all chunks but the last have
+    found          int64[m, 3], written: the base's checksum and the target's, of chunks of more than
+                   XXH3_SHORT bytes, and how many elements differ
+    """
+    for c in range(len(found)):
+        start, end = c * step, min((c + 1) * step, len(base))
+        first, last = start * base.itemsize, end * base.itemsize
+        if last - first > XXH3_SHORT:
+            found[c, 0], found[c, 1] = xxh3(base_bytes[first:last]), xxh3(target_bytes[first:last])
+        found[c, 2] = subset.count_changes(base[start:end], target[start:end])
 
 
 @kernel()

@@ -64,7 +64,7 @@ _UNDER_DRIFT = (Method.SAME, Method.DELTA, Method.SPARSE)  # how a chunk with a 
 
 
 def encode_chunk(
-    base: Bytes | None, target: Bytes, dtype: str, *, quick: bool = False
+    base: Bytes | None, target: Bytes, dtype: str, *, quick: bool = False, changed: int | None = None
 ) -> tuple[Method, bytes]:
     """Code one chunk; the shortest of the ways that are worth trying.
 
@@ -72,20 +72,23 @@ def encode_chunk(
     target   uint8[n], a tensor's little-endian bytes; n is free, at most MAX_CHUNK
     dtype    safetensors' code, such as "BF16"; unknown ones are taken as bytes
     quick    where hardly anything changed, save time on both sides rather than the last bytes
+    changed  how many elements differ from the base's, if that is known
 
     Raises ValueError where the lengths differ or exceed MAX_CHUNK, or arrays are not uint8.
     """
     _check(base, target)
-    if len(target) == 0 or (base is not None and _equal(base, target)):
+    if len(target) == 0 or (base is not None and _is_same(base, target, changed)):
         return (Method.RAW if base is None else Method.SAME), b""
     form = FORMATS.get(dtype)
     if form is None or len(target) % form.itemsize:
         return _shortest(target, _encode_generic(base, target, dtype))
-    return _shortest(target, _encode_float(base, target, form, quick))
+    return _shortest(target, _encode_float(base, target, form, quick, changed))
 
 
-def _equal(base: Bytes, target: Bytes) -> bool:
-    """Whether both are the same: most that differ do so early."""
+def _is_same(base: Bytes, target: Bytes, changed: int | None = None) -> bool:
+    """Whether both are; most that are not differ early."""
+    if changed is not None:
+        return changed == 0
     return np.array_equal(base[:4096], target[:4096]) and np.array_equal(base, target)
 
 
@@ -100,11 +103,13 @@ def _shortest(target: Bytes, candidates: Candidates) -> tuple[Method, bytes]:
     return method, data
 
 
-def _encode_float(base: Bytes | None, target: Bytes, form: FloatFormat, quick: bool) -> Candidates:
+def _encode_float(
+    base: Bytes | None, target: Bytes, form: FloatFormat, quick: bool, changed: int | None
+) -> Candidates:
     candidates: Candidates = []
     limit = float(len(target))
     if base is not None:
-        method, data = _encode_against(base, target, form, quick)
+        method, data = _encode_against(base, target, form, quick, changed)
         candidates.append((method, data))
         limit = len(target) if data is None else len(data)
         if limit < _WORTH_A_LOOK * len(target):
@@ -120,10 +125,10 @@ def _encode_float(base: Bytes | None, target: Bytes, form: FloatFormat, quick: b
 
 
 def _encode_against(
-    base: Bytes, target: Bytes, form: FloatFormat, quick: bool, *, settled: bool = False
+    base: Bytes, target: Bytes, form: FloatFormat, quick: bool, changed: int | None, *, settled: bool = False
 ) -> tuple[Method, bytes | None]:
     """Floats against the base's, `settled` where those have drifted already."""
-    data = sparse.encode_sparse(base, target, form, quick=quick)
+    data = sparse.encode_sparse(base, target, form, quick=quick, changed=changed)
     if data is not None:
         return Method.SPARSE, data
     shifts = None if settled else drift.find_shifts(base, target, form)
@@ -131,8 +136,8 @@ def _encode_against(
         return Method.DELTA, floats.encode_delta(base, target, form)
     moved = drift.drifted(base, shifts, form)
     method, data = Method.SAME, b""
-    if not _equal(moved, target):
-        method, data = _encode_against(moved, target, form, quick, settled=True)
+    if not _is_same(moved, target):
+        method, data = _encode_against(moved, target, form, quick, None, settled=True)
     return Method.DRIFT, None if data is None else drift.put_head(shifts, method) + data
 
 

@@ -39,8 +39,9 @@ SUBSET_SPARE = 64  # elements that `choose` may write beyond the last
 SPARSE_HEAD = 7  # bytes in front of the plane
 SPARSE_SHARE = 16  # one element in so many may be an exception: what reading their lists takes is bounded
 
-# Chunks decoded in one call (checked.py): columns, and those of chunk.Method and planes.Plane that are.
-CHUNK_START, CHUNK_END, METHOD, DATA_START, DATA_END, BEFORE, AFTER = range(7)
+# Chunks decoded in one call (checked.py): where their records have what, and those of chunk.Method and
+# planes.Plane that are.
+RECORD_BYTES, METHOD, LENGTH, BEFORE, AFTER = 24, 0, 4, 8, 16
 SAME, DELTA, SPARSE = 0, 2, 6
 RAW, FILL = 0, 1
 

@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -19,21 +20,7 @@ from ..errors import PayloadError
 from . import coder
 from .chunk import check_arrays, decode_chunk, encode_chunk
 from .compiled import checked
-from .constants import (
-    AFTER,
-    BEFORE,
-    CHUNK_END,
-    CHUNK_START,
-    DATA_END,
-    DATA_START,
-    GUARD,
-    METHOD,
-    SPARE,
-    SPARSE_SHARE,
-    SUBSET_SPARE,
-    SUBSET_UNIT,
-    UNIT,
-)
+from .constants import GUARD, SPARE, SPARSE_SHARE, SUBSET_SPARE, SUBSET_UNIT, UNIT, XXH3_SHORT
 from .generic import ITEMSIZES
 from .scratch import scratch
 from .spaces import RowSpace
@@ -119,13 +106,43 @@ def element_bytes(dtype: str, nbytes: int) -> int:
     return size if nbytes % size == 0 else 1
 
 
-def count_changed(base: NDArray[np.uint8], target: NDArray[np.uint8], dtype: str) -> int:
-    """How many elements of ``dtype`` differ between two uint8 arrays of one length (bytes, where an
-    element is not a whole number of them)."""
+class Compared(NamedTuple):
+    """Of each chunk: :func:`checksum` of the base's bytes and the target's (uint64[m]), and how many elements
+    differ (int64[m])."""
+
+    base: NDArray[np.uint64]
+    target: NDArray[np.uint64]
+    changed: NDArray[np.int64]
+
+
+def compare_row(base: NDArray[np.uint8], target: NDArray[np.uint8], dtype: str, chunk_bytes: int) -> Compared:
+    """Compare chunks next to each other, in one call.
+
+    Args:
+        base, target: their bytes, of one length.
+        dtype: both sides' dtype. Bytes are compared, where an element is not a whole number of them.
+        chunk_bytes: how long all chunks but the last are; a multiple of 8.
+
+    Raises:
+        ValueError: base and target do not fit each other.
+    """
+    check_arrays(base, target)
+    if len(base) != len(target):
+        raise ValueError(f"base has {len(base)} bytes, target {len(target)}")
     word = np.dtype(f"u{element_bytes(dtype, target.size)}")
-    base, target = base.view(word), target.view(word)
-    differ = np.not_equal(base, target, out=scratch("differ", target.size, np.bool_))
-    return int(np.count_nonzero(differ))
+    old, new = (_aligned(side, word) for side in (base, target))
+    found = np.empty((-(-target.size // chunk_bytes), 3), np.int64)
+    checked.compare(base, old, target, new, chunk_bytes // word.itemsize, found)
+    for index in range(0 if chunk_bytes <= XXH3_SHORT else max(len(found) - 1, 0), len(found)):
+        chunk = slice(index * chunk_bytes, (index + 1) * chunk_bytes)
+        if len(target[chunk]) <= XXH3_SHORT:  # which the kernel leaves
+            found.view(np.uint64)[index, :2] = checksum(base[chunk]), checksum(target[chunk])
+    return Compared(found[:, 0].view(np.uint64), found[:, 1].view(np.uint64), found[:, 2])
+
+
+def _aligned(data: NDArray[np.uint8], word: np.dtype[Any]) -> NDArray[Any]:
+    found = data.view(word)
+    return found if found.flags.aligned else data.copy().view(word)
 
 
 def decode_row(
@@ -162,26 +179,27 @@ def decode_row(
     before, result = base.view(form.dtype), out.view(form.dtype)
     if not (before.flags.aligned and result.flags.aligned):
         return np.zeros(len(records), np.bool_)
-    chunks = np.empty((len(records), 7), np.int64)
-    chunks[:, CHUNK_START] = np.arange(len(records)) * (chunk_bytes // form.itemsize)
-    chunks[:-1, CHUNK_END], chunks[-1, CHUNK_END] = chunks[1:, CHUNK_START], len(result)
-    chunks[:, METHOD] = records["method"]
-    chunks[:, DATA_END] = np.cumsum(records["length"], dtype=np.int64)
-    chunks[:, DATA_START] = chunks[:, DATA_END] - records["length"]
-    chunks[:, BEFORE], chunks[:, AFTER] = records["base"].view("<i8"), records["target"].view("<i8")
-    is_right = np.empty(len(records), np.uint8)
-    longest = int(records["length"].max()), min(len(result), chunk_bytes // form.itemsize)
+    is_right = np.empty(len(records), np.bool_)
+    space = _row_space(
+        int(records["length"].max()), min(len(result), chunk_bytes // form.itemsize), form.dtype
+    )
     checked.decode(
-        base, before, out, result, coded, chunks, form.shift, form.mask, coder.family(),
-        _row_space(*longest, form.dtype), is_right,
+        records.view(np.uint8), coded, chunk_bytes // form.itemsize, base, before, out, result,
+        form.shift, form.mask, coder.family(), space, is_right,
     )  # fmt: skip
-    return is_right.view(np.bool_)
+    return is_right
+
+
+_kept = threading.local()
 
 
 def _row_space(data_bytes: int, count: int, dtype: np.dtype[Any]) -> RowSpace:
     """For chunks of at most so many bytes, coded, and elements: this thread's working memory."""
+    kept: tuple[RowSpace, int, int] | None = getattr(_kept, "row_space", None)
+    if kept and kept[0].chosen.dtype == dtype and kept[1] >= data_bytes and kept[2] >= count:
+        return kept[0]  # to make it takes as long as to decode a small tensor
     segments = count // UNIT + 1
-    return RowSpace(
+    room = RowSpace(
         frequencies=scratch("row frequencies", 64 * TOKENS, np.uint32).reshape(-1, TOKENS),
         slots=scratch("slots", 64 << PRECISION, np.uint32),
         words=scratch("words", data_bytes // 2 + GUARD, np.uint16),
@@ -194,6 +212,8 @@ def _row_space(data_bytes: int, count: int, dtype: np.dtype[Any]) -> RowSpace:
         chosen=scratch("chosen", count + SUBSET_SPARE, dtype),
         changed=scratch("changed", count + SUBSET_SPARE, dtype),
     )
+    _kept.row_space = room, data_bytes, count
+    return room
 
 
 def check_records(

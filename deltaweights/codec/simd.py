@@ -688,6 +688,16 @@ def bit_length(typingctx: Any, value: Any) -> Any:
 
 
 @intrinsic
+def bits_set(typingctx: Any, value: Any) -> Any:
+    """How many bits of a uint32 are 1."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.zext(builder.ctpop(args[0]), I64)
+
+    return types.int64(types.uint32), codegen
+
+
+@intrinsic
 def firm(typingctx: Any, numbers: Any, at: Any) -> Any:
     """`numbers[at]` of a uint32 array, by an instruction of its own: LLVM makes it part of no gather."""
 

@@ -41,15 +41,17 @@ _TABLE_BITS = 24  # and for each exponent that moved
 _VALUE_BITS = 4.4  # what an exception costs besides the entropy of its place, about
 
 
-def encode_sparse(base: Bytes, target: Bytes, form: FloatFormat, *, quick: bool = False) -> bytes | None:
-    """The target against the base; None where too much changed for this to be the way.
+def encode_sparse(
+    base: Bytes, target: Bytes, form: FloatFormat, *, quick: bool = False, changed: int | None = None
+) -> bytes | None:
+    """The target against the base; None where too much changed for this to be the way. How many elements did
+    may be known.
 
     `quick` has all changes by place, where they are few enough: up to a half longer, but coded in a third of
     the time and decoded in less than half.
     """
     before, after = floats.elements(base, form), floats.elements(target, form)
-    glance, there = floats.sample(before, _PATCH), floats.sample(after, _PATCH)
-    if np.count_nonzero(glance != there) > 1.2 * _FEW * len(glance):
+    if _is_much(before, after, changed):
         return None
     changes = _find_changes(before, after)
     if changes is None:
@@ -67,11 +69,11 @@ def encode_sparse(base: Bytes, target: Bytes, form: FloatFormat, *, quick: bool 
     chosen = _chosen("chosen", before, before, cutoff, active, form)
     if len(chosen) > _MOST * len(before):
         return None
-    changed = _chosen("changed", before, after, cutoff, active, form)
+    wanted = _chosen("wanted", before, after, cutoff, active, form)
     outside = ulp.exponent(before[places], form) > cutoff
     delta = b""
-    if not np.array_equal(chosen, changed):
-        found = floats.encode_delta(chosen.view(np.uint8), changed.view(np.uint8), form)
+    if not np.array_equal(chosen, wanted):
+        found = floats.encode_delta(chosen.view(np.uint8), wanted.view(np.uint8), form)
         if found is None:
             return None
         delta = found
@@ -80,6 +82,14 @@ def encode_sparse(base: Bytes, target: Bytes, form: FloatFormat, *, quick: bool 
     marks = put_plane(np.packbits(active, bitorder="little"))
     exceptions = _put_exceptions(gaps.astype(np.uint32), distances)
     return b"".join([head, marks, *exceptions, delta])
+
+
+def _is_much(before: NDArray[Any], after: NDArray[Any], changed: int | None) -> bool:
+    """Whether more than few elements changed, as far as a glance tells, where that is not known."""
+    if changed is not None:
+        return changed > _FEW * len(before)
+    glance, there = floats.sample(before, _PATCH), floats.sample(after, _PATCH)
+    return bool(np.count_nonzero(glance != there) > 1.2 * _FEW * len(glance))
 
 
 def _find_changes(

@@ -164,6 +164,26 @@ def move(elements, places, values):
     return True
 
 
+@kernel(inline="always")
+def _differing(base, target, first):
+    """Which of the 32 elements from `first` on differ, as a uint32; those beyond the end do not."""
+    if first + _AT_ONCE <= len(base):
+        return simd.differing(base, target, first)
+    differ = np.uint32(0)
+    for i in range(len(base) - first):
+        differ |= np.uint32(base[first + i] != target[first + i]) << np.uint32(i)
+    return differ
+
+
+@kernel()
+def count_changes(base, target):
+    """How many elements of two arrays (unsigned[n]) differ."""
+    found = 0
+    for first in range(0, len(base), _AT_ONCE):
+        found += simd.bits_set(_differing(base, target, first))
+    return found
+
+
 @kernel()
 def find_changes(base, target, gaps, distances):
     """Where target differs from base: how many times, or BAD for more often than there is room.
@@ -175,12 +195,7 @@ def find_changes(base, target, gaps, distances):
     top = 8 * base.itemsize - 1
     found, before = 0, np.int64(-1)
     for first in range(0, len(base), _AT_ONCE):
-        if first + _AT_ONCE <= len(base):
-            differ = simd.differing(base, target, first)
-        else:
-            differ = np.uint32(0)
-            for i in range(len(base) - first):
-                differ |= np.uint32(base[first + i] != target[first + i]) << np.uint32(i)
+        differ = _differing(base, target, first)
         while differ:
             if found == len(gaps):
                 return BAD

@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaweights.codec import compiled, decode_chunk, encode_chunk
+from deltaweights.codec import (
+    CHUNK_BYTES,
+    RECORD,
+    compare_row,
+    compiled,
+    decode_chunk,
+    decode_row,
+    encode,
+    encode_chunk,
+)
 from deltaweights.codec.ulp import FORMATS
 from deltaweights.errors import PayloadError
 
@@ -77,6 +86,18 @@ def _all_cases() -> Iterator[Case]:
         yield dtype, None, fine_tune(dtype, 700, 0)[0]
 
 
+def _decode_rows(base: Bytes, target: Bytes, dtype: str, rng: np.random.Generator) -> None:
+    """As part of a row, which believes its records, chunks are decoded by a kernel of their own."""
+    payload = np.frombuffer(encode(base, target, dtype), np.uint8)
+    record, data = payload[: RECORD.itemsize].view(RECORD).copy(), payload[RECORD.itemsize :]
+    compare_row(base, target, dtype, CHUNK_BYTES)
+    damages = (np.frombuffer(damaged(data.tobytes(), rng), np.uint8) for _ in range(_DAMAGES))
+    for part in (data, *(damages if len(data) else ())):
+        record["length"], out = len(part), np.empty_like(target)
+        if decode_row(record, part, base, dtype, out, CHUNK_BYTES)[0]:
+            assert np.array_equal(out, target)
+
+
 def main() -> None:
     """Raise where bytes come back wrong, end where a kernel leaves its arrays."""
     rng = np.random.default_rng(0)
@@ -94,6 +115,8 @@ def main() -> None:
                     decode_chunk(method, damaged(data, rng), base, dtype, out)
                 except PayloadError:
                     continue
+            if base is not None:
+                _decode_rows(base, target, dtype, rng)
 
 
 if __name__ == "__main__":
