@@ -367,12 +367,14 @@ def test_a_base_that_is_read_in_order_is_hashed_on_the_way(
 
 
 def test_the_base_is_hashed_to_its_end_however_late_that_is(
-    trio: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    diff: Differ, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another thread does so; here it never comes to it before somebody waits for the result."""
     monkeypatch.setattr(Workers, "aside", lambda self, call: call)
-    manifest = make_delta(trio.base, trio.target, tmp_path / "late", threads=4)
-    assert {file.path: file.sha256 for file in manifest.base.files} == digests(trio.base)
+    diff.write(diff.base, {"m.safetensors": safetensors_bytes({"a": random_array("BF16", (5000,), 1)})})
+    diff.write(diff.target, {"m.safetensors": safetensors_bytes({"a": random_array("BF16", (5000,), 2)})})
+    manifest = make_delta(diff.base, diff.target, diff.delta, chunk_bytes=4096)
+    assert {file.path: file.sha256 for file in manifest.base.files} == digests(diff.base)
 
 
 def test_a_resumed_run_records_the_base_of_what_was_finished_before(diff: Differ) -> None:
