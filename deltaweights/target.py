@@ -473,9 +473,9 @@ _ROW = "payloads"  # that tensor
 
 def shard_metadata(shard: Shard) -> dict[str, str]:
     """The metadata of the delta shard for a target's shard, whose own header is in there byte for byte."""
-    compressor = zstandard.ZstdCompressor(
-        level=19, dict_data=_usual_header(shard.header.tensors, shard.file.size)
-    )
+    usual = _usual_header(shard.header.tensors, shard.file.size)
+    # Of another dictionary than this one, the checksum would tell.
+    compressor = zstandard.ZstdCompressor(level=19, dict_data=usual, write_checksum=True)
     packed = base64.b64encode(compressor.compress(shard.header.raw)).decode()
     return {"format": _IN_A_ROW, "header": packed}
 
@@ -505,12 +505,13 @@ def _read_delta_shard(source: Source, file: TargetFile, entries: Collection[Tens
         kind = shard.header.metadata.get("format")
         if kind not in (_APART, _IN_A_ROW):
             raise HeaderError("", "Its metadata does not call it a deltaweights shard.")
-        header = _target_header(shard, file, _usual_header(entries, file.size) if kind == _IN_A_ROW else None)
+        is_row = kind == _IN_A_ROW
+        header = _target_header(shard, file, _usual_header(entries, file.size) if is_row else None)
     except HeaderError as error:
         raise DeltaError(
             f"{file.source} in the delta is damaged", error.why, "Get the delta again."
         ) from error
-    infos = _in_a_row(shard, file, entries) if kind == _IN_A_ROW else shard.header.tensors
+    infos = _in_a_row(shard, file, entries) if is_row else shard.header.tensors
     return _DeltaShard(file, shard, header, {info.name: Tensor(info, shard) for info in infos})
 
 

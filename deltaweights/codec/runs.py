@@ -153,8 +153,7 @@ def coarse_weight(kind, mantissa):
 
 @kernel(types.void(_numbers, _i, _i, _numbers))
 def coarsen(counts, total, aim, weights):
-    """Counts to the weights an explicit table can say, which add up to about `aim`; every positive count stays
-    positive."""
+    """Counts to the weights an explicit table can say, `aim` in all, about; every positive count stays so."""
     for t in range(TOKENS):
         count = np.int64(counts[t])
         if count == 0:
