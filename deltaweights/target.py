@@ -473,9 +473,9 @@ _ROW = "payloads"  # that tensor
 
 def shard_metadata(shard: Shard) -> dict[str, str]:
     """The metadata of the delta shard for a target's shard, whose own header is in there byte for byte."""
-    usual = _usual_header(shard.header.tensors, shard.file.size)
-    # Of another dictionary than this one, the checksum would tell.
-    compressor = zstandard.ZstdCompressor(level=19, dict_data=usual, write_checksum=True)
+    dictionary = _dictionary(usual_header(shard.header.tensors, shard.file.size))
+    # The checksum tells a reader who has another dictionary.
+    compressor = zstandard.ZstdCompressor(level=19, dict_data=dictionary, write_checksum=True)
     packed = base64.b64encode(compressor.compress(shard.header.raw)).decode()
     return {"format": _IN_A_ROW, "header": packed}
 
@@ -485,17 +485,23 @@ def shard_header(payload_bytes: int, metadata: dict[str, str], room: int = 0) ->
     return build_header([TensorInfo(_ROW, "U8", (payload_bytes,), 0, payload_bytes)], metadata, room)
 
 
-def _usual_header(tensors: Iterable[TensorInfo | TensorEntry], size: int) -> zstandard.ZstdCompressionDict:
-    """The header that a shard of these tensors, of ``size`` bytes, most likely has: zstd's dictionary for the
-    real one."""
+def usual_header(tensors: Iterable[TensorInfo | TensorEntry], size: int) -> bytes:
+    """The header that a target's shard of these tensors, of ``size`` bytes, most likely has.
+
+    Raises:
+        HeaderError: the tensors have more bytes than that.
+    """
     infos, end = [], 0
     for tensor in tensors:
         start, end = end, end + math.prod(tensor.shape) * DTYPE_BITS.get(tensor.dtype, 0) // 8
         if end > size:  # before its digits fill the memory
             raise HeaderError("", "The manifest's tensors have more bytes than their file.")
         infos.append(TensorInfo(tensor.name, tensor.dtype, tensor.shape, start, end))
-    raw = build_header(infos, {"format": "pt"})
-    return zstandard.ZstdCompressionDict(raw, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+    return build_header(infos, {"format": "pt"})
+
+
+def _dictionary(content: bytes) -> zstandard.ZstdCompressionDict:
+    return zstandard.ZstdCompressionDict(content, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
 
 
 def _read_delta_shard(source: Source, file: TargetFile, entries: Collection[TensorEntry]) -> _DeltaShard:
@@ -506,7 +512,7 @@ def _read_delta_shard(source: Source, file: TargetFile, entries: Collection[Tens
         if kind not in (_APART, _IN_A_ROW):
             raise HeaderError("", "Its metadata does not call it a deltaweights shard.")
         is_row = kind == _IN_A_ROW
-        header = _target_header(shard, file, _usual_header(entries, file.size) if is_row else None)
+        header = _target_header(shard, file, usual_header(entries, file.size) if is_row else b"")
     except HeaderError as error:
         raise DeltaError(
             f"{file.source} in the delta is damaged", error.why, "Get the delta again."
@@ -532,16 +538,14 @@ def _contradicts(file: TargetFile, why: str) -> PayloadError:
     )
 
 
-def _target_header(
-    delta_shard: Shard, file: TargetFile, dictionary: zstandard.ZstdCompressionDict | None
-) -> Header:
-    """The target shard's own header, out of the delta shard's metadata."""
+def _target_header(delta_shard: Shard, file: TargetFile, usual: bytes) -> Header:
+    """The target shard's own header, out of the delta shard's metadata. It is coded against ``usual``."""
     try:
         packed = base64.b64decode(delta_shard.header.metadata.get("header", ""), validate=True)
         size = zstandard.frame_content_size(packed)
         if not 8 <= size <= min(file.size, 8 + MAX_HEADER_BYTES):
             raise ValueError(f"a header of {size} bytes")
-        raw = zstandard.ZstdDecompressor(dict_data=dictionary).decompress(packed)
+        raw = zstandard.ZstdDecompressor(dict_data=_dictionary(usual)).decompress(packed)
     except (ValueError, zstandard.ZstdError) as error:
         raise HeaderError("", f"Its copy of the target's header is broken: {error}.") from error
     if int.from_bytes(raw[:8], "little") != len(raw) - 8:
