@@ -123,13 +123,10 @@ def _cutoff(before: NDArray[Any], places: NDArray[np.int64], active: Bytes, form
     total, above = np.append(nothing, total), np.append(moved.sum(), above)
     good = (total <= total[-1] + _TOLERANCE * full) & (above <= _RARE * len(before))
     cutoff, last = int(np.flatnonzero(good)[0]) - 1, int(np.flatnonzero(moved)[-1])
-    # Where lists weigh more than what is tolerated, coding some more elements saves them.
-    if (
-        -1 < cutoff < last
-        and _TOLERANCE * full < _LISTS_BITS
-        and counts[: last + 1].sum() <= _FEW * len(before)
-    ):
-        cutoff = last if total[last + 1] < total[cutoff + 1] + _LISTS_BITS else cutoff
+    # Where lists alone are more than what may be given away, coding some more elements saves them.
+    few = _TOLERANCE * full < _LISTS_BITS and counts[: last + 1].sum() <= _FEW * len(before)
+    if few and -1 < cutoff < last and total[last + 1] < total[cutoff + 1] + _LISTS_BITS:
+        return last
     return cutoff
 
 
