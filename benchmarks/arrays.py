@@ -60,7 +60,7 @@ class Arrays:
             offsets = [start, start + length]
             entries[name] = {"dtype": self.dtype, "shape": shape, "data_offsets": offsets}
             start += length
-        text = json.dumps(entries).encode()
+        text = json.dumps(entries, separators=(",", ":")).encode()  # as safetensors writes it
         text = text.ljust(-(-len(text) // 8) * 8)
         for path, data in ((base, self.base), (target, self.target)):
             path.write_bytes(len(text).to_bytes(8, "little") + text + data.tobytes())

@@ -5,7 +5,6 @@ checkpoint → codec → delta, shard by shard, chunk by chunk, so memory does n
 
 from __future__ import annotations
 
-import base64
 import hashlib
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,6 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
 from . import card, codec, license
@@ -37,8 +35,6 @@ from .checkpoint import (
     Source,
     Span,
     Tensor,
-    TensorInfo,
-    build_header,
     local_path,
     open_checkpoint,
     origins,
@@ -66,7 +62,7 @@ from .manifest import (
 )
 from .match import Match, RenameRule, match_tensors
 from .pipeline import Buffers, Meter, ProgressCallback, Workers, batches, result_of
-from .target import read_manifest
+from .target import read_manifest, shard_header, shard_metadata
 
 #: Compressing a file pays if it saves this share of it; small ones stay readable on the Hub.
 _WORTH_COMPRESSING = 64 << 10
@@ -441,8 +437,8 @@ class _DeltaWriter:
         shard = self._new.shards[path]
         digests = _Digests(shard, base, self._workers)
         with self._folder.create(name) as file:
-            metadata = _shard_metadata(shard)
-            room = _header_room(shard, self._plans(matches), metadata)
+            metadata = shard_metadata(shard)
+            room = _header_room(self._plans(matches), metadata)
             if room > MAX_HEADER_BYTES:
                 raise CheckpointError(
                     f"{path} cannot be part of a delta",
@@ -450,7 +446,7 @@ class _DeltaWriter:
                     f"{MAX_HEADER_BYTES}.",
                     "Save the target in smaller shards.",
                 )
-            entries, payloads, position = [], [], 0
+            entries, position = [], 0
             with self._expect(matches), closing(self._encode_all(matches, digests)) as chunks:
                 for match, plan in zip(matches, self._plans(matches), strict=True):
                     coded = islice(chunks, plan.count)
@@ -460,9 +456,6 @@ class _DeltaWriter:
                     else:
                         length, changed, is_same = self._write_payload(file, room + position, plan, coded)
                     entries.append(_entry(match, is_same, changed, length, self._old))
-                    payloads.append(
-                        TensorInfo(match.target.info.name, "U8", (length,), position, position + length)
-                    )
                     position += length
             if self._new.source.published_sha256(path) not in (None, digests.target):
                 raise CheckpointError(
@@ -470,7 +463,7 @@ class _DeltaWriter:
                     f"What came has SHA-256 {digests.target}, which is not the one that is published.",
                     "Run the same command again.",
                 )
-            header = build_header(payloads, metadata, room)
+            header = shard_header(position, metadata, room)
             assert len(header) == room
             file.write_at(0, header)
             stored = self._finish(file)
@@ -759,17 +752,6 @@ def _status(match: Match, is_same: bool) -> Status:
     return "same" if is_same else "changed"
 
 
-def _header_room(shard: Shard, plans: Sequence[codec.ChunkPlan], metadata: dict[str, str]) -> int:
-    """Bytes that the delta shard's header may need: its payloads' sizes are known only after it."""
-    largest, position = [], 0
-    for info, plan in zip(shard.header.tensors, plans, strict=True):
-        length = plan.nbytes + plan.count * codec.RECORD.itemsize
-        largest.append(TensorInfo(info.name, "U8", (length,), position, position + length))
-        position += length
-    return len(build_header(largest, metadata))
-
-
-def _shard_metadata(shard: Shard) -> dict[str, str]:
-    """The target shard's own header, byte for byte, for the delta shard's metadata."""
-    packed = zstandard.ZstdCompressor(level=19).compress(shard.header.raw)
-    return {"format": "deltaweights", "header": base64.b64encode(packed).decode()}
+def _header_room(plans: Iterable[codec.ChunkPlan], metadata: dict[str, str]) -> int:
+    """Bytes that the delta shard's header may need: its payloads' size is known only after it."""
+    return len(shard_header(sum(p.nbytes + p.count * codec.RECORD.itemsize for p in plans), metadata))

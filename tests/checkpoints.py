@@ -8,11 +8,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltaweights.checkpoint import DTYPE_BITS
+from deltaweights.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,32 @@ def contents(folder: Path) -> dict[str, bytes]:
 def digests(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file below a folder, by relative path."""
     return {path: hashlib.sha256(data).hexdigest() for path, data in contents(folder).items()}
+
+
+class Place(NamedTuple):
+    """Where a payload is: the delta shard, the tensor's name, and the first byte and the end in the file."""
+
+    path: Path
+    name: str
+    start: int
+    end: int
+
+
+def payload_places(delta: Path) -> list[Place]:
+    """All payloads of a delta that has them in a row."""
+    manifest = Manifest.from_json((delta / "deltaweights.json").read_bytes())
+    places = []
+    for file in manifest.target.files:
+        if file.stored == "tensors":
+            path = delta / file.source
+            with open(path, "rb") as shard:
+                end = 8 + int.from_bytes(shard.read(8), "little")
+            for entry in manifest.tensors:
+                if entry.file == file.path:
+                    start, end = end, end + entry.payload_bytes
+                    places.append(Place(path, entry.name, start, end))
+            assert end == path.stat().st_size
+    return places
 
 
 def write_pair(folder: Path) -> tuple[Path, Path]:

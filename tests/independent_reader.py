@@ -247,12 +247,7 @@ def read_base(base: Path) -> dict[str, list[BaseTensor]]:
 
 def rebuild_shard(file: Fields, delta: Path, manifest: Fields, base: dict[str, list[BaseTensor]]) -> bytes:
     """One target shard out of the delta and the base."""
-    data = (delta / file["source"]).read_bytes()
-    payloads, metadata, _ = parse_header(data, len(data))
-    packed = base64.b64decode(metadata["header"], validate=True)
-    size = zstandard.frame_content_size(packed)  # negative if it is not stated
-    need(8 <= size <= min(file["size"], 100_000_008), "target header: size")
-    raw = decompress_frame(packed, size)
+    payloads, raw = read_delta_shard(file, delta, manifest)
     tensors, _, length = parse_header(raw, file["size"])
     need(length == len(raw), "target header: length")
     entries = {(entry["file"], entry["name"]): entry for entry in manifest["tensors"]}
@@ -264,24 +259,53 @@ def rebuild_shard(file: Fields, delta: Path, manifest: Fields, base: dict[str, l
         need(
             (tensor["dtype"], tensor["shape"]) == (entry["dtype"], entry["shape"]), f"{name}: dtype or shape"
         )
-        payload = read_payload(entry, delta, manifest)
+        payload = payloads[name]
         if "like" in entry:
             entry = entries[entry["like"]["file"], entry["like"]["name"]]
-            payload = read_payload(entry, delta, manifest)
+            (other,) = (f for f in manifest["target"]["files"] if f["path"] == entry["file"])
+            payload = read_delta_shard(other, delta, manifest)[0][entry["name"]]
         first, last = tensor["data_offsets"]
         result.append(decode_tensor(payload, last - first, entry, base, manifest["chunk_bytes"]))
     return b"".join(result)
 
 
-def read_payload(entry: Fields, delta: Path, manifest: Fields) -> bytes:
-    """The payload of an entry's tensor, out of the delta shard that it stands in."""
-    (source,) = (file["source"] for file in manifest["target"]["files"] if file["path"] == entry["file"])
-    data = (delta / source).read_bytes()
-    payloads, _, at = parse_header(data, len(data))
-    start, end = payloads[entry["name"]]["data_offsets"]
-    need(end - start == entry["payload_bytes"], f"{entry['name']}: payload_bytes")
-    payload: bytes = data[at + start : at + end]
-    return payload
+def read_delta_shard(file: Fields, delta: Path, manifest: Fields) -> tuple[dict[str, bytes], bytes]:
+    """The payloads in the delta shard of a target file, by tensor, and the target file's header."""
+    data = (delta / file["source"]).read_bytes()
+    held, metadata, at = parse_header(data, len(data))
+    for tensor in held.values():
+        need(tensor["dtype"] == "U8" and len(tensor["shape"]) == 1, "delta shard: a payload's dtype or shape")
+    entries = [entry for entry in manifest["tensors"] if entry["file"] == file["path"]]
+    lengths = {entry["name"]: entry["payload_bytes"] for entry in entries}
+    dictionary = b""
+    if metadata["format"] == "deltaweights-row":
+        need(list(held) == ["payloads"] and sum(lengths.values()) == len(data) - at, "delta shard: payloads")
+        starts = dict(zip(lengths, itertools.accumulate(lengths.values(), initial=0), strict=False))
+        dictionary = usual_header(entries, file["size"])
+    else:
+        need(metadata["format"] == "deltaweights", "delta shard: format")
+        starts = {name: tensor["data_offsets"][0] for name, tensor in held.items()}
+        own = {name: tensor["data_offsets"][1] - starts[name] for name, tensor in held.items()}
+        need(own == lengths, "delta shard: payload_bytes")
+    packed = base64.b64decode(metadata["header"], validate=True)
+    size = zstandard.frame_content_size(packed)  # negative if it is not stated
+    need(8 <= size <= min(file["size"], 100_000_008), "target header: size")
+    payloads = {name: data[at + start :][: lengths[name]] for name, start in starts.items()}
+    return payloads, decompress_frame(packed, size, dictionary)
+
+
+def usual_header(entries: list[Fields], size: int) -> bytes:
+    """What the header of a file of ``size`` bytes is coded against."""
+    fields, end = ['"__metadata__":{"format":"pt"}'], 0
+    for entry in entries:
+        start = end
+        end += math.prod(entry["shape"]) * BITS.get(entry["dtype"], 0) // 8
+        need(end <= size, "target header: tensors beyond the file")
+        name, dtype, shape = (canonical(entry[field]) for field in ("name", "dtype", "shape"))
+        fields.append(f'{name}:{{"dtype":{dtype},"shape":{shape},"data_offsets":[{start},{end}]}}')
+    text = ("{" + ",".join(fields) + "}").encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 # Payloads
@@ -448,12 +472,13 @@ def decode_chunk(method: int, data: bytes, base: bytes | None, dtype: str, size:
     return decode(Data(data), elements, form).astype(f"<u{form.width}").tobytes()
 
 
-def decompress_frame(data: bytes, size: int) -> bytes:
+def decompress_frame(data: bytes, size: int, dictionary: bytes = b"") -> bytes:
     """Exactly one zstd frame, which holds ``size`` bytes and needs a window of at most 8 MiB."""
     try:
         stated = zstandard.get_frame_parameters(data).content_size
         need(stated in (size, zstandard.CONTENTSIZE_UNKNOWN), "zstd: content size")
-        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 23)
+        raw_content = zstandard.ZstdCompressionDict(dictionary, zstandard.DICT_TYPE_RAWCONTENT)
+        decompressor = zstandard.ZstdDecompressor(dict_data=raw_content, max_window_size=1 << 23)
         result = decompressor.decompress(
             data, max_output_size=max(size, 1), read_across_frames=False, allow_extra_data=False
         )

@@ -19,6 +19,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from deltaweights import CheckpointError, Manifest, OutputError, apply_delta, make_delta, verify_delta
 from deltaweights.checkpoint import DTYPE_BITS, LocalSource, open_checkpoint
@@ -113,18 +114,34 @@ def test_entries_describe_the_target_and_then_what_was_removed(trio: Trio) -> No
     assert [(e.name, e.file, e.status) for e in entries[len(there) :]] == [("model.gone", None, "removed")]
 
 
-def test_payloads_take_up_what_their_entries_say(trio: Trio) -> None:
+def test_payloads_stand_in_a_row_and_take_up_what_their_entries_say(trio: Trio) -> None:
     manifest = _manifest(trio)
-    sources = {file.path: file.source for file in manifest.target.files}
     with open_checkpoint(trio.delta) as delta:
         found = {
-            (t.shard.path, t.info.name): (t.info.dtype, t.info.shape, t.info.nbytes) for t in delta.tensors
+            t.shard.path: (t.info.name, t.info.dtype, t.info.shape, t.info.nbytes) for t in delta.tensors
         }
-    assert found == {
-        (sources[entry.file], entry.name): ("U8", (entry.payload_bytes,), entry.payload_bytes)
-        for entry in manifest.tensors
-        if entry.file is not None
-    }
+        kinds = {shard.header.metadata["format"] for shard in delta.shards.values()}
+    assert kinds == {"deltaweights-row"}
+    expected = {}
+    for file in manifest.target.files:
+        if file.stored == "tensors":
+            nbytes = sum(entry.payload_bytes for entry in manifest.tensors if entry.file == file.path)
+            expected[file.source] = ("payloads", "U8", (nbytes,), nbytes)
+    assert found == expected
+
+
+def test_a_header_as_safetensors_writes_it_takes_next_to_nothing(tmp_path: Path) -> None:
+    """Neither do its tensors: the manifest has their names, lengths and places."""
+    tensors = {f"model.layers.{k}.mlp.weight": bf16(weights((30, k + 1), k)) for k in range(100)}
+    for side in ("base", "target"):
+        (tmp_path / side).mkdir()
+        values = {
+            name: np.frombuffer(array.data, "<f2").reshape(array.shape) for name, array in tensors.items()
+        }
+        save_file(values, tmp_path / side / "model.safetensors", metadata={"format": "pt"})
+    manifest = make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta")
+    (shard,) = (tmp_path / "delta").glob("*.safetensors")
+    assert shard.stat().st_size < 24 * len(manifest.tensors) + 300
 
 
 def test_changed_counts_the_elements_that_differ_from_the_base(trio: Trio) -> None:

@@ -16,12 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer.main
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.core import TyperGroup
 
 from deltaweights import make_delta, open_target
 from deltaweights.cli import app
 from deltaweights.codec import Method, convert
-from deltaweights.manifest import FORMAT_VERSION
+from deltaweights.manifest import FORMAT_VERSION, TensorEntry
+from deltaweights.target import usual_header
 
 from . import independent_reader
 from .checkpoints import Array, contents, digests, random_array, weights, write_pair, write_safetensors
@@ -208,6 +211,25 @@ def test_independent_reader_agrees_on_odd_checkpoints(tmp_path: Path) -> None:
     assert all(entry.shared_bytes and not entry.changed for entry in conversions)
     independent_reader.rebuild(tmp_path / "delta", base, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(target)
+
+
+@given(
+    st.dictionaries(
+        st.text(st.characters(exclude_categories=["Cs"])),
+        st.tuples(
+            st.sampled_from(["BF16", "F4", "F6_E2M3", "U8", "F64", "F2_SOON", 'a"b']),
+            st.lists(st.integers(0, 1 << 40), max_size=4),
+        ),
+        max_size=4,
+    )
+)
+def test_both_readers_expect_the_same_header(tensors: dict[str, tuple[str, list[int]]]) -> None:
+    entries = [
+        TensorEntry(name, "a", dtype, tuple(shape), "added", None, 0, 0, 0)
+        for name, (dtype, shape) in tensors.items()
+    ]
+    fields = [{"name": entry.name, "dtype": entry.dtype, "shape": list(entry.shape)} for entry in entries]
+    assert usual_header(entries, 1 << 200) == independent_reader.usual_header(fields, 1 << 200)
 
 
 def test_independent_reader_decodes_every_method(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from . import independent_reader
 from .checkpoints import digests
 
 FIXTURES = Path(__file__).parent / "fixtures"
-#: The sets of each format version: one of all that it began with, one for each later method or field.
-VERSIONS = {1: ["v1", "v1-drift", "v1-like", "v1-window"]}
+#: The sets of each format version: one of all that it began with, one for each later method, field or layout.
+VERSIONS = {1: ["v1", "v1-drift", "v1-like", "v1-row", "v1-window"]}
 SETS = [name for names in VERSIONS.values() for name in names]
 
 

@@ -46,7 +46,7 @@ from deltaweights.codec import RECORD, Method, checksum
 from deltaweights.manifest import BaseTensor, FileRecord, License, TargetFile, TargetTensor, TensorEntry
 from deltaweights.summary import inspect_delta
 
-from .checkpoints import bf16, contents, digests, f32, weights, write_safetensors
+from .checkpoints import bf16, contents, digests, f32, payload_places, weights, write_safetensors
 from .conftest import Trio
 
 _MANIFEST = "deltaweights.json"
@@ -315,9 +315,6 @@ _MANIFESTS: dict[str, tuple[type[DeltaError], Callable[[Manifest], Manifest]]] =
         _entry("wide", base=_EMBED, shared_bytes=64 * 64 * 2 // 2 * 4),
     ),
     "shares with another dtype": (ManifestError, _entry("wide", base=_EMBED, shared_bytes=7)),
-    "ghost tensor": (PayloadError, _more(_GHOST)),
-    "missing tensor": (PayloadError, lambda m: replace(m, tensors=m.tensors[1:])),
-    "another shape": (PayloadError, _entry(shape=(64 * 64,))),
     "duplicate of nothing": (ManifestError, _entry("copy", like=TargetTensor("x", "model.safetensors"))),
     "duplicate of a file": (ManifestError, _entry("copy", like=TargetTensor("added", "notes.txt"))),
     "duplicate outside": (ManifestError, _entry("copy", like=TargetTensor("added", "../model.safetensors"))),
@@ -340,8 +337,6 @@ _MANIFESTS: dict[str, tuple[type[DeltaError], Callable[[Manifest], Manifest]]] =
         _entry("copy", status="added", like=msgspec.UNSET),
     ),
     "a payload of a duplicate": (PayloadError, lambda m: _reversed(m, "added", "copy")),
-    "gigantic shape": (PayloadError, _entry(shape=(2**63,) * 64)),
-    "another dtype": (PayloadError, _entry(dtype="F16")),
     "shares less": (DeltaError, _entry(shared_bytes=4096)),
     "shares an odd number of bytes": (DeltaError, _entry(shared_bytes=4097)),
     "shares nothing": (DeltaError, _entry(shared_bytes=0)),
@@ -389,6 +384,56 @@ def test_a_hostile_manifest_is_refused(
 ) -> None:
     _write(small.delta, edit(_read(small.delta)))
     _assert_refused(small, kind)
+
+
+#: What a manifest may say of tensors that their shard does not.
+_CONTRADICTIONS: dict[str, Callable[[Manifest], Manifest]] = {
+    "ghost tensor": _more(_GHOST),
+    "missing tensor": lambda m: replace(m, tensors=m.tensors[1:]),
+    "another shape": _entry(shape=(64 * 64,)),
+    "gigantic shape": _entry(shape=(2**63,) * 64),
+    "another dtype": _entry(dtype="F16"),
+    "another order": lambda m: replace(m, tensors=m.tensors[::-1]),
+    "a byte of the payload to the next": lambda m: replace(
+        m,
+        tensors=(
+            replace(m.tensors[0], payload_bytes=m.tensors[0].payload_bytes - 1),
+            replace(m.tensors[1], payload_bytes=m.tensors[1].payload_bytes + 1),
+            *m.tensors[2:],
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", _CONTRADICTIONS.values(), ids=_CONTRADICTIONS.keys())
+def test_a_manifest_that_contradicts_its_shards_is_refused(
+    small: Trio, edit: Callable[[Manifest], Manifest]
+) -> None:
+    _write(small.delta, edit(_read(small.delta)))
+    _assert_refused(small, DeltaError)
+
+
+def test_payloads_apart_are_found_by_their_names(small: Trio) -> None:
+    """As in earlier deltas: their order says nothing, and what contradicts the manifest is known as that."""
+    _hold_apart(small)
+    whole = _read(small.delta)
+    for name, edit in _CONTRADICTIONS.items():
+        _write(small.delta, edit(whole))
+        if name == "another order":
+            apply_delta(small.delta, small.delta.with_name("other"), base=small.base)
+            assert contents(small.delta.with_name("other")) == contents(small.target)
+        else:
+            _assert_refused(small, PayloadError)
+
+
+def _hold_apart(trio: Trio) -> None:
+    """Make the delta's shard one in which each payload is a tensor."""
+    shard = (trio.delta / _SHARD).read_bytes()
+    raw = (trio.target / "model.safetensors").read_bytes()
+    copy = _packed(zstandard.compress(raw[: 8 + int.from_bytes(raw[:8], "little")]))
+    tensors = _payloads_apart(trio.delta)
+    header = build_header(tensors, {"format": "deltaweights", "header": copy})
+    _store(trio.delta, _SHARD, header + shard[-tensors[-1].end :])
 
 
 @pytest.mark.parametrize(
@@ -668,9 +713,58 @@ def test_a_hostile_copy_of_the_targets_header_is_refused(
     shard = (small.delta / _SHARD).read_bytes()
     header = parse_header(shard[: 8 + int.from_bytes(shard[:8], "little")], len(shard), "")
     value = copy(raw[: 8 + int.from_bytes(raw[:8], "little")])
-    metadata = {"format": "deltaweights"} | ({} if value is None else {"header": value})
-    _store(small.delta, _SHARD, build_header(header.tensors, metadata) + shard[header.data_start :])
+    copied = {} if value is None else {"header": value}
+    payloads = shard[header.data_start :]
+    for kind, tensors in (
+        ("deltaweights-row", header.tensors),
+        ("deltaweights", _payloads_apart(small.delta)),
+    ):
+        _store(small.delta, _SHARD, build_header(tensors, {"format": kind} | copied) + payloads)
+        _assert_refused(small, DeltaError)
+
+
+def _payloads_apart(delta: Path) -> list[TensorInfo]:
+    """The tensors of the delta shard, if each payload were one, as in earlier deltas."""
+    places = payload_places(delta)
+    first = places[0].start
+    return [TensorInfo(p.name, "U8", (p.end - p.start,), p.start - first, p.end - first) for p in places]
+
+
+_ROWS: dict[str, Callable[[list[TensorInfo]], tuple[str, list[TensorInfo]]]] = {
+    "no format": lambda apart: ("", _row(apart)),
+    "another format": lambda apart: ("deltaweights-rows", _row(apart)),
+    "a row, called payloads apart": lambda apart: ("deltaweights", _row(apart)),
+    "payloads apart, called a row": lambda apart: ("deltaweights-row", apart),
+    "another name": lambda apart: ("deltaweights-row", [replace(_row(apart)[0], name="payload")]),
+    "another dtype": lambda apart: ("deltaweights-row", [replace(_row(apart)[0], dtype="I8")]),
+    "two dimensions": lambda apart: ("deltaweights-row", [replace(_row(apart)[0], shape=(apart[-1].end, 1))]),
+    "two rows": lambda apart: ("deltaweights-row", [replace(apart[0], name="payloads"), *apart[1:]]),
+    "no row": lambda apart: ("deltaweights-row", []),
+    "an empty tensor beside it": lambda apart: (
+        "deltaweights-row",
+        [TensorInfo("nothing", "U8", (0,), 0, 0), *_row(apart)],
+    ),
+    "a byte too few": lambda apart: ("deltaweights-row", _row(apart, -1)),
+    "a byte too many": lambda apart: ("deltaweights-row", _row(apart, 1)),
+}
+
+
+@pytest.mark.parametrize("tensors_of", _ROWS.values(), ids=_ROWS.keys())
+def test_a_delta_shard_that_holds_payloads_in_no_known_way_is_refused(
+    small: Trio, tensors_of: Callable[[list[TensorInfo]], tuple[str, list[TensorInfo]]]
+) -> None:
+    shard = (small.delta / _SHARD).read_bytes()
+    header = parse_header(shard[: 8 + int.from_bytes(shard[:8], "little")], len(shard), "")
+    kind, tensors = tensors_of(_payloads_apart(small.delta))
+    nbytes = sum(info.nbytes for info in tensors)
+    payloads = shard[header.data_start :][:nbytes].ljust(nbytes, b"\0")
+    _store(small.delta, _SHARD, build_header(tensors, {**header.metadata, "format": kind}) + payloads)
     _assert_refused(small, DeltaError)
+
+
+def _row(apart: list[TensorInfo], more: int = 0) -> list[TensorInfo]:
+    end = apart[-1].end + more
+    return [TensorInfo("payloads", "U8", (end,), 0, end)]
 
 
 def _packed(frame: bytes) -> str:
@@ -690,6 +784,10 @@ _BOMBS: dict[str, Callable[[Trio], None]] = {
     ),
     "a shard of 2**61 bytes": lambda trio: _gigantic_shard(trio, 2**61),
     "a shard of 2**40 bytes": lambda trio: _gigantic_shard(trio, 2**40),
+    "a shard of 2**40 bytes, payloads apart": lambda trio: _gigantic_shard(
+        trio, 2**40, "deltaweights", "added"
+    ),
+    "shapes with 10**5 digits in all": lambda trio: _gigantic_shapes(trio, 5_000),
     "a manifest of 300 MB": lambda trio: os.truncate(trio.delta / _MANIFEST, 300_000_000),
     "a manifest of 200 MB": lambda trio: _long_manifest(trio, 200_000_000),
     "a header of 10 MB": lambda trio: _store(
@@ -758,11 +856,19 @@ def _store_file(trio: Trio, packed: bytes, size: int) -> None:
     _write(trio.delta, _target_file("vocab.json", size=size, sha256=sha256)(_read(trio.delta)))
 
 
-def _gigantic_shard(trio: Trio, nbytes: int) -> None:
+def _gigantic_shapes(trio: Trio, count: int) -> None:
+    """Tensors of so many bytes that their offsets alone would fill memory."""
+    manifest = _read(trio.delta)
+    entry = TensorEntry("", "model.safetensors", "U8", (2**62 - 1,) * 64, "added", None, 0, 0, 0)
+    entries = tuple(replace(entry, name=str(k)) for k in range(count))
+    _write(trio.delta, replace(manifest, tensors=(*manifest.tensors, *entries)))
+
+
+def _gigantic_shard(trio: Trio, nbytes: int, kind: str = "deltaweights-row", name: str = "payloads") -> None:
     """A shard whose one tensor, without a base, has ``nbytes`` bytes; header and manifest agree on it."""
     raw = _raw(json.dumps({"added": _one("U8", [nbytes], [0, nbytes])}).encode(), 0)
-    metadata = {"format": "deltaweights", "header": _packed(zstandard.compress(raw))}
-    payload = build_header([TensorInfo("added", "U8", (0,), 0, 0)], metadata)
+    metadata = {"format": kind, "header": _packed(zstandard.compress(raw))}
+    payload = build_header([TensorInfo(name, "U8", (0,), 0, 0)], metadata)
     _store(trio.delta, _SHARD, payload)
     manifest = _target_file("model.safetensors", size=len(raw) + nbytes)(_read(trio.delta))
     entry = TensorEntry("added", "model.safetensors", "U8", (nbytes,), "added", None, 0, 0, 0)
@@ -992,13 +1098,9 @@ def _edit_payload(delta: Path, name: str, edit: Callable[[bytes], bytes]) -> Non
     """Edit the payload of one tensor, and make the delta shard's header and the manifest agree."""
     raw = (delta / _SHARD).read_bytes()
     header = parse_header(raw[: 8 + int.from_bytes(raw[:8], "little")], len(raw), "")
-    infos, payloads, position = [], [], 0
-    for info in header.tensors:
-        payload = raw[header.data_start + info.start : header.data_start + info.end]
-        if info.name == name:
-            payload = edit(payload)
-        infos.append(TensorInfo(info.name, "U8", (len(payload),), position, position + len(payload)))
-        payloads.append(payload)
-        position += len(payload)
-        _write(delta, _entry(info.name, payload_bytes=len(payload))(_read(delta)))
-    _store(delta, _SHARD, build_header(infos, header.metadata) + b"".join(payloads))
+    (place,) = (place for place in payload_places(delta) if place.name == name)
+    payload = edit(raw[place.start : place.end])
+    row = raw[header.data_start : place.start] + payload + raw[place.end :]
+    tensors = [TensorInfo("payloads", "U8", (len(row),), 0, len(row))]
+    _write(delta, _entry(name, payload_bytes=len(payload))(_read(delta)))
+    _store(delta, _SHARD, build_header(tensors, header.metadata) + row)

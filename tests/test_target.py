@@ -25,7 +25,7 @@ from deltaweights import (
 )
 from deltaweights.checkpoint import open_checkpoint
 
-from .checkpoints import Array, bf16, contents, f32, random_array, weights, write_safetensors
+from .checkpoints import Array, bf16, contents, f32, payload_places, random_array, weights, write_safetensors
 from .conftest import CHUNK_BYTES, Trio
 
 
@@ -240,15 +240,11 @@ def test_a_flipped_bit_in_a_payload_is_found(trio: Trio, tmp_path: Path) -> None
     """In one bit of each payload, in turn: the tensor is refused, and what is like it; the others come."""
     expected = _arrays(trio.target)
     shutil.copytree(trio.delta, tmp_path / "delta")
-    with open_checkpoint(trio.delta) as delta:
-        places = [
-            (tensor.shard.path, tensor.shard.header.data_start + (info.start + info.end) // 2, info.name)
-            for tensor in delta.tensors
-            if (info := tensor.info).nbytes
-        ]
+    places = [place for place in payload_places(tmp_path / "delta") if place.end > place.start]
     assert len(places) == 11
-    for path, position, damaged in places:
-        _flip(tmp_path / "delta" / path, position)
+    for path, damaged, start, end in places:
+        position = (start + end) // 2
+        _flip(path, position)
         with open_target(tmp_path / "delta", trio.base) as target:
             for name in target:
                 if name == damaged or (name, damaged) == ("ema.layers.1.weight", "model.layers.1.weight"):
@@ -256,7 +252,7 @@ def test_a_flipped_bit_in_a_payload_is_found(trio: Trio, tmp_path: Path) -> None
                         target[name]
                 else:
                     assert _array(target[name]) == expected[name]
-        _flip(tmp_path / "delta" / path, position)
+        _flip(path, position)
 
 
 # Helpers ---------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from .kernel import array, kernel, room
 from .spaces import RunSpace
 from .tables import DIRECT_BITS, PRECISION, SCALES, TOKENS
 
-_WEIGHT_TOTAL = 1 << 14  # explicit tables: weights add up to about this
+_TOTAL, _SMALL_TOTAL = 1 << 14, 1 << 6  # what explicit weights add up to, about; the second for small runs
 _MANTISSA = 3  # explicit tables: bits kept after a weight's highest bit
 #: With probabilities of one bit less the decoder's tables fit its nearest cache: worth this much more space.
 _COARSE = 1.002
@@ -151,15 +151,15 @@ def coarse_weight(kind, mantissa):
     return ((1 << kept | mantissa) << dropped) + ((1 << dropped) >> 1)
 
 
-@kernel(types.void(_numbers, _i, _numbers))
-def coarsen(counts, total, weights):
-    """Counts to the weights an explicit table can say; every positive count stays positive."""
+@kernel(types.void(_numbers, _i, _i, _numbers))
+def coarsen(counts, total, aim, weights):
+    """Counts to the weights an explicit table can say, `aim` in all, about; every positive count stays so."""
     for t in range(TOKENS):
         count = np.int64(counts[t])
         if count == 0:
             weights[t] = 0
             continue
-        weight = max(count * _WEIGHT_TOTAL // total, 1)
+        weight = max(count * aim // total, 1)
         kind = floor_log2(weight) + 1
         dropped = kind - 1 - min(kind - 1, _MANTISSA)
         weights[t] = (
@@ -279,17 +279,18 @@ def fit_family(counts, members, family, highest):
     return best_tweak, best_spread
 
 
-@kernel(_real(_tables, _longs, _i, _tables, _i, _i, _i, _bytes, _tables, _tables))
+@kernel(_real(_tables, _longs, _i, _tables, _i, _i, _i, _flag, _bytes, _tables, _tables))
 def choose_tables(
-    counts, members, tweak, family, spread, precision, highest, explicit, weights, frequencies
+    counts, members, tweak, family, spread, precision, highest, small, explicit, weights, frequencies
 ):  # fmt: skip
     """For each context the cheaper of an explicit table and the family's; the cost in bits.
 
     counts       uint32[contexts, TOKENS]
     members      int64[contexts], each context's member of the family, to which the tweak is added
+    small        whether weights are to be tried that say less and take fewer bits
     explicit     uint8[contexts], weights and frequencies uint32[contexts, TOKENS]: written
     """
-    own, nothing, total_bits = _a_table(), _no_bytes(), 0.0
+    own_weights, own, nothing, total_bits = _a_table(), _a_table(), _no_bytes(), 0.0
     for c in range(len(members)):
         family_weights(family, members[c] + tweak, spread, highest, weights[c])
         fit_frequencies(weights[c], precision, frequencies[c])
@@ -298,14 +299,14 @@ def choose_tables(
         for t in range(TOKENS):
             total += counts[c, t]
         explicit[c] = 0
-        if total > 0:
-            coarsen(counts[c], total, weights[c])
-            fit_frequencies(weights[c], precision, own)
-            own_bits = table_cost(counts[c], own, precision) + put_table(nothing, 0, weights[c])
+        for less in range((2 if small else 1) if total > 0 else 0):
+            coarsen(counts[c], total, _SMALL_TOTAL if less else _TOTAL, own_weights)
+            fit_frequencies(own_weights, precision, own)
+            own_bits = table_cost(counts[c], own, precision) + put_table(nothing, 0, own_weights)
             if own_bits < bits:
                 explicit[c], bits = 1, own_bits
                 for t in range(TOKENS):
-                    frequencies[c, t] = own[t]
+                    weights[c, t], frequencies[c, t] = own_weights[t], own[t]
         total_bits += bits + 1
     return total_bits
 
@@ -547,12 +548,12 @@ def encode_run(contexts, values, members, family, direct_bits, value_bits, tail,
             upper[i] = values[i] >> np.uint32(tail)
     count_tokens(contexts, upper, direct_bits, span, keys, space.counters, counts)
     highest, raw = highest_and_raw_bits(counts, direct_bits)
-    tweak, spread = 0, _USUAL_SPREAD
-    if count < _SMALL and wide > 1:
+    tweak, spread, small = 0, _USUAL_SPREAD, count < _SMALL and wide > 1
+    if small:
         tweak, spread = fit_family(counts, members, family, highest)
     raw += np.float64(tail * count)
     choice, bits = cheapest_tables(
-        members, tweak, family, spread, highest, raw, count >= _SMALL, space.tables, space.explicit
+        members, tweak, family, spread, highest, raw, count >= _SMALL, small, space.tables, space.explicit
     )
     if bits > 8 * limit:
         return BAD
@@ -573,12 +574,13 @@ def encode_run(contexts, values, members, family, direct_bits, value_bits, tail,
     return at
 
 
-@kernel(types.Tuple((_i, _real))(_longs, _i, _tables, _i, _i, _real, _flag, _tables, _bytes))
-def cheapest_tables(members, tweak, family, spread, highest, raw, coarse, tables, explicit):
+@kernel(types.Tuple((_i, _real))(_longs, _i, _tables, _i, _i, _real, _flag, _flag, _tables, _bytes))
+def cheapest_tables(members, tweak, family, spread, highest, raw, coarse, small, tables, explicit):
     """(0, or 1 where probabilities of one bit less than PRECISION are taken; bits of the run)
 
     raw          bits of the run that no table has a part in
     coarse       whether fewer bits may be taken at all
+    small        as for :func:`choose_tables`
     tables       uint32[5 * contexts, TOKENS]: the counts, read; weights and frequencies of choice 0, and of 1
     explicit     uint8[2 * contexts], written
     """
@@ -586,7 +588,7 @@ def cheapest_tables(members, tweak, family, spread, highest, raw, coarse, tables
     for less in range(2 if coarse else 1):
         of_this, room = explicit[less * wide : (less + 1) * wide], tables[(1 + 2 * less) * wide :]
         found = raw + choose_tables(
-            tables[:wide], members, tweak, family, spread, PRECISION - less, highest,
+            tables[:wide], members, tweak, family, spread, PRECISION - less, highest, small,
             of_this, room[:wide], room[wide : 2 * wide],
         )  # fmt: skip
         if less == 0 or found <= _COARSE * bits:

@@ -38,6 +38,7 @@ _TOLERANCE = 0.01  # how much longer, by estimate, a chunk may become for the sa
 _PATCH = 64  # elements in a row that are looked at: changes come in clusters
 _DELTA_BITS = 200  # what a delta costs besides, about,
 _TABLE_BITS = 24  # and for each exponent that moved
+_LISTS_BITS = 200  # what two lists cost, however short, about
 _VALUE_BITS = 4.4  # what an exception costs besides the entropy of its place, about
 
 
@@ -130,7 +131,12 @@ def _cutoff(before: NDArray[Any], places: NDArray[np.int64], active: Bytes, form
     nothing = _place_bits(moved.sum(keepdims=True), counts.sum(keepdims=True))
     total, above = np.append(nothing, total), np.append(moved.sum(), above)
     good = (total <= total[-1] + _TOLERANCE * full) & (above <= _RARE * len(before))
-    return int(np.flatnonzero(good)[0]) - 1
+    cutoff, last = int(np.flatnonzero(good)[0]) - 1, int(np.flatnonzero(moved)[-1])
+    # Where lists alone are more than what may be given away, coding some more elements saves them.
+    few = _TOLERANCE * full < _LISTS_BITS and counts[: last + 1].sum() <= _FEW * len(before)
+    if few and -1 < cutoff < last and total[last + 1] < total[cutoff + 1] + _LISTS_BITS:
+        return last
+    return cutoff
 
 
 def _place_bits(moved: NDArray[Any], among: NDArray[Any]) -> NDArray[np.float64]:

@@ -42,6 +42,17 @@ def test_small_tensors_pay_little_beyond_their_entropy() -> None:
         assert coded / (20 * size) < 1.06 * whole + 40 / size
 
 
+@pytest.mark.parametrize(("count", "most"), [(1 << 16, 275), (1 << 17, 500), (1 << 19, 1850)])
+def test_one_small_step_of_an_optimizer(count: int, most: int) -> None:
+    """All weights move by the same, up or down, which few can follow: each of these has a sign to code."""
+    rng = np.random.default_rng(0)
+    base = to_bits(rng.normal(0, 0.02, count), "BF16")
+    target = to_bits(values_of(base, "BF16") + rng.choice([-1e-6, 1e-6], count), "BF16")
+    method, data = encode_chunk(base.view(np.uint8), target.view(np.uint8), "BF16")
+    assert method == Method.SPARSE
+    assert len(data) < most
+
+
 def test_low_bits_that_are_zero_cost_nothing() -> None:
     wide = to_bits(np.random.default_rng(0).normal(0, 0.02, 100_000), "BF16").astype("<u4") << 16
     _, data = encode_chunk(None, wide.astype("<u4").view(np.uint8), "F32")
