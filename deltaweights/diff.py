@@ -100,7 +100,7 @@ def make_delta(
         target_repo: the Hub id that the target is or will be published under.
         chunk_bytes: bytes of a tensor that are coded independently; a multiple of 4096.
         force: write even if ``delta`` holds other files; the delta's own files are replaced.
-        threads: how many; the number of usable cores if None.
+        threads: how many; the number of usable cores, at most 8, if None.
         progress: called with a phase ("diff"), bytes done, bytes in all.
 
     Returns:

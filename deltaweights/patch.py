@@ -65,7 +65,7 @@ def apply_delta(
         keep_base: download what is needed of a base on the Hub into the local Hub cache, and leave it there;
             else it streams through memory.
         force: write even if ``out`` holds other files. They stay, unless the target has a file of that name.
-        threads: how many; the number of usable cores if None.
+        threads: how many; the number of usable cores, at most 8, if None.
         progress: called with a phase, what is done, what there is to do: "check base" (in chunks),
             "download base", "check files there" and "apply" (in bytes).
 

@@ -64,7 +64,7 @@ class _Task(Generic[Result]):
 
 #: :attr:`Workers.batch_bytes` of a few threads, and of more: on 16 cores, 8 threads apply a delta in 0.55 s
 #: with the latter, in 0.99 with the former (docs/benchmarks.md).
-_FEW_THREADS = 2
+_FEW_THREADS, _MOST_THREADS = 2, 8
 _SMALL_BATCH_BYTES, _BATCH_BYTES = 1 << 20, 4 << 20
 
 
@@ -73,12 +73,12 @@ class Workers:
     the work.
 
     Args:
-        threads: how many; the number of usable cores, but no more than 16, if None: more would wait for
-            the disk and take memory.
+        threads: how many; the number of usable cores, but no more than 8, if None: more would wait for
+            Python's lock, and take memory.
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads or min(usable_cores(), 16)
+        self.threads = threads or min(usable_cores(), _MOST_THREADS)
         self._lock = threading.Lock()
         self._unfinished = 0  # items of each()
         self._pool = ThreadPoolExecutor(max(1, self.threads - 1))  # used only if there are two or more

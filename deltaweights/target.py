@@ -699,13 +699,9 @@ class TensorRecipe:
 
     def _read_base(self, first: int, end: int) -> NDArray[np.uint8]:
         """The base's bytes for these chunks, in its own dtype; valid until this thread reads more."""
-        start, stop = self._base_bytes(first, end)
-        return _scratch.fill(stop - start, partial(self.read_base_into, first))
-
-    def read_base_into(self, first: int, out: NDArray[np.uint8]) -> None:
-        """Fill ``out`` (uint8) with the base's bytes from chunk ``first`` on, in its own dtype."""
         assert self.base is not None
-        self.base.read_into(self._base_bytes(first, first + 1)[0], out)
+        start, stop = self._base_bytes(first, end)
+        return _scratch.fill(stop - start, partial(self.base.read_into, start))
 
     def _read_payload(self, first: int, end: int) -> NDArray[np.uint8]:
         """The data of chunks ``first`` to ``end - 1``, one behind the other; valid until this thread reads
@@ -725,12 +721,6 @@ class TensorRecipe:
         records, starts = self.table
         begin = int(starts[index] - starts[first])
         return int(records["method"][index]), data[begin : begin + int(records["length"][index])]
-
-    def read_coded(self, first: int, end: int) -> list[tuple[int, NDArray[np.uint8]]]:
-        """How chunks ``first`` to ``end - 1`` are coded, and the data of each, valid until this thread reads
-        more. Raises :class:`PayloadError` where that is longer than the chunk."""
-        data = self._read_payload(first, end)
-        return [self._coded(index, first, data) for index in range(first, end)]
 
     def matches_base(self, index: int) -> bool:
         """Whether the base's bytes for chunk ``index`` are those that the delta was made from."""
@@ -804,7 +794,7 @@ class TensorRecipe:
             converted = self._converted(index, base, self.plan.span(index)[0])
         except _WrongBase:
             raise self._wrong_base(index) from None
-        (coded,) = self.read_coded(index, index + 1)
+        coded = self._coded(index, index, self._read_payload(index, index + 1))
         self._decode(index, coded, converted, out)
 
     def _decode(

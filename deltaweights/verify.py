@@ -77,7 +77,7 @@ def verify_delta(
             publishes is compared too.
         keep_base: as for :func:`apply_delta`.
         target: if given, a folder, file or Hub id whose files are compared with the target's.
-        threads: how many; the number of usable cores if None.
+        threads: how many; the number of usable cores, at most 8, if None.
         progress: called with a phase, what is done, what there is to do: "verify delta", "verify target",
             "download base", "rebuild" (in bytes), "check base" (in chunks).
 

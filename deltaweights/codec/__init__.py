@@ -11,16 +11,13 @@ layers use the same pieces a chunk at a time: :class:`ChunkPlan`, :func:`encode_
 from .chunk import (
     MAX_CHUNK,
     STANDALONE,
-    Chosen,
     Method,
-    OpenRun,
     Overwritten,
     Patch,
     decode_chunk,
     encode_chunk,
     patch_chunk,
     read_patch,
-    read_steps,
 )
 from .convert import convert, is_convertible, rescale
 from .opaque import compress_blocks, decompress_blocks
@@ -42,10 +39,8 @@ __all__ = [
     "MAX_CHUNK",
     "RECORD",
     "STANDALONE",
-    "Chosen",
     "ChunkPlan",
     "Method",
-    "OpenRun",
     "Overwritten",
     "Patch",
     "check_records",
@@ -63,6 +58,5 @@ __all__ = [
     "is_convertible",
     "patch_chunk",
     "read_patch",
-    "read_steps",
     "rescale",
 ]

@@ -18,23 +18,19 @@ from numpy.typing import NDArray
 
 from ..errors import PayloadError
 from . import drift, floats, generic, planes, sparse, window
-from .floats import OpenRun
-from .sparse import Chosen, Overwritten, Patch
+from .sparse import Overwritten, Patch
 from .ulp import FORMATS, FloatFormat
 
 __all__ = [
     "MAX_CHUNK",
     "STANDALONE",
-    "Chosen",
     "Method",
-    "OpenRun",
     "Overwritten",
     "Patch",
     "decode_chunk",
     "encode_chunk",
     "patch_chunk",
     "read_patch",
-    "read_steps",
 ]
 
 Bytes = NDArray[np.uint8]
@@ -250,29 +246,6 @@ def read_patch(method: int, data: Bytes, nbytes: int, dtype: str) -> Patch | Non
     if method != Method.SPARSE or form is None or nbytes % form.itemsize:
         return None
     return sparse.read_patch(data, nbytes // form.itemsize, form)
-
-
-def read_steps(
-    method: int, data: Bytes, nbytes: int, dtype: str
-) -> tuple[OpenRun | Chosen | None, Patch | None] | None:
-    """How a chunk of `nbytes` bytes comes from its base, for who does so otherwise: a run of values for all
-    elements or some, and then a patch. Either may be missing.
-
-    The run's arrays hold until this thread opens another. None where the chunk is coded in other ways.
-    PayloadError where data codes no such chunk, as far as that is seen.
-    """
-    form = FORMATS.get(dtype)
-    if method == Method.SAME:
-        return None, None
-    if form is None or nbytes % form.itemsize:
-        return None
-    count = nbytes // form.itemsize
-    if method == Method.DELTA and form.itemsize <= 2:
-        return floats.open_run(data, count, form), None
-    if method != Method.SPARSE:
-        return None
-    patch = sparse.read_patch(data, count, form)
-    return (None, patch) if patch else sparse.read_chosen(data, count, form)
 
 
 def check_arrays(base: Bytes | None, chunk: Bytes, *, written: bool = False) -> None:

@@ -23,7 +23,7 @@ All functions take and return uint8 arrays whose length is a multiple of the for
 from __future__ import annotations
 
 import struct
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,12 +36,8 @@ from .constants import (
     BAD_HEAD,
     BAD_REST,
     BAD_SCALES,
-    BITS,
-    DIRECT,
     FINE,
-    GUARD,
     HEAD,
-    LANES,
     LOG_SEGMENT,
     MAX_SAMPLE,
     MAX_TABLES,
@@ -179,47 +175,6 @@ def open_delta(data: Bytes, count: int, form: FloatFormat, ahead: int = 0) -> Op
         slots=scratch("slots", tables << PRECISION, np.uint32),
         frequencies=frequencies,
         words=words,
-    )
-
-
-class OpenRun(NamedTuple):
-    """A delta of elements of 8 or 16 bits, opened for who decodes its values otherwise. The arrays are this
-    thread's working memory: they hold until it opens another."""
-
-    words: NDArray[np.uint16]
-    slots: NDArray[np.uint32]  # of each table 1 << precision, see runs.fill_slots
-    scales: NDArray[np.int64]  # one a segment
-    states: NDArray[np.uint32]  # [64], of which the first `lanes` count
-    lanes: int
-    precision: int
-    is_direct: bool  # whether slots are of values without raw bits
-    log_segment: int  # 0: one scale for all
-    lowest: int
-    step: int
-    form: FloatFormat
-
-
-def open_run(data: Bytes, count: int, form: FloatFormat) -> OpenRun:
-    """A delta of `count` elements of 8 or 16 bits; PayloadError where data is none, as far as can be seen."""
-    opened = open_delta(data, count, form)
-    states, settings = np.zeros(64, np.uint32), np.zeros(4, np.int64)
-    filled = delta.open_chunk(count, opened, states, settings)
-    if filled < 0:
-        check_decoded(-filled)
-    log_segment, step, lowest, tables = opened.layout.tolist()
-    precision = int(settings[BITS])
-    return OpenRun(
-        words=opened.words[: filled - GUARD],
-        slots=opened.slots[: tables << precision],
-        scales=opened.scales[: -(-count >> log_segment) if log_segment else 1],
-        states=states,
-        lanes=int(settings[LANES]),
-        precision=precision,
-        is_direct=bool(settings[DIRECT]),
-        log_segment=log_segment,
-        lowest=lowest,
-        step=step,
-        form=form,
     )
 
 

@@ -245,28 +245,6 @@ def _patch_of(parts: _Parts, count: int, form: FloatFormat) -> Patch:
     return Patch(places.astype(np.int32), parts.values, form.itemsize)
 
 
-class Chosen(NamedTuple):
-    """A delta of some of a chunk's elements, and which these are: those of at most the cutoff's exponent, in
-    units of 256 elements that are marked (one bit for each unit, lowest first)."""
-
-    cutoff: int
-    marks: Bytes
-    run: floats.OpenRun
-
-
-def read_chosen(data: Bytes, count: int, form: FloatFormat) -> tuple[Chosen, Patch] | None:
-    """A chunk of so many elements, of 8 or 16 bits, as a delta of some of them and then a patch.
-
-    The delta's arrays hold until this thread opens another. None where there is no delta, or one of segments:
-    how many, only the base tells. PayloadError where data codes no such chunk, as far as that is seen.
-    """
-    if form.itemsize > 2 or not _follows(data):
-        return None
-    parts = _take_apart(data, count, form)
-    run = floats.open_run(parts.delta, count, form) if parts.delta[0] == 0 else None
-    return (Chosen(parts.cutoff, parts.marks, run), _patch_of(parts, count, form)) if run else None
-
-
 class _Parts(NamedTuple):
     """A sparse chunk, taken apart. The marks are one bit for each unit."""
 

@@ -6,8 +6,7 @@ import fnmatch
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from itertools import chain, groupby
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +19,7 @@ from ..checkpoint import Location, OutputFolder, Readable
 from ..errors import CheckpointError
 from ..pipeline import Meter, ProgressCallback, Workers, batches
 from ..target import Target, TensorRecipe, check_digest
-from . import gpu, gpu_decode
-from .tensors import byte_view, dtype_of, settle, sharing, torch_shape
+from .tensors import byte_view, dtype_of, settle, torch_shape
 
 #: Bytes that a thread takes at once.
 _BATCH_BYTES = 16 << 20
@@ -62,7 +60,7 @@ def load_state_dict(
             takes about twice as long. Without it, what is certain is this: every chunk of base and target
             that was used has the XXH3-64 checksum that the delta records. That finds any damage and any wrong
             base; it is no proof against somebody who makes up a false delta.
-        threads: how many; if None, the number of usable cores, or 4 for a GPU.
+        threads: how many; if None, the number of usable cores, but no more than 8.
         progress: called with a phase ("load"), bytes done, bytes in all.
 
     Raises:
@@ -87,8 +85,6 @@ def load_state_dict(
     with open_chain(listed(delta), base) as target:
         found = _tensors_by_shard(target, shards)
         links(target)[0].published_base_files()  # finds a wrong base on the Hub before it is fetched
-        with suppress(RuntimeError):  # if there is no such device, `take` says so
-            threads = threads or gpu.usual_threads([torch.device(device)])
         _fill(target, found, take, sha256, threads, progress)
     return {name: tensors[name] for names in found.values() for name in names}
 
@@ -145,7 +141,6 @@ def load_into(
         wanted = {path: [name for name in shard if name in chosen] for path, shard in found.items()}
         _leave_meta(model, {id(state[name]) for name in chosen}, torch.device(device))
         state = model.state_dict(keep_vars=True)
-        threads = threads or gpu.usual_threads(state[name].device for name in chosen)
         _fill(target, wanted, lambda recipe: state[recipe.info.name].detach(), sha256, threads, progress)
     return report
 
@@ -296,26 +291,19 @@ def _fill(
             target.read_tables(chosen)  # before memory is taken: payloads that long must exist
             slots = [_Slot(tensor, take(tensor)) for tensor in chosen]
             settle(slot.tensor for slot in slots)
-            for group in sharing({str(i): slot.tensor for i, slot in enumerate(slots)}):
-                for i in group:  # decoded side by side, they would be each other's base
-                    slots[int(i)].on_gpu = None
             is_whole = len(chosen) == len(recipe.tensors) and all(slot.direct is not None for slot in slots)
             digest = hashlib.sha256(recipe.header.raw) if sha256 and is_whole else None
-            staged: list[gpu_decode.Staged] = []
             with target.expect((slot.recipe, i) for slot in slots for i in range(slot.recipe.plan.count)):
-                for batch in workers.map(_decode, _batches(slots, workers.batch_bytes)):
-                    if batch.staged:
-                        staged.append(batch.staged)
-                        if gpu_decode.is_enough(staged):
-                            _decode_staged(staged, slots)
-                    for slot, first, stop in batch.rows:
+                rows = chain.from_iterable(slot.rows(workers.batch_bytes) for slot in slots)
+                # To hand over each row alone takes as long as to decode it.
+                for batch in workers.map(_decode, batches(rows, _BATCH_BYTES, _length)):
+                    for slot, first, stop in batch:
                         start, end = slot.recipe.plan.bounds(first, stop)
                         if digest and slot.direct is not None:
                             digest.update(slot.direct.data[start:end])
                         if end == slot.recipe.info.nbytes:
                             slot.finish()
                         meter.add(end - start)
-                _decode_staged(staged, slots)
             if digest:
                 check_digest(recipe.file, digest.hexdigest())
 
@@ -325,117 +313,59 @@ def _fill(
 _Row = tuple["_Slot", int, int]
 
 
-class _Batch(NamedTuple):
-    """Rows of chunks that a thread takes at once, each as its tensor, the first chunk and the end. Those that
-    may be staged for a GPU are a single row by themselves."""
-
-    rows: list[_Row]
-    is_for_gpu: bool = False
-    staged: gpu_decode.Staged | None = None
-
-
-def _batches(slots: Sequence[_Slot], row_bytes: int) -> Iterator[_Batch]:
-    """All chunks in order, in rows of at most ``row_bytes``, some rows at a time: to hand over each one alone
-    takes as long as to decode it."""
-    rows = chain.from_iterable(slot.rows(row_bytes) for slot in slots)
-    for is_for_gpu, group in groupby(rows, lambda found: found[0]):
-        alike = (row for _, row in group)
-        together = ([row] for row in alike) if is_for_gpu else batches(alike, _BATCH_BYTES, _length)
-        yield from (_Batch(some, is_for_gpu) for some in together)
-
-
 def _length(row: _Row) -> int:
     start, end = row[0].recipe.plan.bounds(*row[1:])
     return end - start
 
 
-def _decode(batch: _Batch) -> _Batch:
-    if batch.is_for_gpu:
-        ((slot, first, end),) = batch.rows
-        assert slot.on_gpu is not None
-        staged = None
-        with suppress(torch.cuda.OutOfMemoryError):  # the model fits: then so do chunks, one by one
-            staged = gpu_decode.stage(slot.recipe, slot.on_gpu, first, end)
-        done = {chunk.number for chunk in staged.chunks} if staged else set[int]()
-        for index in range(first, end):
-            if index not in done:
-                slot.decode(index, index + 1)
-        return batch._replace(staged=staged)
-    for slot, first, end in batch.rows:
+def _decode(rows: list[_Row]) -> list[_Row]:
+    for slot, first, end in rows:
         slot.decode(first, end)
-    return batch
-
-
-def _decode_staged(staged: list[gpu_decode.Staged], slots: Sequence[_Slot]) -> None:
-    """Decode what waits on GPUs; none is left. What comes out wrong there is decoded as ever, which finds out
-    why."""
-    slot_of = {id(slot.recipe): slot for slot in slots}
-    for device in {one.data.device for one in staged}:
-        some = [one for one in staged if one.data.device == device]
-        try:
-            failed, is_strange = gpu_decode.decode(some)
-        except torch.cuda.OutOfMemoryError:
-            settle(one.data for one in some)  # what was begun there must not end after what follows
-            failed, is_strange = [(one.recipe, chunk.number) for one in some for chunk in one.chunks], False
-        for recipe, index in failed:
-            slot_of[id(recipe)].decode(index, index + 1)
-        if is_strange:
-            gpu.distrust(device)  # since the delta is right
-    staged.clear()
+    return rows
 
 
 class _Scratch(threading.local):
-    """Memory for one chunk, kept by each thread."""
+    """Memory for a row of chunks, kept by each thread."""
 
     def __init__(self) -> None:
-        self.buffer = np.empty(0, np.uint8)
+        self._buffers: dict[bool, Tensor] = {}
 
-    def take(self, nbytes: int) -> NDArray[np.uint8]:
-        if self.buffer.size < nbytes:
-            self.buffer = np.empty(nbytes, np.uint8)
-        return self.buffer[:nbytes]
+    def take(self, nbytes: int, device: torch.device) -> Tensor:
+        """So many bytes (uint8) to be copied to ``device``: pinned, if it copies from there by itself."""
+        is_pinned = device.type == "cuda"
+        if is_pinned not in self._buffers or len(self._buffers[is_pinned]) < nbytes:
+            self._buffers[is_pinned] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=is_pinned)
+        return self._buffers[is_pinned][:nbytes]
 
 
 _scratch = _Scratch()
 
 
 class _Slot:
-    """A tensor of the model and how to rebuild it. There are four ways, the fastest that is possible is
-    taken: straight into the tensor's memory; in that memory on a GPU, where :mod:`.gpu_decode` takes a chunk;
-    by way of one chunk (another device, another dtype); by way of a whole tensor (one that is not contiguous,
-    or whose elements are cut by chunks)."""
+    """A tensor of the model and how to rebuild it. There are three ways, the fastest that is possible is
+    taken: straight into the tensor's memory; by way of a row of chunks (another device, another dtype); by
+    way of a whole tensor (one that is not contiguous, or whose elements are cut by chunks)."""
 
     def __init__(self, recipe: TensorRecipe, tensor: Tensor) -> None:
         self.recipe = recipe
         self.tensor = tensor
         self.dtype = dtype_of(recipe.info.name, recipe.info.dtype)
         self.direct: NDArray[np.uint8] | None = None
-        self.on_gpu: Tensor | None = None  # the tensor's bytes, where they can be decoded
         self.whole: Tensor | None = None
         is_same = tensor.dtype == self.dtype
         self.size = 1 if is_same else self.dtype.itemsize  # bytes of an element of `flat`, as stored
         self.is_chunked = tensor.is_contiguous() and all(start % self.size == 0 for start, _ in recipe.plan)
         if self.is_chunked:
             self.flat = byte_view(tensor) if is_same else tensor.reshape(-1)
-            if is_same and gpu.is_usable(tensor.device):
-                self.on_gpu = self.flat
-            elif is_same and tensor.device.type == "cpu":
+            if is_same and tensor.device.type == "cpu":
                 self.direct = self.flat.numpy()
 
-    def rows(self, nbytes: int) -> Iterator[tuple[bool, _Row]]:
-        """All chunks in order, in rows, and whether these may be staged for a GPU; to be asked for when the
-        first of them is to be decoded."""
+    def rows(self, nbytes: int) -> Iterator[_Row]:
+        """All chunks in order, in rows; to be asked for when the first of them is to be decoded."""
         if not self.is_chunked:
             self.whole = torch.empty(self.tensor.shape, dtype=self.dtype)
-        plan = self.recipe.plan
-        if self.on_gpu is None:
-            yield from ((False, (self, *row)) for row in plan.rows(nbytes))
-            return
-        is_staged = gpu_decode.can_be_staged(self.recipe, self.on_gpu)
-        for first, end in plan.rows(gpu_decode.STAGED_BYTES):
-            for is_for_gpu, row in groupby(range(first, end), is_staged.__getitem__):
-                indexes = list(row)
-                yield is_for_gpu, (self, indexes[0], indexes[-1] + 1)
+        for first, end in self.recipe.plan.rows(nbytes):
+            yield self, first, end
 
     def decode(self, first: int, end: int) -> None:
         """Rebuild chunks ``first`` to ``end - 1``; from any thread."""
@@ -445,9 +375,8 @@ class _Slot:
         elif self.whole is not None:
             self.recipe.decode(first, end, byte_view(self.whole).numpy()[start:stop])
         else:
-            data = _scratch.take(stop - start)
-            self.recipe.decode(first, end, data)
-            chunk = torch.from_numpy(data)
+            chunk = _scratch.take(stop - start, self.tensor.device)
+            self.recipe.decode(first, end, chunk.numpy())
             elements = chunk if self.flat.dtype == torch.uint8 and self.size == 1 else chunk.view(self.dtype)
             self.flat[start // self.size : stop // self.size].copy_(elements)
 

@@ -73,7 +73,7 @@ class DeltaPublisher:
             first other anchor.
         keep_anchors: what comes before so many anchors is removed; None keeps all.
         public: make a public repository on the Hub, or accept one.
-        threads: how many; the number of usable cores if None.
+        threads: how many; the number of usable cores, at most 8, if None.
 
     Raises:
         OutputError: the stream cannot be written to, somebody else writes to it, or it is another model's.

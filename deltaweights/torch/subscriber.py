@@ -12,7 +12,6 @@ from typing import Literal, TypeAlias
 from ..checkpoint import Location
 from ..errors import BaseMismatchError, CheckpointError, DeltaError
 from ..pipeline import Workers
-from .gpu import usual_threads
 from .payloads import Step
 from .replay import Replay
 from .state import State, StateTensor, digests, state_of
@@ -74,7 +73,7 @@ class DeltaSubscriber:
             turns out to be wrong; memory is two chunks a thread and six bytes for each bf16 weight that
             changes, and chunks of which much changes are decoded twice, first to check all of them. In place
             a part of the model is written by then, and the last anchor replaces all of it.
-        threads: how many; if None, the number of usable cores, or 4 for a GPU.
+        threads: how many; if None, the number of usable cores, at most 8.
     """
 
     def __init__(self, location: Location, *, in_place: bool = False, threads: int | None = None) -> None:
@@ -104,7 +103,7 @@ class DeltaSubscriber:
         for _ in range(_ATTEMPTS):
             try:
                 state = state_of(model)
-                with Workers(self._threads or usual_threads(t.device for t in state.values())) as workers:
+                with Workers(self._threads) as workers:
                     return self._sync(state, workers)
             except Gone:
                 continue  # what was looked up was removed meanwhile: there is a newer state

@@ -10,8 +10,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from deltaweights.codec import Chosen, Method, decode_chunk, drift, encode_chunk, patch_chunk, read_steps
-from deltaweights.codec.ulp import FORMATS
+from deltaweights.codec import Method, decode_chunk, drift, encode_chunk, patch_chunk, read_patch
 from deltaweights.errors import PayloadError
 
 from .pairs import Bytes, decayed, fine_tune, noise, to_bits
@@ -108,37 +107,22 @@ def test_mutated_payloads(name: str) -> None:
     assert refused > 100
 
 
-@pytest.mark.parametrize("name", ["delta", "long delta", "sparse", "rare", "eight bits"])
-def test_mutated_payloads_opened_for_others(name: str) -> None:
-    """Whoever decodes what `read_steps` opens may rely on these numbers to stay within its arrays."""
-    rare: Case = ("BF16", *fine_tune("BF16", 60_000, 1e-6))
-    dtype, base, target = (cases() | {"rare": rare})[name]
-    method, data = encode_chunk(base, target, dtype, quick=name == "rare")
-    assert read_steps(method, np.frombuffer(data, np.uint8), len(target), dtype)
-    rng, count, opened = np.random.default_rng(5), len(target) // FORMATS[dtype].itemsize, 0
+def test_mutated_places_that_others_write_to_are_within_their_chunk() -> None:
+    """A GPU writes to what `read_patch` gives, unchecked."""
+    base, target = fine_tune("BF16", 60_000, 1e-6)
+    method, data = encode_chunk(base, target, "BF16", quick=True)
+    rng, read = np.random.default_rng(5), 0
     for _ in range(600):
         try:
-            steps = read_steps(method, np.frombuffer(damaged(data, rng), np.uint8), len(target), dtype)
+            patch = read_patch(method, np.frombuffer(damaged(data, rng), np.uint8), len(target), "BF16")
         except PayloadError:
             continue
-        opened += 1
-        run, patch = steps or (None, None)
-        if isinstance(run, Chosen):
-            assert 8 * len(run.marks) >= -(-count // 256)
-            run = run.run
-            assert run.log_segment == 0
-        if run:
-            tables, rest = divmod(len(run.slots), 1 << run.precision)
-            assert (rest, 8 <= run.precision <= 11, 1 <= tables <= 64) == (0, True, True)
-            assert len(run.scales) == (-(-count >> run.log_segment) if run.log_segment else 1)
-            assert np.abs(run.scales).max() < 1 << 20
-            assert run.lanes in (1, 4, 16, 64)
-            assert (run.states[: run.lanes] >= 1 << 16).all()
         if patch:
+            read += 1
             assert len(patch.places) == len(patch.distances)
             assert (np.diff(patch.places, prepend=-1) > 0).all()
-            assert (patch.places < count).all()
-    assert opened > 5
+            assert (patch.places < 60_000).all()
+    assert read > 5
 
 
 @pytest.mark.parametrize("name", ["delta", "sparse", "wide", "drift", "alone", "window", "planes", "zstd"])
