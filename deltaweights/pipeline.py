@@ -62,8 +62,7 @@ class _Task(Generic[Result]):
         return result_of(self.future)
 
 
-#: :attr:`Workers.batch_bytes` of a few threads, and of more: on 16 cores, 8 threads apply a delta in 0.55 s
-#: with the latter, in 0.99 with the former (docs/benchmarks.md).
+#: What is best for how many threads was measured on 2 and on 16 cores: docs/benchmarks.md, "Many cores".
 _FEW_THREADS, _MOST_THREADS = 2, 8
 _SMALL_BATCH_BYTES, _BATCH_BYTES = 1 << 20, 4 << 20
 
