@@ -66,7 +66,9 @@ AcceptLicense = Annotated[
         help="Accept this license, instead of being asked. May be given several times.",
     ),
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="How many threads; all cores, at most 8, by default.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="How many threads; all cores, at most 8, by default.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 

@@ -234,8 +234,8 @@ def test_memory_for_what_is_fetched_ahead_is_bounded(
             lambda file: rebuild_shard(target.shard(file.path), workers, Meter(None, "", 0)), files
         )
         assert digests == [file.sha256 for file in files]
-    readers = workers.threads + len(files)
-    assert 200_000 < source.window.peak <= 400_000 + readers * CHUNK_BYTES * 2
+    readers = workers.threads + len(files)  # each takes a tensor, which is shorter than what they do at once
+    assert 200_000 < source.window.peak <= 400_000 + readers * 600_000
     assert source.window.held == 0
 
 
