@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -120,8 +121,8 @@ def compare_row(base: NDArray[np.uint8], target: NDArray[np.uint8], dtype: str, 
 
     Args:
         base, target: their bytes, of one length.
-        dtype: both sides' dtype. Bytes are compared, where an element is not a whole number of them.
-        chunk_bytes: how long all chunks but the last are; a multiple of 8.
+        dtype: both sides' dtype. Bytes are compared where elements do not fill bytes, or chunks.
+        chunk_bytes: how long all chunks but the last are.
 
     Raises:
         ValueError: base and target do not fit each other.
@@ -129,7 +130,7 @@ def compare_row(base: NDArray[np.uint8], target: NDArray[np.uint8], dtype: str, 
     check_arrays(base, target)
     if len(base) != len(target):
         raise ValueError(f"base has {len(base)} bytes, target {len(target)}")
-    word = np.dtype(f"u{element_bytes(dtype, target.size)}")
+    word = np.dtype(f"u{element_bytes(dtype, math.gcd(target.size, chunk_bytes))}")
     old, new = (_aligned(side, word) for side in (base, target))
     found = np.empty((-(-target.size // chunk_bytes), 3), np.int64)
     checked.compare(base, old, target, new, chunk_bytes // word.itemsize, found)
@@ -265,14 +266,16 @@ def encode(
     if old is not None and old.size != new.size:
         raise ValueError(f"base has {old.size} bytes, target {new.size}")
     plan = ChunkPlan(new.size, 0 if old is None else new.size, chunk_bytes)
-    records = np.zeros(plan.count, RECORD)
-    chunks = []
-    for record, (start, end) in zip(records, plan, strict=True):
-        reference = None if old is None else old[start:end]
-        method, data = encode_chunk(reference, new[start:end], dtype)
-        record["method"], record["length"] = method, len(data)
-        record["base"] = 0 if reference is None else checksum(reference)
-        record["target"] = checksum(new[start:end])
+    records, chunks = np.zeros(plan.count, RECORD), []
+    compared = None if old is None else compare_row(old, new, dtype, chunk_bytes)
+    for index, (start, end) in enumerate(plan):
+        if compared is None or old is None:
+            method, data = encode_chunk(None, new[start:end], dtype)
+            base_sum, target_sum = 0, checksum(new[start:end])
+        else:
+            base_sum, target_sum, changed = (int(column[index]) for column in compared)
+            method, data = encode_chunk(old[start:end], new[start:end], dtype, changed=changed)
+        records[index] = method, 0, len(data), base_sum, target_sum
         chunks.append(data)
     return records.tobytes() + b"".join(chunks)
 
@@ -316,7 +319,7 @@ def decode(
     is_done = np.zeros(plan.count, np.bool_)
     if old is not None and plan.count and not np.may_share_memory(old, out):
         is_done = decode_row(records, data[len(table) :], old, dtype, out, chunk_bytes)
-    for index in np.flatnonzero(~is_done):
+    for index in () if is_done.all() else np.flatnonzero(~is_done):
         start, end = plan.span(int(index))
         reference, position = None if old is None else old[start:end], int(starts[index])
         coded = data[position : position + int(records["length"][index])]
