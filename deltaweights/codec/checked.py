@@ -62,16 +62,18 @@ def decode(records, coded, step, base_bytes, base, out_bytes, out, shift, mask, 
         start, end = c * step, min((c + 1) * step, len(out))
         first, last = start * out.itemsize, end * out.itemsize
         is_right[c] = False
-        if last - first <= XXH3_SHORT or xxh3(base_bytes[first:last]) != _number(record, BEFORE, 8):
+        method, is_short = record[METHOD], last - first <= XXH3_SHORT
+        if is_short or method not in (SAME, DELTA, SPARSE):
             continue
-        before, result, method = base[start:end], out[start:end], record[METHOD]
-        is_done = False
-        if method == SAME and len(data) == 0:
-            is_done = _copy(before, result)
-        elif method == DELTA:
+        if xxh3(base_bytes[first:last]) != _number(record, BEFORE, 8):
+            continue
+        before, result, is_done = base[start:end], out[start:end], False
+        if method == DELTA:
             is_done = _decode_delta(data, before, result, len(before), shift, mask, family, space)
         elif method == SPARSE:
             is_done = _decode_sparse(data, before, result, shift, mask, family, space)
+        elif len(data) == 0:
+            is_done = _copy(before, result)
         if is_done:
             is_right[c] = xxh3(out_bytes[first:last]) == _number(record, AFTER, 8)
 
