@@ -53,17 +53,18 @@ def decode(records, coded, step, base_bytes, base, out_bytes, out, shift, mask, 
     base, out   unsigned[n] of 8 or 16 bits, apart; base_bytes and out_bytes: the same memory as uint8
     space       a RowSpace
     is_right    bool[m], written: whether base and result have their checksums; else out holds anything
+
+    Returns whether all are, and nothing follows the last chunk's data.
     """
-    at = 0
+    at, right = 0, 0
     for c in range(len(is_right)):
         record = records[c * RECORD_BYTES : (c + 1) * RECORD_BYTES]
-        data = coded[at : at + _number(record, LENGTH, 4)]
-        at += len(data)
+        at, data = at + _number(record, LENGTH, 4), coded[at : at + _number(record, LENGTH, 4)]
         start, end = c * step, min((c + 1) * step, len(out))
         first, last = start * out.itemsize, end * out.itemsize
         is_right[c] = False
-        method, is_short = record[METHOD], last - first <= XXH3_SHORT
-        if is_short or method not in (SAME, DELTA, SPARSE):
+        method, nbytes = _number(record, METHOD, 4), last - first  # the bytes behind a method are zero
+        if nbytes <= XXH3_SHORT or len(data) > nbytes or method not in (SAME, DELTA, SPARSE):
             continue
         if xxh3(base_bytes[first:last]) != _number(record, BEFORE, 8):
             continue
@@ -76,6 +77,8 @@ def decode(records, coded, step, base_bytes, base, out_bytes, out, shift, mask, 
             is_done = _copy(before, result)
         if is_done:
             is_right[c] = xxh3(out_bytes[first:last]) == _number(record, AFTER, 8)
+            right += is_right[c]
+    return right == len(is_right) and at == len(coded)
 
 
 @kernel()

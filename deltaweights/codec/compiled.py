@@ -18,7 +18,7 @@ import numpy as np
 
 from .store import ENTRY, object_code
 
-__all__ = ["Kernel", "Kernels", "alone", "checked", "delta", "runs", "subset"]
+__all__ = ["Held", "Kernel", "Kernels", "alone", "checked", "delta", "runs", "subset"]
 
 _RESULTS: dict[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_double, "b": ctypes.c_bool, "n": None}
 _loading = threading.RLock()
@@ -26,6 +26,37 @@ if hasattr(os, "register_at_fork"):  # a child that began while another thread l
     os.register_at_fork(
         before=_loading.acquire, after_in_parent=_loading.release, after_in_child=_loading.release
     )
+
+
+class Held:
+    """A tuple from :mod:`.spaces`, of always the same arrays, to be handed to kernels many times: what they
+    are given for it is found out once."""
+
+    def __init__(self, space: tuple[Any, ...]) -> None:
+        self.space = space
+        self.kinds: list[Any] = []
+        self.flat: list[Any] = []
+        _flatten(space, self.kinds, self.flat)
+
+
+def _flatten(arguments: tuple[Any, ...], kinds: list[Any], flat: list[Any]) -> None:
+    """Collect what machine code is given, and what it depends on."""
+    for argument in arguments:
+        if isinstance(argument, np.ndarray):
+            if not argument.flags.c_contiguous:
+                raise ValueError("kernels take contiguous arrays")
+            kinds += argument.dtype, argument.ndim
+            flat.append(id(argument))  # its place in memory
+            continue
+        if isinstance(argument, Held):
+            kinds += argument.kinds
+            flat += argument.flat
+            continue
+        kinds.append(type(argument))
+        if isinstance(argument, tuple):
+            _flatten(argument, kinds, flat)
+        else:
+            flat.append(argument)
 
 
 class Kernels:
@@ -45,8 +76,9 @@ class Kernels:
 class Kernel:
     """A kernel to call, which releases the GIL.
 
-    Arguments are integers, floats, bools, C-contiguous arrays, and tuples of these from :mod:`.spaces`; which
-    of the arrays are written to, the kernel's docstring says, and nothing else keeps it from writing.
+    Arguments are integers, floats, bools, C-contiguous arrays, and tuples of these from :mod:`.spaces`, which
+    may be :class:`Held`; which of the arrays are written to, the kernel's docstring says, and nothing else
+    keeps it from writing.
     """
 
     def __init__(self, module: str, name: str) -> None:
@@ -56,7 +88,7 @@ class Kernel:
     def __call__(self, *arguments: Any) -> Any:
         kinds: list[Any] = []
         flat: list[Any] = []
-        self._flatten(arguments, kinds, flat)
+        _flatten(arguments, kinds, flat)
         key = tuple(kinds)
         function, result = self._loaded.get(key) or self._load(key, arguments)
         if result is None:
@@ -67,21 +99,6 @@ class Kernel:
         if status:
             raise RuntimeError(f"kernel {self._name} ended with status {status}")
         return found
-
-    def _flatten(self, arguments: tuple[Any, ...], kinds: list[Any], flat: list[Any]) -> None:
-        """Collect what machine code is given, and what it depends on."""
-        for argument in arguments:
-            if isinstance(argument, np.ndarray):
-                if not argument.flags.c_contiguous:
-                    raise ValueError(f"{self._name} takes contiguous arrays")
-                kinds += argument.dtype, argument.ndim
-                flat.append(id(argument))  # its place in memory
-                continue
-            kinds.append(type(argument))
-            if isinstance(argument, tuple):
-                self._flatten(argument, kinds, flat)
-            else:
-                flat.append(argument)
 
     def _load(self, key: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
         with _loading:
@@ -97,6 +114,8 @@ alone, checked, delta, runs, subset = map(Kernels, ("alone", "checked", "delta",
 
 def _kind_of(argument: Any) -> str:
     """What :mod:`.build` calls an argument."""
+    if isinstance(argument, Held):
+        return _kind_of(argument.space)
     if isinstance(argument, tuple):
         return f"{type(argument).__name__}({','.join(map(_kind_of, argument))})"
     if isinstance(argument, np.ndarray):

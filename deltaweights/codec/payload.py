@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..errors import PayloadError
 from . import coder
 from .chunk import check_arrays, decode_chunk, encode_chunk
-from .compiled import checked
+from .compiled import Held, checked
 from .constants import GUARD, SPARE, SPARSE_SHARE, SUBSET_SPARE, SUBSET_UNIT, UNIT, XXH3_SHORT
 from .generic import ITEMSIZES
 from .scratch import scratch
@@ -158,7 +158,7 @@ def decode_row(
     elements of 8 or 16 bits.
 
     Args:
-        records: the chunks' (:data:`RECORD`, [m]). None is longer than it may be, as their readers see to.
+        records: the chunks' (:data:`RECORD`, [m]).
         coded: their data, one behind the other.
         base: the base's bytes, of the same dtype and length as ``out``, which is another array.
         chunk_bytes: how long all chunks but the last are.
@@ -171,50 +171,62 @@ def decode_row(
         ValueError: base and out, or out and the number of chunks, do not fit each other, or arrays are not as
             said.
     """
+    return _decode_row(records.view(np.uint8), coded, base, dtype, out, chunk_bytes)[0]
+
+
+def _decode_row(
+    table: NDArray[np.uint8],
+    coded: NDArray[np.uint8],
+    base: NDArray[np.uint8],
+    dtype: str,
+    out: NDArray[np.uint8],
+    chunk_bytes: int,
+) -> tuple[NDArray[np.bool_], bool]:
+    """:func:`decode_row`, the records being bytes; and whether all is done and was needed."""
     check_arrays(base, out, written=True)
-    if len(base) != len(out) or not 0 < len(out) <= len(records) * chunk_bytes:
-        raise ValueError(f"{len(records)} chunks of {len(out)} bytes, a base of {len(base)}")
+    chunks = len(table) // RECORD.itemsize
+    if len(base) != len(out) or not 0 < len(out) <= chunks * chunk_bytes:
+        raise ValueError(f"{chunks} chunks of {len(out)} bytes, a base of {len(base)}")
     form = FORMATS.get(dtype)
     if form is None or form.itemsize > 2 or len(out) % form.itemsize or chunk_bytes % form.itemsize:
-        return np.zeros(len(records), np.bool_)
+        return np.zeros(chunks, np.bool_), False
     before, result = base.view(form.dtype), out.view(form.dtype)
     if not (before.flags.aligned and result.flags.aligned):
-        return np.zeros(len(records), np.bool_)
-    is_right = np.empty(len(records), np.bool_)
-    space = _row_space(
-        int(records["length"].max()), min(len(result), chunk_bytes // form.itemsize), form.dtype
-    )
-    checked.decode(
-        records.view(np.uint8), coded, chunk_bytes // form.itemsize, base, before, out, result,
-        form.shift, form.mask, coder.family(), space, is_right,
+        return np.zeros(chunks, np.bool_), False
+    is_right, count = np.empty(chunks, np.bool_), chunk_bytes // form.itemsize
+    is_whole = checked.decode(
+        table, coded, count, base, before, out, result, form.shift, form.mask,
+        coder.family(), _row_space(min(len(result), count), form.dtype), is_right,
     )  # fmt: skip
-    return is_right
+    return is_right, is_whole
 
 
 _kept = threading.local()
 
 
-def _row_space(data_bytes: int, count: int, dtype: np.dtype[Any]) -> RowSpace:
-    """For chunks of at most so many bytes, coded, and elements: this thread's working memory."""
-    kept: tuple[RowSpace, int, int] | None = getattr(_kept, "row_space", None)
-    if kept and kept[0].chosen.dtype == dtype and kept[1] >= data_bytes and kept[2] >= count:
+def _row_space(count: int, dtype: np.dtype[Any]) -> Held:
+    """For chunks of at most so many elements: this thread's working memory."""
+    kept: tuple[Held, int, np.dtype[Any]] | None = getattr(_kept, "row_space", None)
+    if kept and kept[1] >= count and kept[2] == dtype:
         return kept[0]  # to make it takes as long as to decode a small tensor
     segments = count // UNIT + 1
-    room = RowSpace(
-        frequencies=scratch("row frequencies", 64 * TOKENS, np.uint32).reshape(-1, TOKENS),
-        slots=scratch("slots", 64 << PRECISION, np.uint32),
-        words=scratch("words", data_bytes // 2 + GUARD, np.uint16),
-        planes=scratch("no planes", SPARE, np.uint8),
-        scales=scratch("scales", segments, np.int64),
-        above=scratch("above", segments, np.uint32),
-        active=scratch("active", -(-count // SUBSET_UNIT), np.uint8),
-        places=scratch("places", count // SPARSE_SHARE, np.uint32),
-        values=scratch("values", count // SPARSE_SHARE, np.uint32),
-        chosen=scratch("chosen", count + SUBSET_SPARE, dtype),
-        changed=scratch("changed", count + SUBSET_SPARE, dtype),
+    space = Held(
+        RowSpace(
+            frequencies=scratch("row frequencies", 64 * TOKENS, np.uint32).reshape(-1, TOKENS),
+            slots=scratch("slots", 64 << PRECISION, np.uint32),
+            words=scratch("words", count * dtype.itemsize // 2 + GUARD, np.uint16),
+            planes=scratch("no planes", SPARE, np.uint8),
+            scales=scratch("scales", segments, np.int64),
+            above=scratch("above", segments, np.uint32),
+            active=scratch("active", -(-count // SUBSET_UNIT), np.uint8),
+            places=scratch("places", count // SPARSE_SHARE, np.uint32),
+            values=scratch("values", count // SPARSE_SHARE, np.uint32),
+            chosen=scratch("chosen", count + SUBSET_SPARE, dtype),
+            changed=scratch("changed", count + SUBSET_SPARE, dtype),
+        )
     )
-    _kept.row_space = room, data_bytes, count
-    return room
+    _kept.row_space = space, count, dtype
+    return space
 
 
 def check_records(
@@ -313,17 +325,20 @@ def decode(
     if old is not None and old.size != out.size:
         raise ValueError(f"base has {old.size} bytes, target {out.size}")
     plan = ChunkPlan(out.size, 0 if old is None else out.size, chunk_bytes)
-    table = bytes(payload[: plan.count * RECORD.itemsize])
-    records, starts = check_records(table, plan, len(payload))
-    data = np.frombuffer(payload, np.uint8)
-    is_done = np.zeros(plan.count, np.bool_)
-    if old is not None and plan.count and not np.may_share_memory(old, out):
-        is_done = decode_row(records, data[len(table) :], old, dtype, out, chunk_bytes)
-    for index in () if is_done.all() else np.flatnonzero(~is_done):
+    data, is_done = np.frombuffer(payload, np.uint8), np.zeros(plan.count, np.bool_)
+    table_bytes = plan.count * RECORD.itemsize
+    table, coded = data[:table_bytes], data[table_bytes:]
+    is_there = plan.count > 0 and len(table) == table_bytes
+    if is_there and old is not None and not np.may_share_memory(old, out):
+        is_done, is_whole = _decode_row(table, coded, old, dtype, out, chunk_bytes)
+        if is_whole:
+            return out
+    records, starts = check_records(table.tobytes(), plan, len(payload))
+    for index in np.flatnonzero(~is_done):
         start, end = plan.span(int(index))
         reference, position = None if old is None else old[start:end], int(starts[index])
-        coded = data[position : position + int(records["length"][index])]
-        _decode_checked(records[index], coded, reference, dtype, out[start:end], f"Bytes {start} to {end}")
+        part = data[position : position + int(records["length"][index])]
+        _decode_checked(records[index], part, reference, dtype, out[start:end], f"Bytes {start} to {end}")
     return out
 
 

@@ -71,7 +71,7 @@ class RowSpace(NamedTuple):
 
     frequencies: Numbers  # [64, TOKENS]
     slots: Numbers  # 64 << PRECISION
-    words: Words  # enough for the longest chunk's data, with GUARD more
+    words: Words  # for data as long as a chunk, with GUARD more
     planes: Bytes  # none: SPARE
     scales: Longs  # [n // UNIT + 1], like above
     above: Numbers

@@ -55,6 +55,7 @@ def guard(at_end: bool) -> None:
         moved: dict[tuple[int, int], tuple[NDArray[Any], Bytes]] = {}  # by place: base and out may be one
 
         def move(argument: Any, *key: object) -> Any:
+            argument = argument.space if isinstance(argument, compiled.Held) else argument
             if isinstance(argument, tuple):
                 return type(argument)(*(move(part, *key, n) for n, part in enumerate(argument)))
             if not isinstance(argument, np.ndarray) or not argument.nbytes:
