@@ -167,7 +167,7 @@ def plan_apply(
             base=sides[1] if opened else None,
             base_check=check,
             mismatch=mismatch,
-            memory=_memory(manifest, [side.source for side in reads if side], workers.threads),
+            memory=_memory(manifest, [side.source for side in reads if side], workers),
             disk=tuple(_spaces(sum(file.size for file in missing), out, kept)),
             transfers=tuple(Transfer(bits, 8 * nbytes / bits) for bits in bandwidth),
             license=describe(manifest),
@@ -319,10 +319,10 @@ def _count_shard(shard: ShardRecipe, delta: _Reads, base: _Reads | None) -> None
         base.spans(recipe.base_span(index) for recipe, index in shard.chunks() if recipe.needs_base(index))
 
 
-def _memory(manifest: Manifest, sources: Iterable[Source], threads: int) -> int:
+def _memory(manifest: Manifest, sources: Iterable[Source], workers: Workers) -> int:
     """About the most that the process takes: itself, chunks, the parsed manifest, and what runs ahead."""
     remote = sum(isinstance(source, HubSource) for source in sources)
-    chunks = 8 * threads * manifest.chunk_bytes
+    chunks = 8 * workers.threads * max(workers.batch_bytes, manifest.chunk_bytes)
     return _PROCESS_BYTES + chunks + 8 * len(manifest.to_json()) + remote * (WINDOW_BYTES + _REMOTE_BYTES)
 
 
