@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import groupby
 
 import numpy as np
 import zstandard
@@ -746,7 +747,14 @@ class TensorRecipe:
             BaseMismatchError: the base's bytes are not those that the delta was made from.
             PayloadError: the delta is damaged.
         """
-        needs_base = any(self.needs_base(index) for index in range(first, end))
+        origin = self.plan.span(first)[0]
+        for needs_base, run in groupby(range(first, end), self.needs_base):
+            indexes = list(run)
+            start, stop = self.plan.bounds(indexes[0], indexes[-1] + 1)
+            self._decode_run(indexes[0], indexes[-1] + 1, needs_base, out[start - origin : stop - origin])
+
+    def _decode_run(self, first: int, end: int, needs_base: bool, out: NDArray[np.uint8]) -> None:
+        """:meth:`decode` of chunks that all need the base, or of chunks for which nothing of it is read."""
         base = self._read_base(first, end) if needs_base else None
         data = self._read_payload(first, end)
         origin, wrong = self.plan.span(first)[0], []
@@ -777,8 +785,8 @@ class TensorRecipe:
 
     def _converted(self, index: int, base: NDArray[np.uint8] | None, origin: int) -> NDArray[np.uint8] | None:
         """The base's bytes for chunk ``index``, checked and in the target's dtype, of those from byte
-        ``origin`` of the target's tensor on; None where it needs none."""
-        if base is None or not self.needs_base(index):
+        ``origin`` of the target's tensor on, if there are any."""
+        if base is None:
             return None
         assert self.base is not None
         source, dtype = self.base.info.dtype, self.info.dtype

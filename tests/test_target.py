@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 
 from deltaweights import (
@@ -23,7 +24,7 @@ from deltaweights import (
     make_delta,
     open_target,
 )
-from deltaweights.checkpoint import open_checkpoint
+from deltaweights.checkpoint import Tensor, open_checkpoint
 
 from .checkpoints import Array, bf16, contents, f32, payload_places, random_array, weights, write_safetensors
 from .conftest import CHUNK_BYTES, Trio
@@ -168,6 +169,34 @@ def test_a_base_is_not_needed_where_nothing_is_taken_from_it(tmp_path: Path) -> 
     make_delta(tmp_path / "base.safetensors", tmp_path / "target.safetensors", tmp_path / "delta")
     with open_target(tmp_path / "delta") as target:
         assert _array(target["b"]) == random_array("U8", (5,), 2)
+
+
+def test_of_chunks_in_a_row_only_those_are_read_of_the_base_that_need_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be on the Hub, and `plan` counts on it."""
+    old = random_array("BF16", (5 * 2048,), 1)
+    bits = np.frombuffer(old.data, np.uint16) + np.uint16(1)
+    bits[2048:4096] = np.random.default_rng(2).integers(0, 1 << 16, 2048, np.uint16)
+    for side, data in (("base", old.data), ("target", bits.tobytes())):
+        write_safetensors(tmp_path / side / "m.safetensors", {"w": Array("BF16", old.shape, data)})
+    make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta", chunk_bytes=4096)
+    spans: list[tuple[int, int]] = []
+    real = Tensor.read_into
+
+    def watched(self: Tensor, start: int, out: NDArray[np.uint8]) -> None:
+        if self.shard.path == "m.safetensors":
+            spans.append((start, start + out.size))
+        real(self, start, out)
+
+    with open_target(tmp_path / "delta", tmp_path / "base") as target:
+        recipe = target.shard("m.safetensors").tensors["w"]
+        assert [recipe.needs_base(index) for index in range(5)] == [True, False, True, True, True]
+        monkeypatch.setattr(Tensor, "read_into", watched)
+        out = np.empty(recipe.info.nbytes, np.uint8)
+        recipe.decode(0, 5, out)
+    assert out.tobytes() == bits.tobytes()
+    assert spans == [(0, 4096), (8192, 20480)]
 
 
 def test_a_base_that_is_needed_must_be_given(trio: Trio) -> None:
