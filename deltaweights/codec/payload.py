@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..errors import PayloadError
 from . import coder
-from .chunk import check_arrays, decode_chunk, encode_chunk
+from .chunk import MAX_CHUNK, check_arrays, decode_chunk, encode_chunk
 from .compiled import Held, checked
 from .constants import GUARD, SPARE, SPARSE_SHARE, SUBSET_SPARE, SUBSET_UNIT, UNIT, XXH3_SHORT
 from .generic import ITEMSIZES
@@ -187,8 +187,10 @@ def _decode_row(
     chunks = len(table) // RECORD.itemsize
     if len(base) != len(out) or not 0 < len(out) <= chunks * chunk_bytes:
         raise ValueError(f"{chunks} chunks of {len(out)} bytes, a base of {len(base)}")
-    form = FORMATS.get(dtype)
-    if form is None or form.itemsize > 2 or len(out) % form.itemsize or chunk_bytes % form.itemsize:
+    form, longest = FORMATS.get(dtype), min(len(out), chunk_bytes)
+    if form is None or form.itemsize > 2 or longest > MAX_CHUNK:
+        return np.zeros(chunks, np.bool_), False
+    if len(out) % form.itemsize or chunk_bytes % form.itemsize:
         return np.zeros(chunks, np.bool_), False
     before, result = base.view(form.dtype), out.view(form.dtype)
     if not (before.flags.aligned and result.flags.aligned):
@@ -196,12 +198,13 @@ def _decode_row(
     is_right, count = np.empty(chunks, np.bool_), chunk_bytes // form.itemsize
     is_whole = checked.decode(
         table, coded, count, base, before, out, result, form.shift, form.mask,
-        coder.family(), _row_space(min(len(result), count), form.dtype), is_right,
+        coder.family(), _row_space(longest // form.itemsize, form.dtype), is_right,
     )  # fmt: skip
     return is_right, is_whole
 
 
 _kept = threading.local()
+_KEPT = 4 << 20  # bytes of a chunk: memory for longer ones is given back
 
 
 def _row_space(count: int, dtype: np.dtype[Any]) -> Held:
@@ -225,7 +228,8 @@ def _row_space(count: int, dtype: np.dtype[Any]) -> Held:
             changed=scratch("changed", count + SUBSET_SPARE, dtype),
         )
     )
-    _kept.row_space = space, count, dtype
+    if count * dtype.itemsize <= _KEPT:
+        _kept.row_space = space, count, dtype
     return space
 
 
