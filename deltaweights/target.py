@@ -546,7 +546,8 @@ def _target_header(delta_shard: Shard, file: TargetFile, usual: bytes) -> Header
         size = zstandard.frame_content_size(packed)
         if not 8 <= size <= min(file.size, 8 + MAX_HEADER_BYTES):
             raise ValueError(f"a header of {size} bytes")
-        raw = zstandard.ZstdDecompressor(dict_data=_dictionary(usual)).decompress(packed)
+        expander = zstandard.ZstdDecompressor(dict_data=_dictionary(usual))
+        raw = expander.decompress(packed, allow_extra_data=False)
     except (ValueError, zstandard.ZstdError) as error:
         raise HeaderError("", f"Its copy of the target's header is broken: {error}.") from error
     if int.from_bytes(raw[:8], "little") != len(raw) - 8:
@@ -597,7 +598,7 @@ class _Scratch(threading.local):
         """A base's bytes, which ``read`` puts into a buffer; valid until this thread reads others.
 
         A base that is itself rebuilt (chain.py) reads its own base meanwhile. Two buffers serve any depth:
-        nobody writes to the one that he was given before what lies below him is read.
+        nobody writes to the one that he was given before all that lies below him is read.
         """
         data = self.take(f"base {self._depth % 2}", nbytes)
         self._depth += 1
@@ -747,15 +748,25 @@ class TensorRecipe:
             BaseMismatchError: the base's bytes are not those that the delta was made from.
             PayloadError: the delta is damaged.
         """
-        origin = self.plan.span(first)[0]
-        for needs_base, run in groupby(range(first, end), self.needs_base):
-            indexes = list(run)
-            start, stop = self.plan.bounds(indexes[0], indexes[-1] + 1)
-            self._decode_run(indexes[0], indexes[-1] + 1, needs_base, out[start - origin : stop - origin])
+        runs = [list(run) for _, run in groupby(range(first, end), self.needs_base)]
+        # What is read for another run, or once more, may pass through the memory that `out` is: see _Scratch.
+        whole, origin = out if len(runs) == 1 else np.empty_like(out), self.plan.span(first)[0]
 
-    def _decode_run(self, first: int, end: int, needs_base: bool, out: NDArray[np.uint8]) -> None:
-        """:meth:`decode` of chunks that all need the base, or of chunks for which nothing of it is read."""
-        base = self._read_base(first, end) if needs_base else None
+        def part(first: int, end: int) -> NDArray[np.uint8]:
+            start, stop = self.plan.bounds(first, end)
+            return whole[start - origin : stop - origin]
+
+        wrong = [k for run in runs for k in self._decode_run(run[0], run[-1] + 1, part(run[0], run[-1] + 1))]
+        if wrong and whole is out:
+            whole = out.copy()
+        for index in wrong:
+            self._decode_anew(index, part(index, index + 1))
+        if whole is not out:
+            out[:] = whole
+
+    def _decode_run(self, first: int, end: int, out: NDArray[np.uint8]) -> list[int]:
+        """:meth:`decode` of chunks that all need the base, or all do not. Returns which come out wrong."""
+        base = self._read_base(first, end) if self.needs_base(first) else None
         data = self._read_payload(first, end)
         origin, wrong = self.plan.span(first)[0], []
         for index in self._decode_at_once(first, end, data, base, out):
@@ -764,9 +775,8 @@ class TensorRecipe:
                 coded = self._coded(index, first, data)
                 self._decode(index, coded, self._converted(index, base, origin), out[start:stop])
             except (PayloadError, _WrongBase):
-                wrong.append((index, out[start:stop]))
-        for index, part in wrong:
-            self._decode_anew(index, part)
+                wrong.append(index)
+        return wrong
 
     def _decode_at_once(
         self,

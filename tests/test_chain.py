@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
 
 from deltaweights import (
@@ -30,9 +31,12 @@ from deltaweights import (
     verify_delta,
 )
 from deltaweights.chain import MAX_DELTAS, RebuiltSource, links
-from deltaweights.checkpoint import Span
+from deltaweights.checkpoint import Span, sha256_of
 from deltaweights.cli import app
 from deltaweights.manifest import MANIFEST_NAME
+from deltaweights.patch import rebuild_shard
+from deltaweights.pipeline import Meter, Workers
+from deltaweights.target import TensorRecipe
 
 from .checkpoints import Array, bf16, contents, weights, write_pair, write_safetensors
 from .conftest import CHUNK_BYTES
@@ -389,6 +393,82 @@ def test_a_byte_that_comes_wrong_once_does_no_harm(hub: HubServer, tmp_path: Pat
     hub.fail("org/d1", "delta-00001-of-00001.safetensors", on="content", flip_byte=300_000)
     apply_delta(["org/d1", "org/d2"], tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "2")
+
+
+def _mixed_deltas(folder: Path, count: int) -> list[Path]:
+    """Deltas of which each has a chunk, another one, that needs nothing of its base."""
+    values = weights((512, 1024), 1)
+    write_safetensors(folder / "0" / "a.safetensors", {"w": bf16(values)})
+    for k in range(1, count + 1):
+        values = values + weights(values.shape, k + 1, 1e-4)
+        values[64 * k : 64 * k + 32] = weights((32, 1024), k + 10, 0.5)
+        write_safetensors(folder / str(k) / "a.safetensors", {"w": bf16(values)})
+        make_delta(folder / str(k - 1), folder / str(k), folder / f"d{k}", chunk_bytes=1 << 16)
+    return [folder / f"d{k}" for k in range(1, count + 1)]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_nothing_is_decoded_twice_where_some_chunks_need_no_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """What lies below must not pass through memory that is in use."""
+    deltas = _mixed_deltas(tmp_path, count)
+    again: list[int] = []
+    monkeypatch.setattr(TensorRecipe, "_decode_anew", lambda recipe, index, out: again.append(index))
+    with open_chain(deltas, tmp_path / "0") as target:
+        for threads in (1, 3):
+            with Workers(threads) as workers:
+                digest = rebuild_shard(target.shard("a.safetensors"), workers, Meter(None, "", 0))
+            assert digest == sha256_of([(tmp_path / str(count) / "a.safetensors").read_bytes()])
+    assert not again
+
+
+def test_a_damaged_chunk_that_no_later_delta_needs_does_no_harm(tmp_path: Path) -> None:
+    first, second = _mixed_deltas(tmp_path, 2)
+    with open_target(first, tmp_path / "0") as target:
+        span = target.shard("a.safetensors").tensors["w"].payload_span(4)  # rows 128 to 160
+    data = bytearray((first / span.path).read_bytes())
+    data[(span.start + span.end) // 2] ^= 1
+    (first / span.path).write_bytes(data)
+    apply_delta([first, second], tmp_path / "out", base=tmp_path / "0", threads=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "2")
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_only_what_came_wrong_is_decoded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Of several chunks decoded at once, the others are there already, in memory that has two users."""
+    values = weights((600, 1000), 1)
+    for k in range(count + 1):
+        moved = values + weights(values.shape, 2, 1e-4) * np.float32(k)
+        write_safetensors(tmp_path / str(k) / "a.safetensors", {"w": bf16(moved)})
+        if k:
+            size = 1 << 18 if k == count else 1 << 16
+            make_delta(tmp_path / str(k - 1), tmp_path / str(k), tmp_path / f"d{k}", chunk_bytes=size)
+    deltas = [tmp_path / f"d{k}" for k in range(1, count + 1)]
+    read, anew = TensorRecipe._read_payload, TensorRecipe._decode_anew
+    again: list[int] = []
+
+    def damaged(self: TensorRecipe, first: int, end: int) -> NDArray[np.uint8]:
+        data = read(self, first, end)
+        if not again and end - first > 1 and self.delta_shard is middle:
+            again.append(-1)
+            data[-200] ^= 1
+        return data
+
+    def counted(self: TensorRecipe, index: int, out: NDArray[np.uint8]) -> None:
+        again.append(index)
+        anew(self, index, out)
+
+    with open_chain(deltas, tmp_path / "0") as target:
+        middle = links(target)[count - 2].shard("a.safetensors").delta_shard
+        monkeypatch.setattr(TensorRecipe, "_read_payload", damaged)
+        monkeypatch.setattr(TensorRecipe, "_decode_anew", counted)
+        with Workers(1) as workers:
+            digest = rebuild_shard(target.shard("a.safetensors"), workers, Meter(None, "", 0))
+    assert digest == sha256_of([(tmp_path / str(count) / "a.safetensors").read_bytes()])
+    assert len(again) == 2
 
 
 def run(*arguments: object) -> Result:

@@ -264,6 +264,25 @@ def test_a_delta_that_needs_no_base(tmp_path: Path) -> None:
     assert (plan.base, plan.base_check, plan.mismatch, plan.download) == (None, None, None, 0)
 
 
+def test_of_the_base_only_what_chunks_need_is_fetched(hub: HubServer, tmp_path: Path) -> None:
+    """Whatever a thread does at once."""
+    old = weights((2 << 20,), 1)
+    new = old + weights(old.shape, 2, 1e-4)
+    for start in range(0, len(old), 1 << 18):  # every other chunk
+        new[start : start + (1 << 17)] = weights((1 << 17,), start, 0.5)
+    for side, values in (("base", old), ("target", new)):
+        write_safetensors(tmp_path / side / "model.safetensors", {"w": bf16(values)})
+    hub.add_repo("org/base", contents(tmp_path / "base"))
+    delta = tmp_path / "delta"
+    make_delta(tmp_path / "base", tmp_path / "target", delta, base_repo="org/base", chunk_bytes=1 << 18)
+    plan = plan_apply(delta)
+    assert plan.base
+    assert plan.base.needed == old.nbytes // 4
+    before = hub.bytes_sent("org/base")
+    apply_delta(delta, tmp_path / "out", threads=4)
+    assert hub.bytes_sent("org/base") - before <= 1.05 * plan.base.download
+
+
 # The command line ---------------------------------------------------------------------------------------
 
 

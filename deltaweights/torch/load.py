@@ -352,12 +352,12 @@ class _Slot:
         self.dtype = dtype_of(recipe.info.name, recipe.info.dtype)
         self.direct: NDArray[np.uint8] | None = None
         self.whole: Tensor | None = None
-        is_same = tensor.dtype == self.dtype
-        self.size = 1 if is_same else self.dtype.itemsize  # bytes of an element of `flat`, as stored
+        self.is_same = tensor.dtype == self.dtype
+        self.size = 1 if self.is_same else self.dtype.itemsize  # bytes of an element of `flat`, as stored
         self.is_chunked = tensor.is_contiguous() and all(start % self.size == 0 for start, _ in recipe.plan)
         if self.is_chunked:
-            self.flat = byte_view(tensor) if is_same else tensor.reshape(-1)
-            if is_same and tensor.device.type == "cpu":
+            self.flat = byte_view(tensor) if self.is_same else tensor.reshape(-1)
+            if self.is_same and tensor.device.type == "cpu":
                 self.direct = self.flat.numpy()
 
     def rows(self, nbytes: int) -> Iterator[_Row]:
@@ -377,7 +377,7 @@ class _Slot:
         else:
             chunk = _scratch.take(stop - start, self.tensor.device)
             self.recipe.decode(first, end, chunk.numpy())
-            elements = chunk if self.flat.dtype == torch.uint8 and self.size == 1 else chunk.view(self.dtype)
+            elements = chunk if self.is_same else chunk.view(self.dtype)
             self.flat[start // self.size : stop // self.size].copy_(elements)
 
     def finish(self) -> None:

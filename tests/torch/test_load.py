@@ -164,6 +164,21 @@ def test_other_dtypes_are_converted_as_load_state_dict_does(tied: Trio) -> None:
     assert raw_state(model.state_dict()) == raw_state(reference.state_dict())
 
 
+@pytest.mark.parametrize("is_contiguous", [True, False])
+def test_floats_of_8_bits_become_integers_by_their_values(tmp_path: Path, is_contiguous: bool) -> None:
+    values = torch.arange(64, dtype=torch.float32).view(8, 8)
+    for side, shift in (("base", 0), ("target", 1)):
+        (tmp_path / side).mkdir()
+        save_file({"w": (values + shift).to(torch.float8_e4m3fn)}, tmp_path / side / "model.safetensors")
+    make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta")
+    model, stored = nn.Module(), (values + 1).to(torch.float8_e4m3fn)
+    memory = torch.zeros(8, 8, dtype=torch.uint8)
+    model.register_buffer("w", memory if is_contiguous else memory.t())
+    load_into(model, tmp_path / "delta", tmp_path / "base")
+    expected = torch.empty(8, 8, dtype=torch.uint8).copy_(stored)
+    assert raw_state(model.state_dict()) == raw_state({"w": expected})
+
+
 def test_of_two_values_for_one_weight_the_last_counts(tied: Trio) -> None:
     """As with ``load_state_dict``."""
     state = saved_state(tied.target)
