@@ -297,12 +297,7 @@ def _is_row(chunks: Sequence[tuple[TensorRecipe, int, int]], start: int, end: in
     """Whether these chunks can be decoded at once, and are bytes ``start`` to ``end`` of their file."""
     (recipe, first, begin), (last_recipe, last, last_begin) = chunks[0], chunks[-1]
     is_alike = recipe is last_recipe and recipe.plan.has_base(first) == recipe.plan.has_base(last)
-    return is_alike and begin == start and last_begin + _length(recipe, last) == end
-
-
-def _length(recipe: TensorRecipe, index: int) -> int:
-    start, end = recipe.plan.span(index)
-    return end - start
+    return is_alike and begin == start and last_begin + recipe.plan.length(last, last + 1) == end
 
 
 class _ChunkCache:
@@ -320,7 +315,7 @@ class _ChunkCache:
             if key in self._chunks:
                 self._chunks.move_to_end(key)
                 return self._chunks[key]
-        chunk = np.empty(_length(recipe, index), np.uint8)
+        chunk = np.empty(recipe.plan.length(index, index + 1), np.uint8)
         recipe.decode(index, index + 1, chunk)  # without the lock: two readers may do it twice, none waits
         with self._lock:
             if key not in self._chunks:

@@ -297,8 +297,7 @@ class _Row(NamedTuple):
     @property
     def nbytes(self) -> int:
         """How many of the target's bytes they are."""
-        start, end = self.plan.bounds(self.first, self.end)
-        return end - start
+        return self.plan.length(self.first, self.end)
 
     @property
     def has_base(self) -> bool:

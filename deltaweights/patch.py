@@ -294,7 +294,9 @@ def rebuild_shard(recipe: ShardRecipe, workers: Workers, meter: Meter, sink: Sin
 
     recipe.target.read_tables(recipe.tensors.values())
     with recipe.target.expect(recipe.chunks()):
-        for data in workers.map(decode, batches(recipe.rows(at_once), at_once, _length)):
+        for data in workers.map(
+            decode, batches(recipe.rows(at_once), at_once, lambda row: row[0].plan.length(*row[1:]))
+        ):
             sha256.update(data.data)
             meter.add(data.size)
             buffers.give(data)
@@ -306,8 +308,3 @@ def _bounds(row: tuple[TensorRecipe, int, int]) -> tuple[int, int]:
     recipe, first, end = row
     start, stop = recipe.plan.bounds(first, end)
     return recipe.info.start + start, recipe.info.start + stop
-
-
-def _length(row: tuple[TensorRecipe, int, int]) -> int:
-    start, stop = _bounds(row)
-    return stop - start

@@ -66,8 +66,13 @@ _GLANCE = 1 << 15  # elements whose bytes are counted to foresee a standalone si
 
 def elements(data: Bytes, form: FloatFormat) -> NDArray[Any]:
     """The bit patterns in data: a view where the memory is aligned, else a copy."""
-    found = data.view(form.dtype)
-    return found if found.flags.aligned else data.copy().view(form.dtype)
+    return aligned(data, form.dtype)
+
+
+def aligned(data: Bytes, word: np.dtype[Any]) -> NDArray[Any]:
+    """Data as words: a view where the memory is aligned, else a copy."""
+    found = data.view(word)
+    return found if found.flags.aligned else data.copy().view(word)
 
 
 def sample(elements: NDArray[Any], patch: int, count: int = SAMPLED) -> NDArray[Any]:

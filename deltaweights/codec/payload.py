@@ -22,6 +22,7 @@ from . import coder
 from .chunk import MAX_CHUNK, check_arrays, decode_chunk, encode_chunk
 from .compiled import Held, checked
 from .constants import GUARD, SPARE, SPARSE_SHARE, SUBSET_SPARE, SUBSET_UNIT, UNIT, XXH3_SHORT
+from .floats import aligned
 from .generic import ITEMSIZES
 from .scratch import scratch
 from .spaces import RowSpace
@@ -73,6 +74,11 @@ class ChunkPlan:
     def bounds(self, first: int, end: int) -> tuple[int, int]:
         """First byte and end of chunks ``first`` to ``end - 1``, of which there must be some."""
         return self.span(first)[0], self.span(end - 1)[1]
+
+    def length(self, first: int, end: int) -> int:
+        """How many bytes these are."""
+        start, stop = self.bounds(first, end)
+        return stop - start
 
     def rows(self, nbytes: int) -> Iterator[tuple[int, int]]:
         """All chunks in order, as rows (first, end) of neighbours that have together at most ``nbytes``, or
@@ -131,7 +137,7 @@ def compare_row(base: NDArray[np.uint8], target: NDArray[np.uint8], dtype: str, 
     if len(base) != len(target):
         raise ValueError(f"base has {len(base)} bytes, target {len(target)}")
     word = np.dtype(f"u{element_bytes(dtype, math.gcd(target.size, chunk_bytes))}")
-    old, new = (_aligned(side, word) for side in (base, target))
+    old, new = (aligned(side, word) for side in (base, target))
     found = np.empty((-(-target.size // chunk_bytes), 3), np.int64)
     checked.compare(base, old, target, new, chunk_bytes // word.itemsize, found)
     for index in range(0 if chunk_bytes <= XXH3_SHORT else max(len(found) - 1, 0), len(found)):
@@ -139,11 +145,6 @@ def compare_row(base: NDArray[np.uint8], target: NDArray[np.uint8], dtype: str, 
         if len(target[chunk]) <= XXH3_SHORT:  # which the kernel leaves
             found.view(np.uint64)[index, :2] = checksum(base[chunk]), checksum(target[chunk])
     return Compared(found[:, 0].view(np.uint64), found[:, 1].view(np.uint64), found[:, 2])
-
-
-def _aligned(data: NDArray[np.uint8], word: np.dtype[Any]) -> NDArray[Any]:
-    found = data.view(word)
-    return found if found.flags.aligned else data.copy().view(word)
 
 
 def decode_row(
@@ -218,7 +219,9 @@ def _row_space(count: int, dtype: np.dtype[Any]) -> Held:
             frequencies=scratch("row frequencies", 64 * TOKENS, np.uint32).reshape(-1, TOKENS),
             slots=scratch("slots", 64 << PRECISION, np.uint32),
             words=scratch("words", count * dtype.itemsize // 2 + GUARD, np.uint16),
+            layout=np.empty(4, np.int64),
             planes=scratch("no planes", SPARE, np.uint8),
+            starts=np.zeros(8, np.int64),
             scales=scratch("scales", segments, np.int64),
             above=scratch("above", segments, np.uint32),
             active=scratch("active", -(-count // SUBSET_UNIT), np.uint8),

@@ -637,6 +637,15 @@ def put_words(out, at, words):
 
 
 @kernel(inline="always")
+def get_number(data, at, size):
+    """The integer of `size` bytes at data[at]: unsigned, below 64 bits."""
+    value = np.int64(0)
+    for place in range(size):
+        value |= np.int64(data[at + place]) << 8 * place
+    return value
+
+
+@kernel(inline="always")
 def _refill(words, at, end, state):
     """A lane below the floor takes one word; beyond the end it takes the floor: (state, at)."""
     if state >= STATE_FLOOR:
@@ -699,9 +708,7 @@ def open_head(data, members, family, direct_bits, frequencies, slots, states, se
     if highest > token_of(np.uint32(0xFFFFFFFF), direct_bits):
         return BAD
     for lane in range(lanes):
-        state = np.int64(0)
-        for place in range(4):
-            state |= np.int64(data[at + 4 * lane + place]) << 8 * place
+        state = get_number(data, at + 4 * lane, 4)
         if state < STATE_FLOOR:
             return BAD
         states[lane] = state
@@ -800,21 +807,25 @@ def decode_list(data, family, direct_bits, tail, frequencies, words, out):
     return ended_well(words, cursor, settings[LANES], states)
 
 
+@kernel()
+def read_list(data, at, family, frequencies, words, out):
+    """Fill out (uint32[n]) from a run of one context at data[at], behind its length as u32; where it ends, or
+    BAD where there is none. The others as in :func:`decode_list`."""
+    if at + 4 > len(data):
+        return BAD
+    first, end = at + 4, at + 4 + get_number(data, at, 4)
+    if end > len(data) or not decode_list(data[first:end], family, DIRECT_BITS, 0, frequencies, words, out):
+        return BAD
+    return end
+
+
 @kernel(_i(_bytes, _tables, _tables, _words, _tables))
 def decode_lists(data, family, frequencies, words, out):
     """Fill the rows of out (uint32[lists, n]) from runs of one context in a row, each behind its length as
     u32; where they end, or BAD where there are no such runs. The others as in :func:`decode_list`."""
     at = 0
     for k in range(len(out)):
-        if at + 4 > len(data):
+        at = read_list(data, at, family, frequencies, words, out[k])
+        if at == BAD:
             return BAD
-        size = np.int64(0)
-        for place in range(4):
-            size |= np.int64(data[at + place]) << 8 * place
-        at += 4
-        if at + size > len(data):
-            return BAD
-        if not decode_list(data[at : at + size], family, DIRECT_BITS, 0, frequencies, words, out[k]):
-            return BAD
-        at += size
     return at

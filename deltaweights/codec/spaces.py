@@ -72,7 +72,9 @@ class RowSpace(NamedTuple):
     frequencies: Numbers  # [64, TOKENS]
     slots: Numbers  # 64 << PRECISION
     words: Words  # for data as long as a chunk, with GUARD more
+    layout: Longs  # [4]
     planes: Bytes  # none: SPARE
+    starts: Longs  # [8], zeros, as planes are none
     scales: Longs  # [n // UNIT + 1], like above
     above: Numbers
     active: Bytes  # [-(-n // SUBSET_UNIT)]

@@ -19,11 +19,7 @@ from .kernel import array, kernel, room
 from .vectors import I8, I32, I64, Vec, address, int64
 
 _STRIPE, _STRIPES = 64, 16  # bytes of a stripe, and stripes of a block
-_SCRAMBLE, _LAST, _MERGE = (
-    16,
-    24,
-    32,
-)  # where among the keys those begin that are for other things than stripes
+_SCRAMBLE, _LAST, _MERGE = 16, 24, 32  # where those keys begin that are for other things than stripes
 _keys, _start = np.array(XXH3_KEYS, np.uint64), np.array(XXH3_START, np.uint64)
 _accumulators = room(types.uint64, 8)
 _half, _low = np.uint64(32), np.uint64(0xFFFFFFFF)

@@ -296,7 +296,8 @@ def _fill(
             with target.expect((slot.recipe, i) for slot in slots for i in range(slot.recipe.plan.count)):
                 rows = chain.from_iterable(slot.rows(workers.batch_bytes) for slot in slots)
                 # To hand over each row alone takes as long as to decode it.
-                for batch in workers.map(_decode, batches(rows, _BATCH_BYTES, _length)):
+                some = batches(rows, _BATCH_BYTES, lambda row: row[0].recipe.plan.length(*row[1:]))
+                for batch in workers.map(_decode, some):
                     for slot, first, stop in batch:
                         start, end = slot.recipe.plan.bounds(first, stop)
                         if digest and slot.direct is not None:
@@ -311,11 +312,6 @@ def _fill(
 
 
 _Row = tuple["_Slot", int, int]
-
-
-def _length(row: _Row) -> int:
-    start, end = row[0].recipe.plan.bounds(*row[1:])
-    return end - start
 
 
 def _decode(rows: list[_Row]) -> list[_Row]:
