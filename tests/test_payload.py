@@ -32,10 +32,15 @@ from deltaweights.codec import (
     element_bytes,
     encode,
     encode_chunk,
+    floats,
+    planes,
+    ulp,
 )
+from deltaweights.codec.constants import HEAD
+from deltaweights.codec.ulp import FORMATS
 
 from .checkpoints import Array, bf16, f32, weights
-from .codec.pairs import fine_tune
+from .codec.pairs import decayed, fine_tune
 
 Bytes = NDArray[np.uint8]
 
@@ -368,18 +373,53 @@ def row_of(base: Bytes, target: Bytes, dtype: str, chunk_bytes: int) -> tuple[ND
     return check_records(table.tobytes(), plan, payload.size)[0], payload[table.size :]
 
 
-@pytest.mark.parametrize("dtype", ["BF16", "F16", "F8_E4M3", "F8_E5M2"])
+_IN_ROWS = [Method.SAME, Method.DELTA, Method.SPARSE, Method.DRIFT]
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F8_E4M3", "F8_E5M2", "F32", "C64"])
 @pytest.mark.parametrize("update", [0, 1e-7, 2e-6, 1e-5, 2e-4, 1e-2])
-def test_what_floats_of_8_or_16_bits_become_is_decoded_in_one_call(dtype: str, update: float) -> None:
+def test_what_floats_of_at_most_32_bits_become_is_decoded_in_one_call(dtype: str, update: float) -> None:
     base, target = fine_tune(dtype, 70_000, update, seed=1)
     records, data = row_of(base, target, dtype, 1 << 15)
     out = np.zeros_like(target)
     is_done = decode_row(records, data, base, dtype, out, 1 << 15)
-    simple = np.isin(records["method"], [Method.SAME, Method.DELTA, Method.SPARSE])
+    simple = np.isin(records["method"], _IN_ROWS)
     assert is_done.tolist() == simple.tolist()
     assert simple.any()
     span = np.repeat(is_done, 1 << 15)[: out.size]
     assert np.array_equal(out[span], target[span])
+
+
+@pytest.mark.parametrize(("rate", "steps"), [(2e-7, 1), (2e-7, 1000), (1e-6, 1000)])
+@pytest.mark.parametrize("moved", [0, 0.02, 0.3])
+def test_so_is_what_decayed(rate: float, steps: int, moved: float) -> None:
+    base, target = decayed(100_000, rate, steps, moved)
+    records, data = row_of(base, target, "F32", 1 << 18)
+    out = np.zeros_like(target)
+    assert decode_row(records, data, base, "F32", out, 1 << 18).all()
+    assert (records["method"] == Method.DRIFT).all()
+    assert np.array_equal(out, target)
+
+
+@pytest.mark.parametrize("kind", planes.Plane)
+def test_all_planes_but_those_by_zstd_are_decoded_in_one_call(kind: planes.Plane) -> None:
+    generator, size, form = np.random.default_rng(0), 1 << 14, FORMATS["F32"]
+    plane = {
+        planes.Plane.RAW: generator.integers(0, 256, size, np.uint8),
+        planes.Plane.FILL: np.full(size, 7, np.uint8),
+        planes.Plane.ZSTD: np.resize(generator.permutation(128).astype(np.uint8), size),
+        planes.Plane.RANS: generator.integers(0, 50, size, np.uint8),
+    }[kind]
+    before = np.full(size, 0x3F800000, np.uint32)  # all alike: each has a byte in the lowest plane
+    after = ulp.restore(before, plane.astype(np.uint32) | np.uint32(1 << 20))
+    base, target = before.view(np.uint8), after.view(np.uint8)
+    data = np.frombuffer(floats.encode_delta(base, target, form) or b"", np.uint8)
+    _, behind = floats.take_section(data[HEAD:])
+    assert behind[0] == kind
+    records = np.array([(Method.DELTA, 0, len(data), checksum(base), checksum(target))], RECORD)
+    out = np.zeros_like(target)
+    assert decode_row(records, data, base, "F32", out, base.size) == [kind != planes.Plane.ZSTD]
+    assert np.array_equal(decode(base, records.tobytes() + data.tobytes(), "F32"), target)
 
 
 @given(pairs(), dtypes, chunk_sizes, seeds, st.sampled_from(["nothing", "data", "base", "records"]))

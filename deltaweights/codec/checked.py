@@ -3,8 +3,8 @@
 """Chunks next to each other, decoded and checked, or compared, in one call: for each chunk and each checksum
 alone a thread would have to wait for Python's lock, which is most of what many threads do otherwise.
 
-Only what most chunks are is decoded here: elements of 8 or 16 bits, methods SAME, DELTA and SPARSE, planes
-that are stored or of one byte. The rest, and what is not right, is left to :mod:`.chunk`, which says why.
+Only what most chunks are is decoded here: elements of at most 32 bits, methods SAME, DELTA, SPARSE and DRIFT,
+planes that are not by zstd. The rest, and what is not right, is left to :mod:`.chunk`, which says why.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from .constants import (
     BAD,
     BEFORE,
     DELTA,
+    DRIFT,
+    DRIFT_HEAD,
     FILL,
     FINE,
     HEAD,
@@ -24,6 +26,8 @@ from .constants import (
     LOG_SEGMENT,
     LOWEST,
     METHOD,
+    MOST_SHIFTS_LOG,
+    RANS,
     RAW,
     RECORD_BYTES,
     SAME,
@@ -34,12 +38,13 @@ from .constants import (
     SUBSET_UNIT,
     TABLES,
     UNIT,
+    WIDE_PLANES,
     XXH3_SHORT,
 )
 from .kernel import kernel
 from .runs import get_number
 from .spaces import OpenDelta
-from .tables import PRECISION
+from .tables import BYTE_BITS, PRECISION
 from .xxh3 import xxh3
 
 _PLANE_HEAD = 9
@@ -47,17 +52,36 @@ _PLANE_HEAD = 9
 
 @kernel()
 def decode(records, coded, step, base_bytes, base, out_bytes, out, shift, mask, family, space, is_right):
-    """Decode what can be of some chunks.
+    """Decode what can be of some chunks of elements of 8 or 16 bits.
 
     records     uint8: the chunks' records (payload.RECORD)
     coded       uint8: the data of all chunks
     step        how many elements all chunks but the last have
-    base, out   unsigned[n] of 8 or 16 bits, apart; base_bytes and out_bytes: the same memory as uint8
+    base, out   unsigned[n], apart; base_bytes and out_bytes: the same memory as uint8
     space       a RowSpace
     is_right    bool[m], written: whether base and result have their checksums; else out holds anything
 
     Returns whether all are, and nothing follows the last chunk's data.
     """
+    return _decode(
+        records, coded, step, base_bytes, base, out_bytes, out, shift, mask, family, space, is_right, None
+    )
+
+
+@kernel()
+def decode_wide(records, coded, step, base_bytes, base, out_bytes, out, shift, mask, family, space, is_right):
+    """The same for elements of 32 bits."""
+    return _decode(
+        records, coded, step, base_bytes, base, out_bytes, out, shift, mask, family, space, is_right, True
+    )
+
+
+@kernel()
+def _decode(
+    records, coded, step, base_bytes, base, out_bytes, out, shift, mask, family, space, is_right, wide
+):  # fmt: skip
+    """:func:`decode`. `wide` is None for elements of 8 or 16 bits: Numba then leaves out what only wider ones
+    have, which would take a quarter more time to compile."""
     at, right = 0, 0
     for c in range(len(is_right)):
         record = records[c * RECORD_BYTES : (c + 1) * RECORD_BYTES]
@@ -66,22 +90,46 @@ def decode(records, coded, step, base_bytes, base, out_bytes, out, shift, mask, 
         first, last = start * out.itemsize, end * out.itemsize
         is_right[c] = False
         method, nbytes = get_number(record, METHOD, 4), last - first  # the bytes behind a method are zero
-        if nbytes <= XXH3_SHORT or len(data) > nbytes or method not in (SAME, DELTA, SPARSE):
+        if nbytes <= XXH3_SHORT or len(data) > nbytes or method not in (SAME, DELTA, SPARSE, DRIFT):
             continue
         if xxh3(base_bytes[first:last]) != get_number(record, BEFORE, 8):
             continue
-        before, result, is_done = base[start:end], out[start:end], False
-        if method == DELTA and _is_delta(data):
-            opened = _opened(data, len(before), len(before), shift, mask, family, space)
-            is_done = delta.decode(before, result, opened) == FINE
-        elif method == SPARSE:
-            is_done = _decode_sparse(data, before, result, shift, mask, family, space)
-        elif method == SAME and len(data) == 0:
-            is_done = _copy(before, result)
-        if is_done:
+        before, result = base[start:end], out[start:end]
+        if wide is not None and method == DRIFT:
+            behind = _drift(data, before, result, shift, mask, family, space)
+            if behind == BAD:
+                continue
+            method, data, before = np.int64(data[1]), data[behind:], result
+        if _decode_chunk(method, data, before, result, shift, mask, wide, family, space):
             is_right[c] = xxh3(out_bytes[first:last]) == get_number(record, AFTER, 8)
             right += is_right[c]
     return right == len(is_right) and at == len(coded)
+
+
+@kernel()
+def _decode_chunk(method, data, base, out, shift, mask, wide, family, space):
+    """Fill out, perhaps base itself, from a chunk's data; whether that can be done."""
+    if method == SAME:
+        return len(data) == 0 and _copy(base, out)
+    if method == DELTA:
+        return _decode_delta(data, base, out, shift, mask, wide, family, space)
+    return method == SPARSE and _decode_sparse(data, base, out, shift, mask, wide, family, space)
+
+
+@kernel()
+def _drift(data, base, out, shift, mask, family, space):
+    """Fill out with a drifted chunk's drifted base (layout: see :mod:`.drift`); where what is coded against
+    that begins, or BAD."""
+    if len(data) < DRIFT_HEAD or data[0] > MOST_SHIFTS_LOG or len(space.shifts) < 1 << data[0]:
+        return BAD
+    shifts, last = space.shifts[: 1 << data[0]], np.uint32(0)
+    at = runs.read_list(data, DRIFT_HEAD, family, space.frequencies[:1], space.words, shifts)
+    if at != BAD:
+        for s in range(len(shifts)):
+            last += (shifts[s] >> np.uint32(1)) ^ (np.uint32(0) - (shifts[s] & np.uint32(1)))
+            shifts[s] = last
+        delta.drift(base, shifts, shift, mask, out)
+    return at
 
 
 @kernel()
@@ -115,42 +163,116 @@ def _signed(data, at, size):
 
 
 @kernel()
-def _is_delta(data):
-    """Whether data may be a delta (layout: see :mod:`.floats`), as far as its head tells."""
-    if len(data) < HEAD:
+def _decode_delta(data, base, out, shift, mask, wide, family, space):
+    """Fill out, perhaps base itself, from a delta (layout: see :mod:`.floats`); whether that can be done."""
+    count = len(out)
+    first, end = _run_of(data, count, wide, family, space)
+    if first == BAD:
         return False
-    log_segment, step, tables = data[0], data[1], data[2]
-    if not (log_segment == 0 or 6 <= log_segment <= 26) or step > 1 or not 1 <= tables <= 64:
-        return False
-    return log_segment == 0 or (len(data) >= HEAD + 4 and len(data) >= HEAD + 4 + get_number(data, HEAD, 4))
+    opened = _opened(data, first, end, count, count, shift, mask, wide, family, space)
+    return delta.decode(base, out, opened) == FINE
 
 
 @kernel()
-def _opened(data, count, ahead, shift, mask, family, space):
-    """A delta that :func:`_is_delta`, of at most so many elements, as a spaces.OpenDelta."""
-    layout, at, segments = space.layout, HEAD, count // UNIT + 1
+def _run_of(data, count, wide, family, space):
+    """Where in a delta of at most `count` elements the run is, its planes being brought to the space; BAD
+    twice where it can be no delta, as far as its head tells, or planes are by zstd."""
+    if len(data) < HEAD:
+        return BAD, BAD
+    log_segment, step, tables, at = data[0], data[1], data[2], HEAD
+    if not (log_segment == 0 or 6 <= log_segment <= 26) or step > 1 or not 1 <= tables <= 64:
+        return BAD, BAD
+    if log_segment:
+        at = _section_end(data, at)
+    end = len(data) if at != BAD else BAD
+    if wide is not None:
+        at, end = at + 4, _section_end(data, at) if at != BAD else BAD
+        if end == BAD or not _read_planes(data, end, count, family, space):
+            return BAD, BAD
+    return at, end
+
+
+@kernel(inline="always")
+def _section_end(data, at):
+    """Where the section at data[at] ends, which begins with its length, or BAD."""
+    if at + 4 > len(data) or at + 4 + get_number(data, at, 4) > len(data):
+        return BAD
+    return at + 4 + get_number(data, at, 4)
+
+
+@kernel()
+def _read_planes(data, at, count, family, space):
+    """Whether data[at:] is the planes of a delta of 32-bit elements, each of at most `count` bytes, which are
+    brought to the space, one behind the other."""
+    filled = 0
+    for p in range(WIDE_PLANES):
+        length = _plane_length(data, at)
+        if length == BAD or length > count:
+            return False
+        plane = space.planes[filled : filled + length]
+        at = _read_plane(data, at, family, space, space.chosen, plane)
+        if at == BAD:
+            return False
+        filled += length
+        space.starts[p + 1] = filled
+    space.starts[WIDE_PLANES + 1 :] = filled
+    return at == len(data)
+
+
+@kernel()
+def _plane_length(data, at):
+    """How long the plane is whose head is at data[at]; BAD where that or what is stored does not fit."""
+    if at + _PLANE_HEAD > len(data) or at + _PLANE_HEAD + get_number(data, at + 5, 4) > len(data):
+        return BAD
+    return get_number(data, at + 1, 4)
+
+
+@kernel()
+def _read_plane(data, at, family, space, numbers, out):
+    """Fill out, as long as the plane whose head is at data[at]; where that ends, or BAD where it is by zstd
+    or does not fit.
+
+    numbers   uint32, as many or more: scratch
+    """
+    kind, at, end = data[at], at + _PLANE_HEAD, at + _PLANE_HEAD + get_number(data, at + 5, 4)
+    if kind == RAW and end - at == len(out):
+        _copy(data[at:end], out)
+    elif kind == FILL and end - at == 1:
+        out[:] = data[at]
+    elif kind == RANS:
+        frequencies, words, found = space.frequencies[:1], space.words, numbers[: len(out)]
+        if not runs.decode_numbers(data[at:end], family, BYTE_BITS, 0, frequencies, words, found):
+            return BAD
+        _copy(found, out)
+    else:
+        return BAD
+    return end
+
+
+@kernel()
+def _opened(data, first, end, count, ahead, shift, mask, wide, family, space):
+    """A delta of at most so many elements, its run from `first` to `end`, as a spaces.OpenDelta."""
+    layout, segments, listed = space.layout, count // UNIT + 1, data[:0]
     layout[LOG_SEGMENT], layout[STEP], layout[LOWEST] = data[0], data[1], _signed(data, 3, 2)
     layout[TABLES] = data[2]
-    listed = data[:0]
     if layout[LOG_SEGMENT]:
-        listed = data[at + 4 : at + 4 + get_number(data, at, 4)]
-        at += 4 + len(listed)
+        listed = data[HEAD + 4 : _section_end(data, HEAD)]
     return OpenDelta(
-        data[at:], listed, shift, mask, False, ahead, family, layout, _signed(data, 5, 2),
+        data[first:end], listed, shift, mask, wide is not None, ahead, family, layout, _signed(data, 5, 2),
         _signed(data, 7, 1), space.planes, space.starts, space.scales[:segments], space.above[:segments],
         space.slots[: layout[TABLES] << PRECISION], space.frequencies[: layout[TABLES]], space.words,
     )  # fmt: skip
 
 
 @kernel()
-def _decode_sparse(data, base, out, shift, mask, family, space):
-    """Fill out from a sparse chunk's data (layout: see :mod:`.sparse`); whether it is one, and the plane is
-    coded in one of the two simple ways."""
-    if len(data) < SPARSE_HEAD + _PLANE_HEAD:
+def _decode_sparse(data, base, out, shift, mask, wide, family, space):
+    """Fill out, perhaps base itself, from a sparse chunk's data (layout: see :mod:`.sparse`); whether it is
+    one, and the plane is not by zstd."""
+    if len(data) < SPARSE_HEAD:
         return False
     cutoff, follows, exceptions = _signed(data, 0, 2), data[2], get_number(data, 3, 4)
     active = space.active[: (len(base) + SUBSET_UNIT - 1) // SUBSET_UNIT]
-    at = _read_marks(data, SPARSE_HEAD, active)
+    at = _read_marks(data, SPARSE_HEAD, family, space, active)
     if at == BAD or follows > 1 or cutoff < -1 or exceptions > len(base) // SPARSE_SHARE:
         return False
     places, values = space.places[:exceptions], space.values[:exceptions]
@@ -162,23 +284,23 @@ def _decode_sparse(data, base, out, shift, mask, family, space):
         return False
     if not follows:
         return _copy(base, out) and subset.move(out, places, values)
-    if not _is_delta(data[at:]) or not subset.restore_at(base, places, values):
+    data = data[at:]
+    first, end = _run_of(data, len(base), wide, family, space)
+    if first == BAD or not subset.restore_at(base, places, values):
         return False
-    opened = _opened(data[at:], len(base), 0, shift, mask, family, space)
+    none = np.int64(0)  # a constant would have Numba compile it once more
+    opened = _opened(data, first, end, len(base), none, shift, mask, wide, family, space)
     cutoff, chosen, changed = min(cutoff, mask), space.chosen, space.changed
     return subset.decode(base, out, cutoff, active, places, values, chosen, changed, opened) == FINE
 
 
 @kernel()
-def _read_marks(data, at, active):
+def _read_marks(data, at, family, space, active):
     """Which units are active, from the plane at data[at]; where it ends, or BAD."""
-    size = (len(active) + 7) >> 3
-    kind, length, stored = data[at], get_number(data, at + 1, 4), get_number(data, at + 5, 4)
-    at += _PLANE_HEAD
-    if length != size or at + stored > len(data):
+    marks = space.marks[: (len(active) + 7) >> 3]
+    if _plane_length(data, at) != len(marks):
         return BAD
-    if not ((kind == RAW and stored == size) or (kind == FILL and stored == 1)):
-        return BAD
+    at = _read_plane(data, at, family, space, space.places, marks)
     for unit in range(len(active)):
-        active[unit] = data[at + (unit >> 3 if kind == RAW else 0)] >> (unit & 7) & 1
-    return at + stored
+        active[unit] = marks[unit >> 3] >> (unit & 7) & 1
+    return at

@@ -23,6 +23,7 @@ FINE, BAD_SCALES, BAD_HEAD, BAD_REST = 0, 1, 2, 3  # what came of decoding one
 # layout of a delta: int64[4]
 LOG_SEGMENT, STEP, LOWEST, TABLES = 0, 1, 2, 3
 UNIT = 64  # the shortest segment
+WIDE_PLANES = 3  # behind a delta of elements of 32 bits
 SPARE = 16  # bytes beyond the last of a plane that `split_bytes` may write and `append_bytes` read
 MAX_ROWS = 256  # rows of a histogram of tokens, at most
 SAMPLED = 1 << 14  # elements looked at to choose a way and its parameters,
@@ -39,11 +40,15 @@ SUBSET_SPARE = 64  # elements that `choose` may write beyond the last
 SPARSE_HEAD = 7  # bytes in front of the plane
 SPARSE_SHARE = 16  # one element in so many may be an exception: what reading their lists takes is bounded
 
+# Drifted chunks (drift.py).
+DRIFT_HEAD = 2  # bytes in front of the list of shifts
+MOST_SHIFTS_LOG = 12  # bits of a mantissa that tell shifts apart, at most
+
 # Chunks decoded in one call (checked.py): where their records have what, and those of chunk.Method and
 # planes.Plane that are.
 RECORD_BYTES, METHOD, LENGTH, BEFORE, AFTER = 24, 0, 4, 8, 16
-SAME, DELTA, SPARSE = 0, 2, 6
-RAW, FILL = 0, 1
+SAME, DELTA, SPARSE, DRIFT = 0, 2, 6, 8
+RAW, FILL, RANS = 0, 1, 3
 
 # XXH3-64 of more than 240 bytes, with seed 0 and the default secret (xxh3.py). Its specification:
 # https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md

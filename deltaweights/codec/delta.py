@@ -52,6 +52,7 @@ _FAMILY_BITS, _TABLE_BITS, _SMALL = 70.0, 300.0, 1 << 14
 _STILL = 8  # how many half octaves below all others a segment is put that did not move
 _LENGTHS = (0, 7, 9)  # logarithms of the segment lengths tried; 0 is one scale for all
 _PLACE = 64  # elements in a row of which something is counted, in places that are evenly spread
+_FEW = 4  # steps between a chunk's shifts that are compared with, at most
 _SEEN = 16  # such places that decoding looks at
 _MANY_LONG = 0.012  # of a chunk's values: from there on every other step of 64 meets one
 _bytes, _numbers, _longs = array(types.uint8), array(types.uint32), array(types.int64)
@@ -62,6 +63,7 @@ _seven_cursors, _three_limits = room(types.int64, 7), room(types.int64, 3)
 _sample_scales = room(types.int64, MAX_SAMPLE // UNIT + 1)
 _shares = room(types.float64, 64)
 _layout, _members = room(types.int64, 5), room(types.int64, 64)
+_few_numbers = room(types.uint32, _FEW)
 _states, _settings, _rest = room(types.uint32, 64), room(types.int64, 4), room(types.int64, 64)
 
 # -------------------------------------------------------------------------------- transforms
@@ -137,7 +139,7 @@ def unit_moves(base, values, shift, mask, sums):
             sums[unit // UNIT] = _sum(buffer[unit - first : min(unit + UNIT, last) - first])
 
 
-@kernel(types.void(_numbers, _numbers, types.int64, types.int64, _numbers))
+@kernel()
 def drift(base, shifts, shift, mask, out):
     """The elements moved by the shift of their mantissa; those with an exponent of 0 stay.
 
@@ -145,9 +147,38 @@ def drift(base, shifts, shift, mask, out):
     """
     last, exponents = np.uint32(len(shifts) - 1), np.uint32(mask << shift)
     place = np.uint32(shift - runs.floor_log2(len(shifts)))
+    starts, steps = _few_numbers(), _few_numbers()
+    if not _find_steps(shifts, starts, steps):
+        for i in range(len(base)):
+            moved = shifts[(base[i] >> place) & last]
+            out[i] = base[i] + (moved if base[i] & exponents else np.uint32(0))
+        return
+    none, first = np.uint32(0), shifts[0]
+    a, b, c, d = starts[0], starts[1], starts[2], starts[3]
+    at_a, at_b, at_c, at_d = steps[0], steps[1], steps[2], steps[3]
     for i in range(len(base)):
-        moved = shifts[(base[i] >> place) & last]
-        out[i] = base[i] + (moved if base[i] & exponents else np.uint32(0))
+        stretch = (base[i] >> place) & last
+        moved = first + (at_a if stretch >= a else none) + (at_b if stretch >= b else none)
+        moved += (at_c if stretch >= c else none) + (at_d if stretch >= d else none)
+        out[i] = base[i] + (moved if base[i] & exponents else none)
+
+
+@kernel()
+def _find_steps(shifts, starts, steps):
+    """Where shifts differ from those before, and by how much; False where that is more often than there is
+    room. (Decay makes few steps, and to compare with each is three times as fast as to look shifts up.)
+
+    starts, steps   uint32[_FEW], written; beyond the last, starts that no stretch has
+    """
+    found = 0
+    starts[:], steps[:] = np.uint32(0xFFFFFFFF), np.uint32(0)
+    for s in range(1, len(shifts)):
+        if shifts[s] != shifts[s - 1]:
+            if found == len(starts):
+                return False
+            starts[found], steps[found] = s, shifts[s] - shifts[s - 1]
+            found += 1
+    return True
 
 
 # -------------------------------------------------------------------------------- parameters
@@ -629,7 +660,7 @@ def open_chunk(count, opened, states, settings):
     scales[:] = opened.base_scale
     if layout[LOG_SEGMENT]:
         above = opened.above[: len(scales)]
-        if not runs.decode_list(opened.listed, family, DIRECT_BITS, 0, frequencies[:1], words, above):
+        if not runs.decode_numbers(opened.listed, family, DIRECT_BITS, 0, frequencies[:1], words, above):
             return -BAD_SCALES
         for s in range(len(scales)):
             scales[s] += above[s] & 0xFFFF

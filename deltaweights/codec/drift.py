@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from ..errors import PayloadError
 from . import coder, floats, ulp
 from .compiled import delta
+from .constants import DRIFT_HEAD, MOST_SHIFTS_LOG
 from .scratch import scratch
 from .ulp import FloatFormat
 
 Bytes = NDArray[np.uint8]
 Shifts = NDArray[np.uint32]  # modulo 2**32, added to the bits: away from zero
 
-_MOST_LOG = 12  # bits of a mantissa that tell shifts apart
 _GLANCE_LOG, _LOG = 4, 10  # bits of a mantissa in a first look, and those that the encoder uses
 _CLEAR = 0.75  # by how many bits shifts have to be longer than they are vague for a second look
 _EACH = 64  # elements that a shift is found from
@@ -90,9 +90,9 @@ def put_head(shifts: Shifts, method: int) -> bytes:
 
 def take_head(data: Bytes, form: FloatFormat) -> tuple[Shifts, int, Bytes]:
     """(shifts, method, what follows); PayloadError where data does not begin with a head."""
-    if form.itemsize != 4 or len(data) < 2 or data[0] > _MOST_LOG:
+    if form.itemsize != 4 or len(data) < DRIFT_HEAD or data[0] > MOST_SHIFTS_LOG:
         raise PayloadError("the head of a drifted chunk is damaged")
-    section, rest = floats.take_section(data[2:])
+    section, rest = floats.take_section(data[DRIFT_HEAD:])
     numbers = np.empty(1 << int(data[0]), np.uint32)
     coder.decode_list(section, numbers)
     steps = (numbers >> np.uint32(1)) ^ (np.uint32(0) - (numbers & np.uint32(1)))

@@ -21,7 +21,17 @@ from ..errors import PayloadError
 from . import coder
 from .chunk import MAX_CHUNK, check_arrays, decode_chunk, encode_chunk
 from .compiled import Held, checked
-from .constants import GUARD, SPARE, SPARSE_SHARE, SUBSET_SPARE, SUBSET_UNIT, UNIT, XXH3_SHORT
+from .constants import (
+    GUARD,
+    MOST_SHIFTS_LOG,
+    SPARE,
+    SPARSE_SHARE,
+    SUBSET_SPARE,
+    SUBSET_UNIT,
+    UNIT,
+    WIDE_PLANES,
+    XXH3_SHORT,
+)
 from .floats import aligned
 from .generic import ITEMSIZES
 from .scratch import scratch
@@ -156,7 +166,7 @@ def decode_row(
     chunk_bytes: int,
 ) -> NDArray[np.bool_]:
     """Decode chunks next to each other, with their checksums, in one call, as far as that is possible: for
-    elements of 8 or 16 bits.
+    floats of at most 32 bits.
 
     Args:
         records: the chunks' (:data:`RECORD`, [m]).
@@ -189,7 +199,7 @@ def _decode_row(
     if len(base) != len(out) or not 0 < len(out) <= chunks * chunk_bytes:
         raise ValueError(f"{chunks} chunks of {len(out)} bytes, a base of {len(base)}")
     form, longest = FORMATS.get(dtype), min(len(out), chunk_bytes)
-    if form is None or form.itemsize > 2 or longest > MAX_CHUNK:
+    if form is None or form.itemsize > 4 or longest > MAX_CHUNK:
         return np.zeros(chunks, np.bool_), False
     if len(out) % form.itemsize or chunk_bytes % form.itemsize:
         return np.zeros(chunks, np.bool_), False
@@ -197,7 +207,8 @@ def _decode_row(
     if not (before.flags.aligned and result.flags.aligned):
         return np.zeros(chunks, np.bool_), False
     is_right, count = np.empty(chunks, np.bool_), chunk_bytes // form.itemsize
-    is_whole = checked.decode(
+    kernel = checked.decode_wide if form.itemsize == 4 else checked.decode
+    is_whole = kernel(
         table, coded, count, base, before, out, result, form.shift, form.mask,
         coder.family(), _row_space(longest // form.itemsize, form.dtype), is_right,
     )  # fmt: skip
@@ -213,22 +224,24 @@ def _row_space(count: int, dtype: np.dtype[Any]) -> Held:
     kept: tuple[Held, int, np.dtype[Any]] | None = getattr(_kept, "row_space", None)
     if kept and kept[1] >= count and kept[2] == dtype:
         return kept[0]  # to make it takes as long as to decode a small tensor
-    segments = count // UNIT + 1
+    segments, is_wide = count // UNIT + 1, dtype.itemsize == 4
     space = Held(
         RowSpace(
             frequencies=scratch("row frequencies", 64 * TOKENS, np.uint32).reshape(-1, TOKENS),
             slots=scratch("slots", 64 << PRECISION, np.uint32),
             words=scratch("words", count * dtype.itemsize // 2 + GUARD, np.uint16),
             layout=np.empty(4, np.int64),
-            planes=scratch("no planes", SPARE, np.uint8),
+            planes=scratch("row planes", is_wide * WIDE_PLANES * count + SPARE, np.uint8),
             starts=np.zeros(8, np.int64),
             scales=scratch("scales", segments, np.int64),
             above=scratch("above", segments, np.uint32),
+            marks=scratch("marks", count // SUBSET_UNIT // 8 + 1, np.uint8),
             active=scratch("active", -(-count // SUBSET_UNIT), np.uint8),
             places=scratch("places", count // SPARSE_SHARE, np.uint32),
             values=scratch("values", count // SPARSE_SHARE, np.uint32),
             chosen=scratch("chosen", count + SUBSET_SPARE, dtype),
             changed=scratch("changed", count + SUBSET_SPARE, dtype),
+            shifts=scratch("shifts", is_wide << MOST_SHIFTS_LOG, np.uint32),
         )
     )
     if count * dtype.itemsize <= _KEPT:

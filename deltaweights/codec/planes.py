@@ -22,7 +22,7 @@ _HEAD = struct.Struct("<BII")
 _ZSTD_LEVEL = 3
 _WINDOW = 1 << 23  # the longest window a frame may ask for: memory that zstd takes, however short the frame
 _PROBE = 1 << 14  # bytes that zstd is tried on before it gets the whole plane
-_ZSTD_GAIN = 0.99  # zstd is chosen where a probe of it stays below this part of the entropy
+_ZSTD_GAIN = 0.99  # it is chosen where the probe stays below this part of the entropy
 _SHORT = 1 << 14  # bytes of a plane that takes longer to be spread over no memory than to be filled
 _NOISE = 7.92  # bits a byte above which coding a plane is not worth the time
 
@@ -36,13 +36,14 @@ class Plane(IntEnum):
     RANS = 3
 
 
-def put_plane(plane: Bytes) -> bytes:
-    """One plane, any length, as bytes that `get_planes` reads."""
-    kind, data = _code(plane)
+def put_plane(plane: Bytes, zstd_gain: float = _ZSTD_GAIN) -> bytes:
+    """One plane, any length, as bytes that `get_planes` reads. zstd is chosen where it takes less than this
+    part of what the entropy of single bytes promises."""
+    kind, data = _code(plane, zstd_gain)
     return _HEAD.pack(kind, len(plane), len(data)) + data
 
 
-def _code(plane: Bytes) -> tuple[Plane, bytes]:
+def _code(plane: Bytes, zstd_gain: float) -> tuple[Plane, bytes]:
     if len(plane) == 0:
         return Plane.RAW, b""
     if not (plane != plane[0]).any():
@@ -53,7 +54,7 @@ def _code(plane: Bytes) -> tuple[Plane, bytes]:
     estimate, entropy = _zstd_bits(plane), _entropy_bits(plane)
     if min(estimate, entropy) > _NOISE:
         return best
-    if estimate < _ZSTD_GAIN * entropy:
+    if estimate < zstd_gain * entropy:
         return _shorter(best, Plane.ZSTD, compress(plane))
     return _shorter(best, Plane.RANS, _rans(plane))
 

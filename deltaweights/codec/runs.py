@@ -807,16 +807,23 @@ def decode_list(data, family, direct_bits, tail, frequencies, words, out):
     return ended_well(words, cursor, settings[LANES], states)
 
 
+@kernel(_flag(_bytes, _tables, _i, _i, _tables, _words, _numbers))
+def decode_numbers(data, family, direct_bits, tail, frequencies, words, out):
+    """:func:`decode_list` into uint32[n]: compiled once for whoever calls it."""
+    return decode_list(data, family, direct_bits, tail, frequencies, words, out)
+
+
 @kernel()
 def read_list(data, at, family, frequencies, words, out):
     """Fill out (uint32[n]) from a run of one context at data[at], behind its length as u32; where it ends, or
     BAD where there is none. The others as in :func:`decode_list`."""
     if at + 4 > len(data):
         return BAD
-    first, end = at + 4, at + 4 + get_number(data, at, 4)
-    if end > len(data) or not decode_list(data[first:end], family, DIRECT_BITS, 0, frequencies, words, out):
+    end = at + 4 + get_number(data, at, 4)
+    if end > len(data):
         return BAD
-    return end
+    is_one = decode_numbers(data[at + 4 : end], family, DIRECT_BITS, 0, frequencies, words, out)
+    return end if is_one else BAD
 
 
 @kernel(_i(_bytes, _tables, _tables, _words, _tables))

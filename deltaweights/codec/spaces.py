@@ -73,12 +73,14 @@ class RowSpace(NamedTuple):
     slots: Numbers  # 64 << PRECISION
     words: Words  # for data as long as a chunk, with GUARD more
     layout: Longs  # [4]
-    planes: Bytes  # none: SPARE
-    starts: Longs  # [8], zeros, as planes are none
+    planes: Bytes  # [WIDE_PLANES * n + SPARE] where elements have 32 bits, else none: SPARE
+    starts: Longs  # [8], zeros
     scales: Longs  # [n // UNIT + 1], like above
     above: Numbers
+    marks: Bytes  # a bit for each of the active
     active: Bytes  # [-(-n // SUBSET_UNIT)]
     places: Numbers  # [n // SPARSE_SHARE], like values
     values: Numbers
     chosen: Elements  # [n + SUBSET_SPARE], like changed
     changed: Elements
+    shifts: Numbers  # [1 << MOST_SHIFTS_LOG] where elements have 32 bits, else none

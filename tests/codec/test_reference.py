@@ -69,12 +69,14 @@ def test_windows(dtype: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("log", [0, 1, 7, 12])
-def test_drifted_bases(log: int) -> None:
-    """Of any bits, by any shifts."""
+@pytest.mark.parametrize("steps", [0, 1, 4, 5, 4096])
+def test_drifted_bases(log: int, steps: int) -> None:
+    """Of any bits, by any shifts, which differ from those before at most so often."""
     form = FORMATS["F32"]
     base = noise("F32", 5000)
     base.view("<u4")[::9] &= np.uint32(0x807FFFFF)  # zeros and subnormals: they stay
     shifts = np.random.default_rng(log).integers(0, 1 << 32, 1 << log, np.uint32)
+    shifts = shifts[np.arange(1 << log) * (steps + 1) >> log] if steps < 1 << log else shifts
     data = np.frombuffer(drift.put_head(shifts, Method.SPARSE) + b"rest", np.uint8)
     moved, method, rest = reference.decode_drift(data, base.view("<u4"), form)
     assert np.array_equal(moved, drift.drifted(base, shifts, form).view("<u4"))
