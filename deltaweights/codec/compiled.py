@@ -12,7 +12,7 @@ import os
 import re
 import threading
 from functools import cache
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -28,11 +28,14 @@ if hasattr(os, "register_at_fork"):  # a child that began while another thread l
     )
 
 
-class Held:
+Space = TypeVar("Space", bound=tuple[Any, ...])
+
+
+class Held(Generic[Space]):
     """A tuple from :mod:`.spaces`, of always the same arrays, to be handed to kernels many times: what they
     are given for it is found out once."""
 
-    def __init__(self, space: tuple[Any, ...]) -> None:
+    def __init__(self, space: Space) -> None:
         self.space = space
         self.kinds: list[Any] = []
         self.flat: list[Any] = []

@@ -354,9 +354,9 @@ def is_clustered(base, target):
     most, changed, seen = 0, 0, 0
     stride = len(base) // SAMPLED * _PLACE
     for first in range(0, len(base) - _PLACE + 1, stride):
-        here = 0
-        for i in range(first, first + _PLACE):
-            here += base[i] != target[i]
+        here, before, after = 0, base[first : first + _PLACE], target[first : first + _PLACE]
+        for i in range(len(before)):
+            here += before[i] != after[i]
         most, changed, seen = max(most, here), changed + here, seen + 1
     return most > 2 * changed / seen + 12
 
@@ -369,8 +369,9 @@ def take_sample(elements, size, sample):
         patch = stride = len(elements)
     at = 0
     for first in range(0, len(elements) - patch + 1, stride):
-        for i in range(patch):
-            sample[at + i] = elements[first + i]
+        row, there = elements[first : first + patch], sample[at : at + patch]
+        for i in range(len(row)):
+            there[i] = row[i]
         at += patch
     return at
 

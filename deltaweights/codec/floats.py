@@ -23,6 +23,7 @@ All functions take and return uint8 arrays whose length is a multiple of the for
 from __future__ import annotations
 
 import struct
+import threading
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 
 from ..errors import PayloadError
 from . import coder
-from .compiled import alone, delta
+from .compiled import Held, alone, delta
 from .constants import (
     BAD,
     BAD_HEAD,
@@ -48,7 +49,7 @@ from .constants import (
     WIDE_PLANES,
 )
 from .planes import get_planes, put_plane
-from .scratch import scratch
+from .scratch import KEPT_CHUNK, scratch
 from .spaces import ChunkSpace, OpenDelta
 from .tables import BYTE_BITS, PRECISION
 from .ulp import FloatFormat
@@ -94,8 +95,9 @@ def encode_delta(base: Bytes, target: Bytes, form: FloatFormat) -> bytes | None:
     """The target's delta against the base; None where it would be longer than the target."""
     before, after = elements(base, form), elements(target, form)
     rows = _delta_planes(form.itemsize)
-    space = _chunk_space(len(after), rows, form)
-    end = delta.encode(before, after, form.shift, form.mask, rows > 0, coder.family(), space)
+    held = _chunk_space(len(after), rows, form)
+    space = held.space
+    end = delta.encode(before, after, form.shift, form.mask, rows > 0, coder.family(), held)
     if end == BAD:
         return None
     written = coder.written(space.run, end)  # before planes are put, which takes the same memory
@@ -105,12 +107,19 @@ def encode_delta(base: Bytes, target: Bytes, form: FloatFormat) -> bytes | None:
     return b"".join([written, *(put_plane(plane[:size], _ZSTD_GAIN) for plane, size in planes)])
 
 
-def _chunk_space(count: int, rows: int, form: FloatFormat) -> ChunkSpace:
+_kept = threading.local()
+
+
+def _chunk_space(count: int, rows: int, form: FloatFormat) -> Held[ChunkSpace]:
     """To code so many elements with so many planes in: this thread's working memory."""
+    key = count, rows, form.itemsize
+    kept: tuple[Held[ChunkSpace], tuple[int, int, int]] | None = getattr(_kept, "space", None)
+    if kept and kept[1] == key:  # most chunks are as long as the one before
+        return kept[0]
     segments, sampled = count // UNIT + 1, min(count, MAX_SAMPLE)
     one_context = scratch("one context", segments, np.uint8)
     one_context[:] = 0
-    return ChunkSpace(
+    space = ChunkSpace(
         some=scratch("some", sampled, form.dtype),
         there=scratch("there", sampled, form.dtype),
         values=scratch("values", count, np.uint32),
@@ -123,6 +132,10 @@ def _chunk_space(count: int, rows: int, form: FloatFormat) -> ChunkSpace:
         one_context=one_context,
         run=coder.run_space(count, MAX_TABLES, HEAD + 8 + coder.head_bytes(1) + 6 * segments),
     )
+    held = Held(space)
+    if count * form.itemsize <= KEPT_CHUNK:
+        _kept.space = held, key
+    return held
 
 
 def sized(data: bytes) -> bytes:

@@ -34,7 +34,7 @@ from .constants import (
 )
 from .floats import aligned
 from .generic import ITEMSIZES
-from .scratch import scratch
+from .scratch import KEPT_CHUNK, scratch
 from .spaces import RowSpace
 from .tables import PRECISION, TOKENS
 from .ulp import FORMATS
@@ -216,12 +216,11 @@ def _decode_row(
 
 
 _kept = threading.local()
-_KEPT = 4 << 20  # bytes of a chunk: memory for longer ones is given back
 
 
-def _row_space(count: int, dtype: np.dtype[Any]) -> Held:
+def _row_space(count: int, dtype: np.dtype[Any]) -> Held[RowSpace]:
     """For chunks of at most so many elements: this thread's working memory."""
-    kept: tuple[Held, int, np.dtype[Any]] | None = getattr(_kept, "row_space", None)
+    kept: tuple[Held[RowSpace], int, np.dtype[Any]] | None = getattr(_kept, "row_space", None)
     if kept and kept[1] >= count and kept[2] == dtype:
         return kept[0]  # to make it takes as long as to decode a small tensor
     segments, is_wide = count // UNIT + 1, dtype.itemsize == 4
@@ -244,7 +243,7 @@ def _row_space(count: int, dtype: np.dtype[Any]) -> Held:
             shifts=scratch("shifts", is_wide << MOST_SHIFTS_LOG, np.uint32),
         )
     )
-    if count * dtype.itemsize <= _KEPT:
+    if count * dtype.itemsize <= KEPT_CHUNK:
         _kept.row_space = space, count, dtype
     return space
 

@@ -59,6 +59,7 @@ _space = types.NamedTuple(
 _a_table, _no_bytes = room(types.uint32, TOKENS), room(types.uint8, 0)
 _one_long, _settings, _rest = room(types.int64, 1), room(types.int64, 4), room(types.int64, 64)
 _slots, _states = room(types.uint32, 1 << PRECISION), room(types.uint32, 64)
+_ring = room(types.uint32, 256)
 _block_of_bytes, _block_of_numbers = room(types.uint8, BLOCK), room(types.uint32, BLOCK)
 
 
@@ -380,37 +381,11 @@ def log_span(direct_bits, value_bits):
     return 6 if value_bits <= 16 else 7
 
 
-@kernel(types.void(_numbers, _bytes, _i, _i, _words))
-def keys_of(values, contexts, direct_bits, span, keys):
-    """context << span | token of each value into keys (uint16)."""
-    done = simd.key_vectors(len(keys), values, contexts, keys, direct_bits, span)
-    for i in range(done, len(keys)):
-        keys[i] = np.int64(contexts[i]) << span | token_of(values[i], direct_bits)
-
-
-@kernel(types.void(_words, _numbers, _i))
-def add_keys(keys, counts, width):
-    """Add keys up in counts, WAYS rows of `width`.
-
-    Neighbours have counters of their own: adding to the one just written has to wait for it.
-    """
-    first, second = counts[:width], counts[width : 2 * width]
-    third, fourth = counts[2 * width : 3 * width], counts[3 * width : 4 * width]
-    whole = len(keys) & ~(WAYS - 1)
-    one = np.uint32(1)
-    for i in range(0, whole, WAYS):
-        first[keys[i]] += one
-        second[keys[i + 1]] += one
-        third[keys[i + 2]] += one
-        fourth[keys[i + 3]] += one
-    for i in range(whole, len(keys)):
-        first[keys[i]] += one
-
-
 @kernel(types.void(_bytes, _numbers, _i, _i, _words, _numbers, _tables))
 def count_tokens(contexts, values, direct_bits, span, keys, counts, total):
-    """How often each token comes in each context into total. Fills keys (see `keys_of`).
+    """How often each token comes in each context into total.
 
+    keys     uint16, written: context << span | token of each value
     counts   uint32[WAYS * ((tables << span) + APART)], scratch
     total    uint32[tables, TOKENS]
     """
@@ -418,11 +393,10 @@ def count_tokens(contexts, values, direct_bits, span, keys, counts, total):
     # compares the last 12 bits of addresses to find out whether a load must wait for a store.
     width = (len(total) << span) + APART
     counts[: WAYS * width] = 0
-    for first in range(0, len(values), BLOCK):
-        last = min(first + BLOCK, len(values))
-        part = keys[first:last]
-        keys_of(values[first:last], contexts[first:last], direct_bits, span, part)
-        add_keys(part, counts, width)
+    done = simd.count_vectors(values, contexts, keys, counts, width, direct_bits, span)
+    for i in range(done, len(keys)):
+        keys[i] = np.int64(contexts[i]) << span | token_of(values[i], direct_bits)
+        counts[keys[i]] += np.uint32(1)
     total[:] = 0
     for way in range(WAYS):
         row = counts[way * width : (way + 1) * width]
@@ -474,7 +448,7 @@ def _encode_scalar(words, at, table, keys, values, states, first, count, direct_
 
 @kernel(types.void(_tables, _i, _numbers))
 def fill_encoder_table(frequencies, span, table):
-    """uint32, 1 << span entries a context: frequency << 16 | start, by key (see `keys_of`)."""
+    """uint32, 1 << span entries a context: frequency << 16 | start, by key (see `count_tokens`)."""
     for c in range(len(frequencies)):
         start = 0
         for t in range(1 << span):
@@ -483,19 +457,12 @@ def fill_encoder_table(frequencies, span, table):
             start += frequency
 
 
-@kernel(types.void(_numbers, _words, _numbers))
-def look_up(table, keys, entries):
-    """table[keys] into entries, one by one: gathering them takes half as long again on Zen 4."""
-    for i in range(len(keys)):
-        entries[i] = simd.firm(table, np.int64(keys[i]))
-
-
 @kernel(_i(_words, _tables, _words, _numbers, _i, _i, _i, _i, _i, _numbers, _numbers))
 def encode_words(words, frequencies, keys, values, lanes, direct_bits, tail, span, precision, table, states):
     """Code the values into the end of `words` (3 a value, and WORDS_SPARE); where the words begin.
 
     frequencies  uint32[tables, TOKENS], each table adding up to 1 << precision
-    keys         uint16, one a value (see `keys_of`), of the values without their tails
+    keys         uint16, one a value (see `count_tokens`), of the values without their tails
     tail         how many low bits of each value are raw, whatever its token; none has more raw bits then
     table        uint32, tables << span, scratch
     states       uint32[64], the lanes' final states: what the decoder begins with
@@ -509,18 +476,13 @@ def encode_words(words, frequencies, keys, values, lanes, direct_bits, tail, spa
         words, at, table, keys, values, states, steps * lanes, count - steps * lanes, direct_bits, tail,
         span, precision,
     )  # fmt: skip
-    if lanes >= 16:
-        entries, stop = _block_of_numbers(), steps * lanes
-        while stop > 0:
-            first = (stop - 1) // BLOCK * BLOCK
-            look_up(table, keys[first:stop], entries)
-            part, turns = values[first:stop], (stop - first) // lanes
-            if lanes == 64:
-                at = simd.encode_64(words, entries, part, states, at, turns, direct, tail, precision)
-            else:
-                at = simd.encode_16(words, entries, part, states, at, turns, direct, tail, precision)
-            stop = first
-        return at
+    if lanes >= 16 and steps:
+        entries = _ring()
+        if lanes == 64:
+            return simd.encode_64(
+                words, table, keys, entries, values, states, at, steps, direct, tail, precision
+            )
+        return simd.encode_16(words, table, keys, entries, values, states, at, steps, direct, tail, precision)
     for step in range(steps - 1, -1, -1):
         at = _encode_scalar(
             words, at, table, keys, values, states, step * lanes, lanes, direct_bits, tail, span, precision

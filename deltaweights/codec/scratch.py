@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-_KEPT = 8 << 20  # bytes; longer arrays are given back
+KEPT_CHUNK = 4 << 20  # bytes of the chunks that arrays are kept for; deltas have no longer ones
+_KEPT = 2 * KEPT_CHUNK  # bytes; longer arrays are given back
 _LINE = 64  # bytes of a cache line: a vector that straddles two costs twice
 _local = threading.local()
 

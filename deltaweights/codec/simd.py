@@ -20,6 +20,7 @@ from numba.core import cgutils, types
 from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
+from .constants import WAYS
 from .vectors import (
     F32,
     I1,
@@ -38,11 +39,16 @@ from .vectors import (
     gather,
     int64,
     load,
+    load_one,
     prefetch,
     splat,
     store,
     vector_of,
 )
+
+#: How many vectors later keys are counted, and for how many steps entries are looked up: long enough for what
+#: was written to have arrived where it is read.
+_BEHIND, _RING = 4, 4
 
 
 class _Loop:
@@ -270,7 +276,7 @@ def _decode_step_tail(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
     loop.put([_take_bits(loop, v, slot >> 23, tail) for v, slot in enumerate(slots)], place)
 
 
-def _encode_step(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
+def _encode_step(loop: _WriteLoop, step: ir.Value, place: Callable[[int], ir.Value]) -> None:
     """The mirror image of decoding a step: raw bits last to first, then tokens last to first."""
     b = loop.b
     values = [load(b, I32, loop.values, place(v)) for v in loop.vectors]
@@ -287,7 +293,9 @@ def _encode_step(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
             _encode_raw(loop, values, second)
         _encode_raw(loop, [v >> s for v, s in zip(values, second, strict=True)], first)
     for v in reversed(loop.vectors):
-        _encode_token(loop, v, place(v), values[v] >> rest[v], inline[v])
+        entry = load(b, I32, loop.entries, b.add(loop.slot(step), int64(v * WIDTH)))
+        _encode_token(loop, v, entry, values[v] >> rest[v], inline[v])
+        loop.look_up(b.sub(step, int64(_RING - 1)), v)
 
 
 def _encode_raw(loop: _Loop, values: list[Vec], counts: list[Vec]) -> None:
@@ -299,10 +307,9 @@ def _encode_raw(loop: _Loop, values: list[Vec], counts: list[Vec]) -> None:
         loop.set(v, (state << count) | values[v].low(count))
 
 
-def _encode_token(loop: _Loop, v: int, place: ir.Value, value: Vec, inline: Vec) -> None:
+def _encode_token(loop: _Loop, v: int, entry: Vec, value: Vec, inline: Vec) -> None:
     """Put one token and its inline raw bits, the low ones of `value`, onto each lane of vector `v`."""
     b, state = loop.b, loop.get(v)
-    entry = load(b, I32, loop.entries, place)
     frequency, start = entry >> 16, entry & 65535
     room = Vec(b, state._lift(32)) - loop.bits - inline
     state = loop.spill(state, (state >> room) >= frequency)
@@ -338,7 +345,30 @@ def _place(loop: _Loop, step: ir.Value) -> Callable[[int], ir.Value]:
 class _WriteLoop(_Loop):
     """Encoding."""
 
-    names = ("words", "entries", "values", "states", "at", "steps", "direct", "tail", "precision")
+    names = ("words", "table", "keys", "entries", "values", "states", "at", "steps", "direct", "tail",
+             "precision")  # fmt: skip
+
+    def slot(self, step: ir.Value) -> ir.Value:
+        """Where in the ring a step's entries begin."""
+        return self.b.mul(self.b.and_(step, int64(_RING - 1)), int64(WIDTH * len(self.vectors)))
+
+    def look_up(self, step: ir.Value, v: int) -> None:
+        """Put vector `v` of a step's entries into the ring; of the first step's if there is no such step.
+
+        By loads of their own, which LLVM makes no gather of, and two a store, of which a processor makes one
+        at a time.
+        """
+        b = self.b
+        step = b.select(b.icmp_signed("<", step, int64(0)), int64(0), step)
+        first, into = b.mul(step, int64(WIDTH * len(self.vectors))), self.slot(step)
+
+        def entry(lane: int) -> ir.Value:
+            key = b.zext(load_one(b, self.keys, b.add(first, int64(lane)), I16), I64)
+            return b.zext(firm_load(b, address(b, self.table, key, I32), I32), I64)
+
+        for lane in range(v * WIDTH, (v + 1) * WIDTH, 2):
+            pair = b.or_(entry(lane), b.shl(entry(lane + 1), int64(32)))
+            b.store(pair, address(b, self.entries, b.add(into, int64(lane)), I32), align=4)
 
 
 def _make_decoder(
@@ -366,8 +396,12 @@ def _make_encoder(vectors: int) -> Any:
             loop.direct = builder.trunc(loop.direct, I32)
             loop.tail = splat(builder, builder.trunc(loop.tail, I32))
             last = builder.sub(loop.steps, int64(1))
+            for ahead in range(_RING - 1):
+                for v in loop.vectors:
+                    loop.look_up(builder.sub(last, int64(ahead)), v)
             with cgutils.for_range(builder, loop.steps) as turn:
-                _encode_step(loop, _place(loop, builder.sub(last, turn.index)))
+                step = builder.sub(last, turn.index)
+                _encode_step(loop, step, _place(loop, step))
             return loop.finish()
 
         return types.int64(*kinds), codegen
@@ -541,18 +575,57 @@ def _key_body(
     _store_as(builder, key, keys, at)
 
 
+@intrinsic
+def count_vectors(typingctx: Any, values: Any, contexts: Any, keys: Any, counts: Any, width: Any,
+                  direct_bits: Any, span: Any) -> Any:  # fmt: skip
+    """Keys (uint16, context << span | token) of whole vectors of values, and each key counted, in WAYS rows
+    of `width` (uint32); how many values were done.
+
+    Neighbours have counters of their own: adding to the one just written has to wait for it. Keys are counted
+    some vectors after they were written, so that the processor is busy with both.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kinds, data = signature.args[:4], []
+        for kind, value in zip(kinds, args[:4], strict=True):
+            data.append(context.make_array(kind)(context, builder, value))
+        pairs = [
+            (array.data, ir.IntType(kind.dtype.bitwidth)) for kind, array in zip(kinds, data, strict=True)
+        ]
+        (key_data, counter_data), size = (pairs[2][0], pairs[3][0]), int64(WIDTH)
+        steps = builder.udiv(cgutils.unpack_tuple(builder, data[2].shape)[0], size)
+
+        def count(step: ir.Value) -> None:
+            for lane in range(WIDTH):
+                place = builder.add(builder.mul(step, size), int64(lane))
+                key = builder.zext(load_one(builder, key_data, place, I16), I64)
+                key = builder.add(key, builder.mul(args[4], int64(lane % WAYS)))
+                found = load_one(builder, counter_data, key, I32)
+                more = builder.add(found, ir.Constant(I32, 1))
+                builder.store(more, address(builder, counter_data, key, I32), align=4)
+
+        with cgutils.for_range(builder, builder.add(steps, int64(_BEHIND))) as turn:
+            behind = builder.sub(turn.index, int64(_BEHIND))
+            with builder.if_then(builder.icmp_signed("<", turn.index, steps)):
+                at = builder.mul(turn.index, size)
+                _key_body(builder, vector_of(I32), at, *pairs[:3], *args[5:])
+            with builder.if_then(builder.icmp_signed(">=", behind, int64(0))):
+                count(behind)
+        return builder.mul(steps, size)
+
+    return types.int64(values, contexts, keys, counts, width, direct_bits, span), codegen
+
+
 # distance_vectors(count, base, target, values): see ulp.distance
 # restore_vectors(count, base, values, out): see ulp.restore
 # context_vectors(count, base, contexts, shift, mask, scales, log_segment, first, lowest, step, last):
 #     clamp((2 * exponent - scales[(first + i) >> log_segment] - lowest) >> step, 0, last), where
 #     segments begin at multiples of 64
 # move_vectors(count, base, values, moves, shift, mask): float32 |distance| * 2**exponent
-# key_vectors(count, values, contexts, keys, direct_bits, span): uint16 context << span | token
 distance_vectors = _elementwise(_distance_body, 3)
 restore_vectors = _elementwise(_restore_body, 3)
 context_vectors = _elementwise(_context_body, 10, 16)
 move_vectors = _elementwise(_move_body, 5, 32)
-key_vectors = _elementwise(_key_body, 5, 32)
 
 
 def _make_sift(merge: bool) -> Any:
@@ -697,17 +770,6 @@ def bits_set(typingctx: Any, value: Any) -> Any:
     return types.int64(types.uint32), codegen
 
 
-@intrinsic
-def firm(typingctx: Any, numbers: Any, at: Any) -> Any:
-    """`numbers[at]` of a uint32 array, by an instruction of its own: LLVM makes it part of no gather."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(numbers)(context, builder, args[0]).data
-        return firm_load(builder, address(builder, data, args[1], I32), I32)
-
-    return types.uint32(numbers, types.int64), codegen
-
-
 # decode_64(words, table, contexts, values, states, at, end, steps, precision, tail) -> at
 #
 #   words      uint16, readable up to 3 * 64 + 16 words past `end`
@@ -732,10 +794,13 @@ decode_floats_raw = _make_decoder(_decode_step_raw, _FloatLoop, 4)
 decode_floats = _make_decoder(_decode_step_wide, _FloatLoop, 4)
 decode_floats_direct = _make_decoder(_decode_step_direct, _FloatLoop, 4)
 
-# encode_64(words, entries, values, states, at, steps, direct, tail, precision) -> at: from the last step
-# to the first, writing words in front of `at`, where the caller leaves room for 3 words a value.
+# encode_64(words, table, keys, entries, values, states, at, steps, direct, tail, precision) -> at: from the
+# last step, of one or more, to the first, writing words in front of `at`, where the caller leaves room for 3
+# words a value.
 #
-#   entries    uint32, each value's frequency << 16 | start
+#   table      uint32, frequency << 16 | start by key
+#   keys       uint16, steps * 64
+#   entries    uint32[256], scratch: looked up some steps ahead, while the processor waits for vectors
 #   direct     values from this one on have an octave token and raw bits
 #   tail       how many raw bits all others have
 #   precision  10 or 11

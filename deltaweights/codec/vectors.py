@@ -167,6 +167,11 @@ def load(builder: ir.IRBuilder, element: ir.Type, base: ir.Value, index: ir.Valu
     return Vec(builder, loaded)
 
 
+def load_one(builder: ir.IRBuilder, base: ir.Value, index: ir.Value, element: ir.Type) -> ir.Value:
+    """`base[index]`."""
+    return builder.load(address(builder, base, index, element), typ=element, align=element.width // 8)
+
+
 def store(builder: ir.IRBuilder, vector: Vec, base: ir.Value, index: ir.Value) -> None:
     builder.store(vector.value, address(builder, base, index, I32), align=4)
 

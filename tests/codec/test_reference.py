@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaweights.codec import Method, drift, encode_chunk, floats, reference, ulp, window
+from deltaweights.codec.constants import APART, WAYS
 from deltaweights.codec.tables import (
     DIRECT_BITS,
     SCALES,
+    TOKENS,
     laplace_family,
     lead_of,
     raw_bits_of,
@@ -187,8 +189,10 @@ def test_tokens(value: int) -> None:
     assert lead_of(token) == value >> raw_bits_of(token)
     contexts, keys = np.zeros(17, np.uint8), np.empty(17, np.uint16)
     span = runs.log_span(DIRECT_BITS, 32)
-    runs.keys_of(np.full(17, value, np.uint32), contexts, DIRECT_BITS, span, keys)
+    counts, total = np.empty(WAYS * ((1 << span) + APART), np.uint32), np.empty((1, TOKENS), np.uint32)
+    runs.count_tokens(contexts, np.full(17, value, np.uint32), DIRECT_BITS, span, keys, counts, total)
     assert set(keys.tolist()) == {token}
+    assert total[0, token] == total.sum() == 17
 
 
 @given(st.lists(st.integers(0, 60_000), min_size=1, max_size=256), st.integers(8, 11))
