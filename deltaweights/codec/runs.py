@@ -408,17 +408,17 @@ def count_tokens(contexts, values, direct_bits, span, keys, counts, total):
 # ---------------------------------------------------------------------------------------- writing
 
 
-@kernel(_i(_words, _i, _numbers, _words, _numbers, _numbers, _i, _i, _i, _i, _i, _i))
-def _encode_scalar(words, at, table, keys, values, states, first, count, direct_bits, tail, span, precision):
+@kernel(_i(_words, _i, _numbers, _words, _numbers, _numbers, _i, _i, _i))
+def _encode_scalar(words, at, table, keys, values, states, first, count, precision):
     """One step of `count` lanes, values from `first`, in front of `at`; the new `at`.
 
     The mirror image of `_decode_scalar`: raw bits of the second pull, of the first, then tokens.
     """
-    inline, tokens = 16 - precision, (1 << span) - 1
+    inline = 16 - precision
     for pull in (2, 1):
         for lane in range(count - 1, -1, -1):
             value = np.int64(values[first + lane])
-            raw = raw_bits_of(np.int64(keys[first + lane]) & tokens, direct_bits) + tail
+            raw = (np.int64(table[keys[first + lane]]) >> 11) & 31
             rest = max(raw - inline, 0)
             width = min(rest, 16) if pull == 1 else max(rest - 16, 0)
             if width == 0:
@@ -431,11 +431,9 @@ def _encode_scalar(words, at, table, keys, values, states, first, count, direct_
             part = value >> (rest - width) if pull == 1 else value
             states[lane] = (state << width) | (part & ((1 << width) - 1))
     for lane in range(count - 1, -1, -1):
-        value, key = np.int64(values[first + lane]), np.int64(keys[first + lane])
-        raw = raw_bits_of(key & tokens, direct_bits) + tail
+        value, entry = np.int64(values[first + lane]), np.int64(table[keys[first + lane]])
+        frequency, raw, start = entry >> 16, (entry >> 11) & 31, entry & 2047
         width = min(raw, inline)
-        entry = np.int64(table[key])
-        frequency, start = entry >> 16, entry & 0xFFFF
         state = np.int64(states[lane])
         if state >> (32 - precision - width) >= frequency:
             at -= 1
@@ -446,14 +444,15 @@ def _encode_scalar(words, at, table, keys, values, states, first, count, direct_
     return at
 
 
-@kernel(types.void(_tables, _i, _numbers))
-def fill_encoder_table(frequencies, span, table):
-    """uint32, 1 << span entries a context: frequency << 16 | start, by key (see `count_tokens`)."""
+@kernel(types.void(_tables, _i, _i, _i, _numbers))
+def fill_encoder_table(frequencies, direct_bits, tail, span, table):
+    """uint32, 1 << span entries a context: frequency << 16 | raw bit count << 11 | start, by key (see
+    `count_tokens`)."""
     for c in range(len(frequencies)):
         start = 0
         for t in range(1 << span):
             frequency = np.int64(frequencies[c, t])
-            table[c << span | t] = frequency << 16 | start
+            table[c << span | t] = frequency << 16 | (raw_bits_of(t, direct_bits) + tail) << 11 | start
             start += frequency
 
 
@@ -468,25 +467,19 @@ def encode_words(words, frequencies, keys, values, lanes, direct_bits, tail, spa
     states       uint32[64], the lanes' final states: what the decoder begins with
     """
     at, count = len(words), len(values)
-    fill_encoder_table(frequencies, span, table)
+    fill_encoder_table(frequencies, direct_bits, tail, span, table)
     states[:lanes] = STATE_FLOOR
     steps = count // lanes
-    direct = 1 << direct_bits + tail
     at = _encode_scalar(
-        words, at, table, keys, values, states, steps * lanes, count - steps * lanes, direct_bits, tail,
-        span, precision,
-    )  # fmt: skip
+        words, at, table, keys, values, states, steps * lanes, count - steps * lanes, precision
+    )
     if lanes >= 16 and steps:
         entries = _ring()
         if lanes == 64:
-            return simd.encode_64(
-                words, table, keys, entries, values, states, at, steps, direct, tail, precision
-            )
-        return simd.encode_16(words, table, keys, entries, values, states, at, steps, direct, tail, precision)
+            return simd.encode_64(words, table, keys, entries, values, states, at, steps, precision)
+        return simd.encode_16(words, table, keys, entries, values, states, at, steps, precision)
     for step in range(steps - 1, -1, -1):
-        at = _encode_scalar(
-            words, at, table, keys, values, states, step * lanes, lanes, direct_bits, tail, span, precision
-        )
+        at = _encode_scalar(words, at, table, keys, values, states, step * lanes, lanes, precision)
     return at
 
 

@@ -280,10 +280,8 @@ def _encode_step(loop: _WriteLoop, step: ir.Value, place: Callable[[int], ir.Val
     """The mirror image of decoding a step: raw bits last to first, then tokens last to first."""
     b = loop.b
     values = [load(b, I32, loop.values, place(v)) for v in loop.vectors]
-    raws = []
-    for value in values:
-        wide = value >= loop.direct
-        raws.append(wide.choose(value.floor_log2() - 2, loop.tail))
+    entries = [load(b, I32, loop.entries, b.add(loop.slot(step), int64(v * WIDTH))) for v in loop.vectors]
+    raws = [(entry >> 11) & 31 for entry in entries]
     inline = [raw.at_most(loop.inline) for raw in raws]
     rest = [raw - i for raw, i in zip(raws, inline, strict=True)]
     with b.if_then(_any(loop, [r.nonzero() for r in rest]), likely=False):
@@ -293,8 +291,7 @@ def _encode_step(loop: _WriteLoop, step: ir.Value, place: Callable[[int], ir.Val
             _encode_raw(loop, values, second)
         _encode_raw(loop, [v >> s for v, s in zip(values, second, strict=True)], first)
     for v in reversed(loop.vectors):
-        entry = load(b, I32, loop.entries, b.add(loop.slot(step), int64(v * WIDTH)))
-        _encode_token(loop, v, entry, values[v] >> rest[v], inline[v])
+        _encode_token(loop, v, entries[v], values[v] >> rest[v], inline[v])
         loop.look_up(b.sub(step, int64(_RING - 1)), v)
 
 
@@ -304,16 +301,16 @@ def _encode_raw(loop: _Loop, values: list[Vec], counts: list[Vec]) -> None:
         sixteen = Vec(loop.b, state._lift(16))
         full = ((state >> 16) >> (sixteen - count)).nonzero()
         state = loop.spill(state, full)
-        loop.set(v, (state << count) | values[v].low(count))
+        loop.set(v, state.extended(values[v], count))
 
 
 def _encode_token(loop: _Loop, v: int, entry: Vec, value: Vec, inline: Vec) -> None:
     """Put one token and its inline raw bits, the low ones of `value`, onto each lane of vector `v`."""
     b, state = loop.b, loop.get(v)
-    frequency, start = entry >> 16, entry & 65535
+    frequency, start = entry >> 16, entry & 2047
     room = Vec(b, state._lift(32)) - loop.bits - inline
     state = loop.spill(state, (state >> room) >= frequency)
-    state = (state << inline) | value.low(inline)
+    state = state.extended(value, inline)
     # quotient << precision | remainder + start
     quotient = _underestimate(b, state, frequency)
     remainder = state - quotient * frequency
@@ -345,8 +342,7 @@ def _place(loop: _Loop, step: ir.Value) -> Callable[[int], ir.Value]:
 class _WriteLoop(_Loop):
     """Encoding."""
 
-    names = ("words", "table", "keys", "entries", "values", "states", "at", "steps", "direct", "tail",
-             "precision")  # fmt: skip
+    names = ("words", "table", "keys", "entries", "values", "states", "at", "steps", "precision")
 
     def slot(self, step: ir.Value) -> ir.Value:
         """Where in the ring a step's entries begin."""
@@ -393,8 +389,6 @@ def _make_encoder(vectors: int) -> Any:
     def typer(typingctx: Any, *kinds: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             loop = _WriteLoop(context, builder, signature, args, vectors)
-            loop.direct = builder.trunc(loop.direct, I32)
-            loop.tail = splat(builder, builder.trunc(loop.tail, I32))
             last = builder.sub(loop.steps, int64(1))
             for ahead in range(_RING - 1):
                 for v in loop.vectors:
@@ -794,15 +788,12 @@ decode_floats_raw = _make_decoder(_decode_step_raw, _FloatLoop, 4)
 decode_floats = _make_decoder(_decode_step_wide, _FloatLoop, 4)
 decode_floats_direct = _make_decoder(_decode_step_direct, _FloatLoop, 4)
 
-# encode_64(words, table, keys, entries, values, states, at, steps, direct, tail, precision) -> at: from the
-# last step, of one or more, to the first, writing words in front of `at`, where the caller leaves room for 3
-# words a value.
+# encode_64(words, table, keys, entries, values, states, at, steps, precision) -> at: from the last step, of
+# one or more, to the first, writing words in front of `at`, where the caller leaves room for 3 words a value.
 #
-#   table      uint32, frequency << 16 | start by key
+#   table      uint32, frequency << 16 | raw bit count << 11 | start by key
 #   keys       uint16, steps * 64
 #   entries    uint32[256], scratch: looked up some steps ahead, while the processor waits for vectors
-#   direct     values from this one on have an octave token and raw bits
-#   tail       how many raw bits all others have
 #   precision  10 or 11
 encode_64 = _make_encoder(4)
 encode_16 = _make_encoder(1)

@@ -103,10 +103,14 @@ class Vec:
         raised = self.negative().choose(0, self)
         return raised.at_most(last)
 
-    def low(self, count: Vec) -> Vec:
-        """The lowest `count` bits of each lane, `count` below 32."""
-        one = Vec(self.b, self._lift(1))
-        return self & ((one << count) - 1)
+    def extended(self, low: Vec, count: Vec) -> Vec:
+        """`self << count`, filled up with the lowest `count` bits of `low`; count is below 32."""
+        first = low._shifted_across("llvm.fshr.v16i32", low, count)  # rotated: those bits come first
+        return self._shifted_across("llvm.fshl.v16i32", first, count)
+
+    def _shifted_across(self, name: str, low: Vec, count: Vec) -> Vec:
+        kind = self.value.type
+        return Vec(self.b, call(self.b, name, kind, [(kind, part.value) for part in (self, low, count)]))
 
     def floor_log2(self) -> Vec:
         """The place of each lane's highest set bit (31 - leading zeros)."""
