@@ -122,6 +122,11 @@ def _base_models(value: object) -> tuple[str, ...]:
     return tuple(id for id in ids if re.fullmatch(r"[\w.-]+/[\w.-]+", id, re.ASCII))[:100]
 
 
+def prepare() -> None:
+    """Import what :func:`write_card` needs, which takes a moment, while other threads are at work."""
+    from huggingface_hub import ModelCardData  # noqa: F401
+
+
 def write_card(manifest: Manifest) -> bytes:
     """The delta's own model card, as Markdown with the Hub's front matter."""
     from huggingface_hub import ModelCardData  # ModelCard would import the Hub's client besides

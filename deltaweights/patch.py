@@ -25,8 +25,8 @@ from .pipeline import Buffers, Meter, ProgressCallback, Workers, batches
 from .target import ShardRecipe, Target, TensorRecipe, check_digest
 
 #: At least so many chunks of the base are compared with the delta before anything is written, and at least
-#: one of every tensor: a second's work on a disk.
-_SAMPLED_CHUNKS = 256
+#: one of every tensor: a moment's work, even where all of it takes a second.
+_SAMPLED_CHUNKS = 64
 
 #: Where a chunk's bytes go: its offset in the shard, the bytes.
 Sink = Callable[[int, memoryview], None]
@@ -218,8 +218,11 @@ def _check_chunks(
 
 
 def sample_chunks(recipes: list[TensorRecipe]) -> list[tuple[TensorRecipe, int]]:
-    """Chunks of every tensor, chosen at random, the same ones each time."""
+    """Chunks of every tensor, chosen at random, the same ones each time; where one is enough, the last, which
+    is the shortest."""
     per_tensor = max(1, -(-_SAMPLED_CHUNKS // max(1, len(recipes))))
+    if per_tensor == 1:
+        return [(recipe, recipe.plan.shared_count - 1) for recipe in recipes if recipe.plan.shared_count]
     choice = random.Random(0)  # noqa: S311
     return [
         (recipe, index)

@@ -64,7 +64,7 @@ class _Task(Generic[Result]):
 
 #: What is best for how many threads was measured on 2 and on 16 cores: docs/benchmarks.md, "Many cores".
 _FEW_THREADS, _MOST_THREADS = 2, 8
-_SMALL_BATCH_BYTES, _BATCH_BYTES = 1 << 20, 4 << 20
+_SMALL_BATCH_BYTES, _BATCH_BYTES = 2 << 20, 4 << 20
 
 
 class Workers:
