@@ -26,7 +26,7 @@ from .target import ShardRecipe, Target, TensorRecipe, check_digest
 
 #: At least so many chunks of the base are compared with the delta before anything is written, and at least
 #: one of every tensor: a moment's work, even where all of it takes a second.
-_SAMPLED_CHUNKS = 64
+_SAMPLED_CHUNKS = 128
 
 #: Where a chunk's bytes go: its offset in the shard, the bytes.
 Sink = Callable[[int, memoryview], None]
