@@ -22,7 +22,7 @@ _HEAD = struct.Struct("<BII")
 _ZSTD_LEVEL = 3
 _WINDOW = 1 << 23  # the longest window a frame may ask for: memory that zstd takes, however short the frame
 _PROBE = 1 << 14  # bytes that zstd is tried on before it gets the whole plane
-_ZSTD_GAIN = 0.99  # it is chosen where the probe stays below this part of the entropy
+ZSTD_GAIN = 0.99  # it is chosen where the probe stays below this part of the entropy
 _SHORT = 1 << 14  # bytes of a plane that takes longer to be spread over no memory than to be filled
 _NOISE = 7.92  # bits a byte above which coding a plane is not worth the time
 
@@ -36,7 +36,7 @@ class Plane(IntEnum):
     RANS = 3
 
 
-def put_plane(plane: Bytes, zstd_gain: float = _ZSTD_GAIN) -> bytes:
+def put_plane(plane: Bytes, zstd_gain: float = ZSTD_GAIN) -> bytes:
     """One plane, any length, as bytes that `get_planes` reads. zstd is chosen where it takes less than this
     part of what the entropy of single bytes promises."""
     kind, data = _code(plane, zstd_gain)

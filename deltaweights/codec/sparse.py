@@ -54,35 +54,30 @@ def encode_sparse(
     before, after = floats.elements(base, form), floats.elements(target, form)
     if _is_much(before, after, changed):
         return None
-    changes = _find_changes(before, after)
+    changes = _find_changes(before, after, form)
     if changes is None:
         return None
-    gaps, distances = changes
-    active = np.zeros(-(-len(before) // SUBSET_UNIT), np.uint8)
+    gaps, distances, active = changes.gaps, changes.distances, changes.active
     if quick and len(gaps) <= _QUICK * len(before):
-        head = _HEAD.pack(-1, 0, len(gaps))
-        return b"".join([head, put_plane(np.packbits(active)), *_put_exceptions(gaps, distances)])
-    places = np.cumsum(gaps.astype(np.int64) + 1) - 1
-    active[places // SUBSET_UNIT] = 1
+        head, none = _HEAD.pack(-1, 0, len(gaps)), np.zeros_like(active)
+        return b"".join([head, put_plane(np.packbits(none)), *_put_exceptions(gaps, distances)])
     if active.mean() > _ACTIVE:
         active[:] = 1
-    cutoff = _cutoff(before, places, active, form)
+    cutoff = _cutoff(before, changes, form)
     chosen = _chosen("chosen", before, before, cutoff, active, form)
     if len(chosen) > _MOST * len(before):
         return None
     wanted = _chosen("wanted", before, after, cutoff, active, form)
-    outside = ulp.exponent(before[places], form) > cutoff
     delta = b""
     if not np.array_equal(chosen, wanted):
         found = floats.encode_delta(chosen.view(np.uint8), wanted.view(np.uint8), form)
         if found is None:
             return None
         delta = found
-    gaps, distances = np.diff(places[outside], prepend=-1) - 1, distances[outside]
-    head = _HEAD.pack(cutoff, len(delta) > 0, len(gaps))
+    kept = subset.keep_outside(before, form.shift, form.mask, cutoff, gaps, distances)
+    head = _HEAD.pack(cutoff, len(delta) > 0, kept)
     marks = put_plane(np.packbits(active, bitorder="little"))
-    exceptions = _put_exceptions(gaps.astype(np.uint32), distances)
-    return b"".join([head, marks, *exceptions, delta])
+    return b"".join([head, marks, *_put_exceptions(gaps[:kept], distances[:kept]), delta])
 
 
 def _is_much(before: NDArray[Any], after: NDArray[Any], changed: int | None) -> bool:
@@ -93,24 +88,33 @@ def _is_much(before: NDArray[Any], after: NDArray[Any], changed: int | None) -> 
     return bool(np.count_nonzero(glance != there) > 1.2 * _FEW * len(glance))
 
 
-def _find_changes(
-    before: NDArray[Any], after: NDArray[Any]
-) -> tuple[NDArray[np.uint32], NDArray[Any]] | None:
-    """What changed: the gaps between places, and zigzagged distances, in this thread's working memory; None
-    where it is too much for a sparse chunk."""
-    most = int(_FEW * len(before))
+class _Changes(NamedTuple):
+    """What changed in a chunk, in this thread's working memory."""
+
+    gaps: NDArray[np.uint32]  # [m]: how many elements lie between a change and the one before
+    distances: NDArray[Any]  # [m]: zigzagged; uint32, or uint64 where elements have 64 bits
+    active: Bytes  # [units]: 1 where something changed
+    moved: NDArray[np.uint32]  # [mask + 1]: how many of each exponent did
+
+
+def _find_changes(before: NDArray[Any], after: NDArray[Any], form: FloatFormat) -> _Changes | None:
+    """What changed; None where it is too much for a sparse chunk."""
+    most, units = int(_FEW * len(before)), -(-len(before) // SUBSET_UNIT)
+    active, moved = np.zeros(units, np.uint8), np.zeros(form.mask + 1, np.uint32)
     if before.itemsize == 8:
         places = np.flatnonzero(before != after)
         if len(places) > most:
             return None
-        gaps = np.diff(places, prepend=-1) - 1
-        return gaps.astype(np.uint32), ulp.distance(before[places], after[places])
+        active[places // SUBSET_UNIT] = 1
+        moved += np.bincount(ulp.exponent(before[places], form), minlength=len(moved)).astype(np.uint32)
+        gaps = (np.diff(places, prepend=-1) - 1).astype(np.uint32)
+        return _Changes(gaps, ulp.distance(before[places], after[places]), active, moved)
     found = scratch("gaps", most, np.uint32), scratch("distances", most, np.uint32)
-    count = subset.find_changes(before, after, *found)
-    return None if count == BAD else (found[0][:count], found[1][:count])
+    count = subset.find_changes(before, after, form.shift, form.mask, *found, active, moved)
+    return None if count == BAD else _Changes(found[0][:count], found[1][:count], active, moved)
 
 
-def _cutoff(before: NDArray[Any], places: NDArray[np.int64], active: Bytes, form: FloatFormat) -> int:
+def _cutoff(before: NDArray[Any], changes: _Changes, form: FloatFormat) -> int:
     """The lowest exponent up to which to code all elements, the few changes above being exceptions.
 
     Coding an element that never moves costs next to nothing but time, so a slightly longer payload
@@ -119,14 +123,14 @@ def _cutoff(before: NDArray[Any], places: NDArray[np.int64], active: Bytes, form
     stride = 1 + (len(before) >> 16)
     four = np.empty((4, form.mask + 1), np.uint32)
     subset.count_exponents(before[::stride].copy(), form.shift, form.mask, four)
-    counts = four.sum(axis=0) * (stride * active.mean())
-    moved = np.bincount(ulp.exponent(before[places], form), minlength=form.mask + 1)
+    counts = four.sum(axis=0) * (stride * changes.active.mean())
+    moved = changes.moved.astype(np.int64)
     # What coding all elements up to each exponent costs, tables included.
     inside = np.cumsum(_place_bits(moved, counts) + _TABLE_BITS * (moved > 0)) + _DELTA_BITS
     above = moved.sum() - np.cumsum(moved)
     outside = _place_bits(above, counts.sum() - np.cumsum(counts) + above)
     total = inside + outside
-    full = float(inside[-1]) + (_VALUE_BITS - 2) * len(places)
+    full = float(inside[-1]) + (_VALUE_BITS - 2) * len(changes.gaps)
     # Element -1 stands for coding none.
     nothing = _place_bits(moved.sum(keepdims=True), counts.sum(keepdims=True))
     total, above = np.append(nothing, total), np.append(moved.sum(), above)

@@ -185,24 +185,47 @@ def count_changes(base, target):
 
 
 @kernel()
-def find_changes(base, target, gaps, distances):
+def find_changes(base, target, shift, mask, gaps, distances, active, moved):
     """Where target differs from base: how many times, or BAD for more often than there is room.
 
     base, target  unsigned[n], of at most 32 bits
     gaps          uint32[m], written: how many elements lie between a change and the one before
     distances     uint32[m], written: zigzagged
+    active        uint8[units], zeros before: 1 where an element of a unit differs
+    moved         uint32[mask + 1], zeros before: how many of each exponent of the base's do
     """
     top = 8 * base.itemsize - 1
     found, before = 0, np.int64(-1)
     for first in range(0, len(base), _AT_ONCE):
         differ = _differing(base, target, first)
+        if differ:
+            active[first // SUBSET_UNIT] = 1
         while differ:
             if found == len(gaps):
                 return BAD
             i = first + np.int64(simd.bit_length(differ & -differ)) - 1
+            old = np.int64(base[i])
             gaps[found] = i - before - 1
-            distances[found] = delta.distance(np.int64(base[i]), np.int64(target[i]), top)
+            distances[found] = delta.distance(old, np.int64(target[i]), top)
+            moved[(old >> shift) & mask] += np.uint32(1)
             before = i
             found += 1
             differ &= differ - np.uint32(1)
     return found
+
+
+@kernel()
+def keep_outside(base, shift, mask, cutoff, gaps, distances):
+    """Keep those changes whose element's exponent is above the cutoff: how many, the first ones now.
+
+    base              unsigned[n]
+    gaps, distances   uint32[m]: as of :func:`find_changes`
+    """
+    kept, place, before = 0, np.int64(-1), np.int64(-1)
+    for i in range(len(gaps)):
+        place += np.int64(gaps[i]) + 1
+        if ((np.int64(base[place]) >> shift) & mask) > cutoff:
+            gaps[kept], distances[kept] = place - before - 1, distances[i]
+            before = place
+            kept += 1
+    return kept

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaweights.codec import Method, drift, encode_chunk, floats, reference, ulp, window
-from deltaweights.codec.constants import APART, WAYS
+from deltaweights.codec.constants import APART, BAD, SUBSET_UNIT, WAYS
 from deltaweights.codec.tables import (
     DIRECT_BITS,
     SCALES,
@@ -132,7 +132,7 @@ def test_transforms(dtype: str) -> None:
 
 @given(
     dtype=st.sampled_from([dtype for dtype, form in FORMATS.items() if form.itemsize <= 4]),
-    count=st.integers(0, 200),
+    count=st.integers(0, 800),
     changed=st.integers(0, 40),
     seed=st.integers(0, 1 << 32),
 )
@@ -140,7 +140,6 @@ def test_transforms(dtype: str) -> None:
 def test_changes_by_place(dtype: str, count: int, changed: int, seed: int) -> None:
     """Found, restored and moved as NumPy does; and refused where there is no room or a place is beyond."""
     from deltaweights.codec.compiled import subset
-    from deltaweights.codec.constants import BAD
 
     form = FORMATS[dtype]
     base = noise(dtype, count, seed).view(form.dtype)
@@ -150,7 +149,12 @@ def test_changes_by_place(dtype: str, count: int, changed: int, seed: int) -> No
     base, target = base[order], target[order]
     places = np.flatnonzero(base != target)
     gaps, distances = (np.empty(len(places), np.uint32) for _ in range(2))
-    assert subset.find_changes(base, target, gaps, distances) == len(places)
+    active, moved = np.zeros(-(-count // SUBSET_UNIT), np.uint8), np.zeros(form.mask + 1, np.uint32)
+    rates = form.shift, form.mask
+    assert subset.find_changes(base, target, *rates, gaps, distances, active, moved) == len(places)
+    exponents = ulp.exponent(base[places], form)
+    assert np.flatnonzero(active).tolist() == sorted(set((places // SUBSET_UNIT).tolist()))
+    assert moved.tolist() == np.bincount(exponents, minlength=form.mask + 1).tolist()
     assert np.array_equal(np.cumsum(gaps.astype(np.int64) + 1) - 1, places)
     assert np.array_equal(distances, ulp.distance(base[places], target[places]))
 
@@ -164,7 +168,13 @@ def test_changes_by_place(dtype: str, count: int, changed: int, seed: int) -> No
     assert np.array_equal(found, places)
     assert np.array_equal(values, base[places])
     if len(places):
-        assert subset.find_changes(base, target, gaps[1:].copy(), distances[1:].copy()) == BAD
+        room = gaps[1:].copy(), distances[1:].copy(), active, moved
+        assert subset.find_changes(base, target, *rates, *room) == BAD
+        cutoff = int(exponents[seed % len(places)])
+        kept = subset.keep_outside(base, *rates, cutoff, found := gaps.copy(), values := distances.copy())
+        outside = exponents > cutoff
+        assert np.array_equal(np.cumsum(found[:kept].astype(np.int64) + 1) - 1, places[outside])
+        assert np.array_equal(values[:kept], distances[outside])
         short = base[: places[-1]].copy()
         assert not subset.move(short, gaps.copy(), distances.copy())
         assert np.array_equal(short, base[: places[-1]])
