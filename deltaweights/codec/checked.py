@@ -92,6 +92,8 @@ def _decode(
         method, nbytes = get_number(record, METHOD, 4), last - first  # the bytes behind a method are zero
         if nbytes <= XXH3_SHORT or len(data) > nbytes or method not in (SAME, DELTA, SPARSE, DRIFT):
             continue
+        if wide is not None and not _is_simple(method, data):
+            continue
         if xxh3(base_bytes[first:last]) != get_number(record, BEFORE, 8):
             continue
         before, result = base[start:end], out[start:end]
@@ -104,6 +106,33 @@ def _decode(
             is_right[c] = xxh3(out_bytes[first:last]) == get_number(record, AFTER, 8)
             right += is_right[c]
     return right == len(is_right) and at == len(coded)
+
+
+@kernel()
+def _is_simple(method, data):
+    """Whether a chunk of 32-bit elements has no plane by zstd, as far as can be seen: found out late, it
+    would have been decoded for nothing."""
+    at = 0
+    if method == DRIFT:
+        method, at = np.int64(data[1]) if len(data) > 1 else SAME, _section_end(data, DRIFT_HEAD)
+    if method == SPARSE and at != BAD:
+        if at + SPARSE_HEAD > len(data):
+            return False
+        follows, exceptions = data[at + 2], get_number(data, at + 3, 4)
+        at = _plane_end(data, at + SPARSE_HEAD)
+        for _ in range(2 if exceptions else 0):
+            at = _section_end(data, at)
+        method = DELTA if follows else SAME
+    if method == DELTA and at != BAD:
+        if at + HEAD > len(data):
+            return False
+        sections = 2 if data[at] else 1  # scales, values
+        at += HEAD
+        for _ in range(sections):
+            at = _section_end(data, at)
+        for _ in range(WIDE_PLANES):
+            at = _plane_end(data, at)
+    return at != BAD
 
 
 @kernel()
@@ -194,8 +223,8 @@ def _run_of(data, count, wide, family, space):
 
 @kernel(inline="always")
 def _section_end(data, at):
-    """Where the section at data[at] ends, which begins with its length, or BAD."""
-    if at + 4 > len(data) or at + 4 + get_number(data, at, 4) > len(data):
+    """Where the section at data[at] ends, which begins with its length, or BAD; BAD also from there."""
+    if at == BAD or at + 4 > len(data) or at + 4 + get_number(data, at, 4) > len(data):
         return BAD
     return at + 4 + get_number(data, at, 4)
 
@@ -225,6 +254,14 @@ def _plane_length(data, at):
     if at + _PLANE_HEAD > len(data) or at + _PLANE_HEAD + get_number(data, at + 5, 4) > len(data):
         return BAD
     return get_number(data, at + 1, 4)
+
+
+@kernel(inline="always")
+def _plane_end(data, at):
+    """Where the plane at data[at] ends; BAD where it is by zstd or does not fit, and from there."""
+    if at == BAD or _plane_length(data, at) == BAD or data[at] not in (RAW, FILL, RANS):
+        return BAD
+    return at + _PLANE_HEAD + get_number(data, at + 5, 4)
 
 
 @kernel()
