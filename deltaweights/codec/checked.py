@@ -90,7 +90,7 @@ def _decode(
         first, last = start * out.itemsize, end * out.itemsize
         is_right[c] = False
         method, nbytes = get_number(record, METHOD, 4), last - first  # the bytes behind a method are zero
-        if nbytes <= XXH3_SHORT or len(data) > nbytes or method not in (SAME, DELTA, SPARSE, DRIFT):
+        if nbytes <= XXH3_SHORT or method not in (SAME, DELTA, SPARSE, DRIFT):
             continue
         if wide is not None and not _is_simple(method, data):
             continue
@@ -111,7 +111,7 @@ def _decode(
 @kernel()
 def _is_simple(method, data):
     """Whether a chunk of 32-bit elements has no plane by zstd, as far as can be seen: found out late, it
-    would have been decoded for nothing."""
+    would have been decoded for nothing. (Its caller then brings it without: see :mod:`.plain`.)"""
     at = 0
     if method == DRIFT:
         method, at = np.int64(data[1]) if len(data) > 1 else SAME, _section_end(data, DRIFT_HEAD)

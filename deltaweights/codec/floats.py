@@ -48,7 +48,7 @@ from .constants import (
     UNIT,
     WIDE_PLANES,
 )
-from .planes import ZSTD_GAIN, get_planes, put_plane
+from .planes import get_planes, put_plane
 from .scratch import KEPT_CHUNK, scratch
 from .spaces import ChunkSpace, OpenDelta
 from .tables import BYTE_BITS, PRECISION
@@ -63,7 +63,6 @@ _WRONG = {
 }
 _no_planes = np.empty(SPARE, np.uint8)
 _TOKEN_BITS = 6.0  # what each token takes in an explicit table, about
-_WIDE_ZSTD_GAIN = 0.95  # planes of 32-bit elements: what makes up for decoding such chunks one at a time
 _GLANCE = 1 << 15  # elements whose bytes are counted to foresee a standalone size
 
 
@@ -103,9 +102,8 @@ def encode_delta(base: Bytes, target: Bytes, form: FloatFormat) -> bytes | None:
     written = coder.written(space.run, end)  # before planes are put, which takes the same memory
     if not rows:
         return written
-    planes = [plane[:size] for plane, size in zip(space.planes, space.sizes.tolist(), strict=False)]
-    gain = _WIDE_ZSTD_GAIN if form.itemsize == 4 else ZSTD_GAIN
-    return b"".join([written, *(put_plane(plane, gain) for plane in planes)])
+    planes = zip(space.planes, space.sizes.tolist(), strict=False)
+    return b"".join([written, *(put_plane(plane[:size]) for plane, size in planes)])
 
 
 _kept = threading.local()

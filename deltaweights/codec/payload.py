@@ -34,6 +34,7 @@ from .constants import (
 )
 from .floats import aligned
 from .generic import ITEMSIZES
+from .plain import without_zstd
 from .scratch import KEPT_CHUNK, scratch
 from .spaces import RowSpace
 from .tables import PRECISION, TOKENS
@@ -212,7 +213,20 @@ def _decode_row(
         table, coded, count, base, before, out, result, form.shift, form.mask,
         coder.family(), _row_space(longest // form.itemsize, form.dtype), is_right,
     )  # fmt: skip
-    return is_right, is_whole
+    if is_whole or form.itemsize < 4:
+        return is_right, is_whole
+    records = table.view(RECORD)
+    ends = np.cumsum(records["length"], dtype=np.int64).tolist()
+    for index in np.flatnonzero(~is_right).tolist():
+        record, end = records[index : index + 1].copy(), ends[index]
+        data = coded[end - int(record["length"][0]) : end]
+        plain = without_zstd(int(record["method"][0]), data, count)
+        if plain is not None:
+            chunk = slice(index * chunk_bytes, (index + 1) * chunk_bytes)
+            record["length"] = len(plain)
+            table = record.view(np.uint8)
+            is_right[index] = _decode_row(table, plain, base[chunk], dtype, out[chunk], chunk_bytes)[1]
+    return is_right, bool(is_right.all()) and ends[-1] == len(coded)
 
 
 _kept = threading.local()

@@ -22,7 +22,7 @@ _HEAD = struct.Struct("<BII")
 _ZSTD_LEVEL = 3
 _WINDOW = 1 << 23  # the longest window a frame may ask for: memory that zstd takes, however short the frame
 _PROBE = 1 << 14  # bytes that zstd is tried on before it gets the whole plane
-ZSTD_GAIN = 0.99  # it is chosen where the probe stays below this part of the entropy
+_ZSTD_GAIN = 0.99  # zstd is chosen where a probe of it stays below this part of the entropy
 _SHORT = 1 << 14  # bytes of a plane that takes longer to be spread over no memory than to be filled
 _NOISE = 7.92  # bits a byte above which coding a plane is not worth the time
 
@@ -36,14 +36,13 @@ class Plane(IntEnum):
     RANS = 3
 
 
-def put_plane(plane: Bytes, zstd_gain: float = ZSTD_GAIN) -> bytes:
-    """One plane, any length, as bytes that `get_planes` reads. zstd is chosen where it takes less than this
-    part of what the entropy of single bytes promises."""
-    kind, data = _code(plane, zstd_gain)
+def put_plane(plane: Bytes) -> bytes:
+    """One plane, any length, as bytes that `get_planes` reads."""
+    kind, data = _code(plane)
     return _HEAD.pack(kind, len(plane), len(data)) + data
 
 
-def _code(plane: Bytes, zstd_gain: float) -> tuple[Plane, bytes]:
+def _code(plane: Bytes) -> tuple[Plane, bytes]:
     if len(plane) == 0:
         return Plane.RAW, b""
     if not (plane != plane[0]).any():
@@ -54,7 +53,7 @@ def _code(plane: Bytes, zstd_gain: float) -> tuple[Plane, bytes]:
     estimate, entropy = _zstd_bits(plane), _entropy_bits(plane)
     if min(estimate, entropy) > _NOISE:
         return best
-    if estimate < zstd_gain * entropy:
+    if estimate < _ZSTD_GAIN * entropy:
         return _shorter(best, Plane.ZSTD, compress(plane))
     return _shorter(best, Plane.RANS, _rans(plane))
 
@@ -114,13 +113,28 @@ def get_planes(data: Bytes, count: int, limit: int) -> list[Bytes]:
 
 def take_plane(data: Bytes, limit: int) -> tuple[Bytes, Bytes]:
     """(the plane that data begins with, what follows); it may have at most `limit` bytes."""
+    kind, size, stored, rest = _split(data, limit)
+    return _decode(kind, stored, size), rest
+
+
+def take_without_zstd(data: Bytes, limit: int) -> tuple[Bytes, Bytes]:
+    """The same, but the plane as it was written, head included; or, if by zstd, as if it had been stored."""
+    kind, size, stored, rest = _split(data, limit)
+    if kind != Plane.ZSTD:
+        return data[: len(data) - len(rest)], rest
+    head = np.frombuffer(_HEAD.pack(Plane.RAW, size, size), np.uint8)
+    return np.concatenate([head, expand(stored, size)]), rest
+
+
+def _split(data: Bytes, limit: int) -> tuple[int, int, Bytes, Bytes]:
+    """(kind, size, the stored bytes of the plane that data begins with, what follows)"""
     if len(data) < _HEAD.size:
         raise PayloadError("the payload ends inside a plane's head")
     kind, size, stored = _HEAD.unpack(data[: _HEAD.size].tobytes())
     data = data[_HEAD.size :]
     if size > limit or stored > len(data):
         raise PayloadError("a plane in the payload does not fit")
-    return _decode(kind, data[:stored], size), data[stored:]
+    return kind, size, data[:stored], data[stored:]
 
 
 def _decode(kind: int, data: Bytes, size: int) -> Bytes:

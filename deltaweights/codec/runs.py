@@ -721,13 +721,16 @@ def ended_well(words, at, lanes, states):
 def open_run(data, members, family, direct_bits, frequencies, slots, states, settings, words):
     """Read all of a run but its values; how many of `words` are written, or BAD where it cannot be one.
 
-    words        uint16[len(data) // 2 + GUARD], scratch; the others as in :func:`open_head`
+    words        uint16, scratch; the others as in :func:`open_head`. A run of more than len(words) - GUARD
+                 words is none
     """
     start = open_head(data, members, family, direct_bits, frequencies, slots, states, settings)
     if start == BAD:
         return BAD
     body = data[start:]
     count = len(body) >> 1
+    if count + GUARD > len(words):
+        return BAD
     for i in range(count):
         words[i] = np.int64(body[2 * i]) | np.int64(body[2 * i + 1]) << 8
     words[count : count + GUARD] = 0
