@@ -153,20 +153,20 @@ def drift(base, shifts, shift, mask, out):
             moved = shifts[(base[i] >> place) & last]
             out[i] = base[i] + (moved if base[i] & exponents else np.uint32(0))
         return
-    none, first = np.uint32(0), shifts[0]
+    none, first, before, after = np.uint32(0), shifts[0], base[: len(out)], out[: len(base)]
     a, b, c, d = starts[0], starts[1], starts[2], starts[3]
     at_a, at_b, at_c, at_d = steps[0], steps[1], steps[2], steps[3]
-    for i in range(len(base)):
-        stretch = (base[i] >> place) & last
+    for i in range(len(before)):
+        stretch = np.uint32(before[i] >> place) & last
         moved = first + (at_a if stretch >= a else none) + (at_b if stretch >= b else none)
         moved += (at_c if stretch >= c else none) + (at_d if stretch >= d else none)
-        out[i] = base[i] + (moved if base[i] & exponents else none)
+        after[i] = np.uint32(before[i] + (np.uint32(moved) if before[i] & exponents else none))
 
 
 @kernel()
 def _find_steps(shifts, starts, steps):
     """Where shifts differ from those before, and by how much; False where that is more often than there is
-    room. (Decay makes few steps, and to compare with each is three times as fast as to look shifts up.)
+    room. (Decay makes few steps, and to compare with each is half as fast again as to look shifts up.)
 
     starts, steps   uint32[_FEW], written; beyond the last, starts that no stretch has
     """
