@@ -166,7 +166,7 @@ def drift(base, shifts, shift, mask, out):
 @kernel()
 def _find_steps(shifts, starts, steps):
     """Where shifts differ from those before, and by how much; False where that is more often than there is
-    room. (Decay makes few steps, and to compare with each is half as fast again as to look shifts up.)
+    room. (Decay makes few steps: to compare with each takes two thirds of the time that looking up takes.)
 
     starts, steps   uint32[_FEW], written; beyond the last, starts that no stretch has
     """
