@@ -370,8 +370,8 @@ class _DeltaWriter:
         self._passing = _read_in_order(by_shard, self._old)
         with ThreadPoolExecutor(1) as aside:
             try:
-                aside.submit(card.prepare)
                 digesting = aside.submit(self._digest_base)
+                aside.submit(card.prepare)
                 shards, entries = self._write_shards(by_shard)
                 digests = result_of(digesting)
                 base_files = self._base_records(digests, known)

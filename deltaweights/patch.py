@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from .chain import Deltas, links, listed, open_chain
 from .checkpoint import Location, OutputFolder, Readable, local_path, sha256_of
+from .codec import ChunkPlan
 from .errors import DeltaError, OutputError
 from .license import landing_place, text_records
 from .manifest import Manifest, TargetFile
@@ -25,8 +26,8 @@ from .pipeline import Buffers, Meter, ProgressCallback, Workers, batches
 from .target import ShardRecipe, Target, TensorRecipe, check_digest
 
 #: At least so many chunks of the base are compared with the delta before anything is written, and at least
-#: one of every tensor: a moment's work, even where all of it takes a second.
-_SAMPLED_CHUNKS = 128
+#: one of every tensor, of at least this part of a whole chunk's length.
+_SAMPLED_CHUNKS, _ENOUGH = 128, 16
 
 #: Where a chunk's bytes go: its offset in the shard, the bytes.
 Sink = Callable[[int, memoryview], None]
@@ -218,19 +219,18 @@ def _check_chunks(
 
 
 def sample_chunks(recipes: list[TensorRecipe]) -> list[tuple[TensorRecipe, int]]:
-    """Chunks of every tensor, chosen at random, the same ones each time; where one is enough, the last, which
-    is the shortest."""
+    """Chunks of every tensor, chosen at random, the same ones each time. Where one is enough it is the last,
+    the shortest, unless that is so short that it might be alike in many a checkpoint."""
     per_tensor = max(1, -(-_SAMPLED_CHUNKS // max(1, len(recipes))))
-    if per_tensor == 1:
-        return [(recipe, recipe.plan.shared_count - 1) for recipe in recipes if recipe.plan.shared_count]
     choice = random.Random(0)  # noqa: S311
-    return [
-        (recipe, index)
-        for recipe in recipes
-        for index in sorted(
-            choice.sample(range(recipe.plan.shared_count), min(per_tensor, recipe.plan.shared_count))
-        )
-    ]
+    return [(recipe, index) for recipe in recipes for index in _sample_of(recipe.plan, per_tensor, choice)]
+
+
+def _sample_of(plan: ChunkPlan, most: int, choice: random.Random) -> list[int]:
+    last = plan.shared_count - 1
+    if most == 1 and last >= 0 and plan.length(last, last + 1) >= plan.chunk_bytes // _ENOUGH:
+        return [last]
+    return sorted(choice.sample(range(last + 1), min(most, last + 1)))
 
 
 def _write_all(

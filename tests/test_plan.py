@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from typer.testing import CliRunner, Result
 from deltaweights import CheckpointError, DeltaError, apply_delta, make_delta, plan_apply
 from deltaweights.checkpoint.source import HEAD_BYTES
 from deltaweights.cli import _duration, _rate, app
+from deltaweights.codec import ChunkPlan
+from deltaweights.patch import sample_chunks
 
 from .checkpoints import bf16, contents, weights, write_safetensors
 from .conftest import Trio
@@ -357,3 +360,18 @@ def test_rates_are_for_people() -> None:
         "2.5 Gbit/s",
         "10 Tbit/s",
     ]
+
+
+def test_of_many_tensors_the_last_chunk_is_sampled_unless_it_is_short() -> None:
+    lengths = [4096 * 9 + 4, 4096 * 9 + 255, 4096 * 9 + 256, 4096 * 9, 4, 0] * 30
+    recipes: list[Any] = [SimpleNamespace(plan=ChunkPlan(nbytes, nbytes, 4096)) for nbytes in lengths]
+    found = {id(recipe): index for recipe, index in sample_chunks(recipes)}
+    assert len(found) == 150
+    for recipe, nbytes in zip(recipes, lengths, strict=True):
+        index, last = found.get(id(recipe)), recipe.plan.shared_count - 1
+        if nbytes % 4096 in (0, 256) and nbytes:
+            assert index == last
+    short = [
+        found[id(recipe)] for recipe, nbytes in zip(recipes, lengths, strict=True) if nbytes % 4096 == 255
+    ]
+    assert len(set(short)) > 3

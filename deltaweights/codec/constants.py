@@ -11,6 +11,7 @@ STATE_FLOOR = 1 << 16  # a lane's state lies in [2**16, 2**32) between values
 BLOCK = 4096  # values worked at a time, so that all they need stays in the first-level cache
 BAD = -1  # what the readers return for a run that no encoder wrote
 WAYS, APART = 4, 48  # sets of counters of tokens, and the room between them
+RING = 4  # steps that entries are looked up for while one is encoded: a power of two
 # settings of a run: int64[4]. DIRECT: no token has raw bits but for the TAIL that all have.
 LANES, BITS, DIRECT, TAIL = 0, 1, 2, 3
 

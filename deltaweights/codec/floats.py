@@ -49,7 +49,7 @@ from .constants import (
     WIDE_PLANES,
 )
 from .planes import get_planes, put_plane
-from .scratch import KEPT_CHUNK, scratch
+from .scratch import KEPT, scratch
 from .spaces import ChunkSpace, OpenDelta
 from .tables import BYTE_BITS, PRECISION
 from .ulp import FloatFormat
@@ -132,7 +132,7 @@ def _chunk_space(count: int, rows: int, form: FloatFormat) -> Held[ChunkSpace]:
         run=coder.run_space(count, MAX_TABLES, HEAD + 8 + coder.head_bytes(1) + 6 * segments),
     )
     held = Held(space)
-    if count * form.itemsize <= KEPT_CHUNK:
+    if space.run.words.nbytes <= KEPT:  # the longest
         _kept.space = held, key
     return held
 

@@ -35,7 +35,7 @@ from .constants import (
 from .floats import aligned
 from .generic import ITEMSIZES
 from .plain import without_zstd
-from .scratch import KEPT_CHUNK, scratch
+from .scratch import KEPT, scratch
 from .spaces import RowSpace
 from .tables import PRECISION, TOKENS
 from .ulp import FORMATS
@@ -234,8 +234,8 @@ _kept = threading.local()
 
 def _row_space(count: int, dtype: np.dtype[Any]) -> Held[RowSpace]:
     """For chunks of at most so many elements: this thread's working memory."""
-    kept: tuple[Held[RowSpace], int, np.dtype[Any]] | None = getattr(_kept, "row_space", None)
-    if kept and kept[1] >= count and kept[2] == dtype:
+    kept: tuple[Held[RowSpace], int] | None = _kept.__dict__.get(dtype.str)
+    if kept and kept[1] >= count:
         return kept[0]  # to make it takes as long as to decode a small tensor
     segments, is_wide = count // UNIT + 1, dtype.itemsize == 4
     space = Held(
@@ -257,8 +257,8 @@ def _row_space(count: int, dtype: np.dtype[Any]) -> Held[RowSpace]:
             shifts=scratch("shifts", is_wide << MOST_SHIFTS_LOG, np.uint32),
         )
     )
-    if count * dtype.itemsize <= KEPT_CHUNK:
-        _kept.row_space = space, count, dtype
+    if count * dtype.itemsize <= KEPT // 2:  # the longest is little longer
+        _kept.__dict__[dtype.str] = space, count
     return space
 
 

@@ -31,6 +31,7 @@ from .constants import (
     FIRST,
     GUARD,
     LANES,
+    RING,
     STATE_FLOOR,
     TAIL,
     TWEAK,
@@ -59,7 +60,7 @@ _space = types.NamedTuple(
 _a_table, _no_bytes = room(types.uint32, TOKENS), room(types.uint8, 0)
 _one_long, _settings, _rest = room(types.int64, 1), room(types.int64, 4), room(types.int64, 64)
 _slots, _states = room(types.uint32, 1 << PRECISION), room(types.uint32, 64)
-_ring = room(types.uint32, 256)
+_ring = room(types.uint32, RING * 64)
 _block_of_bytes, _block_of_numbers = room(types.uint8, BLOCK), room(types.uint32, BLOCK)
 
 

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-KEPT_CHUNK = 4 << 20  # bytes of the chunks that arrays are kept for; deltas have no longer ones
-_KEPT = 2 * KEPT_CHUNK  # bytes; longer arrays are given back
+KEPT = 8 << 20  # bytes; longer arrays are given back
 _LINE = 64  # bytes of a cache line: a vector that straddles two costs twice
 _local = threading.local()
 
@@ -21,7 +20,7 @@ _local = threading.local()
 def scratch(name: str, count: int, dtype: DTypeLike) -> NDArray[Any]:
     """`count` elements of any content, valid until this thread next asks for `name`."""
     size = count * np.dtype(dtype).itemsize
-    if size > _KEPT:
+    if size > KEPT:
         return _aligned(size).view(dtype)
     store: dict[str, NDArray[np.uint8]] = _local.__dict__
     room = store.get(name)

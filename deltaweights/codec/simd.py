@@ -20,7 +20,7 @@ from numba.core import cgutils, types
 from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
-from .constants import WAYS
+from .constants import RING, WAYS
 from .vectors import (
     F32,
     I1,
@@ -46,9 +46,8 @@ from .vectors import (
     vector_of,
 )
 
-#: How many vectors later keys are counted, and for how many steps entries are looked up: long enough for what
-#: was written to have arrived where it is read.
-_BEHIND, _RING = 4, 4
+#: How many vectors after they were written keys are counted: what was written has to have arrived.
+_BEHIND = 4
 
 
 class _Loop:
@@ -292,7 +291,7 @@ def _encode_step(loop: _WriteLoop, step: ir.Value, place: Callable[[int], ir.Val
         _encode_raw(loop, [v >> s for v, s in zip(values, second, strict=True)], first)
     for v in reversed(loop.vectors):
         _encode_token(loop, v, entries[v], values[v] >> rest[v], inline[v])
-        loop.look_up(b.sub(step, int64(_RING - 1)), v)
+        loop.look_up(b.sub(step, int64(RING - 1)), v)
 
 
 def _encode_raw(loop: _Loop, values: list[Vec], counts: list[Vec]) -> None:
@@ -346,7 +345,7 @@ class _WriteLoop(_Loop):
 
     def slot(self, step: ir.Value) -> ir.Value:
         """Where in the ring a step's entries begin."""
-        return self.b.mul(self.b.and_(step, int64(_RING - 1)), int64(WIDTH * len(self.vectors)))
+        return self.b.mul(self.b.and_(step, int64(RING - 1)), int64(WIDTH * len(self.vectors)))
 
     def look_up(self, step: ir.Value, v: int) -> None:
         """Put vector `v` of a step's entries into the ring; of the first step's if there is no such step.
@@ -390,7 +389,7 @@ def _make_encoder(vectors: int) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             loop = _WriteLoop(context, builder, signature, args, vectors)
             last = builder.sub(loop.steps, int64(1))
-            for ahead in range(_RING - 1):
+            for ahead in range(RING - 1):
                 for v in loop.vectors:
                     loop.look_up(builder.sub(last, int64(ahead)), v)
             with cgutils.for_range(builder, loop.steps) as turn:
@@ -793,7 +792,7 @@ decode_floats_direct = _make_decoder(_decode_step_direct, _FloatLoop, 4)
 #
 #   table      uint32, frequency << 16 | raw bit count << 11 | start by key
 #   keys       uint16, steps * 64
-#   entries    uint32[256], scratch: looked up some steps ahead, while the processor waits for vectors
+#   entries    uint32[RING * 64], scratch: looked up some steps ahead, while the processor waits for vectors
 #   precision  10 or 11
 encode_64 = _make_encoder(4)
 encode_16 = _make_encoder(1)

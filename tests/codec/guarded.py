@@ -23,6 +23,7 @@ from deltaweights.codec import (
     encode,
     encode_chunk,
 )
+from deltaweights.codec import payload as payload_module
 from deltaweights.codec.ulp import FORMATS
 from deltaweights.errors import PayloadError
 
@@ -95,6 +96,7 @@ def _decode_rows(base: Bytes, target: Bytes, dtype: str, rng: np.random.Generato
     damages = (np.frombuffer(damaged(data.tobytes(), rng), np.uint8) for _ in range(_DAMAGES))
     for part in (data, *(damages if len(data) else ())):
         record["length"], out = len(part), np.empty_like(target)
+        payload_module._kept.__dict__.clear()  # working memory just as long as this chunk needs
         if decode_row(record, part, base, dtype, out, CHUNK_BYTES)[0]:
             assert np.array_equal(out, target)
 
