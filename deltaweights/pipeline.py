@@ -62,7 +62,8 @@ class _Task(Generic[Result]):
         return result_of(self.future)
 
 
-#: What is best for how many threads was measured on 2 and on 16 cores: docs/benchmarks.md, "Many cores".
+#: What is best for how many threads was measured on 16 cores (docs/benchmarks.md, "Many cores") and on 2
+#: (docs/codec.md, "What pays, what does not").
 _FEW_THREADS, _MOST_THREADS = 2, 8
 _SMALL_BATCH_BYTES, _BATCH_BYTES = 2 << 20, 4 << 20
 
