@@ -213,20 +213,33 @@ def _decode_row(
         table, coded, count, base, before, out, result, form.shift, form.mask,
         coder.family(), _row_space(longest // form.itemsize, form.dtype), is_right,
     )  # fmt: skip
-    if is_whole or form.itemsize < 4:
-        return is_right, is_whole
+    if not is_whole and form.itemsize == 4:
+        is_whole = _decode_without_zstd(table, coded, base, dtype, out, chunk_bytes, is_right)
+    return is_right, is_whole
+
+
+def _decode_without_zstd(
+    table: NDArray[np.uint8],
+    coded: NDArray[np.uint8],
+    base: NDArray[np.uint8],
+    dtype: str,
+    out: NDArray[np.uint8],
+    chunk_bytes: int,
+    is_right: NDArray[np.bool_],
+) -> bool:
+    """Decode those chunks of a row of 32-bit elements that are left because planes are by zstd. Returns
+    whether all of the row is done and was needed."""
     records = table.view(RECORD)
     ends = np.cumsum(records["length"], dtype=np.int64).tolist()
     for index in np.flatnonzero(~is_right).tolist():
         record, end = records[index : index + 1].copy(), ends[index]
         data = coded[end - int(record["length"][0]) : end]
-        plain = without_zstd(int(record["method"][0]), data, count)
+        plain = without_zstd(int(record["method"][0]), data, chunk_bytes // 4)
         if plain is not None:
             chunk = slice(index * chunk_bytes, (index + 1) * chunk_bytes)
             record["length"] = len(plain)
-            table = record.view(np.uint8)
-            is_right[index] = _decode_row(table, plain, base[chunk], dtype, out[chunk], chunk_bytes)[1]
-    return is_right, bool(is_right.all()) and ends[-1] == len(coded)
+            is_right[index] = decode_row(record, plain, base[chunk], dtype, out[chunk], chunk_bytes)[0]
+    return bool(is_right.all()) and ends[-1] == len(coded)
 
 
 _kept = threading.local()
