@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from deltaweights import Manifest, __version__, make_delta
 from deltaweights.cli import app
-from deltaweights.codec import store
+from deltaweights.codec import jit
 
 from .checkpoints import contents
 from .conftest import Trio
@@ -108,7 +108,7 @@ def test_quiet_says_nothing_of_compiling_either(
     trio: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def compile_then_diff(*arguments: object, **options: object) -> Manifest:
-        store._announce.__wrapped__()
+        jit._announce.__wrapped__()
         return make_delta(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr("deltaweights.diff.make_delta", compile_then_diff)

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from ..errors import PayloadError
 from .compiled import runs
 from .constants import APART, BAD, FIRST, GUARD, MAX_ROWS, WAYS, WORDS_SPARE
+from .library import prebuilt
 from .scratch import scratch
 from .spaces import RunSpace
-from .store import kept
 from .tables import DIRECT_BITS, SCALES, TOKENS, laplace_family
 
 Bytes = NDArray[np.uint8]
@@ -28,7 +28,10 @@ _TABLE_BYTES = 2 + (33 + 3) * TOKENS // 8 + 1
 @cache
 def family() -> NDArray[np.uint32]:
     """The family of distributions, uint32[SCALES, TOKENS], which takes longer to compute than to read."""
-    stored = kept("family", lambda: laplace_family().tobytes())
+    library = prebuilt()
+    if library is None:
+        return laplace_family()
+    stored = library.family(SCALES * TOKENS * np.dtype(np.uint32).itemsize)
     return np.frombuffer(stored, np.uint32).reshape(SCALES, TOKENS)
 
 

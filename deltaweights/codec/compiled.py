@@ -1,8 +1,7 @@
-"""The door to the compiled kernels: `delta.measure(...)` calls kernel `measure` of module `delta`.
+"""The door to the compiled kernels: `delta.encode(...)` calls kernel `encode` of :mod:`.kernels.delta`.
 
-A kernel is compiled once for each set of types that it is called with, and kept on disk (:mod:`.store`) as an
-object file. LLVM loads that in milliseconds; Numba, whose import alone takes many of them, is needed only
-where one is missing.
+Its machine code comes from the prebuilt library (:mod:`.library`), or is compiled when it is first called for
+each set of types (:mod:`.jit`) where there is no such library, or it lacks the kernel.
 """
 
 from __future__ import annotations
@@ -11,16 +10,16 @@ import ctypes
 import os
 import re
 import threading
-from functools import cache
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from .store import ENTRY, object_code
+from . import library
 
 __all__ = ["Held", "Kernel", "Kernels", "alone", "checked", "delta", "runs", "subset"]
 
 _RESULTS: dict[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_double, "b": ctypes.c_bool, "n": None}
+_HEAD = object.__basicsize__  # what every Python object begins with
 _loading = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a child that began while another thread loads would wait for ever
     os.register_at_fork(
@@ -49,7 +48,7 @@ def _flatten(arguments: tuple[Any, ...], kinds: list[Any], flat: list[Any]) -> N
             if not argument.flags.c_contiguous:
                 raise ValueError("kernels take contiguous arrays")
             kinds += argument.dtype, argument.ndim
-            flat.append(id(argument))  # its place in memory
+            flat.append(id(argument) + _HEAD)  # where NumPy's own part of it begins in memory
             continue
         if isinstance(argument, Held):
             kinds += argument.kinds
@@ -107,8 +106,8 @@ class Kernel:
         with _loading:
             if key not in self._loaded:
                 kinds = [_kind_of(argument) for argument in arguments]
-                result, code = object_code(self._module, self._name, kinds)
-                self._loaded[key] = _function(code, kinds), _RESULTS[result]
+                found = _found(self._module, self._name, kinds)
+                self._loaded[key] = _function(found.address, kinds), _RESULTS[found.result]
             return self._loaded[key]
 
 
@@ -116,7 +115,7 @@ alone, checked, delta, runs, subset = map(Kernels, ("alone", "checked", "delta",
 
 
 def _kind_of(argument: Any) -> str:
-    """What :mod:`.build` calls an argument."""
+    """What :mod:`.build.signatures` calls an argument."""
     if isinstance(argument, Held):
         return _kind_of(argument.space)
     if isinstance(argument, tuple):
@@ -130,25 +129,19 @@ def _kind_of(argument: Any) -> str:
     return "f" if isinstance(argument, float) else "i"
 
 
-def _function(code: bytes, kinds: list[str]) -> Any:
-    """Object code as a function, part of the process from now on."""
-    import llvmlite.binding as llvm  # takes as long as NumPy: `--help` need not wait for it
+def _found(module: str, name: str, kinds: list[str]) -> library.Found:
+    """A kernel's address: from the library, else compiled now."""
+    found = (prebuilt := library.prebuilt()) and prebuilt.find(module, name, kinds)
+    if found is None:
+        from . import jit
 
+        found = jit.compiled(module, name, kinds)
+    return found
+
+
+def _function(address: int, kinds: list[str]) -> Any:
+    """A function of C, to be called from Python."""
     scalars = {"i": ctypes.c_int64, "f": ctypes.c_double, "b": ctypes.c_int64}
     leaves = (leaf for kind in kinds for leaf in re.findall(r"[\w.]+(?!\w*\()", kind))
     types: list[Any] = [scalars.get(leaf, ctypes.c_void_p) for leaf in leaves]
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target().create_target_machine())
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-    engine.finalize_object()
-    address = engine.get_function_address(ENTRY)
-    engine.detach()  # never freed: another thread may be in it when the process ends
     return ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, *types)(address)
-
-
-@cache
-def _target() -> Any:
-    import llvmlite.binding as llvm
-
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    return llvm.Target.from_default_triple()

@@ -1,18 +1,25 @@
-"""How kernels come into a process: from disk without Numba, compiled where they are missing or damaged."""
+"""How kernels are called, and how they come into a process: from the prebuilt library, or compiled."""
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from deltaweights import codec
-from deltaweights.codec import compiled, store
+from deltaweights import DeltaWeightsError, codec
+from deltaweights.codec import compiled, jit, library
+from deltaweights.codec.build.signatures import signatures
+from deltaweights.codec.processor import LEVELS, platform, x86_levels
+
+_CODEC = Path(codec.__file__).parent
 
 _ROUND_TRIP = """
 import sys
@@ -25,7 +32,7 @@ for moved in (1, 1 << 9):  # few elements, and many
     target[:: 4096 // moved] ^= 1
     payload = codec.encode(base, target, "BF16")
     assert np.array_equal(codec.decode(base, payload, "BF16"), target)
-sys.exit("numba" in sys.modules)
+sys.exit("numba" in sys.modules or "llvmlite" in sys.modules)
 """
 
 _FORK = """
@@ -44,107 +51,135 @@ begun.wait()
 child = os.fork()
 if child == 0:
     signal.alarm(60)
-    os._exit(compiled.Kernel("runs", "log_span")(8, 32) != 8)
+    os._exit(CALL != 8.0)
 assert os.waitpid(child, 0)[1] == 0
-assert compiled.Kernel("runs", "log_span")(8, 32) == 8
+assert CALL == 8.0
 """
+_BYTE_BITS = "compiled.Kernel('alone', 'byte_bits')(bytes_of_all_kinds, 1)"
 
 
-def test_kernels_on_disk_need_no_numba() -> None:
-    """The first process may have to compile; the second finds everything it needs."""
-    subprocess.run([sys.executable, "-c", _ROUND_TRIP], check=False)
+def _byte_bits() -> float:
+    """A kernel in a few lines, called as if for the first time: the entropy of bytes, here of all alike."""
+    found: float = compiled.Kernel("alone", "byte_bits")(np.arange(256, dtype=np.uint8), 1)
+    return found
+
+
+@pytest.fixture
+def _compiling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Kernels are compiled when first called, and cached in a folder of this test's."""
+    pytest.importorskip("numba", reason="kernels are compiled by Numba")
+    monkeypatch.setenv(library.CHOICE, "jit")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    library.prebuilt.cache_clear()
+    yield
+    library.prebuilt.cache_clear()
+
+
+def test_the_prebuilt_kernels_need_no_compiler() -> None:
     subprocess.run([sys.executable, "-c", _ROUND_TRIP], check=True)
+
+
+def test_the_library_has_every_kernel_that_the_codec_calls() -> None:
+    """By name here; that it has them for every type, all other tests show, since nothing is compiled in them."""
+    called = set()
+    for path in _CODEC.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                called.add((node.value.id, node.attr))
+    rooms = {name for name, value in vars(compiled).items() if isinstance(value, compiled.Kernels)}
+    defined = {
+        (room, node.name)
+        for room in rooms
+        for node in ast.parse((_CODEC / "kernels" / f"{room}.py").read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert {(s.module, s.kernel) for s in signatures()} == called & defined
+
+
+def test_the_tests_do_not_compile_what_they_test() -> None:
+    """Where the environment chooses a level, it is that level's kernels that all tests run."""
+    found = library.prebuilt()
+    if os.environ.get(library.CHOICE) == "jit":
+        pytest.skip("kernels that are compiled are what is tested")
+    assert found is not None
+    assert found.level == os.environ.get(library.CHOICE, found.level)
+    assert found.level in LEVELS["arm64" if str(platform()).endswith("arm64") else "x86_64"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is nothing to fork with")
 def test_a_process_that_is_forked_while_a_kernel_is_loaded_can_load_it_too() -> None:
-    subprocess.run([sys.executable, "-c", _FORK], check=True)
+    begin = "import numpy as np; bytes_of_all_kinds = np.arange(256, dtype=np.uint8)"
+    script = begin + _FORK.replace("CALL", _BYTE_BITS)
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
-@pytest.fixture
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of this test's for object files, and no other."""
-    monkeypatch.setattr(store, "_places", lambda: iter([tmp_path / "kernels"]))
-    return tmp_path / "kernels"
-
-
-def _log_span() -> int:
-    """A kernel in a few lines, called as if for the first time: log2 of how many tokens bytes have."""
-    found: int = compiled.Kernel("runs", "log_span")(8, 32)
-    return found
-
-
-def test_a_damaged_object_file_is_made_anew(places: Path) -> None:
-    assert _log_span() == 8
-    (file,) = (path for path in places.rglob("*") if path.is_file())
-    whole = file.read_bytes()
-    for damaged in (b"", whole[:-1], whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]):
-        file.write_bytes(damaged)
-        assert _log_span() == 8
-        assert file.read_bytes() == whole
-
-
-def test_without_a_place_to_keep_them_kernels_work_all_the_same(places: Path) -> None:
-    places.write_text("a file where the folder should be")
-    assert _log_span() == 8
-
-
-def test_a_user_without_a_home_has_the_other_places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def no_home() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "home", no_home)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
-    assert list(store._places()) == [tmp_path, Path(store.__file__).parent / "__pycache__"]
-
-
-def test_two_processes_that_make_the_folder_at_once_both_use_it(
-    places: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("_compiling")
+def test_kernels_that_are_compiled_are_cached_and_announced_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Another process makes it after this one looked."""
-    folder = places / store._folder()
-    folder.mkdir(parents=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "exists", lambda path: False)
-        store.kept("a file", lambda: b"content")
-    assert (folder / "a file").exists()
+    jit._announce.cache_clear()
+    with caplog.at_level(logging.WARNING, "deltaweights"):
+        assert _byte_bits() == 8
+        bits = np.zeros(16, np.uint16)
+        compiled.Kernel("alone", "upper_words")(bits, np.empty(16, np.uint32))
+    assert [record.message for record in caplog.records] == [
+        "compiling the codec for this processor, which takes some seconds, once"
+    ]
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
+    monkeypatch.setitem(sys.modules, "deltaweights.codec.build", None)  # the cache needs no compiler
+    assert _byte_bits() == 8
 
 
-def test_what_a_kernel_does_not_take_is_refused(places: Path) -> None:
+@pytest.mark.usefixtures("_compiling")
+def test_what_a_kernel_does_not_take_is_refused(tmp_path: Path) -> None:
     """Not one of these may reach machine code that would take it for something else."""
-    span, limits = compiled.Kernel("runs", "log_span"), compiled.Kernel("delta", "plane_limits")
+    bits, fit = compiled.Kernel("alone", "byte_bits"), compiled.Kernel("delta", "fit_shifts")
     three = np.zeros(3, np.int64)
     for kernel, arguments in (
-        (span, (8.0, 32)),
-        (span, (8,)),
-        (limits, (np.zeros(5, np.float32), three)),
-        (limits, (np.zeros((5, 1), np.int64), three)),
+        (bits, (8.0, 32)),
+        (bits, (three,)),
+        (fit, (np.zeros(5, np.float32), three, three)),
+        (fit, (np.zeros((5, 1), np.int32), three, three)),
     ):
         with pytest.raises(TypeError):
             kernel(*arguments)
     with pytest.raises(ValueError, match="byte order"):
-        limits(np.zeros(5, np.int64).astype(np.dtype(np.int64).newbyteorder()), three)
-    assert not [path for path in places.rglob("*") if path.is_file()]
+        bits(np.zeros(5, np.int64).astype(np.dtype(np.int64).newbyteorder()), three)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("name", ["NUMBA_CPU_NAME", "NUMBA_OPT", "NUMBA_BOUNDSCHECK", "NUMBA_DEBUGINFO"])
-def test_kernels_made_under_other_settings_are_others(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slow ones, made to look for a mistake in somebody's program, must not stay for everybody."""
-    monkeypatch.delenv(name, raising=False)
-    usual = store._folder.__wrapped__()
-    monkeypatch.setenv(name, "1")
-    assert store._folder.__wrapped__() != usual
+@pytest.mark.usefixtures("_compiling")
+def test_without_a_library_and_a_compiler_the_error_names_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deltaweights.codec.build", None)
+    with pytest.raises(DeltaWeightsError, match="no machine code for this computer") as caught:
+        _byte_bits()
+    assert "numba" in caught.value.fix
 
 
-def test_compiling_is_announced_once(places: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store._announce.cache_clear()
-    with caplog.at_level(logging.WARNING, "deltaweights"):
-        _log_span()
-        compiled.Kernel("runs", "coarse_weight")(3, 1)
-    assert [record.message for record in caplog.records] == [
-        "compiling the codec for this processor, which takes some seconds, once"
-    ]
+def test_kernels_that_are_not_there_can_not_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(library.CHOICE, "pdp-11")
+    with pytest.raises(DeltaWeightsError, match="pdp-11"):
+        library.prebuilt.__wrapped__()
+
+
+def test_a_library_that_is_unfit_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Missing, something else, built from other sources: kernels are compiled then."""
+    here = platform()
+    assert here is not None
+    whole = library.library_path(here)
+    copy = tmp_path / whole.name
+    monkeypatch.delenv(library.CHOICE, raising=False)
+    monkeypatch.setattr(library, "library_path", lambda on: copy)
+    assert library.prebuilt.__wrapped__() is None
+    copy.write_bytes(b"no library" * 1000)
+    assert library.prebuilt.__wrapped__() is None
+    assert not library.is_current(copy, [])
+    shutil.copy(whole, copy)
+    assert library.is_current(copy, [])
+    assert not library.is_current(copy, ["pdp-11"])
+    monkeypatch.setattr(library, "digest_of_sources", lambda: "0" * 64)
+    assert library.prebuilt.__wrapped__() is None
+    assert not library.is_current(copy, [])
 
 
 def test_kernels_take_contiguous_arrays_only() -> None:
@@ -159,3 +194,49 @@ def test_read_only_arrays_of_any_width_are_taken() -> None:
         base = np.frombuffer(bytes(range(256)) * 32 * size, np.uint8)
         payload = codec.encode(base, base[::-1].copy(), dtype)
         assert np.array_equal(codec.decode(base, payload, dtype), base[::-1])
+
+
+#: What CPUID leaves, as (leaf, register): bits. From Intel's manual, of processors of these kinds.
+_NEHALEM = {(1, 2): {0, 9, 13, 19, 20, 23}, (0x80000001, 2): {0}}
+_HASWELL = {
+    (1, 2): _NEHALEM[1, 2] | {12, 22, 27, 28, 29},
+    (7, 1): {3, 5, 8},
+    (0x80000001, 2): {0, 5},
+}
+_SKYLAKE_X = {**_HASWELL, (7, 1): _HASWELL[7, 1] | {16, 17, 28, 30, 31}}
+_ICE_LAKE = {**_SKYLAKE_X, (7, 2): {1, 6, 11, 12, 14}}
+
+
+@pytest.mark.parametrize(
+    ("processor", "most_basic", "saved", "expected"),
+    [
+        ({}, 13, 0, 0),
+        (_NEHALEM, 11, 0, 1),
+        (_HASWELL, 13, 0x07, 2),
+        (_HASWELL, 13, 0x03, 1),  # the system does not save the registers of AVX
+        (_HASWELL, 6, 0x07, 1),  # leaf 7 is not there, and what comes for it is another leaf's
+        (_SKYLAKE_X, 22, 0xE7, 3),
+        (_SKYLAKE_X, 22, 0x07, 2),  # nor those of AVX-512
+        (_ICE_LAKE, 27, 0xE7, 4),
+    ],
+)
+def test_a_processor_gets_the_best_level_that_it_can_run(
+    processor: dict[tuple[int, int], set[int]], most_basic: int, saved: int, expected: int
+) -> None:
+    def cpuid(leaf: int, subleaf: int) -> tuple[int, ...]:
+        if leaf in (0, 0x80000000):
+            return (most_basic if leaf == 0 else 0x80000008, 0, 0, 0)
+        return tuple(sum(1 << bit for bit in processor.get((leaf, k), ())) for k in range(4))
+
+    assert tuple(x86_levels(cpuid, lambda: saved)) == LEVELS["x86_64"][:expected]
+
+
+def test_the_register_is_not_asked_for_where_that_would_be_a_fault() -> None:
+    def cpuid(leaf: int, subleaf: int) -> tuple[int, ...]:
+        bits = _NEHALEM.get((leaf, 2), set())
+        return (13 if leaf == 0 else 0x80000008, 0, sum(1 << bit for bit in bits), 0)
+
+    def xcr0() -> int:
+        raise AssertionError("XGETBV is an illegal instruction here")
+
+    assert x86_levels(cpuid, xcr0) == ["x86-64-v2"]

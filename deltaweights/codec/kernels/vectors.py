@@ -7,17 +7,18 @@ Three operations have no scalar look:
 * `gather` reads sixteen table entries, one per lane;
 * `expand_load` reads consecutive elements into those lanes that need one;
 * `compress` and `compress_before` pack those of the lanes that have one in a row.
+
+The last three are calls that each target answers in its own way (:mod:`..build.vector_operations`): what Numba
+makes of a kernel is the same for all targets.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable
-from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba.core import cgutils
 
 WIDTH = 16  # 32-bit elements in a vector
+OPERATION = "deltaweights.operation."  # what the names of functions begin with that a target defines
 _AHEAD = 4096  # bytes; how far ahead of writing them cache lines are asked for
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
@@ -225,174 +226,36 @@ class _FirmLoad(ir.instructions.LoadInstr):
         buf[-1] = buf[-1].replace("load ", "load volatile ", 1)
 
 
-def expand_load(
-    context: Any, builder: ir.IRBuilder, where: ir.Value, kind: ir.VectorType, mask: Vec
-) -> ir.Value:
+def expand_load(builder: ir.IRBuilder, where: ir.Value, kind: ir.VectorType, mask: Vec) -> ir.Value:
     """Consecutive elements from `where` on into the set lanes of `mask`; anything in the others.
 
-    A whole vector must be readable there: loading all and expanding in a register takes less than half
-    the time of an expanding load on processors where that is microcode (Zen 4: 0.9 ns instead of 2.2).
+    A whole vector must be readable there.
     """
-    name, width = f"v{kind.count}i{kind.element.width}", kind.element.width
-    if _has(context, "avx512vbmi2" if width < 32 else "avx512f"):
-        loaded = firm_load(builder, where, kind)
-        arguments = [(kind, loaded), (kind, ir.Constant(kind, ir.Undefined)), (mask.value.type, mask.value)]
-        return call(builder, f"llvm.x86.avx512.mask.expand.{name}", kind, arguments)
-    if _shuffle_of(context):
-        found = []
-        for piece in _pieces(builder, kind, mask):
-            data = builder.load(piece.behind(where), typ=piece.kind, align=width // 8)
-            found.append(_reorder(context, builder, data, piece, "expand"))
-        return _joined(builder, found)
-    arguments = [(POINTER, where), (mask.value.type, mask.value), (kind, ir.Constant(kind, ir.Undefined))]
-    return call(builder, f"llvm.masked.expandload.{name}", kind, arguments)
+    return _operation(builder, "expand_load", kind, kind, [(POINTER, where), (mask.value.type, mask.value)])
 
 
-def compress(context: Any, builder: ir.IRBuilder, value: ir.Value, mask: Vec, where: ir.Value) -> None:
+def compress(builder: ir.IRBuilder, value: ir.Value, mask: Vec, where: ir.Value) -> None:
     """The set lanes of a vector in a row from `where` on; up to a whole vector is written there."""
-    kind = value.type
-    if _has(context, "avx512f") or not _shuffle_of(context):
-        builder.store(_packed(builder, value, mask), where, align=kind.element.width // 8)
-        return
-    for piece in _pieces(builder, kind, mask):
-        packed = _reorder(context, builder, piece.part_of(value), piece, "compress")
-        builder.store(packed, piece.behind(where), align=kind.element.width // 8)
+    arguments = [(value.type, value), (mask.value.type, mask.value), (POINTER, where)]
+    _operation(builder, "compress", value.type, ir.VoidType(), arguments)
 
 
-def compress_before(
-    context: Any, builder: ir.IRBuilder, vector: Vec, mask: Vec, base: ir.Value, end: ir.Value
-) -> ir.Value:
+def compress_before(builder: ir.IRBuilder, vector: Vec, mask: Vec, base: ir.Value, end: ir.Value) -> ir.Value:
     """The low words of the set lanes in a row that ends in front of `base[end]`; where it begins.
 
-    Nothing beyond is written, but perhaps some words in front. Packing in a register and storing under a
-    mask: a compressing store to memory is many times slower on some processors.
+    Nothing beyond is written, but perhaps some words in front.
     """
-    kind, bits = vector_of(I16), vector_of(I1)
-    words, at = vector.words(), builder.sub(end, mask.count())
-    if _has(context, "avx512f") or not _shuffle_of(context):
-        one = ir.Constant(I32, 1)
-        count = builder.trunc(mask.count(), I32)
-        run = builder.bitcast(builder.trunc(builder.sub(builder.shl(one, count), one), I16), bits)
-        arguments = [
-            (kind, _packed(builder, words, mask)),
-            (POINTER, address(builder, base, at, I16)),
-            (I32, ir.Constant(I32, 2)),
-            (bits, run),
-        ]
-        call(builder, "llvm.masked.store.v16i16.p0", ir.VoidType(), arguments)
-        return at
-    for piece in reversed(_pieces(builder, kind, mask)):  # each over what the one behind it has in front
-        packed = _reorder(context, builder, piece.part_of(words), piece, "compress to the end")
-        stop = builder.add(builder.add(at, piece.before), piece.count)
-        where = address(builder, base, builder.sub(stop, int64(piece.kind.count)), I16)
-        builder.store(packed, where, align=2)
-    return at
+    words = vector.words()
+    arguments = [(words.type, words), (mask.value.type, mask.value), (POINTER, base), (I64, end)]
+    return _operation(builder, "compress_before", words.type, I64, arguments)
 
 
-def _packed(builder: ir.IRBuilder, value: ir.Value, mask: Vec) -> ir.Value:
-    """The set lanes first; anything in the others."""
-    kind = value.type
-    arguments = [(kind, value), (mask.value.type, mask.value), (kind, ir.Constant(kind, ir.Undefined))]
-    name = f"llvm.experimental.vector.compress.v{kind.count}i{kind.element.width}"
-    return call(builder, name, kind, arguments)
-
-
-# Where no instruction expands or compresses, one that shuffles bytes does, in pieces of eight lanes or of 16
-# bytes: it is told the order by a table with a row for each mask.
-
-
-class _Piece(NamedTuple):
-    """Some lanes of a vector, and their mask."""
-
-    builder: ir.IRBuilder
-    first: int  # lane
-    kind: ir.VectorType
-    mask: ir.Value  # an integer
-    before: ir.Value  # how many lanes in front of these are set,
-    count: ir.Value  # and how many of these
-
-    def part_of(self, vector: ir.Value) -> ir.Value:
-        """These lanes of a vector."""
-        return _picked(self.builder, vector, range(self.first, self.first + self.kind.count))
-
-    def behind(self, where: ir.Value) -> ir.Value:
-        """Where these lanes' elements are, those of all set lanes being in a row from `where` on."""
-        return address(self.builder, where, self.before, self.kind.element)
-
-
-def _pieces(builder: ir.IRBuilder, kind: ir.VectorType, mask: Vec) -> list[_Piece]:
-    lanes = min(8, 128 // kind.element.width)
-    bits = builder.bitcast(mask.value, ir.IntType(kind.count))
-    found, before = [], int64(0)
-    for first in range(0, kind.count, lanes):
-        part = builder.trunc(builder.lshr(bits, ir.Constant(bits.type, first)), ir.IntType(lanes))
-        part = builder.zext(part, I64)
-        count = builder.ctpop(part)
-        found.append(_Piece(builder, first, ir.VectorType(kind.element, lanes), part, before, count))
-        before = builder.add(before, count)
-    return found
-
-
-def _reorder(context: Any, builder: ir.IRBuilder, data: ir.Value, piece: _Piece, way: str) -> ir.Value:
-    """The lanes of a piece's data, expanded or compressed."""
-    bytes_kind, kind = ir.VectorType(I8, 16), piece.kind
-    size = kind.count * kind.element.width // 8
-    table = _orders(builder, kind.count, kind.element.width // 8, way)
-    row = address(builder, table, builder.shl(piece.mask, int64(4)), I8)
-    order = builder.load(row, typ=bytes_kind, align=16)
-    data = builder.bitcast(data, ir.VectorType(I8, size))
-    if size < 16:
-        data = _picked(builder, data, range(16))
-    found = call(builder, _shuffle_of(context), bytes_kind, [(bytes_kind, data), (bytes_kind, order)])
-    return builder.bitcast(found if size == 16 else _picked(builder, found, range(size)), kind)
-
-
-def _orders(builder: ir.IRBuilder, lanes: int, size: int, way: str) -> ir.Value:
-    """The address of the table: 16 bytes a mask, each the place that a byte of the result comes from."""
-    name = f"deltaweights.{way.replace(' ', '.')}.{lanes}.{size}"
-    if name in builder.module.globals:
-        return builder.module.get_global(name)
-    rows = bytearray()
-    for mask in range(1 << lanes):
-        chosen = [lane for lane in range(lanes) if mask >> lane & 1]
-        if way == "expand":
-            order = [chosen.index(lane) if lane in chosen else 0 for lane in range(lanes)]
-        else:
-            others = [0] * (lanes - len(chosen))
-            order = chosen + others if way == "compress" else others + chosen
-        row = [size * lane + byte for lane in order for byte in range(size)]
-        rows += bytes(row + [0] * (16 - len(row)))
-    content = cgutils.make_bytearray(rows)
-    table = cgutils.global_constant(builder, name, content)
-    table.align = 16
-    return table
-
-
-def _picked(builder: ir.IRBuilder, vector: ir.Value, lanes: Iterable[int]) -> ir.Value:
-    """These lanes of a vector; any content where it has none."""
-    kind = vector.type
-    places = [ir.Constant(I32, lane if lane < kind.count else 0) for lane in lanes]
-    order = ir.Constant(ir.VectorType(I32, len(places)), places)
-    return builder.shuffle_vector(vector, vector, order)
-
-
-def _joined(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
-    """Vectors one behind the other, as one."""
-    while len(vectors) > 1:
-        size = 2 * vectors[0].type.count
-        order = ir.Constant(ir.VectorType(I32, size), list(range(size)))
-        pairs = zip(vectors[::2], vectors[1::2], strict=True)
-        vectors = [builder.shuffle_vector(low, high, order) for low, high in pairs]
-    return vectors[0]
-
-
-def _has(context: Any, feature: str) -> bool:
-    """Whether code is compiled for processors with a feature, by LLVM's name."""
-    return f"+{feature}" in context.codegen().magic_tuple()[2].split(",")
-
-
-def _shuffle_of(context: Any) -> str | None:
-    """LLVM's name of the instruction that shuffles 16 bytes, if there is one."""
-    if context.codegen().magic_tuple()[0].startswith(("aarch64", "arm64")):
-        return "llvm.aarch64.neon.tbl1.v16i8"
-    return "llvm.x86.ssse3.pshuf.b.128" if _has(context, "ssse3") else None
+def _operation(
+    builder: ir.IRBuilder,
+    name: str,
+    kind: ir.VectorType,
+    result: ir.Type,
+    arguments: list[tuple[ir.Type, ir.Value]],
+) -> ir.Value:
+    """Call an operation that :mod:`..build.vector_operations` writes for each kind of processor."""
+    return call(builder, f"{OPERATION}{name}.v{kind.count}i{kind.element.width}", result, arguments)

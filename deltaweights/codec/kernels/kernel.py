@@ -3,7 +3,7 @@
 """What kernels are made with: how Numba compiles them, and arrays that live on the stack.
 
 Kernels neither allocate nor touch Python's objects, so that their machine code needs nothing of Numba's to
-run: :mod:`.build` writes it down, :mod:`.compiled` loads it without importing Numba.
+run: :mod:`..build` writes it down, :mod:`..compiled` loads it without importing Numba.
 """
 
 from __future__ import annotations
@@ -22,16 +22,6 @@ from numba.np.arrayobj import populate_array
 _LINE = 64  # bytes of a cache line
 
 
-class _Codegen(AOTCPUCodegen):
-    """Numba's for object files, for this very processor."""
-
-    def __init__(self):
-        super().__init__("deltaweights", "host")
-
-    def _customize_tm_features(self):
-        return self._get_host_cpu_features()
-
-
 class _Target(type(cpu_target)):
     """Numba's target, but that kernels are not made ready to be called, which takes it most of its time."""
 
@@ -40,7 +30,9 @@ class _Target(type(cpu_target)):
         usual = cpu_target.target_context
         usual.refresh()
         return usual.subtarget(
-            _internal_codegen=_Codegen(), aot_mode=True, get_executable=lambda *kernel: [].append
+            _internal_codegen=AOTCPUCodegen("deltaweights"),
+            aot_mode=True,
+            get_executable=lambda *kernel: [].append,
         )
 
     @property

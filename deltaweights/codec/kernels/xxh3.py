@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .constants import XXH3_KEYS, XXH3_LAST_FACTOR, XXH3_LENGTH_FACTOR, XXH3_SCRAMBLE_FACTOR, XXH3_START
+from ..constants import XXH3_KEYS, XXH3_LAST_FACTOR, XXH3_LENGTH_FACTOR, XXH3_SCRAMBLE_FACTOR, XXH3_START
 from .kernel import array, kernel, room
 from .vectors import I8, I32, I64, Vec, address, int64
 

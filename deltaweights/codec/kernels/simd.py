@@ -7,7 +7,7 @@ One *step* codes 64 (or 16) consecutive values, lane `i` taking value `i`; a ste
 (or one) vectors of sixteen 32-bit elements, which is what an AVX-512 register holds. LLVM lowers
 the same operations to AVX2 or NEON, where a register holds fewer.
 
-The arithmetic is :mod:`.reference`'s, line for line; what there is to do with vectors is in :mod:`.vectors`.
+The arithmetic is :mod:`..reference`'s, line for line; what there is to do with vectors is in :mod:`.vectors`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numba.core import cgutils, types
 from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
-from .constants import RING, WAYS
+from ..constants import RING, WAYS
 from .vectors import (
     F32,
     I1,
@@ -64,7 +64,6 @@ class _Loop:
         vectors: int,
     ) -> None:
         self.b = builder
-        self.context_of_code = context
         self.vectors = range(vectors)
         for name, kind, value in zip(self.names, signature.args, args, strict=True):
             if isinstance(kind, types.Array):
@@ -98,14 +97,14 @@ class _Loop:
         """Decoding: every lane below 2**16 takes one word of the stream."""
         mask = state < 65536
         where = address(self.b, self.words, self.cursor(), I16)
-        words = expand_load(self.context_of_code, self.b, where, vector_of(I16), mask)
+        words = expand_load(self.b, where, vector_of(I16), mask)
         word = self.b.zext(words, vector_of(I32))
         self.set(v, mask.choose((state << 16) | Vec(self.b, word), state))
         self.b.store(self.b.add(self.cursor(), mask.count()), self.cell)
 
     def spill(self, state: Vec, mask: Vec) -> Vec:
         """Encoding: every lane in `mask` puts its low word in front of the stream."""
-        at = compress_before(self.context_of_code, self.b, state, mask, self.words, self.cursor())
+        at = compress_before(self.b, state, mask, self.words, self.cursor())
         self.b.store(at, self.cell)
         return mask.choose(state >> 16, state)
 
@@ -650,12 +649,12 @@ def _make_sift(merge: bool) -> Any:
                 there = address(builder, chosen_data, now, element)
                 if merge:
                     prefetch(builder, other_data, first, element)
-                    taken = expand_load(context, builder, there, kind, inside)
+                    taken = expand_load(builder, there, kind, inside)
                     merged = inside.choose(Vec(builder, taken), bits)
                     _store_as(builder, merged, (other_data, element), first)
                 else:
                     data = _load_as(builder, (other_data, element), first, kind).value
-                    compress(context, builder, data, inside, there)
+                    compress(builder, data, inside, there)
                 builder.store(builder.add(now, inside.count()), cursor)
             return builder.load(cursor, typ=I64)
 
@@ -691,11 +690,11 @@ def _make_byte_mover(push: bool) -> Any:
                 now = builder.load(cursor, typ=I64)
                 there = address(builder, plane_data, now, I8)
                 if push:
-                    low = expand_load(context, builder, there, kind, mask)
+                    low = expand_load(builder, there, kind, mask)
                     longer = (value << 8) | Vec(builder, builder.zext(low, vector_of(I32)))
                     moved = mask.choose(longer, value)
                 else:
-                    compress(context, builder, builder.trunc(value.value, kind), mask, there)
+                    compress(builder, builder.trunc(value.value, kind), mask, there)
                     moved = mask.choose(value >> 8, value)
                 store(builder, moved, value_array.data, first)
                 builder.store(builder.add(now, mask.count()), cursor)

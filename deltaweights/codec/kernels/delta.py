@@ -4,7 +4,7 @@
 
 `2 * exponent - scale` is the worth of one ULP against the neighbourhood's mean update, in half
 octaves; a context is that number less the lowest, in steps of one or two half octaves, clamped.
-:mod:`.floats` calls these kernels; :mod:`.reference` says the same in NumPy. Those that see the
+:mod:`..floats` calls these kernels; :mod:`..reference` says the same in NumPy. Those that see the
 elements of a chunk are compiled for each width when first used. What is too large for the stack is the
 caller's.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from numba import types
 
 from . import runs, simd
-from .constants import (
+from ..constants import (
     BAD,
     BAD_HEAD,
     BAD_REST,
@@ -42,8 +42,9 @@ from .constants import (
     TWEAK,
     UNIT,
 )
+from .arithmetic import log2, sum_of
 from .kernel import array, kernel, room
-from .tables import DIRECT_BITS, TOKENS, ZERO_SCALE
+from ..tables import DIRECT_BITS, TOKENS, ZERO_SCALE
 
 _OFFSET = 100  # histogram row of a ULP that is worth the mean update
 # What one more table costs, about: small chunks take theirs from the family, large ones write them down, and
@@ -107,14 +108,6 @@ def restore(base, values, out):
         out[i] = restored(np.int64(base[i]), np.int64(values[i]), top)
 
 
-@kernel(fastmath=True)
-def _sum(values):
-    total = np.float32(0)
-    for i in range(len(values)):
-        total += values[i]
-    return total
-
-
 @kernel()
 def rebias_of(mask):
     """What to take off an exponent to see it as one of eight bits (F64; others have no more)."""
@@ -136,7 +129,7 @@ def unit_moves(base, values, shift, mask, sums):
             steps = np.float32((np.int64(values[first + i]) + 1) >> 1)
             buffer[i] = steps * np.float32(2.0 ** (min(exponent, 190) - 127))
         for unit in range(first, last, UNIT):
-            sums[unit // UNIT] = _sum(buffer[unit - first : min(unit + UNIT, last) - first])
+            sums[unit // UNIT] = sum_of(buffer[unit - first : min(unit + UNIT, last) - first])
 
 
 @kernel()
@@ -199,7 +192,7 @@ def scales_from(sums, count, log_segment, mask, scales):
             total += sums[u]
         size = min((s + 1) * units * UNIT, count) - s * units * UNIT
         if total > 0.0:
-            scale = np.int64(np.floor(2.0 * np.log2(total / size) + 0.5)) + 2 * (127 + rebias_of(mask))
+            scale = np.int64(np.floor(2.0 * log2(total / size) + 0.5)) + 2 * (127 + rebias_of(mask))
             lowest = min(lowest, scale)
         else:
             scale = np.int64(-(1 << 20))
@@ -273,9 +266,9 @@ def entropy(row):
         if row[t] > 0:
             count = np.float64(row[t])
             total += count
-            bits -= count * np.log2(count)
+            bits -= count * log2(count)
             met += 1
-    return bits + total * np.log2(total) + 0.72 * (met - 1) if met > 0 else 0.0
+    return bits + total * log2(total) + 0.72 * (met - 1) if met > 0 else 0.0
 
 
 @kernel()
@@ -448,7 +441,7 @@ def fit_shifts(moves, counts, shifts):
                 across = np.int64(moves[s, i + eighth]) - np.int64(moves[s, i])
                 if across < width:
                     width, shift = across, np.int64(moves[s, i + (eighth >> 1)])
-            bits += np.log2(1.0 + abs(shift)) - np.log2(1.0 + width)
+            bits += log2(1.0 + abs(shift)) - log2(1.0 + width)
         shifts[s] = shift & 0xFFFFFFFF
     return bits
 

@@ -12,9 +12,10 @@ import numpy as np
 from numba import types
 
 from . import runs
-from .constants import BAD, BLOCK, GUARD, LANES, TAIL
+from ..constants import BAD, BLOCK, GUARD, LANES, TAIL
+from .arithmetic import log2
 from .kernel import kernel, room
-from .tables import BYTE_BITS, PRECISION
+from ..tables import BYTE_BITS, PRECISION
 
 _block_of_bytes, _block_of_numbers = room(types.uint8, BLOCK), room(types.uint32, BLOCK)
 _counts_of_bytes = room(types.int64, 256)
@@ -120,5 +121,5 @@ def byte_bits(values, stride):
     for t in range(256):
         if counts[t] > 0:
             total += counts[t]
-            bits -= counts[t] * np.log2(np.float64(counts[t]))
-    return (bits + total * np.log2(total)) / total if total > 0.0 else 0.0
+            bits -= counts[t] * log2(np.float64(counts[t]))
+    return (bits + total * log2(total)) / total if total > 0.0 else 0.0

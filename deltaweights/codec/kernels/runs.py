@@ -11,8 +11,8 @@ Layout, little-endian:
     u32 * lanes   the lanes' states
     u16 ...   the words, in the order in which the decoder needs them, to the end of the run
 
-Value `i` belongs to lane `i % lanes`. All functions here are kernels; :mod:`.coder` calls them and
-:mod:`.reference` says the same in NumPy. Their signatures are spelled out so that each is compiled
+Value `i` belongs to lane `i % lanes`. All functions here are kernels; :mod:`..coder` calls them and
+:mod:`..reference` says the same in NumPy. Their signatures are spelled out so that each is compiled
 once, whatever constants it is called with.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 from numba import types
 
 from . import simd
-from .constants import (
+from ..constants import (
     APART,
     BAD,
     BITS,
@@ -37,9 +37,10 @@ from .constants import (
     TWEAK,
     WAYS,
 )  # fmt: skip
+from .arithmetic import log2
 from .kernel import array, kernel, room
-from .spaces import RunSpace
-from .tables import DIRECT_BITS, PRECISION, SCALES, TOKENS
+from ..spaces import RunSpace
+from ..tables import DIRECT_BITS, PRECISION, SCALES, TOKENS
 
 _TOTAL, _SMALL_TOTAL = 1 << 14, 1 << 6  # what explicit weights add up to, about; the second for small runs
 _MANTISSA = 3  # explicit tables: bits kept after a weight's highest bit
@@ -260,7 +261,7 @@ def table_cost(counts, frequencies, precision):
         if counts[t] > 0:
             if frequencies[t] == 0:
                 return np.inf
-            bits += counts[t] * (precision - np.log2(np.float64(frequencies[t])))
+            bits += counts[t] * (precision - log2(np.float64(frequencies[t])))
     return bits
 
 

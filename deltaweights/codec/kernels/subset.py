@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from . import delta, simd
-from .constants import BAD, FINE, SUBSET_UNIT
+from ..constants import BAD, FINE, SUBSET_UNIT
 from .kernel import kernel
 
 _AHEAD = 32  # places; how far ahead of changing them elements are asked for

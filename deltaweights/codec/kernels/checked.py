@@ -4,7 +4,7 @@
 alone a thread would have to wait for Python's lock, which is most of what many threads do otherwise.
 
 Only what most chunks are is decoded here: elements of at most 32 bits, methods SAME, DELTA, SPARSE and DRIFT,
-planes that are not by zstd. The rest, and what is not right, is left to :mod:`.chunk`, which says why.
+planes that are not by zstd. The rest, and what is not right, is left to :mod:`..chunk`, which says why.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from . import delta, runs, subset
-from .constants import (
+from ..constants import (
     AFTER,
     BAD,
     BEFORE,
@@ -43,8 +43,8 @@ from .constants import (
 )
 from .kernel import kernel
 from .runs import get_number
-from .spaces import OpenDelta
-from .tables import BYTE_BITS, PRECISION
+from ..spaces import OpenDelta
+from ..tables import BYTE_BITS, PRECISION
 from .xxh3 import xxh3
 
 _PLANE_HEAD = 9
@@ -111,7 +111,7 @@ def _decode(
 @kernel()
 def _is_simple(method, data):
     """Whether a chunk of 32-bit elements has no plane by zstd, as far as can be seen: found out late, it
-    would have been decoded for nothing. (Its caller then brings it without: see :mod:`.plain`.)"""
+    would have been decoded for nothing. (Its caller then brings it without: see :mod:`..plain`.)"""
     at = 0
     if method == DRIFT:
         method, at = np.int64(data[1]) if len(data) > 1 else SAME, _section_end(data, DRIFT_HEAD)
@@ -147,7 +147,7 @@ def _decode_chunk(method, data, base, out, shift, mask, wide, family, space):
 
 @kernel()
 def _drift(data, base, out, shift, mask, family, space):
-    """Fill out with a drifted chunk's drifted base (layout: see :mod:`.drift`); where what is coded against
+    """Fill out with a drifted chunk's drifted base (layout: see :mod:`..drift`); where what is coded against
     that begins, or BAD."""
     if len(data) < DRIFT_HEAD or data[0] > MOST_SHIFTS_LOG or len(space.shifts) < 1 << data[0]:
         return BAD
@@ -193,7 +193,7 @@ def _signed(data, at, size):
 
 @kernel()
 def _decode_delta(data, base, out, shift, mask, wide, family, space):
-    """Fill out, perhaps base itself, from a delta (layout: see :mod:`.floats`); whether that can be done."""
+    """Fill out, perhaps base itself, from a delta (layout: see :mod:`..floats`); whether that can be done."""
     count = len(out)
     first, end = _run_of(data, count, wide, family, space)
     if first == BAD:
@@ -303,7 +303,7 @@ def _opened(data, first, end, count, ahead, shift, mask, wide, family, space):
 
 @kernel()
 def _decode_sparse(data, base, out, shift, mask, wide, family, space):
-    """Fill out, perhaps base itself, from a sparse chunk's data (layout: see :mod:`.sparse`); whether it is
+    """Fill out, perhaps base itself, from a sparse chunk's data (layout: see :mod:`..sparse`); whether it is
     one, and the plane is not by zstd."""
     if len(data) < SPARSE_HEAD:
         return False

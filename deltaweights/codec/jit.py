@@ -1,0 +1,70 @@
+"""Kernels compiled on this machine when they are first called: where no prebuilt library fits.
+
+That needs Numba, or a cache that a run with Numba filled (:mod:`.cache`), which needs llvmlite alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any
+
+from ..errors import DeltaWeightsError
+from . import cache as disk
+from .library import Found
+
+_ENTRY = "deltaweights_entry"
+
+
+def compiled(module: str, kernel: str, kinds: list[str]) -> Found:
+    """A kernel for these kinds of arguments, part of the process from now on.
+
+    Raises:
+        DeltaWeightsError: it cannot be compiled here.
+        TypeError: it does not take such arguments.
+    """
+
+    def compile_it() -> bytes:
+        _announce()
+        from .build import bitcode, machine_code, signatures, targets
+
+        code = bitcode.bitcode_of(signatures.Signature(module, kernel, tuple(kinds)), _ENTRY)
+        return code.result.encode() + machine_code.object_of([code], targets.host(), jit=True)
+
+    try:
+        stored = disk.kept("-".join([module, kernel, *kinds]), compile_it)
+        return Found(_load(stored[1:]), chr(stored[0]))
+    except ImportError as error:
+        raise DeltaWeightsError(
+            "The codec has no machine code for this computer",
+            f"No prebuilt kernels fit it, and they cannot be compiled: {error}.",
+            "Install a wheel for this platform, or let them be compiled when first used: `pip install numba`",
+        ) from error
+
+
+def _load(code: bytes) -> int:
+    """The address of the function in an object file."""
+    import llvmlite.binding as llvm
+
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target().create_target_machine())
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    address: int = engine.get_function_address(_ENTRY)
+    engine.detach()  # never freed: another thread may be in it when the process ends
+    return address
+
+
+@cache
+def _target() -> Any:
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return llvm.Target.from_default_triple()
+
+
+@cache
+def _announce() -> None:
+    logging.getLogger("deltaweights").warning(
+        "compiling the codec for this processor, which takes some seconds, once"
+    )

@@ -1,0 +1,123 @@
+"""The on-disk cache of compiled kernels: found again, made anew where damaged, and not taken from strangers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("llvmlite", reason="only compiled kernels are cached")
+from deltaweights.codec import cache  # noqa: E402
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where files are cached."""
+    tmp_path.chmod(0o755)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
+    found = cache._place()
+    assert found is not None
+    return found
+
+
+def _makes(content: bytes) -> bool:
+    """Whether the cache has this content made, and does not find any."""
+    made = []
+
+    def make() -> bytes:
+        made.append(True)
+        return content
+
+    assert cache.kept("a file", make) == content
+    return bool(made)
+
+
+def test_what_was_made_is_found_again(place: Path) -> None:
+    assert _makes(b"content")
+    assert not _makes(b"content")
+    assert [path.name for path in place.iterdir()] == ["a file"]
+
+
+def test_a_damaged_file_is_made_anew(place: Path) -> None:
+    assert _makes(b"content")
+    whole = (place / "a file").read_bytes()
+    for damaged in (b"", whole[:-1], whole[:35] + bytes([whole[35] ^ 1]) + whole[36:]):
+        (place / "a file").write_bytes(damaged)
+        assert _makes(b"content")
+        assert (place / "a file").read_bytes() == whole
+
+
+def test_without_a_place_to_write_to_it_works_all_the_same(place: Path) -> None:
+    place.parent.write_text("a file where the folder should be")
+    assert _makes(b"content")
+    assert _makes(b"content")
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    for name in ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    assert _makes(b"content")
+
+
+@pytest.mark.parametrize("name", cache._SETTINGS)
+def test_kernels_made_under_other_settings_are_others(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow ones, made to look for a mistake in somebody's program, must not stay for everybody."""
+    monkeypatch.delenv(name, raising=False)
+    usual = cache._folder.__wrapped__()
+    monkeypatch.setenv(name, "1")
+    assert cache._folder.__wrapped__() != usual
+
+
+def _own(path: Path) -> None:
+    os.chown(path, 65534, 65534)
+
+
+def _link_file(path: Path) -> None:
+    file = path / "a file"
+    file.rename(path.parent / "elsewhere")
+    file.symlink_to(path.parent / "elsewhere")
+
+
+def _link_folder(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda place: (place / "a file").chmod(0o666), id="a file that others can write"),
+        pytest.param(lambda place: place.chmod(0o777), id="a folder that others can write"),
+        pytest.param(lambda place: place.parent.chmod(0o777), id="a folder above that others can write"),
+        pytest.param(lambda place: place.parent.chmod(0o775), id="a folder above that a group can write"),
+        pytest.param(lambda place: _own(place / "a file"), id="another user's file"),
+        pytest.param(lambda place: _own(place), id="another user's folder"),
+        pytest.param(lambda place: _own(place.parent), id="another user's folder above"),
+        pytest.param(_link_file, id="a link instead of the file"),
+        pytest.param(_link_folder, id="a link instead of the folder"),
+    ],
+)
+def test_what_others_could_have_put_there_is_not_used(place: Path, spoil: Callable[[Path], None]) -> None:
+    assert _makes(b"content")
+    assert not _makes(b"content")
+    if "_own" in spoil.__code__.co_names and os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    spoil(place)
+    assert _makes(b"content")
+
+
+def test_a_shared_folder_with_the_sticky_bit_may_be_on_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root has such a folder")
+    tmp_path.chmod(0o1777)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "mine"))
+    assert _makes(b"content")
+    assert not _makes(b"content")
