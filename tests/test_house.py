@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,6 @@ def test_public_names_for_torch_are_these() -> None:
         "save_delta",
         "write_files",
     ]
-    assert all(getattr(deltaweights.torch, name) is not None for name in deltaweights.torch.__all__)
     assert dir(deltaweights.torch) == sorted(deltaweights.torch.__all__)
     with pytest.raises(AttributeError, match="no_such_name"):
         deltaweights.torch.no_such_name  # noqa: B018
@@ -132,7 +132,11 @@ def test_every_module_has_a_rank() -> None:
         ),
         ("from deltaweights import make_delta", ["torch", "huggingface_hub"]),
         ("import deltaweights.torch", ["numpy", "torch", "huggingface_hub"]),
-        ("from deltaweights.torch import DeltaCheckpointer, load_into, save_delta", ["transformers"]),
+        pytest.param(
+            "from deltaweights.torch import DeltaCheckpointer, load_into, save_delta",
+            ["transformers"],
+            marks=pytest.mark.skipif(not find_spec("torch"), reason="needs torch"),
+        ),
     ],
 )
 def test_heavy_imports_are_lazy(code: str, unwanted: list[str]) -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import deserialize
 
 from deltaweights import (
     BaseMismatchError,
@@ -48,15 +47,11 @@ def test_every_tensor_is_the_targets_byte_for_byte(trio: Trio, target: Target) -
 def test_the_safetensors_library_reads_the_same(trio: Trio, target: Target) -> None:
     seen = 0
     for path in trio.target.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                tensor = file.get_tensor(name)
-                view = target[name]
-                assert (
-                    view.data.tobytes() == tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-                )
-                assert view.shape == tuple(tensor.shape)
-                seen += 1
+        for name, tensor in deserialize(path.read_bytes()):  # type: ignore[no-untyped-call]
+            view = target[name]
+            assert view.data.tobytes() == bytes(tensor["data"])
+            assert view.shape == tuple(tensor["shape"])
+            seen += 1
     assert seen == len(target)
 
 

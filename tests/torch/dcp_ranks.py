@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_dcp.py do, started by torchrun: ``python -m tests.dcp_ranks TASK FOLDER``."""
+"""What the ranks of test_dcp.py do, started by torchrun: ``python -m tests.torch.dcp_ranks TASK FOLDER``."""
 
 from __future__ import annotations
 

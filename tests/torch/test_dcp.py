@@ -57,17 +57,17 @@ from deltaweights.torch.dcp_record import (
 )
 from deltaweights.torch.dcp_write import Item, Written, make_record
 
-from .checkpoints import contents
+from ..checkpoints import contents
+from ..hub_server import HubServer
 from .dcp_ranks import assert_equal, blank, state
-from .hub_server import HubServer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def nested(step: int) -> dict[str, Any]:
-    """The state of tests/dcp_ranks.py, as one process holds it."""
+    """The state of tests/torch/dcp_ranks.py, as one process holds it."""
     return {"model": state(step), "run": {"step": step, "names": ["a", {"b": 0.5}], "none": None}}
 
 
@@ -121,7 +121,7 @@ def torchrun(ranks: int, task: str, folder: Path) -> tuple[int, str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "-m", "tests.dcp_ranks", task, str(folder)],
+        [*command, "-m", "tests.torch.dcp_ranks", task, str(folder)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
         timeout=300,
     )  # fmt: skip

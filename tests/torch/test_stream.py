@@ -29,7 +29,7 @@ from deltaweights.checkpoint import client, parse_header
 from deltaweights.torch import DeltaPublisher, DeltaSubscriber, SyncReport
 from deltaweights.torch.stream import CHUNK_BYTES, HEAD_NAME, read_head, read_record
 
-from .hub_server import HubServer
+from ..hub_server import HubServer
 
 State = dict[str, Tensor]
 
@@ -769,7 +769,7 @@ def test_digests_are_the_documents(tmp_path: Path) -> None:
 
 
 def test_the_document_s_script_runs(tmp_path: Path) -> None:
-    document = Path(__file__).parent.parent / "docs" / "training.md"
+    document = Path(__file__).parents[2] / "docs" / "training.md"
     section = document.read_text().partition("\n## RL weight streams\n")[2].partition("\n## ")[0]
     (script,) = re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
     done = subprocess.run(

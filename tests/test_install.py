@@ -1,0 +1,63 @@
+"""What pyproject.toml asks for is what the package imports."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import deltaweights
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PACKAGE = Path(deltaweights.__file__).parent
+PROJECT = Path(__file__).parents[1] / "pyproject.toml"
+
+#: The extras that a room may import from; all else is a dependency.
+EXTRAS = {"bom": ("bom",), "codec": ("jit",), "demo": ("torch",), "torch": ("torch", "transformers")}
+#: torch for CUDA brings the Triton that fits it.
+BROUGHT = {"torch": {"triton"}}
+
+#: Names that are not the distribution's.
+DISTRIBUTIONS = {"cyclonedx": "cyclonedx-python-lib", "packageurl": "packageurl-python", "yaml": "pyyaml"}
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_import_is_declared(path: Path) -> None:
+    project = tomllib.loads(PROJECT.read_text())["project"]
+    room = Path(path.relative_to(PACKAGE).parts[0]).stem
+    declared = _names(project["dependencies"]) | BROUGHT.get(room, set())
+    for extra in EXTRAS.get(room, ()):
+        declared |= _names(project["optional-dependencies"][extra])
+    assert _imported(path) <= declared
+
+
+def test_the_test_sees_imports() -> None:
+    assert _imported(PACKAGE / "card.py") == {"huggingface-hub", "pyyaml"}
+
+
+def _names(requirements: list[str]) -> set[str]:
+    return {_normal(re.split(r"[^\w.-]", requirement)[0]) for requirement in requirements}
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _imported(path: Path) -> set[str]:
+    """The distributions whose modules a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return {DISTRIBUTIONS.get(name, _normal(name)) for name in found - sys.stdlib_module_names}
