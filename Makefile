@@ -61,3 +61,18 @@ $(UV): constraints.txt
 		|| $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(INSTALL) --editable '.[dev]'
 	touch $@
+
+# The codec on processors that qemu-user emulates: two x86-64 ones that lack what newer ones have, and arm64.
+EMULATED := -m pytest -q -n 2 --dist worksteal tests/codec tests/test_fixtures.py tests/test_roundtrip.py
+.PHONY: test-cpus test-arm64
+
+test-cpus: build/x86-64-v2/.installed build/x86-64-v3/.installed
+	build/x86-64-v2/bin/python $(EMULATED)
+	build/x86-64-v3/bin/python $(EMULATED)
+
+test-arm64: build/arm64/.installed
+	build/arm64/bin/python $(EMULATED)
+
+build/%/.installed: tests/processors/emulate.sh .venv/.installed
+	tests/processors/emulate.sh $* build/$*
+	touch $@

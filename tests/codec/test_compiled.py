@@ -80,7 +80,7 @@ def test_the_prebuilt_kernels_need_no_compiler() -> None:
 
 
 def test_the_library_has_every_kernel_that_the_codec_calls() -> None:
-    """By name here; that it has them for every type, all other tests show, since nothing is compiled in them."""
+    """By name here; all other tests show that it has them for every type, since none of them compiles."""
     called = set()
     for path in _CODEC.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
