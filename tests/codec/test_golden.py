@@ -1,7 +1,7 @@
-"""Every processor writes the same payloads: those whose digests golden.json holds.
+"""Every processor writes the same payloads, and converts bases to the same bytes: see golden.json.
 
 The format promises only that payloads decode to the same bytes, so an encoder that chooses otherwise may
-change them. Then write the digests anew, `python -m tests.codec.test_golden`, on one kind of processor, and
+change theirs. Then write the digests anew, `python -m tests.codec.test_golden`, on one kind of processor, and
 hold the others to them: `make test-cpus test-arm64`.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import pytest
 import zstandard
 from numpy.typing import NDArray
 
-from deltaweights.codec import Method, decode, decode_chunk, encode, encode_chunk
+from deltaweights.codec import Method, convert, decode, decode_chunk, encode, encode_chunk
 from deltaweights.codec.ulp import FORMATS
 
 from .pairs import Bytes, to_bits, values_of
@@ -26,6 +27,7 @@ from .pairs import Bytes, to_bits, values_of
 GOLDEN = Path(__file__).parent / "golden.json"
 COUNT = 20_011  # elements: whole vectors and some more
 CHUNK_BYTES = 16_384
+WIDTHS = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}  # bytes of the dtypes that bases are converted between
 ZSTD_MAGIC = bytes.fromhex("28b52ffd")
 
 
@@ -159,6 +161,14 @@ def digest_of_inputs() -> str:
     return digest.hexdigest()
 
 
+def digest_of_converted(source: str, target: str) -> str:
+    """One of any bits, and of weights, converted."""
+    width = WIDTHS[source]
+    bits = np.append(raw(COUNT, 21).view(np.uint8), to_bits(weights(COUNT, 23), source).view(np.uint8))
+    assert len(bits) % width == 0
+    return hashlib.sha256(convert(bits, source, target).data).hexdigest()
+
+
 def summary(method: str, payload: bytes) -> list[Any]:
     """What golden.json says of a payload."""
     return [method, len(payload), hashlib.sha256(payload).hexdigest()]
@@ -195,12 +205,25 @@ def test_payloads_are_the_same_everywhere(name: str) -> None:
     assert summary(method, payload) == golden()["payloads"][name]
 
 
+CONVERSIONS = [(source, target) for source in WIDTHS for target in WIDTHS if source != target]
+
+
+@pytest.mark.parametrize(("source", "target"), CONVERSIONS)
+def test_bases_are_converted_to_the_same_bytes_everywhere(source: str, target: str) -> None:
+    """Those that are no numbers, too, of which processors keep different parts."""
+    assert digest_of_converted(source, target) == golden()["conversions"][f"{source} to {target}"]
+
+
 def main() -> None:
     """Write golden.json."""
-    payloads = {name: summary(*payload_of(case)) for name, case in cases().items()}
-    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(found)}" for name, found in payloads.items())
-    head = f'"inputs": "{digest_of_inputs()}",\n "zstd": {list(zstandard.ZSTD_VERSION)}'
-    GOLDEN.write_text(f'{{{head},\n "payloads": {{\n{lines}\n }}}}\n')
+    found = {
+        "inputs": digest_of_inputs(),
+        "zstd": zstandard.ZSTD_VERSION,
+        "conversions": {f"{one} to {other}": digest_of_converted(one, other) for one, other in CONVERSIONS},
+        "payloads": {name: summary(*payload_of(case)) for name, case in cases().items()},
+    }
+    text = json.dumps(found, indent=1)
+    GOLDEN.write_text(re.sub(r"\[\s+([^]]+?)\s+\]", lambda row: f"[{' '.join(row[1].split())}]", text) + "\n")
 
 
 if __name__ == "__main__":

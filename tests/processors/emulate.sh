@@ -65,6 +65,7 @@ print(*(name for name in requires("deltaweights") if "extra ==" not in name), se
         --constraint "$repository/constraints.txt" --python-version "$version" --only-binary :all: \
         $(printf -- '--platform manylinux_2_%d_aarch64 ' {28..17}) --platform manylinux2014_aarch64 \
         "${needed[@]}" hypothesis pytest pytest-xdist safetensors
+    echo "$repository" >"$packages/deltaweights.pth"
     # The oldest processor of 64 bits that is common: nothing may need more.
     start_by "${interpreters[0]}" "$emulator" -cpu cortex-a53 -L "$root"
 else
