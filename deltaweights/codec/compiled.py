@@ -131,12 +131,12 @@ def _kind_of(argument: Any) -> str:
 
 def _found(module: str, name: str, kinds: list[str]) -> library.Found:
     """A kernel's address: from the library, else compiled now."""
-    found = (prebuilt := library.prebuilt()) and prebuilt.find(module, name, kinds)
-    if found is None:
-        from . import jit
+    prebuilt = library.prebuilt()
+    if prebuilt and (found := prebuilt.find(module, name, kinds)):
+        return found
+    from . import jit
 
-        found = jit.compiled(module, name, kinds)
-    return found
+    return jit.compiled(module, name, kinds)
 
 
 def _function(address: int, kinds: list[str]) -> Any:

@@ -65,7 +65,7 @@ class Library:
         self._kernels: dict[tuple[str, ...], tuple[int, str]] = {}
         for n, line in enumerate(kernels):
             module, kernel, result, *kinds = line.split(" ")
-            self._kernels[module, kernel, *kinds] = n, result
+            self._kernels[(module, kernel, *kinds)] = n, result
 
     def find(self, module: str, kernel: str, kinds: Iterable[str]) -> Found | None:
         """A kernel for these kinds of arguments; None where the library has none such."""
@@ -107,7 +107,7 @@ def prebuilt() -> Library | None:
             raise DeltaWeightsError(
                 f"{CHOICE} asks for kernels that are not there: {choice}",
                 f"{error}.",
-                f"Unset {CHOICE}; a clone builds them with `python -m deltaweights.codec.build --levels all`.",
+                f"Unset {CHOICE}, or in a clone run `python -m deltaweights.codec.build --levels all`.",
             ) from error
         return None
 

@@ -8,9 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-#: The levels of machine code that a processor of each architecture may have, the lowest first. The first three
-#: of x86-64 are those of its ABI (https://gitlab.com/x86-psABIs/x86-64-ABI); the last adds what Ice Lake and
-#: Zen 4 brought.
+#: The levels of machine code for each architecture, the lowest first. The first three of x86-64 are its ABI's
+#: (https://gitlab.com/x86-psABIs/x86-64-ABI); the last adds what Ice Lake and Zen 4 brought.
 LEVELS = {
     "x86_64": ("x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-vbmi2"),
     "arm64": ("arm64",),
@@ -20,9 +19,9 @@ _SYSTEMS = {"linux": "linux", "darwin": "macos"}
 
 _MOST_BASIC, _BASIC, _EXTENDED, _MOST_MORE, _MORE = (0, 0), (1, 0), (7, 0), (0x80000000, 0), (0x80000001, 0)
 _EAX, _EBX, _ECX = range(3)
-#: What each level of x86-64 needs besides what the one below needs: for a leaf of the CPUID instruction and a
-#: register, the numbers of the bits (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2A).
-_NEEDED = {
+#: What each level of x86-64 needs beyond the one below: bit numbers by leaf of the CPUID instruction and
+#: register (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2A).
+_NEEDED: dict[str, dict[tuple[tuple[int, int], int], tuple[int, ...]]] = {
     "x86-64-v2": {
         (_BASIC, _ECX): (0, 9, 13, 19, 20, 23),  # SSE3, SSSE3, CMPXCHG16B, SSE4.1, SSE4.2, POPCNT
         (_MORE, _ECX): (0,),  # LAHF
@@ -69,7 +68,7 @@ def x86_levels(cpuid: Callable[[int, int], tuple[int, ...]], xcr0: Callable[[], 
         xcr0: that register; asked for only where the processor says that it can be.
     """
     most_basic, most_more = cpuid(*_MOST_BASIC)[_EAX], cpuid(*_MOST_MORE)[_EAX]
-    found = []
+    found: list[str] = []
     for level, needed in _NEEDED.items():
         for (leaf, register), bits in needed.items():
             is_known = leaf[0] <= (most_more if leaf[0] >> 31 else most_basic)

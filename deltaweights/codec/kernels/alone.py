@@ -11,11 +11,11 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 
-from . import runs
 from ..constants import BAD, BLOCK, GUARD, LANES, TAIL
+from ..tables import BYTE_BITS, PRECISION
+from . import runs
 from .arithmetic import log2
 from .kernel import kernel, room
-from ..tables import BYTE_BITS, PRECISION
 
 _block_of_bytes, _block_of_numbers = room(types.uint8, BLOCK), room(types.uint32, BLOCK)
 _counts_of_bytes = room(types.int64, 256)

@@ -2,8 +2,8 @@
 # Numba and LLVM type what is in here.
 """Arithmetic with floats that has the same result on every machine, to the last bit.
 
-What an encoder chooses hangs on it, and payloads are to be the same everywhere. So nothing is taken from the C
-library, of which every system has another one, and no sum is left to LLVM to reorder.
+An encoder's choices depend on it, and payloads are the same everywhere. So the kernels take nothing from
+the C library, which differs between systems, and leave no sum to LLVM to reorder.
 """
 
 from __future__ import annotations

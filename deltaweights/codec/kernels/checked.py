@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import delta, runs, subset
 from ..constants import (
     AFTER,
     BAD,
@@ -41,10 +40,11 @@ from ..constants import (
     WIDE_PLANES,
     XXH3_SHORT,
 )
-from .kernel import kernel
-from .runs import get_number
 from ..spaces import OpenDelta
 from ..tables import BYTE_BITS, PRECISION
+from . import delta, runs, subset
+from .kernel import kernel
+from .runs import get_number
 from .xxh3 import xxh3
 
 _PLANE_HEAD = 9

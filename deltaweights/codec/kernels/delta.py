@@ -14,7 +14,6 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 
-from . import runs, simd
 from ..constants import (
     BAD,
     BAD_HEAD,
@@ -42,9 +41,10 @@ from ..constants import (
     TWEAK,
     UNIT,
 )
+from ..tables import DIRECT_BITS, TOKENS, ZERO_SCALE
+from . import runs, simd
 from .arithmetic import log2, sum_of
 from .kernel import array, kernel, room
-from ..tables import DIRECT_BITS, TOKENS, ZERO_SCALE
 
 _OFFSET = 100  # histogram row of a ULP that is worth the mean update
 # What one more table costs, about: small chunks take theirs from the family, large ones write them down, and

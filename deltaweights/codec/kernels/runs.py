@@ -21,7 +21,6 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 
-from . import simd
 from ..constants import (
     APART,
     BAD,
@@ -37,10 +36,11 @@ from ..constants import (
     TWEAK,
     WAYS,
 )  # fmt: skip
-from .arithmetic import log2
-from .kernel import array, kernel, room
 from ..spaces import RunSpace
 from ..tables import DIRECT_BITS, PRECISION, SCALES, TOKENS
+from . import simd
+from .arithmetic import log2
+from .kernel import array, kernel, room
 
 _TOTAL, _SMALL_TOTAL = 1 << 14, 1 << 6  # what explicit weights add up to, about; the second for small runs
 _MANTISSA = 3  # explicit tables: bits kept after a weight's highest bit

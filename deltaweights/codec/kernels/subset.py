@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import delta, simd
 from ..constants import BAD, FINE, SUBSET_UNIT
+from . import delta, simd
 from .kernel import kernel
 
 _AHEAD = 32  # places; how far ahead of changing them elements are asked for

@@ -8,8 +8,8 @@ Three operations have no scalar look:
 * `expand_load` reads consecutive elements into those lanes that need one;
 * `compress` and `compress_before` pack those of the lanes that have one in a row.
 
-The last three are calls that each target answers in its own way (:mod:`..build.vector_operations`): what Numba
-makes of a kernel is the same for all targets.
+The last three are calls that each target answers in its own way (:mod:`..build.vector_operations`): what
+Numba makes of a kernel is the same for all targets.
 """
 
 from __future__ import annotations
