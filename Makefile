@@ -8,7 +8,7 @@ export UV_SYSTEM_CERTS ?= 1
 .PHONY: demo test check check-lock lock format bench clean
 
 demo: .venv/.demo
-	$(BIN)/python -m deltaweights demo
+	$(BIN)/python examples/demo.py
 
 test: .venv/.dev
 	$(BIN)/pytest -q -n auto --dist worksteal

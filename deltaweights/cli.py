@@ -412,20 +412,6 @@ def show_license(
         _show_license_facts(facts)
 
 
-@app.command()
-def demo(
-    folder: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep the files here instead of a temporary folder.")
-    ] = None,
-    debug: Debug = False,
-) -> None:
-    """Make a small base, really fine-tune it, and run diff, inspect, apply and verify. Needs torch."""
-    with _errors_explained(debug, as_json=False):
-        from .demo import run_demo
-
-        run_demo(folder)
-
-
 def _show_summary(summary: dict[str, Any], *, every_tensor: bool) -> None:
     from rich.console import Console
     from rich.table import Table

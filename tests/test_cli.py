@@ -189,9 +189,7 @@ def test_version() -> None:
     assert run("--version").stdout == f"deltaweights {__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "verb", ["diff", "push", "apply", "plan", "verify", "inspect", "license", "bom", "demo"]
-)
+@pytest.mark.parametrize("verb", ["diff", "push", "apply", "plan", "verify", "inspect", "license", "bom"])
 def test_every_verb_has_help(verb: str) -> None:
     shown = run(verb, "--help")
     assert shown.exit_code == 0

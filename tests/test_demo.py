@@ -1,38 +1,137 @@
-"""The demonstration that ``make demo`` runs."""
+"""The demonstration, examples/demo.py: a small one from beginning to end, and its training checked."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import importlib.util
+import re
 from pathlib import Path
+from types import ModuleType
 
-from typer.testing import CliRunner
-
-from deltaweights.cli import app
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2ForCausalLM
 
 from .checkpoints import contents
 
 
-def test_demo_rebuilds_a_really_trained_model(tmp_path: Path) -> None:
-    folder = tmp_path / "demo"
-    command = [sys.executable, "-m", "deltaweights", "demo", "--folder", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    for line in (
-        "$ deltaweights diff",
-        "$ deltaweights inspect",
-        "$ deltaweights apply",
-        "$ deltaweights verify",
-    ):
-        assert line in done.stdout
-    assert done.stdout.rstrip().endswith("7 of 7 files identical")
+def load_example(name: str) -> ModuleType:
+    """Examples are programs, not a package: Python finds them by their path."""
+    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"example_{name}", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+demo = load_example("demo")
+
+SMALL = demo.CONFIG | {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "max_position_embeddings": 12,
+}  # fmt: skip
+
+
+def test_demo_trains_a_pair_and_rebuilds_the_fine_tune(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"CONFIG": SMALL, "BASE_STEPS": 40, "TUNE_STEPS": 20}.items():
+        monkeypatch.setattr(demo, name, value)
+    folder = tmp_path / "new" / "demo"
+    demo.main(["--keep", str(folder)])
+    shown = capfd.readouterr().out
+    verbs = re.findall(r"^\$ deltaweights (\w+) ", shown, re.MULTILINE)
+    assert verbs == ["diff", "inspect", "apply", "verify"]
+    losses = re.findall(r"loss on unseen text ([\d.]+) -> ([\d.]+)", shown)
+    assert len(losses) == 2
+    assert all(float(after) < float(before) for before, after in losses)
+    assert re.search(r"^. delta .*%", shown, re.MULTILINE)
+    assert shown.endswith("7 of 7 files identical\n")
     assert contents(folder / "rebuilt") == contents(folder / "fine-tune")
-    assert "loss" in done.stdout
+    assert len(list(folder.glob("base/*.safetensors"))) == 3
+    assert len(list(folder.glob("fine-tune/*.safetensors"))) == 2
 
 
-def test_demo_leaves_a_folder_with_files_alone(tmp_path: Path) -> None:
+def test_demo_leaves_a_folder_with_files_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.txt").write_text("x")
-    result = CliRunner().invoke(app, ["demo", "--folder", str(tmp_path)])
-    assert result.exit_code == 1
-    assert "is not empty" in result.output
+    with pytest.raises(SystemExit):
+        demo.main(["--keep", str(tmp_path)])
+    assert "is not empty" in capsys.readouterr().err
     assert contents(tmp_path) == {"mine.txt": b"x"}
+
+
+def test_demo_fails_where_a_command_fails_or_a_file_differs(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="failed with exit code 1"):
+        demo.run("deltaweights inspect no-such-delta", tmp_path)
+    for name, text in {"target": "a", "rebuilt": "b"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(text)
+    with pytest.raises(SystemExit, match="differ"):
+        demo.compare_files(tmp_path / "target", tmp_path / "rebuilt")
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    """For every tensor, along a random direction, in float64."""
+    rng = np.random.default_rng(1)
+    weights = {
+        name: weight.astype(np.float64) + rng.normal(0, 0.3, weight.shape)
+        for name, weight in demo.initial_weights(SMALL, rng).items()
+    }
+    tokens = rng.integers(0, 4, (2, 7))  # some of them more than once
+    model = demo.Model(SMALL, weights)
+    model.loss(tokens, learn=True)
+    assert model.gradients.keys() == weights.keys()
+    for name, gradient in model.gradients.items():
+        assert gradient.dtype == np.float64
+        direction = rng.normal(0, 1, gradient.shape)
+        moved = [
+            demo.Model(SMALL, weights | {name: weights[name] + step * direction}).loss(tokens)
+            for step in (1e-6, -1e-6)
+        ]
+        assert np.vdot(gradient, direction) == pytest.approx((moved[0] - moved[1]) / 2e-6, rel=1e-4, abs=1e-8)
+
+
+def test_optimizer_is_adamw() -> None:
+    """Torch's, with gradients that are clipped among others that are not."""
+    rng = np.random.default_rng(2)
+    weights = {"a": rng.normal(0, 1, (3, 4)), "b": rng.normal(0, 1, (5,))}
+    ours = demo.AdamW(weights)
+    parameters = {name: torch.tensor(weight, requires_grad=True) for name, weight in weights.items()}
+    theirs = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.95), weight_decay=0.01)
+    for rate, scale in ((0.1, 0.01), (0.05, 10.0), (0.01, 0.1)):
+        gradients = {name: rng.normal(0, scale, weight.shape) for name, weight in weights.items()}
+        for name, parameter in parameters.items():
+            parameter.grad = torch.tensor(gradients[name])
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        theirs.param_groups[0]["lr"] = rate
+        theirs.step()
+        ours.step(gradients, rate)
+    for name, parameter in parameters.items():
+        np.testing.assert_allclose(weights[name], parameter.detach().numpy(), rtol=1e-5)
+
+
+def test_transformers_computes_what_the_demo_computes(tmp_path: Path) -> None:
+    """What is saved is a Qwen2 checkpoint, and the model of the demonstration is Qwen2."""
+    rng = np.random.default_rng(3)
+    weights = {
+        name: weight + rng.normal(0, 0.1, weight.shape).astype("<f4")
+        for name, weight in demo.initial_weights(SMALL, rng).items()
+    }
+    stored = {name: demo.to_bf16(weight) for name, weight in weights.items()}
+    demo.save(tmp_path / "model", SMALL, stored, 3, "license: mit\n")
+    rounded = {name: torch.from_numpy(weight).bfloat16().float().numpy() for name, weight in weights.items()}
+    tokens = rng.integers(0, 256, (2, 12))
+    logits, _ = demo.Model(SMALL, rounded).logits(tokens)
+    model = Qwen2ForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(logits, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_is_rounded_to_nearest_even() -> None:
+    rng = np.random.default_rng(4)
+    bits = rng.integers(0, 0x7F80_0000, 10_000).astype("<u4") | rng.integers(0, 2, 10_000).astype("<u4") << 31
+    bits[::2] = bits[::2] & 0xFFFF_0000 | 0x8000  # halfway between two
+    expected = torch.from_numpy(bits.view("<f4")).bfloat16().view(torch.uint16).numpy()
+    np.testing.assert_array_equal(demo.to_bf16(bits.view("<f4")), expected)

@@ -34,7 +34,8 @@ from .conftest import MISSING, Trio
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-EXAMPLES = sorted(ROOT.glob("examples/*.py"))
+#: All except the demonstration, which tests/test_demo.py runs with a smaller model.
+EXAMPLES = sorted({*ROOT.glob("examples/*.py")} - {ROOT / "examples" / "demo.py"})
 
 #: What comes on stderr besides: progress in a log, and the wait for the kernels on a new machine.
 PROGRESS = re.compile(r"[a-z ]+: \d+%|compiling the codec .*")

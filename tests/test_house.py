@@ -39,7 +39,6 @@ RANKS = {
     "compact": 5,
     "plan": 5,
     "verify": 5,
-    "demo": 5,
     "push": 6,
     "torch": 6,
     "cli": 7,
@@ -147,7 +146,7 @@ def test_heavy_imports_are_lazy(code: str, unwanted: list[str]) -> None:
 
 def test_only_the_command_line_prints() -> None:
     for path in PACKAGE.rglob("*.py"):
-        if _room(path) not in ("cli", "demo"):
+        if _room(path) != "cli":
             calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
             assert not [c for c in calls if isinstance(c.func, ast.Name) and c.func.id in ("print", "exit")]
 
