@@ -42,7 +42,7 @@ CONFIG: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 48,
     "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
 }  # fmt: skip
-BATCH, BASE_STEPS, TUNE_STEPS = 8, 150, 50
+BATCH, BASE_STEPS, TUNE_STEPS = 8, 120, 40
 
 LICENSE = """A stand-in for the Qwen LICENSE AGREEMENT, for a demonstration.
 
@@ -109,7 +109,7 @@ def make_pair(folder: Path, config: dict[str, Any], base_steps: int, tune_steps:
     rng = np.random.default_rng(0)
     weights = initial_weights(config, rng)
     print(f"base: {sum(weight.size for weight in weights.values()):,} weights learn from Python's manual")
-    train(Model(config, weights), "\n".join(pydoc_data.topics.topics.values()), base_steps, 4e-3, rng)
+    train(Model(config, weights), "\n".join(pydoc_data.topics.topics.values()), base_steps, 3e-3, rng)
     base = {name: to_bf16(weight) for name, weight in weights.items()}
     save(folder / "base", config, base, 3, "license: other\nlicense_name: qwen\nlicense_link: LICENSE\n")
     (folder / "base" / "LICENSE").write_text(LICENSE)
