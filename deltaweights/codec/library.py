@@ -25,8 +25,8 @@ CPUID, XCR0 = "deltaweights_cpuid", "deltaweights_xcr0"
 CHOICE = "DELTAWEIGHTS_KERNELS"
 
 _HERE = Path(__file__).parent
-#: What machine code depends on, besides all modules in these two folders.
-_SOURCES = ("constants.py", "library.py", "processor.py", "spaces.py", "tables.py")
+#: What machine code depends on, besides the modules in these two folders.
+_SOURCES = ("constants.py", "spaces.py", "tables.py")
 _FOLDERS = ("build", "kernels")
 _ABOUT = re.compile(rb"([0-9a-f]{64})\n([a-z0-9 -]+)\n")  # how the text begins
 
@@ -60,6 +60,7 @@ class Library:
             raise LookupError(
                 f"{path.name} has kernels for {levels}; this processor runs {' '.join(runnable)}"
             )
+        self.levels = tuple(fit)  # that this processor can run, the lowest first
         self.level = level or fit[-1]
         self._number = levels.split().index(self.level)
         self._kernels: dict[tuple[str, ...], tuple[int, str]] = {}
@@ -138,7 +139,7 @@ def digest_of_sources() -> str:
     """SHA-256 of the sources that machine code depends on, as hexadecimal digits."""
     paths = [_HERE / name for name in _SOURCES]
     for folder in _FOLDERS:
-        paths += sorted((_HERE / folder).glob("*.py"))
+        paths += sorted((_HERE / folder).glob("[a-z]*.py"))
     digest = sha256()
     for path in paths:
         content = path.read_bytes()
