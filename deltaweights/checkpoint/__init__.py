@@ -25,6 +25,7 @@ from .source import (
     origins,
     sha256_of,
 )
+from .system import flush_folder, lock
 
 __all__ = [
     "DTYPE_BITS",
@@ -47,7 +48,9 @@ __all__ = [
     "build_header",
     "cached_sha256",
     "file_blocks",
+    "flush_folder",
     "local_path",
+    "lock",
     "open_checkpoint",
     "open_hub",
     "open_source",

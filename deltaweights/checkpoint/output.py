@@ -8,7 +8,6 @@ run clears its half-made files. Only what was placed in ``OUT/.deltaweights/lice
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import unicodedata
@@ -21,6 +20,14 @@ from typing import IO
 
 from ..errors import DiskSpaceError, OutputError
 from .source import Source, blocks_at, free_space, local_path, sha256_of
+from .system import (
+    UNSUPPORTED,
+    flush,
+    flush_folder,
+    lock,
+    read_bytes_at,
+    write_at,
+)
 
 _WORKSPACE = ".deltaweights"
 _KEPT = "licenses"  # in the workspace: the texts that go with the result and are no part of it
@@ -36,6 +43,7 @@ class PartialFile:
         self.path = path
         self._temporary = temporary
         self._final = final
+        self._is_placed = False
         self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
 
     def write_at(self, offset: int, *data: bytes | memoryview) -> None:
@@ -43,7 +51,7 @@ class PartialFile:
         views = deque(memoryview(part) for part in data if len(part))
         with _full_disk_explained(self.path):
             while views:
-                done = os.pwritev(self._fd, list(islice(views, _MOST_PARTS)), offset)
+                done = write_at(self._fd, offset, list(islice(views, _MOST_PARTS)))
                 offset += done
                 while views and done >= len(views[0]):
                     done -= len(views.popleft())
@@ -61,24 +69,28 @@ class PartialFile:
         """The size in bytes and the SHA-256 (hex) of what was written."""
         size = os.fstat(self._fd).st_size
         starts = range(0, size, _BLOCK_BYTES)
-        return size, sha256_of(os.pread(self._fd, _BLOCK_BYTES, start) for start in starts)
+        return size, sha256_of(read_bytes_at(self._fd, start, _BLOCK_BYTES) for start in starts)
 
     def commit(self) -> None:
         """Flush to the device and give the file its final name, replacing what stands there."""
         with _full_disk_explained(self.path):
-            os.fsync(self._fd)
+            flush(self._fd)
+            self._close()  # some file systems rename no open file
             os.replace(self._temporary, self._final)
-            _sync_folder(self._final.parent)
-        os.close(self._fd)
-        self._fd = -1
+            self._is_placed = True
+            flush_folder(self._final.parent)
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def __enter__(self) -> PartialFile:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._close()
+        if not self._is_placed:
             self._temporary.unlink(missing_ok=True)
 
 
@@ -123,16 +135,17 @@ class OutputFolder:
         except FileNotFoundError:
             return False
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._lock)
         except BlockingIOError as error:
             raise OutputError(
                 f"{self.root} is being written to by another deltaweights process",
                 f"It holds {path}.",
                 "Wait for it, or choose another folder.",
             ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOTSUP, errno.ENOLCK):  # a file system without locks
-                raise
+        except OSError:
+            if self._workspace in self._made:
+                path.unlink(missing_ok=True)
+            raise
         try:
             if os.path.samestat(os.fstat(self._lock.fileno()), os.lstat(path)):
                 return True
@@ -141,22 +154,23 @@ class OutputFolder:
         self._lock.close()
         return False
 
-    def _remove_workspace(self) -> None:
+    def _clear_workspace(self) -> None:
         """The lock last: with it, another process may come in."""
         for path in self._workspace.iterdir():
             if path.name not in ("lock", _KEPT):
                 path.unlink()
         (self._workspace / "lock").unlink()
-        self._workspace.rmdir()
 
     def __exit__(self, *exc: object) -> None:
         if exc[0] is None or not self.claims:
             with suppress(OSError):
-                self._remove_workspace()
-        if exc[0] is not None:
-            self._remove_made()
+                self._clear_workspace()
         if self._lock:
             self._lock.close()
+        with suppress(OSError):  # it is not empty; on NFS and FUSE, it is not before the lock is closed
+            self._workspace.rmdir()
+        if exc[0] is not None:
+            self._remove_made()
 
     def _make(self, folder: Path) -> None:
         """Make a folder and those above it, to be removed again if an error leaves them empty."""
@@ -164,7 +178,7 @@ class OutputFolder:
         for path in reversed(missing):
             path.mkdir(exist_ok=True)
             self._made.append(path)
-            _sync_folder(path.parent)
+            flush_folder(path.parent)
 
     def _remove_made(self) -> None:
         for folder in reversed(self._made):
@@ -327,24 +341,14 @@ def _all_files(root: Path) -> Iterator[str]:
             yield os.path.relpath(os.path.join(folder, name), root)
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
-            raise
-    finally:
-        os.close(fd)
-
-
 @contextmanager
 def _full_disk_explained(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"Cannot write {path}", f"{error.strerror}.") from error
+            fix = "Choose a folder on another file system." if error.errno in UNSUPPORTED else ""
+            raise OutputError(f"Cannot write {path}", f"{error.strerror}.", fix) from error
         raise DiskSpaceError(
             f"The disk filled up while writing {path}",
             f"{error.strerror}.",

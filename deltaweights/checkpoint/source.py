@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError
+from .system import read_at, read_bytes_at
 
 _BLOCK_BYTES = 1 << 20
 
@@ -142,7 +143,7 @@ class LocalFile(ReadableFile):
         view = out.data
         while view:
             try:
-                done = _pread_into(self._fd, view, offset)
+                done = read_at(self._fd, offset, view)
             except OSError as error:
                 raise CheckpointError(f"Cannot read {self.path}", f"{error.strerror}.") from error
             if not done:
@@ -156,18 +157,10 @@ class LocalFile(ReadableFile):
     def _read(self, offset: int, nbytes: int) -> bytes:
         """Without the copy that an array would need."""
         try:
-            data = os.pread(self._fd, nbytes, offset)
+            data = read_bytes_at(self._fd, offset, nbytes)
         except OSError as error:
             raise CheckpointError(f"Cannot read {self.path}", f"{error.strerror}.") from error
         return data if len(data) == nbytes else super()._read(offset, nbytes)
-
-
-def _pread_into(fd: int, view: memoryview, offset: int) -> int:
-    if hasattr(os, "preadv"):
-        return os.preadv(fd, [view], offset)
-    data = os.pread(fd, len(view), offset)  # macOS: one copy more
-    view[: len(data)] = data
-    return len(data)
 
 
 def local_path(location: str | os.PathLike[str]) -> Path:

@@ -7,8 +7,6 @@ the checkpoint it was writing.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import re
 import shutil
@@ -24,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..chain import MAX_DELTAS
-from ..checkpoint import LocalSource, Location, Source, local_path, open_source
+from ..checkpoint import LocalSource, Location, Source, flush_folder, local_path, lock, open_source
 from ..diff import make_delta
 from ..errors import CheckpointError, OutputError
 from ..pipeline import result_of
@@ -320,7 +318,7 @@ def _lock(folder: Path) -> IO[bytes]:
     except OSError as error:
         raise OutputError(f"Cannot write to {folder}", f"{error.strerror}.") from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file)
     except BlockingIOError as error:
         file.close()
         raise OutputError(
@@ -329,9 +327,10 @@ def _lock(folder: Path) -> IO[bytes]:
             "Wait for it, or choose another folder.",
         ) from error
     except OSError as error:
-        if error.errno not in (errno.ENOTSUP, errno.ENOLCK):  # a file system without locks
-            file.close()
-            raise OutputError(f"Cannot lock {folder}", f"{error.strerror}.") from error
+        file.close()
+        raise OutputError(
+            f"Cannot lock {folder}", f"{error.strerror}.", "Choose a folder on another file system."
+        ) from error
     return file
 
 
@@ -339,11 +338,6 @@ def _rename(old: Path, new: Path) -> None:
     """Rename a folder to another name beside it, for good."""
     try:
         os.rename(old, new)
-        fd = os.open(new.parent, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        flush_folder(new.parent)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
-            raise OutputError(f"Cannot rename {old} to {new.name}", f"{error.strerror}.") from error
+        raise OutputError(f"Cannot rename {old} to {new.name}", f"{error.strerror}.") from error

@@ -1,0 +1,94 @@
+"""What differs between operating systems and file systems: locks, flushing, reads and writes."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from ..errors import DeltaWeightsError
+
+try:
+    import fcntl
+except ModuleNotFoundError:
+    raise DeltaWeightsError(
+        "deltaweights does not run on this system",
+        "It needs a POSIX system, such as Linux or macOS: Python has no module fcntl here.",
+        "On Windows, use it in WSL, the Windows Subsystem for Linux: wsl --install",
+    ) from None
+
+#: The errors of a file system that does not know what it is asked for.
+UNSUPPORTED = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
+_NO_LOCKS = UNSUPPORTED | {errno.ENOLCK}
+_NO_FLUSH = UNSUPPORTED | {errno.EINVAL, errno.ENOTTY, errno.EBADF}
+_MOST_BYTES = 1 << 30  # of one read or write: macOS refuses 2 GiB
+
+
+def lock(file: IO[bytes]) -> None:
+    """Lock a file against other processes until it is closed; does nothing on a file system without locks.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+def flush(fd: int) -> None:
+    """Wait until all that was written to the file is on the device. On macOS, fsync leaves it in the drive's
+    cache, which a power cut empties."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        try:
+            fcntl.fcntl(fd, full)
+            return
+        except OSError as error:
+            if error.errno not in _NO_FLUSH:  # as network file systems do
+                raise
+    os.fsync(fd)
+
+
+def flush_folder(folder: Path) -> None:
+    """:func:`flush` for the names in a folder, where the file system can do that."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        flush(fd)
+    except OSError as error:
+        if error.errno not in _NO_FLUSH:
+            raise
+    finally:
+        os.close(fd)
+
+
+def read_at(fd: int, offset: int, out: memoryview) -> int:
+    """Read into ``out`` from byte ``offset`` on. Returns how many bytes: none at the end of the file, and
+    anywhere perhaps fewer than asked for."""
+    out = out[:_MOST_BYTES]
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [out], offset)
+    data = os.pread(fd, len(out), offset)
+    out[: len(data)] = data
+    return len(data)
+
+
+def read_bytes_at(fd: int, offset: int, nbytes: int) -> bytes:
+    """The ``nbytes`` bytes from byte ``offset`` on, or as many as there are."""
+    parts = []
+    while nbytes and (part := os.pread(fd, min(nbytes, _MOST_BYTES), offset)):
+        parts.append(part)
+        offset += len(part)
+        nbytes -= len(part)
+    return b"".join(parts)  # copies nothing where there is one
+
+
+def write_at(fd: int, offset: int, parts: Sequence[memoryview]) -> int:
+    """Write the parts, one behind the other, from byte ``offset`` on. Returns how many bytes of them were
+    written: at least one."""
+    if hasattr(os, "pwritev") and sum(map(len, parts)) <= _MOST_BYTES:
+        return os.pwritev(fd, parts, offset)
+    return os.pwrite(fd, parts[0][:_MOST_BYTES], offset)
