@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import msgspec
@@ -35,10 +35,13 @@ from .checkpoint import (
     Source,
     Span,
     Tensor,
+    is_same,
+    is_within,
     local_path,
     open_checkpoint,
     origins,
     sha256_of,
+    spelling,
 )
 from .duplicates import find_duplicates
 from .errors import BaseMismatchError, CheckpointError, DeltaError, DeltaWeightsError, OutputError
@@ -191,10 +194,11 @@ def write_delta(
     with Workers(threads) as workers, OutputFolder(local_path(delta)) as folder:
         for source in (old.source, new.source):
             workers.at_stop(source.cancel)
-        _check_vacant(folder, force)
-        folder.require_distinct(new.source.sizes)
-        matches = find_duplicates(new, matches, chunk_bytes, workers, glance)
         writer = _DeltaWriter(old, new, folder, workers, chunk_bytes, rename, progress)
+        texts = [*base.license.texts, *target.license.texts, license.NOTICE_NAME]
+        folder.require_distinct([card.CARD_NAME, MANIFEST_NAME, *texts, *writer.names()])
+        _check_vacant(folder, force)
+        matches = find_duplicates(new, matches, chunk_bytes, workers, glance)
         base_files, target_files, entries = writer.write_files(matches, base.files)
         base_record = BaseRecord(base.repo_id, base.revision, base.license.license, base_files)
         target_record = TargetRecord(
@@ -244,8 +248,7 @@ def _check_apart(root: Path, old: Checkpoint, new: Checkpoint) -> None:
         if source.root is None:
             continue
         place = source.root.resolve()
-        folder = place.parent if place.is_file() else place
-        if folder == root.resolve() or place in root.resolve().parents:
+        if is_same(root, place.parent) if place.is_file() else is_within(root, place):
             raise OutputError(
                 f"The delta cannot be written to {root}",
                 f"That is inside {source.where}, which it is made from.",
@@ -355,6 +358,16 @@ class _DeltaWriter:
         inputs += [__version__, str(chunk_bytes), *(f"{p}={r}" for p, r in rename)]
         self._inputs = hashlib.sha256("\n".join(inputs).encode(errors="backslashreplace")).hexdigest()
         self._meter = Meter(progress, "diff", sum(new.source.sizes.values()))
+        self._taken = set[str]()  # the spellings of the target's files, and of their folders
+        for path in map(PurePosixPath, new.source.sizes):
+            self._taken |= {spelling(str(place)) for place in (path, *path.parents)}
+
+    def names(self) -> Iterator[str]:
+        """What the files of the target that are no shards may be called in the delta."""
+        for path in self._new.other_files:
+            yield f"files/{path}"
+            if self._may_be_compressed(path):
+                yield f"files/{path}.zst"
 
     def write_files(
         self, matches: Sequence[Match], known: Sequence[FileRecord] = ()
@@ -560,10 +573,10 @@ class _DeltaWriter:
         return TargetFile(path, size, digest, "verbatim", stored)
 
     def _may_be_compressed(self, path: str) -> bool:
-        """Whether ``path`` with .zst is a name of its own: no other file's or folder's, and not too long."""
+        """Whether ``path`` with .zst is a name of its own: no other file's or folder's, on any file system,
+        and not too long."""
         packed = f"{path}.zst"
-        taken = any(other == packed or other.startswith(f"{packed}/") for other in self._new.source.sizes)
-        return not taken and is_safe_path(packed)
+        return spelling(packed) not in self._taken and is_safe_path(packed)
 
     def write_licenses(
         self, base: BaseRecord, target: TargetRecord, old: card.LicenseTexts, new: card.LicenseTexts

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .chain import Deltas, links, listed, open_chain
-from .checkpoint import Location, OutputFolder, Readable, local_path, sha256_of
+from .checkpoint import Location, OutputFolder, Readable, Source, is_within, local_path, sha256_of
 from .codec import ChunkPlan
 from .errors import DeltaError, OutputError
 from .license import landing_place, text_records
@@ -84,7 +84,7 @@ def apply_delta(
         check_base(target, workers, keep=keep_base, progress=progress)
         with OutputFolder(root) as folder:
             paths = [file.path for file in target.manifest.target.files]
-            folder.require_distinct(paths)
+            folder.require_distinct([*paths, *(place for _, _, place in _license_places(target))])
             folder.require_apart(paths, target.sources)
             kept = _finished(target.manifest, folder, workers, force, progress)
             missing = [file for file in target.manifest.target.files if file.path not in kept]
@@ -100,7 +100,7 @@ def apply_delta(
 def _check_apart(root: Path, target: Target) -> None:
     """The result must not overwrite what it is made from."""
     for place in filter(None, (source.root for source in target.sources)):
-        if place.resolve() in (root.resolve(), *root.resolve().parents) and place.is_dir():
+        if place.is_dir() and is_within(root, place):
             raise OutputError(
                 f"The target cannot be written to {root}",
                 f"That is in {place}, which it is made from.",
@@ -260,13 +260,19 @@ def _write_all(
 
 def _write_licenses(target: Target, folder: OutputFolder) -> None:
     """License texts and notices of all deltas, beside the result and no part of it."""
+    for source, path, place in _license_places(target):
+        with folder.create(place) as output:
+            output.write_blocks(source.blocks(path))
+            output.commit()
+
+
+def _license_places(target: Target) -> Iterator[tuple[Source, str, str]]:
+    """Every license text and notice: the delta that has it, its path there, and where it goes."""
     for link in links(target):
         for record in text_records(link.manifest):
             is_whole_name = link is target or record.path.startswith("licenses/")
             path = record.path if is_whole_name else f"{record.sha256[:16]}-{record.path}"
-            with folder.create(landing_place(path)) as output:
-                output.write_blocks(link.source.blocks(record.path))
-                output.commit()
+            yield link.source, record.path, landing_place(path)
 
 
 def rebuild_shard(recipe: ShardRecipe, workers: Workers, meter: Meter, sink: Sink | None = None) -> str:

@@ -345,21 +345,6 @@ def test_a_regular_file_is_one_that_no_link_leads_to(folder: OutputFolder) -> No
     assert not any(folder.is_regular(path) for path in ("sub", "nothing", "file", "link/x", "sub/nothing"))
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [("a.json", "A.json"), ("sub/a", "Sub/b"), ("caf\u00e9", "cafe\u0301"), ("stra\u00dfe", "STRASSE")],
-)
-def test_paths_that_are_one_file_where_case_does_not_count(
-    folder: OutputFolder, one: str, other: str
-) -> None:
-    folder.require_distinct([one, other])
-    (folder.root / ".DELTAWEIGHTS").symlink_to(".deltaweights")  # as it is on such a file system
-    folder.require_distinct([one, one + "x", "sub/c"])
-    with pytest.raises(OutputError, match="cannot both be written") as caught:
-        folder.require_distinct([one, other])
-    assert all(path.split("/")[0] in caught.value.what for path in (one, other))
-
-
 def test_space_is_asked_for_before_it_is_used(folder: OutputFolder) -> None:
     folder.require_space(0)
     folder.require_space(1)

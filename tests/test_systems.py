@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltaweights import OutputError, apply_delta
-from deltaweights.checkpoint import LocalSource, OutputFolder, system
+from deltaweights import OutputError, apply_delta, make_delta, verify_delta
+from deltaweights.checkpoint import LocalSource, OutputFolder, is_within, names, system
 from deltaweights.torch import DeltaCheckpointer, DeltaPublisher, DeltaSubscriber
 
-from .checkpoints import contents
+from .checkpoints import bf16, contents, weights, write_safetensors
 from .conftest import CHUNK_BYTES, Trio
 from .test_stream import Net, bits, train
 
@@ -293,6 +293,203 @@ def test_a_file_system_that_renames_nothing_is_named_as_the_cause(
     assert os.listdir(tmp_path) == []
 
 
+# Names -----------------------------------------------------------------------------------------------
+
+_ALIKE = [
+    ("a.json", "A.json"),
+    ("caf\u00e9", "cafe\u0301"),
+    ("caf\u00e9", "CAFE\u0301"),
+    ("stra\u00dfe", "STRASSE"),
+    ("\u212a", "k"),
+    ("\u0131", "I"),
+    ("a\u200d", "a"),
+    ("a.", "a"),
+    ("a ", "a"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), _ALIKE)
+def test_names_that_may_be_one_file_are_spelled_alike(one: str, other: str) -> None:
+    assert names.spelling(one) == names.spelling(other)
+    assert list(names.alike([f"x/{one}", f"x/{other}", "x/b"])) == [("x/", sorted([one, other]))]
+    assert list(names.alike([f"{one}/1", f"{other}/2"])) == [("", sorted([one, other]))]
+    assert list(names.alike([f"x/{one}", f"y/{other}", f"x/{one}/z"])) == []
+
+
+@pytest.mark.parametrize("name", [".g\u200dit", ".deltaweight\u017f", ".GIT", ".git."])
+def test_names_that_may_be_reserved_ones_are_found(name: str) -> None:
+    reserved = ".git" if "g" in name.lower()[:2] else ".deltaweights"
+    assert list(names.alike([f"sub/{name}/x"])) == [("sub/", sorted([name, reserved]))]
+
+
+@pytest.mark.parametrize(("one", "other"), _ALIKE)
+def test_the_file_system_says_which_names_are_one(tmp_path: Path, one: str, other: str) -> None:
+    for name in ("asked", "seen"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "seen" / one).touch()
+    are_one = (tmp_path / "seen" / other).exists()
+    found = names.same_names(tmp_path / "asked", ["first", one, other, "last"])
+    assert found == ((one, other) if are_one else None)
+
+
+def test_a_name_that_leads_to_the_same_file_is_the_same_name(tmp_path: Path) -> None:
+    """A link is what comes nearest, on a file system that tells all names apart."""
+    (tmp_path / "B").symlink_to("a")
+    assert names.same_names(tmp_path, ["a", "c", "B"]) == ("a", "B")
+
+
+@pytest.fixture
+def folding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answers of a file system that takes no notice of case."""
+
+    def same_names(folder: Path, asked: list[str]) -> tuple[str, str] | None:
+        seen: dict[str, str] = {}
+        for name in asked:
+            other = seen.setdefault(name.lower(), name)
+            if other != name:
+                return other, name
+        return None
+
+    monkeypatch.setattr("deltaweights.checkpoint.output.same_names", same_names)
+
+
+@pytest.fixture
+def case_counts(tmp_path: Path) -> None:
+    """Skip where a test cannot make files that differ in case."""
+    (tmp_path / "probe").touch()
+    if (tmp_path / "PROBE").exists():
+        pytest.skip("the file system here takes no notice of case")
+
+
+@pytest.fixture
+def cased(tmp_path: Path, case_counts: None) -> Trio:
+    """A pair of which the target has files that differ in case, and its delta, made here."""
+    del case_counts
+    base, target = tmp_path / "base", tmp_path / "target"
+    for side, seed in ((base, 0), (target, 1)):
+        write_safetensors(side / "model.safetensors", {"w": bf16(weights((8, 8), seed))})
+    (target / "sub").mkdir()
+    for name in ("vocab.json", "Vocab.json", "sub/a"):
+        (target / name).write_text(name)
+    make_delta(base, target, tmp_path / "delta")
+    return Trio(base, target, tmp_path / "delta")
+
+
+def test_names_that_differ_in_case_are_written_where_they_are_two(cased: Trio, tmp_path: Path) -> None:
+    apply_delta(cased.delta, tmp_path / "out", base=cased.base)
+    assert contents(tmp_path / "out") == contents(cased.target)
+
+
+@pytest.mark.parametrize("verb", ["apply", "diff"])
+def test_names_that_are_one_are_refused_before_anything_is_written(
+    cased: Trio, folding: None, tmp_path: Path, verb: str
+) -> None:
+    del folding  # from here on
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match=r"vocab\.json cannot be written to .*out") as caught:
+        _run(verb, cased, out)
+    assert "Vocab.json" in caught.value.why
+    assert "another file system" in caught.value.fix
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("case_counts", "folding")
+def test_shards_that_are_one_elsewhere_have_other_names_in_the_delta(tmp_path: Path) -> None:
+    base, target = tmp_path / "base", tmp_path / "target"
+    write_safetensors(base / "model.safetensors", {"w": bf16(weights((8, 8), 0))})
+    for seed, name in enumerate(("model", "Model")):
+        write_safetensors(target / f"{name}.safetensors", {name: bf16(weights((8, 8), seed))})
+    make_delta(base, target, tmp_path / "delta")
+    assert verify_delta(tmp_path / "delta", base=base).ok
+    with pytest.raises(OutputError, match="cannot be written"):
+        apply_delta(tmp_path / "delta", tmp_path / "out", base=base)
+
+
+def test_a_compressed_file_takes_no_name_that_is_anothers_elsewhere(tmp_path: Path) -> None:
+    base, target = tmp_path / "base", tmp_path / "target"
+    for side, seed in ((base, 0), (target, 1)):
+        write_safetensors(side / "model.safetensors", {"w": bf16(weights((8, 8), seed))})
+    for name in ("a.txt", "b.txt"):
+        (target / name).write_text("word " * 20_000)
+    (target / "A.TXT.ZST").write_text("mine")
+    manifest = make_delta(base, target, tmp_path / "delta")
+    stored = {file.path: file.stored for file in manifest.target.files}
+    assert (stored["a.txt"], stored["b.txt"]) == ("verbatim", "zstd")
+
+
+def test_names_that_look_alike_are_shown_as_what_they_are(tmp_path: Path) -> None:
+    with OutputFolder(tmp_path) as folder:
+        folder.require_distinct(["caf\u00e9", "cafe\u0301"])
+        _write(folder, "caf\u00e9")
+        os.link(tmp_path / "caf\u00e9", tmp_path / "cafe\u0301")
+        with pytest.raises(OutputError) as caught:
+            _write(folder, "cafe\u0301")
+        assert r"'cafe\u0301'" in caught.value.what
+        assert r"'caf\xe9'" in caught.value.why
+
+
+def test_a_file_is_never_placed_over_another_of_the_same_run(tmp_path: Path) -> None:
+    """Whatever the reason that a name leads to a file that was placed under another one: here, a link."""
+    with OutputFolder(tmp_path) as folder:
+        folder.require_distinct(["one", "other"])
+        _write(folder, "one")
+        os.link(tmp_path / "one", tmp_path / "other")
+        with pytest.raises(OutputError, match="other cannot be written") as caught:
+            _write(folder, "other", b"x")
+        assert "does not tell it from one" in caught.value.why
+        _write(folder, "one", b"again")
+    assert (tmp_path / "one").read_bytes() == b"again"
+
+
+@pytest.mark.parametrize("verb", ["apply", "diff"])
+def test_a_file_that_stands_there_under_another_name_is_not_replaced(
+    trio: Trio, tmp_path: Path, verb: str
+) -> None:
+    """Links again: on a file system that takes no notice of case, the one name would do."""
+    out, name = tmp_path / "out", "config.json" if verb == "apply" else "README.md"
+    out.mkdir()
+    other = name.swapcase()
+    (out / other).write_bytes(b"mine")
+    if not (out / name).exists():
+        os.link(out / other, out / name)
+    with pytest.raises(OutputError, match=f"{name} cannot be written") as caught:
+        _run(verb, trio, out, force=True)
+    assert other in caught.value.why
+    assert set(contents(out).values()) == {b"mine"}
+
+
+def test_a_base_is_not_replaced_under_another_name(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "Model.safetensors").write_bytes(b"mine")
+    if not (tmp_path / "base" / "model.safetensors").exists():
+        os.link(tmp_path / "base" / "Model.safetensors", tmp_path / "base" / "model.safetensors")
+    source = LocalSource(tmp_path / "base" / "Model.safetensors")
+    with OutputFolder(tmp_path / "base") as folder:
+        folder.require_apart(["config.json", "sub/model.safetensors"], [source])
+        with pytest.raises(OutputError, match="which the result is made from"):
+            folder.require_apart(["model.safetensors"], [source])
+
+
+def test_a_folder_is_the_same_one_however_it_is_spelled(tmp_path: Path) -> None:
+    base = tmp_path / "Base"
+    base.mkdir()
+    (tmp_path / "link").symlink_to(base)
+    for path in (base, base / "new" / "out", tmp_path / "link" / "out", base / ".." / "Base" / "out"):
+        assert is_within(path, base)
+    for path in (tmp_path, tmp_path / "Base2", base / ".." / "out"):
+        assert not is_within(path, base)
+    assert is_within(tmp_path / "BASE" / "out", base) == (tmp_path / "BASE").exists()
+
+
+def test_what_an_interrupted_look_at_names_left_is_cleared(tmp_path: Path) -> None:
+    left = tmp_path / ".deltaweights" / "names.partial"
+    left.mkdir(parents=True)
+    (left / "a").touch()
+    with OutputFolder(tmp_path):
+        assert not left.exists()
+    assert os.listdir(tmp_path) == []
+
+
 # Windows ---------------------------------------------------------------------------------------------
 
 
@@ -325,6 +522,13 @@ def test_without_posix_there_is_help_and_a_way_out(program: str, said: str) -> N
 
 
 # Helpers ---------------------------------------------------------------------------------------------
+
+
+def _run(verb: str, trio: Trio, out: Path, *, force: bool = False) -> None:
+    if verb == "apply":
+        apply_delta(trio.delta, out, base=trio.base, force=force)
+    else:
+        make_delta(trio.base, trio.target, out, force=force)
 
 
 def _write(folder: OutputFolder, path: str, content: bytes = b"content") -> None:

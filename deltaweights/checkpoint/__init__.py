@@ -12,6 +12,7 @@ from .checkpoint import (
 )
 from .header import DTYPE_BITS, MAX_HEADER_BYTES, Header, TensorInfo, build_header, parse_header
 from .hub import HubSource, open_hub
+from .names import spelling
 from .output import OutputFolder, PartialFile
 from .source import (
     HubId,
@@ -25,7 +26,7 @@ from .source import (
     origins,
     sha256_of,
 )
-from .system import flush_folder, lock
+from .system import flush_folder, is_same, is_within, lock
 
 __all__ = [
     "DTYPE_BITS",
@@ -49,6 +50,8 @@ __all__ = [
     "cached_sha256",
     "file_blocks",
     "flush_folder",
+    "is_same",
+    "is_within",
     "local_path",
     "lock",
     "open_checkpoint",
@@ -58,4 +61,5 @@ __all__ = [
     "parse_header",
     "read_shard",
     "sha256_of",
+    "spelling",
 ]

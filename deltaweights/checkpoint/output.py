@@ -10,20 +10,23 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import unicodedata
+import shutil
+import threading
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO
 
 from ..errors import DiskSpaceError, OutputError
+from .names import alike, same_names, spelling
 from .source import Source, blocks_at, free_space, local_path, sha256_of
 from .system import (
     UNSUPPORTED,
     flush,
     flush_folder,
+    is_same,
     lock,
     read_bytes_at,
     write_at,
@@ -37,12 +40,26 @@ _MOST_PARTS = 64  # of one write: some systems take no more than a thousand
 
 class PartialFile:
     """A file under a temporary name, deleted on leaving its ``with`` block unless it was committed.
-    Threads may write at different positions at once."""
+    Threads may write at different positions at once.
 
-    def __init__(self, path: str, temporary: Path, final: Path) -> None:
+    Args:
+        path: its name in messages.
+        temporary: where it lies until then.
+        final: where it is to lie.
+        place: gives it its final name, replacing what stands there; ``os.replace`` if None.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        temporary: Path,
+        final: Path,
+        place: Callable[[Path, Path], None] | None = None,
+    ) -> None:
         self.path = path
         self._temporary = temporary
         self._final = final
+        self._place = place
         self._is_placed = False
         self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
 
@@ -76,7 +93,7 @@ class PartialFile:
         with _full_disk_explained(self.path):
             flush(self._fd)
             self._close()  # some file systems rename no open file
-            os.replace(self._temporary, self._final)
+            (self._place or os.replace)(self._temporary, self._final)
             self._is_placed = True
             flush_folder(self._final.parent)
 
@@ -106,6 +123,8 @@ class OutputFolder:
         self._made: list[Path] = []
         self._workspace = self.root / _WORKSPACE
         self._lock: IO[bytes] | None = None
+        self._placed: dict[tuple[int, int], Path] | None = None  # by device and inode
+        self._placing = threading.Lock()
 
     def __enter__(self) -> OutputFolder:
         try:
@@ -113,8 +132,7 @@ class OutputFolder:
                 while not self._locked():
                     pass  # another process removed the workspace just now: make it again
                 for left_over in self._workspace.glob("*.partial"):
-                    if left_over.is_symlink() or not left_over.is_dir():
-                        left_over.unlink()
+                    _remove(left_over)
                 self._check_workspace()
         except BaseException:
             if self._lock:
@@ -268,7 +286,20 @@ class OutputFolder:
                 self._make(folder)
             if final.is_dir() and not final.is_symlink():
                 raise OutputError(f"Cannot write {final}", "A folder has that name.", "Remove it.")
-            return PartialFile(path, self._workspace / temporary, final)
+            return PartialFile(path, self._workspace / temporary, final, self._place)
+
+    def _place(self, temporary: Path, final: Path) -> None:
+        """Rename, but never over a file that was placed under another name since :meth:`require_distinct`."""
+        if self._placed is None:
+            os.replace(temporary, final)
+            return
+        with self._placing:
+            other = self._placed.get(_identity(final)) if os.path.lexists(final) else None
+            if other and other != final and is_same(other, final):
+                names = [path.relative_to(self.root).as_posix() for path in (final, other)]
+                raise _one_name(self.root, *names)
+            os.replace(temporary, final)
+            self._placed[_identity(final)] = final
 
     def is_regular(self, path: str) -> bool:
         """Whether ``path`` is a real file, reached without symbolic links."""
@@ -290,32 +321,51 @@ class OutputFolder:
 
     def require_apart(self, paths: Iterable[str], sources: Iterable[Source]) -> None:
         """Raise :class:`OutputError` where writing ``paths`` would replace a file of ``sources``."""
-        inputs = {source.full_path(path): source for source in sources for path in source.sizes}
+        inputs: dict[tuple[int, int, str] | None, list[tuple[Path, Source]]] = {}
+        for source in sources:
+            for path in source.sizes:
+                if full := source.full_path(path):
+                    inputs.setdefault(_spot(full), []).append((full, source))
         for path in paths:
-            if source := inputs.get((self.root / path).resolve()):
-                raise OutputError(
-                    f"{self.root / path} cannot be written",
-                    f"It is a file of {source.where}, which the result is made from.",
-                    "Choose another folder.",
-                )
+            full = (self.root / path).resolve()
+            for other, source in inputs.get(_spot(full), ()):
+                if full == other or is_same(full, other):
+                    raise OutputError(
+                        f"{self.root / path} cannot be written",
+                        f"It is a file of {source.where}, which the result is made from.",
+                        "Choose another folder.",
+                    )
 
     def require_distinct(self, paths: Iterable[str]) -> None:
-        """Raise :class:`OutputError` where two of the paths would be one file on this file system."""
-        upper = self.root / _WORKSPACE.upper()
-        if not upper.exists() or not upper.samefile(self._workspace):
-            return  # here, upper and lower case differ
-        seen: dict[str, str] = {}
-        for path in paths:
-            parts = unicodedata.normalize("NFC", path).casefold().split("/")
-            for depth in range(1, len(parts) + 1):
-                here = "/".join(path.split("/")[:depth])
-                other = seen.setdefault("/".join(parts[:depth]), here)
-                if other != here:
-                    raise OutputError(
-                        f"{here} and {other} cannot both be written to {self.root}",
-                        "The file system there takes no notice of upper and lower case.",
-                        "Choose a folder on another file system.",
-                    )
+        """Make sure that this file system gives each of the paths a file of its own: many take no notice of
+        upper and lower case, or of how accents are encoded.
+
+        Raises:
+            OutputError: two of them are one file, or one is a file that stands there under another name.
+        """
+        spelled = {path: spelling(path) for path in paths}
+        self._placed = {}
+        for parent, names in alike(spelled):
+            if found := self._same_names(names):
+                raise _one_name(self.root, *(f"{parent}{name}" for name in reversed(found)))
+        by_spelling = {spelled: path for path, spelled in spelled.items()}
+        for path in self.foreign(spelled):
+            other = by_spelling.get(spelling(path))
+            if other and is_same(self.root / path, self.root / other):
+                raise OutputError(
+                    f"{_shown(other)} cannot be written to {self.root}",
+                    f"{_shown(path)} stands there, which is the same file on the file system there.",
+                    "Remove it, or choose another folder.",
+                )
+
+    def _same_names(self, names: Iterable[str]) -> tuple[str, str] | None:
+        folder = self._workspace / "names.partial"
+        with _full_disk_explained(f"to {self.root}"):
+            folder.mkdir()
+            try:
+                return same_names(folder, names)
+            finally:
+                shutil.rmtree(folder)
 
     def require_space(self, nbytes: int) -> None:
         """Raise :class:`DiskSpaceError` where fewer than ``nbytes`` bytes are free."""
@@ -339,6 +389,39 @@ def _all_files(root: Path) -> Iterator[str]:
         links = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
         for name in names + links:
             yield os.path.relpath(os.path.join(folder, name), root)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _one_name(root: Path, path: str, other: str) -> OutputError:
+    return OutputError(
+        f"{_shown(path)} cannot be written to {root}",
+        f"The file system there does not tell it from {_shown(other)}.",
+        "Choose a folder on another file system.",
+    )
+
+
+def _shown(path: str) -> str:
+    """The path, so that those that look alike look different."""
+    return path if path.isascii() else ascii(path)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    info = path.lstat()
+    return info.st_dev, info.st_ino
+
+
+def _spot(path: Path) -> tuple[int, int, str] | None:
+    """Equal for two paths that may be one file, links aside; None where there is no such folder."""
+    try:
+        return *_identity(path.parent), spelling(path.name)
+    except OSError:
+        return None
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -92,3 +93,16 @@ def write_at(fd: int, offset: int, parts: Sequence[memoryview]) -> int:
     if hasattr(os, "pwritev") and sum(map(len, parts)) <= _MOST_BYTES:
         return os.pwritev(fd, parts, offset)
     return os.pwrite(fd, parts[0][:_MOST_BYTES], offset)
+
+
+def is_same(path: Path, other: Path) -> bool:
+    """Whether both are there and are one file or folder, however they are spelled."""
+    with suppress(OSError):
+        return path.samefile(other)
+    return False
+
+
+def is_within(path: Path, folder: Path) -> bool:
+    """Whether ``path``, which need not be there, is the folder or lies in it, however the two are spelled."""
+    path = path.resolve()
+    return any(is_same(place, folder) for place in (path, *path.parents))

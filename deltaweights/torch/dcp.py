@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from ..checkpoint import Location, Readable, local_path, open_source
+from ..checkpoint import Location, Readable, is_same, local_path, open_source
 from ..errors import CheckpointError, DeltaError, DeltaWeightsError, OutputError
 from ..match import RenameRule, compile_rules
 from ..pipeline import Workers
@@ -128,7 +128,9 @@ class DeltaStorageWriter(StorageWriter):
         if opener and self._opened is None:
             self._opened = opener()
         folder = local_path(self.checkpoint_id)
-        if isinstance(self._opened, DeltaFolder) and folder.resolve() in self._opened.roots:
+        if isinstance(self._opened, DeltaFolder) and any(
+            is_same(folder, root) for root in self._opened.roots
+        ):
             raise OutputError(
                 f"{folder} cannot be written",
                 "It holds the checkpoint that the new one would be coded against.",
