@@ -90,7 +90,7 @@ def build_editable(
 def _refuse_windows() -> None:
     if sys.platform == "win32":
         raise SystemExit(
-            "deltaweights does not support Windows yet: it needs file locks and ways to write files that only "
+            "deltaweights does not support Windows yet: it needs file locks, and ways of writing, that only "
             "POSIX systems have. Install it in the Windows Subsystem for Linux."
         )
 
