@@ -55,6 +55,7 @@ if [[ $processor == arm64 ]]; then
     root=$folder/root
     emulator=$(qemu aarch64)
     unpack arm64 "$root" python3 libstdc++6
+    [[ -e $root/lib ]] || ln -s usr/lib "$root/lib" # from Debian 13 on no package brings it
     interpreters=("$root"/usr/bin/python3.[0-9]*)
     version=${interpreters[0]##*/python}
     mapfile -t needed < <("$repository/.venv/bin/python" -c '
