@@ -1,0 +1,162 @@
+# mypy: ignore-errors
+# LLVM types what is in here.
+"""A platform's library: the kernels for each level of its processors, and what the codec reads of it.
+
+Besides the kernels it exports
+
+* `deltaweights_about`, a text: the digest of the sources, the levels, and the kernels in order, one a line;
+* `deltaweights_family`, the weights of :func:`..tables.laplace_family`, which take long to compute;
+* on x86-64 `deltaweights_cpuid` and `deltaweights_xcr0`, which ask the processor what it can do.
+
+Kernel number n for level number m is the function `deltaweights_n_m`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+
+import llvmlite.binding as llvm
+
+from ..library import ABOUT, CPUID, FAMILY, XCR0, digest_of_sources, entry_name
+from ..processor import LEVELS, levels_by
+from ..processor import platform as host_platform
+from ..tables import laplace_family
+from .bitcode import bitcode_of
+from .machine_code import emit, initialize, object_of
+from .signatures import Signature, signatures
+from .targets import Target, targets_of
+
+#: Modules whose kernels are compiled together, in a process for each line: each takes about as long.
+_PARTS = (("checked",), ("alone", "delta", "runs", "subset"))
+
+_ASK_X86 = f"""
+define void @{CPUID}(i32 %leaf, i32 %subleaf, ptr %out) {{
+  %found = call {{i32, i32, i32, i32}} asm sideeffect "cpuid", "={{ax}},={{bx}},={{cx}},={{dx}},{{ax}},{{cx}}"(i32 %leaf, i32 %subleaf)
+  store {{i32, i32, i32, i32}} %found, ptr %out
+  ret void
+}}
+
+define i32 @{XCR0}() {{
+  %found = call {{i32, i32}} asm sideeffect "xgetbv", "={{ax}},={{dx}},{{cx}}"(i32 0)
+  %low = extractvalue {{i32, i32}} %found, 0
+  ret i32 %low
+}}
+"""
+
+
+def build(platform: str, levels: Sequence[str], out: Path) -> None:
+    """Build a platform's library for these of its levels, on all cores.
+
+    Raises OSError where it cannot be linked or written.
+    """
+    known, digest = targets_of(platform), digest_of_sources()  # now: somebody may be editing them
+    targets = {level: known[level] for level in known if level in levels}
+    with tempfile.TemporaryDirectory() as work, ProcessPoolExecutor(
+        min(len(_PARTS), os.cpu_count() or 1), get_context("spawn")
+    ) as processes:
+        parts = list(processes.map(_compile_part, _PARTS, [targets] * len(_PARTS)))
+        objects, results = [], {}
+        for part_objects, part_results in parts:
+            objects += part_objects
+            results |= part_results
+        objects.append(_data(digest, list(targets), results, next(iter(targets.values()))))
+        files = []
+        for number, content in enumerate(objects):
+            files.append(Path(work, f"{number}.o"))
+            files[-1].write_bytes(content)
+        _link(platform, files, out)
+
+
+def _compile_part(
+    modules: Sequence[str], targets: dict[str, Target]
+) -> tuple[list[bytes], dict[int, str]]:
+    """(an object file for each target, the kind of each kernel's result) of the kernels of some modules."""
+    kernels = {n: s for n, s in enumerate(signatures()) if s.module in modules}
+    objects, results = [], {}
+    neutral = {n: bitcode_of(signature, entry_name(n, 0)) for n, signature in kernels.items()}
+    for m, target in enumerate(targets.values()):
+        named = [
+            code._replace(name=entry_name(n, m), entry=code.entry.replace(entry_name(n, 0), entry_name(n, m)))
+            for n, code in neutral.items()
+        ]
+        objects.append(object_of(named, target))
+    for n, code in neutral.items():
+        results[n] = code.result
+    return objects, results
+
+
+def _data(digest: str, levels: list[str], results: dict[int, str], target: Target) -> bytes:
+    """The object file of what is no kernel."""
+    initialize()
+    lines = [digest, " ".join(levels)]
+    for n, (module, kernel, kinds) in enumerate(signatures()):
+        lines.append(" ".join([module, kernel, results[n], *kinds]))
+    about, family = "\n".join(lines).encode() + b"\0", laplace_family().tobytes()
+    assembly = "".join(
+        f'@{name} = constant [{len(content)} x i8] c"{_escaped(content)}", align 64\n'
+        for name, content in ((ABOUT, about), (FAMILY, family))
+    )
+    is_x86 = target.triple.startswith("x86_64")
+    plain = Target(target.triple, "x86-64" if is_x86 else "generic", "")
+    return emit(llvm.parse_assembly(assembly + (_ASK_X86 if is_x86 else "")), plain)
+
+
+def _escaped(content: bytes) -> str:
+    return "".join(f"\\{byte:02X}" for byte in content)
+
+
+def _link(platform: str, objects: list[Path], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.{os.getpid()}")
+    options = ["-shared", "-nostdlib"]
+    if platform.startswith("linux"):
+        options += ["-Wl,-z,noexecstack", "-Wl,-z,relro", "-Wl,-z,now", "-Wl,-s"]
+    else:
+        options += ["-Wl,-undefined,dynamic_lookup", "-Wl,-s"]
+    command = [*_linker(platform), *options, "-o", str(partial), *map(str, objects)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        if done.returncode:
+            raise OSError(f"{command[0]} could not link the kernels: {done.stderr.strip()[-2000:]}")
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def levels_of_host() -> Sequence[str]:
+    """The levels that this machine's processor can run, the lowest first."""
+    initialize()
+    triple = llvm.get_process_triple()
+    if not triple.startswith("x86_64"):
+        return LEVELS["arm64"]
+    engine = llvm.create_mcjit_compiler(
+        llvm.parse_assembly(_ASK_X86), llvm.Target.from_triple(triple).create_target_machine()
+    )
+    engine.finalize_object()
+    cpuid, xcr0 = (engine.get_function_address(name) for name in (CPUID, XCR0))
+    return levels_by(ctypes.CFUNCTYPE(None)(cpuid), ctypes.CFUNCTYPE(ctypes.c_uint32)(xcr0))
+
+
+def _compiler() -> str | None:
+    return shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+
+
+def _linker(platform: str) -> list[str]:
+    """The command of a C compiler, which is used as a linker only; the package ziglang is one for all platforms."""
+    compiler = _compiler()
+    if platform == host_platform() and compiler:
+        return [compiler]
+    if find_spec("ziglang") is None:
+        raise OSError(f"there is no linker for {platform}: install a C compiler, or `pip install ziglang`")
+    names = {"linux-x86_64": "x86_64-linux-gnu", "linux-arm64": "aarch64-linux-gnu", "macos-arm64": "aarch64-macos.11"}
+    return [sys.executable, "-m", "ziglang", "cc", "-target", names[platform]]
