@@ -5,13 +5,44 @@ UV := $(BIN)/uv
 INSTALL := $(UV) pip install --quiet --constraint constraints.txt --build-constraint constraints.txt
 export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: demo test check check-lock lock format bench clean
+.PHONY: demo test kernels test-levels dist smoke check check-lock lock format bench clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
 
-test: .venv/.dev
+test: kernels
 	$(BIN)/pytest -q -n auto --dist worksteal
+
+# The codec's kernels, for the best level that this processor runs.
+kernels: .venv/.dev
+	$(BIN)/python -m deltaweights.codec.build --if-needed
+
+# The codec's tests with the kernels of each level that this processor runs, and with those compiled at first use.
+test-levels: kernels-of-all-levels
+	for level in $$($(BIN)/python -m deltaweights.codec.build --runnable); do \
+		DELTAWEIGHTS_KERNELS=$$level $(BIN)/pytest -q -n auto --dist worksteal tests/codec tests/test_fixtures.py \
+		|| exit 1; done
+	DELTAWEIGHTS_KERNELS=jit $(BIN)/pytest -q tests/codec/test_golden.py -k BF16
+
+kernels-of-all-levels: .venv/.dev
+	$(BIN)/python -m deltaweights.codec.build --if-needed --levels all
+
+# An sdist, and a wheel for each platform.
+dist: .venv/.dev
+	$(INSTALL) --group build
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --sdist
+	for platform in $(or $(PLATFORMS),linux-x86_64 linux-arm64 macos-arm64); do \
+		DELTAWEIGHTS_PLATFORM=$$platform $(BIN)/python -m build --no-isolation --wheel || exit 1; done
+	$(BIN)/twine check --strict dist/*
+
+# The wheel for this platform in an environment that has nothing else.
+smoke: .venv/.dev
+	$(MAKE) dist PLATFORMS=$$($(BIN)/python -c 'from deltaweights.codec import processor; print(processor.platform())')
+	rm -rf build/smoke
+	$(PYTHON) -m venv build/smoke
+	$(INSTALL) --python build/smoke/bin/python --find-links dist deltaweights
+	build/smoke/bin/python packaging/smoke.py
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .
@@ -64,15 +95,17 @@ $(UV): constraints.txt
 
 # The codec on processors that qemu-user emulates: two x86-64 ones that lack what newer ones have, and arm64.
 EMULATED := -m pytest -q -n 2 --dist worksteal tests/codec tests/test_fixtures.py tests/test_roundtrip.py
-.PHONY: test-cpus test-arm64
+.PHONY: test-cpus test-arm64 kernels-of-all-levels
 
-test-cpus: build/x86-64-v2/.installed build/x86-64-v3/.installed
+test-cpus: kernels-of-all-levels build/x86-64-v2/.installed build/x86-64-v3/.installed
 	build/x86-64-v2/bin/python $(EMULATED)
 	build/x86-64-v3/bin/python $(EMULATED)
 
 test-arm64: build/arm64/.installed
+	$(INSTALL) --group build
+	$(BIN)/python -m deltaweights.codec.build --if-needed --platform linux-arm64
 	build/arm64/bin/python $(EMULATED)
 
-build/%/.installed: tests/processors/emulate.sh .venv/.installed
+build/%/.installed: tests/processors/emulate.sh .venv/.dev
 	tests/processors/emulate.sh $* build/$*
 	touch $@

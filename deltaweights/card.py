@@ -185,10 +185,9 @@ def _card_text(manifest: Manifest) -> str:
     return f"""# {target.repo_id or "A fine-tune"}, as a delta of {base_name}
 
 {display}This is not a whole model: it holds what {name} adds to {base_name}{revision}. Together they give the
-model's files back, byte for byte.
+model's files back, byte for byte, by the program deltaweights:
 
 ```
-pip install deltaweights
 deltaweights apply PATH_OF_THIS_DELTA -o OUT{base_argument}
 ```
 

@@ -226,7 +226,7 @@ def _check_version(data: bytes) -> None:
         raise FormatVersionError(
             f"This delta has format version {version.format_version}",
             f"This version of deltaweights reads version {FORMAT_VERSION}.",
-            "Upgrade it: pip install -U deltaweights",
+            "Use a newer version of deltaweights.",
         )
 
 

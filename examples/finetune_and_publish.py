@@ -1,7 +1,7 @@
 """Fine-tune a small language model with checkpoints as deltas, go on from one of them, publish, and load.
 
 Run it: python examples/finetune_and_publish.py
-It needs `pip install 'deltaweights[torch]' transformers accelerate`, works in a temporary folder, and needs
+It needs `pip install '.[torch]' transformers accelerate` in a clone, works in a temporary folder, and needs
 no network: the base is a byte-level model that is made here.
 """
 

@@ -51,6 +51,6 @@ def _write(facts: Facts, format: Format) -> str:
         raise DeltaWeightsError(
             "Bills of materials need libraries that are not installed",
             f"{error}.",
-            "Install them: pip install 'deltaweights[bom]'",
+            "Install them: pip install cyclonedx-python-lib packageurl-python spdx-python-model",
         ) from error
     return write(facts)

@@ -38,7 +38,7 @@ def compiled(module: str, kernel: str, kinds: list[str]) -> Found:
         raise DeltaWeightsError(
             "The codec has no machine code for this computer",
             f"No prebuilt kernels fit it, and they cannot be compiled: {error}.",
-            "Install a wheel for this platform, or let them be compiled when first used: `pip install numba`",
+            "Install a wheel for this platform, or `pip install numba`, which compiles them when first used.",
         ) from error
 
 

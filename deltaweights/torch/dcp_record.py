@@ -171,7 +171,7 @@ def parse_record(data: bytes) -> Record:
             raise FormatVersionError(
                 f"This checkpoint has format version {version.format_version}",
                 f"This version of deltaweights reads version {FORMAT_VERSION}.",
-                "Upgrade it: pip install -U deltaweights",
+                "Use a newer version of deltaweights.",
             )
         record = msgspec.json.decode(data, type=Record)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:

@@ -152,7 +152,7 @@ def _read(data: bytes, kind: type[Json], where: str) -> Json:
             raise FormatVersionError(
                 f"{where} has format version {version.format_version}",
                 f"This version of deltaweights reads version {FORMAT_VERSION} of weight streams.",
-                "Upgrade it: pip install -U deltaweights",
+                "Use a newer version of deltaweights.",
             )
         value = msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:

@@ -22,10 +22,14 @@ def main() -> int:
     """Build what the command line says; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m deltaweights.codec.build", description=__doc__)
     parser.add_argument("--platform", default=host_platform(), choices=platforms(), help="default: this one")
-    parser.add_argument("--levels", help="of processors, separated by commas; `all`; default: the best one here")
+    parser.add_argument(
+        "--levels", help="of processors, separated by commas; `all`; default: the best one here"
+    )
     parser.add_argument("--if-needed", action="store_true", help="only where there is none of these sources")
     parser.add_argument("--show", action="store_true", help="print the library's path in the end")
-    parser.add_argument("--runnable", action="store_true", help="build nothing; print the levels that run here")
+    parser.add_argument(
+        "--runnable", action="store_true", help="build nothing; print the levels that run here"
+    )
     options = parser.parse_args()
     if options.platform is None:
         parser.error("no library can be built for this machine: name a --platform")

@@ -70,9 +70,7 @@ def bitcode_of(signature: Signature, name: str) -> Bitcode:
             if tuple(result.fndesc.argtypes) != given:
                 raise TypeError(f"kernel {signature.kernel} takes {result.fndesc.argtypes}, not {given}")
             entry = str(_entry(result.target_context, result.fndesc, name))
-            return Bitcode(
-                name, _kind_of_result(result.fndesc.restype), entry, result.library.emit_bitcode()
-            )
+            return Bitcode(name, _kind_of_result(result.fndesc.restype), entry, result.library.emit_bitcode())
 
 
 @contextmanager

@@ -61,9 +61,10 @@ def build(platform: str, levels: Sequence[str], out: Path) -> None:
     """
     known, digest = targets_of(platform), digest_of_sources()  # now: somebody may be editing them
     targets = {level: known[level] for level in known if level in levels}
-    with tempfile.TemporaryDirectory() as work, ProcessPoolExecutor(
-        min(len(_PARTS), os.cpu_count() or 1), get_context("spawn")
-    ) as processes:
+    with (
+        tempfile.TemporaryDirectory() as work,
+        ProcessPoolExecutor(min(len(_PARTS), os.cpu_count() or 1), get_context("spawn")) as processes,
+    ):
         parts = list(processes.map(_compile_part, _PARTS, [targets] * len(_PARTS)))
         objects, results = [], {}
         for part_objects, part_results in parts:
@@ -77,9 +78,7 @@ def build(platform: str, levels: Sequence[str], out: Path) -> None:
         _link(platform, files, out)
 
 
-def _compile_part(
-    modules: Sequence[str], targets: dict[str, Target]
-) -> tuple[list[bytes], dict[int, str]]:
+def _compile_part(modules: Sequence[str], targets: dict[str, Target]) -> tuple[list[bytes], dict[int, str]]:
     """(an object file for each target, the kind of each kernel's result) of the kernels of some modules."""
     kernels = {n: s for n, s in enumerate(signatures()) if s.module in modules}
     objects, results = [], {}
@@ -158,5 +157,9 @@ def _linker(platform: str) -> list[str]:
         return [compiler]
     if find_spec("ziglang") is None:
         raise OSError(f"there is no linker for {platform}: install a C compiler, or `pip install ziglang`")
-    names = {"linux-x86_64": "x86_64-linux-gnu", "linux-arm64": "aarch64-linux-gnu", "macos-arm64": "aarch64-macos.11"}
+    names = {
+        "linux-x86_64": "x86_64-linux-gnu",
+        "linux-arm64": "aarch64-linux-gnu",
+        "macos-arm64": "aarch64-macos.11",
+    }
     return [sys.executable, "-m", "ziglang", "cc", "-target", names[platform]]

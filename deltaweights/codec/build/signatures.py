@@ -62,9 +62,7 @@ def _of_elements_of_32_bits_at_most(e: str) -> Iterator[Signature]:
     yield Signature(
         "checked", decode, (_BYTES, _BYTES, "i", _BYTES, e, _BYTES, e, "i", "i", _NUMBER_ROWS, row, "b1.1")
     )
-    yield Signature(
-        "subset", "find_changes", (e, e, "i", "i", _NUMBERS, _NUMBERS, _BYTES, _NUMBERS)
-    )
+    yield Signature("subset", "find_changes", (e, e, "i", "i", _NUMBERS, _NUMBERS, _BYTES, _NUMBERS))
     yield Signature("subset", "move", (e, _NUMBERS, _NUMBERS))
     yield Signature("subset", "restore_at", (e, _NUMBERS, _NUMBERS))
 
@@ -77,8 +75,6 @@ def _of_one_type() -> Iterator[Signature]:
     yield Signature("delta", "drift", (_NUMBERS, _NUMBERS, "i", "i", _NUMBERS))
     yield Signature("delta", "fit_shifts", (_INTEGER_ROWS, _LONGS, _NUMBERS))
     for out in (_BYTES, _NUMBERS):
-        yield Signature(
-            "runs", "decode_list", (_BYTES, _NUMBER_ROWS, "i", "i", _NUMBER_ROWS, _WORDS, out)
-        )
+        yield Signature("runs", "decode_list", (_BYTES, _NUMBER_ROWS, "i", "i", _NUMBER_ROWS, _WORDS, out))
     yield Signature("runs", "decode_lists", (_BYTES, _NUMBER_ROWS, _NUMBER_ROWS, _WORDS, _NUMBER_ROWS))
     yield Signature("runs", "encode_run", run)
