@@ -1,13 +1,14 @@
 """How long a user waits before anything happens, and what an installation takes.
 
-Wall time of fresh processes, the median of ten, each with the bare interpreter's own start in it (printed
-for comparison), and which heavy modules each loads: ``import deltaweights``, ``deltaweights --help``, and
-``diff`` and ``apply`` of an 8 MiB pair, where starting is nearly all. Figures: import under 0.3 s and help under
+Wall time of fresh processes, the median of ten, each with the bare interpreter's own start in it (printed for
+comparison), and which heavy modules each loads: ``import deltaweights``, ``deltaweights --help``, and
+``diff`` and ``apply`` of an 8 MiB pair, where starting is nearly all. Figures: import under 0.3 s, help under
 0.2 s, importing loads none of numpy, torch, huggingface_hub and the like, and nothing loads Numba or LLVM.
 
 With ``--wheel`` the wheel is installed into an environment of its own, which is then made read-only, and run
-without a home: the first ``diff`` and the first ``apply`` of an 8 MiB pair against the fastest of five more, for
-each dtype; and the bytes that the installation takes, all dependencies counted. Figures: 1.3 times, 210 MB.
+without a home: the first ``diff`` and the first ``apply`` of an 8 MiB pair against the fastest of five more,
+for each dtype; and the bytes that the installation takes, all dependencies counted. Figures: 1.3 times, 210
+MB.
 
     python benchmarks/startup.py [--wheel dist/NAME.whl]
 """
@@ -87,8 +88,8 @@ def show_starts(folder: Path, repeats: int) -> list[str]:
     missed = [f"{name} takes over {most} s" for name, most in _MOST.items() if median(seconds[name]) > most]
     if loaded["import deltaweights"]:
         missed.append(f"import deltaweights loads {', '.join(sorted(loaded['import deltaweights']))}")
-    for name, modules in loaded.items():
-        missed += [f"{name} loads {compiler}" for compiler in sorted(modules & _COMPILERS)]
+    for name, found in loaded.items():
+        missed += [f"{name} loads {compiler}" for compiler in sorted(found & _COMPILERS)]
     return missed
 
 
@@ -97,8 +98,8 @@ def install(wheel: Path, folder: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python, uv = folder / "bin" / "python", Path(sys.executable).with_name("uv")
     constraints = Path(__file__).resolve().parent.parent / "constraints.txt"
-    command = [uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", python]
-    subprocess.run([*command, "--constraint", constraints, wheel], check=True)
+    options: Command = ["--quiet", "--compile-bytecode", "--python", python, "--constraint", constraints]
+    subprocess.run([uv, "pip", "install", *options, wheel], check=True)
     subprocess.run(["chmod", "-R", "a-w", folder], check=True)
     return python
 
@@ -131,7 +132,7 @@ def first_runs(python: Path, folder: Path, dtype: str) -> dict[str, float]:
             shutil.rmtree(folder / name, ignore_errors=True)
         for verb, arguments in commands.items():
             began = time.perf_counter()
-            command = [python, "-m", "deltaweights", *arguments]
+            command: Command = [python, "-m", "deltaweights", *arguments]
             subprocess.run(command, cwd=folder, env=environment, check=True)
             seconds[verb].append(time.perf_counter() - began)
     return {verb: taken[0] / min(taken[1:]) for verb, taken in seconds.items()}

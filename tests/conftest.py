@@ -44,6 +44,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"tests/torch was left out: there is no {', '.join(MISSING)}.")
 
 
+#: What Python has on Linux and not, or not everywhere, on other systems.
+LINUX_ONLY = (
+    "copy_file_range", "eventfd", "fdatasync", "getrandom", "memfd_create", "pidfd_open", "posix_fadvise",
+    "posix_fallocate", "preadv", "pwritev", "sched_getaffinity", "sched_setaffinity", "sendfile", "setns",
+    "splice", "sync", "timerfd_create", "unshare", "getxattr", "setxattr", "listxattr",
+    "O_DIRECT", "O_LARGEFILE", "O_NOATIME", "O_PATH", "O_RSYNC", "O_TMPFILE",
+)  # fmt: skip
+
+
 class Trio(NamedTuple):
     """A base, a target and the delta between them, as folders."""
 
@@ -200,3 +209,10 @@ def shelf(hub: HubServer, large: Trio, made: Path) -> HubServer:
     hub.add_repo("org/delta", contents(made))
     hub.log.clear()
     return hub
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process, without what only Linux has."""
+    for name in LINUX_ONLY:
+        monkeypatch.delattr(os, name, raising=False)

@@ -17,27 +17,9 @@ import pytest
 
 from deltaweights import OutputError, apply_delta, make_delta, verify_delta
 from deltaweights.checkpoint import LocalSource, OutputFolder, is_within, names, system
-from deltaweights.torch import DeltaCheckpointer, DeltaPublisher, DeltaSubscriber
 
 from .checkpoints import bf16, contents, weights, write_safetensors
-from .conftest import CHUNK_BYTES, Trio
-from .test_stream import Net, bits, train
-
-#: What Python has on Linux and not, or not everywhere, on other systems.
-_LINUX_ONLY = (
-    "copy_file_range", "eventfd", "fdatasync", "getrandom", "memfd_create", "pidfd_open", "posix_fadvise",
-    "posix_fallocate", "preadv", "pwritev", "sched_getaffinity", "sched_setaffinity", "sendfile", "setns",
-    "splice", "sync", "timerfd_create", "unshare", "getxattr", "setxattr", "listxattr",
-    "O_DIRECT", "O_LARGEFILE", "O_NOATIME", "O_PATH", "O_RSYNC", "O_TMPFILE",
-)  # fmt: skip
-
-
-@pytest.fixture
-def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process, without what only Linux has."""
-    for name in _LINUX_ONLY:
-        monkeypatch.delattr(os, name, raising=False)
-
+from .conftest import CHUNK_BYTES, LINUX_ONLY, Trio
 
 # Calls -----------------------------------------------------------------------------------------------
 
@@ -46,7 +28,7 @@ def test_nothing_that_only_linux_has_is_needed(trio: Trio, tmp_path: Path) -> No
     """A process that never had it: nothing is asked for on import either."""
     program = f"""
 import os, sys
-for name in {_LINUX_ONLY}:
+for name in {LINUX_ONLY}:
     if hasattr(os, name):
         delattr(os, name)
 from deltaweights import apply_delta, make_delta, verify_delta
@@ -79,21 +61,6 @@ def test_an_interrupted_apply_goes_on_elsewhere(trio: Trio, tmp_path: Path, inst
     report = apply_delta(trio.delta, out, base=trio.base)
     assert set(report.kept) == set(finished)
     assert contents(out) == contents(trio.target)
-
-
-@pytest.mark.usefixtures("elsewhere")
-def test_a_stream_is_published_and_followed_elsewhere(tmp_path: Path) -> None:
-    model, engine = Net(), Net()
-    subscriber = DeltaSubscriber(tmp_path / "stream")
-    with DeltaPublisher(tmp_path / "stream", model, anchor_every=2) as publisher:
-        for step in (1, 2, 3):
-            train(model, step)
-            publisher.publish(step, model)
-            subscriber.sync(engine)
-            assert bits(engine) == bits(model)
-    late = Net(seed=5)
-    assert DeltaSubscriber(tmp_path / "stream").sync(late).from_anchor
-    assert bits(late) == bits(model)
 
 
 @pytest.fixture(params=["all at once", "part by part", "elsewhere", "elsewhere, part by part"])
@@ -183,7 +150,7 @@ def test_where_fsync_does_not_reach_the_drive_the_call_that_does_is_made(
 def test_where_the_file_system_refuses_that_call_fsync_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flushed: list[tuple[str, int]], code: str
 ) -> None:
-    monkeypatch.setattr(fcntl, "fcntl", _raise(getattr(errno, code)))
+    monkeypatch.setattr(fcntl, "fcntl", raises(getattr(errno, code)))
     with OutputFolder(tmp_path) as folder:
         _write(folder, "x")
     file, root = (path.stat().st_ino for path in (tmp_path / "x", tmp_path))
@@ -198,7 +165,7 @@ def test_a_file_that_cannot_be_flushed_does_not_get_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flushed: list[tuple[str, int]]
 ) -> None:
     with OutputFolder(tmp_path) as folder:
-        monkeypatch.setattr(fcntl, "fcntl", _raise(errno.EIO))
+        monkeypatch.setattr(fcntl, "fcntl", raises(errno.EIO))
         with pytest.raises(OutputError, match="Cannot write x"):
             _write(folder, "x")
     assert os.listdir(tmp_path) == []
@@ -223,26 +190,18 @@ def test_a_folder_that_cannot_be_flushed_does_not_matter(
 
 # Locks and renaming ----------------------------------------------------------------------------------
 
-_LOCKLESS = ["ENOTSUP", "EOPNOTSUPP", "ENOLCK", "ENOSYS"]
+#: How a file system says that it has no locks.
+LOCKLESS = ["ENOTSUP", "EOPNOTSUPP", "ENOLCK", "ENOSYS"]
 
 
-@pytest.mark.parametrize("code", _LOCKLESS)
+@pytest.mark.parametrize("code", LOCKLESS)
 def test_a_file_system_without_locks_is_written_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
-    monkeypatch.setattr(fcntl, "flock", _raise(getattr(errno, code)))
+    monkeypatch.setattr(fcntl, "flock", raises(getattr(errno, code)))
     with OutputFolder(tmp_path / "out") as folder:
         _write(folder, "x")
     assert contents(tmp_path / "out") == {"x": b"content"}
-
-
-@pytest.mark.parametrize("code", _LOCKLESS)
-def test_checkpoints_are_kept_on_a_file_system_without_locks(
-    trio: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
-) -> None:
-    monkeypatch.setattr(fcntl, "flock", _raise(getattr(errno, code)))
-    with DeltaCheckpointer(tmp_path / "run", trio.base) as checkpointer:
-        assert checkpointer.steps == []
 
 
 @pytest.mark.parametrize("is_new", [True, False])
@@ -252,14 +211,11 @@ def test_a_lock_that_fails_leaves_nothing_behind(
     root = tmp_path / "out"
     if not is_new:
         root.mkdir()
-    monkeypatch.setattr(fcntl, "flock", _raise(errno.EIO))
+    monkeypatch.setattr(fcntl, "flock", raises(errno.EIO))
     with pytest.raises(OutputError, match="Cannot write to"), OutputFolder(root):
         pass
     assert root.exists() != is_new
     assert is_new or os.listdir(root) == []
-    with pytest.raises(OutputError, match="Cannot lock") as caught:
-        DeltaCheckpointer(root, "base")
-    assert caught.value.fix
 
 
 def test_no_file_is_open_when_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +241,7 @@ def test_no_file_is_open_when_it_is_renamed(tmp_path: Path, monkeypatch: pytest.
 def test_a_file_system_that_renames_nothing_is_named_as_the_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "replace", _raise(errno.ENOTSUP))
+    monkeypatch.setattr(os, "replace", raises(errno.ENOTSUP))
     with OutputFolder(tmp_path) as folder:
         with pytest.raises(OutputError, match="Cannot write x") as caught:
             _write(folder, "x")
@@ -537,7 +493,7 @@ def _write(folder: OutputFolder, path: str, content: bytes = b"content") -> None
         file.commit()
 
 
-def _raise(code: int) -> Callable[..., Any]:
+def raises(code: int) -> Callable[..., Any]:
     def call(*args: object) -> None:
         raise OSError(code, os.strerror(code))
 

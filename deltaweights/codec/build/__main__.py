@@ -1,7 +1,7 @@
 """`python -m deltaweights.codec.build`: builds the kernels' library into the package.
 
-It takes about two minutes of processor time, and one for each level more. Without arguments it is for the best
-level that this processor can run.
+It takes about two minutes of processor time, and half a minute more for each level. Without arguments it is
+for the best level that this processor can run.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ That function is
 
     int32_t entry(void *result, argument, ...)
 
-with an int64_t or double for each scalar and, for each array, the address of the NumPy object behind what all
-Python objects begin with: NumPy's C interface (PyArrayObject) says where its data and lengths are from there
-on, and to read them takes a fraction of the time that asking for them in Python takes. The result, an int64_t,
-a double or a bool, is written to *result. A status other than zero stands for an exception.
+with an int64_t or double for each scalar and, for each array, the address of the NumPy object's own part,
+behind what all Python objects begin with. NumPy's C interface (PyArrayObject) says where its data and lengths
+are, and reading them there takes a fraction of the time that asking for them in Python takes. The result, an
+int64_t, a double or a bool, is written to *result. A status other than zero stands for an exception.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import NamedTuple
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import config
@@ -54,8 +53,8 @@ class Bitcode(NamedTuple):
 def bitcode_of(signature: Signature, name: str) -> Bitcode:
     """Compile a kernel so far, `name` being the one of the function to call.
 
-    Raises TypeError for arguments that the kernel does not take: called with them, its code would read what is
-    not there.
+    Raises TypeError for arguments that the kernel does not take: called with them, its code would read what
+    is not there.
     """
     if config.DISABLE_JIT:
         raise RuntimeError("kernels cannot be compiled while NUMBA_DISABLE_JIT is set")

@@ -33,16 +33,17 @@ from ..processor import platform as host_platform
 from ..tables import laplace_family
 from .bitcode import bitcode_of
 from .machine_code import emit, initialize, object_of
-from .signatures import Signature, signatures
+from .signatures import signatures
 from .targets import Target, targets_of
 
 #: Modules whose kernels are compiled together, in a process for each line: each takes about as long.
 _PARTS = (("checked",), ("alone", "delta", "runs", "subset"))
 
+_REGISTERS, _LEAF = "{i32, i32, i32, i32}", "i32 %leaf, i32 %subleaf"
 _ASK_X86 = f"""
-define void @{CPUID}(i32 %leaf, i32 %subleaf, ptr %out) {{
-  %found = call {{i32, i32, i32, i32}} asm sideeffect "cpuid", "={{ax}},={{bx}},={{cx}},={{dx}},{{ax}},{{cx}}"(i32 %leaf, i32 %subleaf)
-  store {{i32, i32, i32, i32}} %found, ptr %out
+define void @{CPUID}({_LEAF}, ptr %out) {{
+  %found = call {_REGISTERS} asm sideeffect "cpuid", "={{ax}},={{bx}},={{cx}},={{dx}},{{ax}},{{cx}}"({_LEAF})
+  store {_REGISTERS} %found, ptr %out
   ret void
 }}
 
@@ -151,7 +152,7 @@ def _compiler() -> str | None:
 
 
 def _linker(platform: str) -> list[str]:
-    """The command of a C compiler, which is used as a linker only; the package ziglang is one for all platforms."""
+    """The command of a C compiler, used as a linker only; the package ziglang is one for all platforms."""
     compiler = _compiler()
     if platform == host_platform() and compiler:
         return [compiler]

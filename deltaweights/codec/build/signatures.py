@@ -1,8 +1,8 @@
 """The kernels of a prebuilt library, each with the types that the codec calls it with.
 
-A signature is (module, kernel, kinds), one text an argument: "i", "f" or "b" for an integer, a float or a bool;
-for an array the code of its dtype and its number of dimensions, as in "u2.1"; for a tuple of :mod:`..spaces`
-its name and what it holds, as in "RunSpace(u4.1,u2.1)".
+A signature is (module, kernel, kinds), with one text for each argument: "i", "f" or "b" for an integer, a
+float or a bool; for an array the code of its dtype and its number of dimensions, as in "u2.1"; for a tuple of
+:mod:`..spaces` its name and what it holds, as in "RunSpace(u4.1,u2.1)".
 """
 
 from __future__ import annotations

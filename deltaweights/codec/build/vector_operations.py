@@ -2,9 +2,9 @@
 # LLVM types what is in here.
 """The vector operations that processors do in different ways, written for one target.
 
-Kernels call them by name (:mod:`..kernels.vectors`); :func:`define` gives the definitions that a module lacks.
-AVX-512 has instructions for them; where there are none, one that shuffles bytes does, in pieces of eight lanes
-or of 16 bytes: a table with a row for each mask tells it the order. LLVM finds a way for every other target.
+Kernels call them by name (:mod:`..kernels.vectors`); :func:`define` gives the definitions that a module
+lacks. AVX-512 has instructions for them. Elsewhere one that shuffles bytes does them, in pieces of eight
+lanes or of 16 bytes, by a table with an order for each mask. LLVM finds a way for every other target.
 """
 
 from __future__ import annotations
