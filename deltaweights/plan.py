@@ -16,6 +16,7 @@ from .checkpoint import HubSource, Location, Readable, Shard, Source, Span, loca
 from .checkpoint.client import cache_folder
 from .checkpoint.source import HEAD_BYTES, free_space
 from .checkpoint.window import WINDOW_BYTES
+from .codec.library import prebuilt
 from .errors import BaseMismatchError
 from .license import describe, text_records
 from .manifest import MANIFEST_NAME, Manifest, TargetFile
@@ -26,9 +27,9 @@ from .target import ShardRecipe, Target, TensorRecipe, open_base, read_manifest,
 #: In bits a second: a home, an office, a data centre.
 BANDWIDTHS = (100_000_000, 1_000_000_000, 10_000_000_000)
 
-#: The process when it has to compile its kernels: 200 MiB measured, of which it takes half when it finds them
-#: (docs/benchmarks.md); and a third as much again, since processors and versions of the libraries differ.
-_PROCESS_BYTES = 270 << 20
+#: The process itself: 75 MiB measured (docs/benchmarks.md), and a third as much again, since processors and
+#: versions of the libraries differ; and what compiling its kernels takes besides, where none are prebuilt.
+_PROCESS_BYTES, _COMPILER_BYTES = 100 << 20, 170 << 20
 
 #: What each repository that is read takes beyond its window: connections, TLS, lists of files.
 _REMOTE_BYTES = 48 << 20
@@ -323,7 +324,8 @@ def _memory(manifest: Manifest, sources: Iterable[Source], workers: Workers) -> 
     """About the most that the process takes: itself, chunks, the parsed manifest, and what runs ahead."""
     remote = sum(isinstance(source, HubSource) for source in sources)
     chunks = 8 * workers.threads * max(workers.batch_bytes, manifest.chunk_bytes)
-    return _PROCESS_BYTES + chunks + 8 * len(manifest.to_json()) + remote * (WINDOW_BYTES + _REMOTE_BYTES)
+    process = _PROCESS_BYTES + (0 if prebuilt() else _COMPILER_BYTES)
+    return process + chunks + 8 * len(manifest.to_json()) + remote * (WINDOW_BYTES + _REMOTE_BYTES)
 
 
 def _spaces(nbytes: int, out: Location | None, kept: int) -> Iterator[Space]:

@@ -146,7 +146,7 @@ def test_heavy_imports_are_lazy(code: str, unwanted: list[str]) -> None:
 
 def test_only_the_command_line_prints() -> None:
     for path in PACKAGE.rglob("*.py"):
-        if _room(path) != "cli":
+        if _room(path) != "cli" and path.stem != "__main__":
             calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
             assert not [c for c in calls if isinstance(c.func, ast.Name) and c.func.id in ("print", "exit")]
 

@@ -13,8 +13,6 @@ from deltaweights import make_delta
 from ..conftest import Trio
 from .models import nudge, tiny_qwen2
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton, which reads it then
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
