@@ -375,9 +375,10 @@ def test_a_compressed_file_takes_no_name_that_is_anothers_elsewhere(tmp_path: Pa
 
 def test_names_that_look_alike_are_shown_as_what_they_are(tmp_path: Path) -> None:
     with OutputFolder(tmp_path) as folder:
-        folder.require_distinct(["caf\u00e9", "cafe\u0301"])
+        folder.require_distinct(["caf\u00e9"])
         _write(folder, "caf\u00e9")
-        os.link(tmp_path / "caf\u00e9", tmp_path / "cafe\u0301")
+        if not (tmp_path / "cafe\u0301").exists():
+            os.link(tmp_path / "caf\u00e9", tmp_path / "cafe\u0301")
         with pytest.raises(OutputError) as caught:
             _write(folder, "cafe\u0301")
         assert r"'cafe\u0301'" in caught.value.what
