@@ -5,7 +5,7 @@ UV := $(BIN)/uv
 INSTALL := $(UV) pip install --quiet --constraint constraints.txt --build-constraint constraints.txt
 export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: demo test kernels test-levels dist smoke check check-lock lock format bench clean
+.PHONY: demo test kernels test-levels test-matrix dist smoke check check-lock lock format bench clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
@@ -26,6 +26,9 @@ test-levels: kernels-of-all-levels
 
 kernels-of-all-levels: .venv/.dev
 	$(BIN)/python -m deltaweights.codec.build --if-needed --levels all
+
+test-matrix: kernels
+	$(BIN)/python .ci/test_matrix.py
 
 # An sdist, and a wheel for each platform.
 dist: .venv/.dev
