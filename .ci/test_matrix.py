@@ -3,8 +3,8 @@
     .venv/bin/python .ci/test_matrix.py [PYTHON] ...
 
 Each Python (all, unless some are named) gets two environments in build/matrix: what a user has from the index
-today, as wheels, and the same at the lower bounds. uv finds or downloads the interpreters. The kernels are those
-that `make kernels` built: they are the same for every Python.
+today, as wheels, and the same at the lower bounds. uv finds or downloads the interpreters. The kernels are
+those that `make kernels` built: they are the same for every Python.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.10", "3.12", "3.13", "3.14")
 RESOLUTIONS = ("lowest-direct", "highest")
 
-#: What meets other libraries. The rest of the suite is about our own code and files, and would take hours here.
+#: What meets other libraries. The rest of the suite is about our own code and files, and would take hours
+#: here.
 TESTS = (
     *("codec/test_chunks.py", "codec/test_compiled.py", "test_bom.py", "test_card.py", "test_checkpoint.py"),
     *("test_cli.py", "test_convert.py", "test_diff.py", "test_documents.py", "test_fixtures.py"),
