@@ -44,7 +44,7 @@ smoke: .venv/.dev
 	$(MAKE) dist PLATFORMS=$$($(BIN)/python -c 'from deltaweights.codec import processor; print(processor.platform())')
 	rm -rf build/smoke
 	$(PYTHON) -m venv build/smoke
-	$(INSTALL) --python build/smoke/bin/python --find-links dist deltaweights
+	$(INSTALL) --python build/smoke/bin/python dist/*.whl
 	build/smoke/bin/python packaging/smoke.py
 
 check: .venv/.dev

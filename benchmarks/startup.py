@@ -10,7 +10,10 @@ without a home: the first ``diff`` and the first ``apply`` of an 8 MiB pair agai
 for each dtype; and the bytes that the installation takes, all dependencies counted. Figures: 1.3 times, 210
 MB.
 
-    python benchmarks/startup.py [--wheel dist/NAME.whl]
+With ``--kernels`` prebuilt kernels encode and decode beside those that Numba compiles for this very processor, in
+turn: the speed of the prebuilt ones by the others'. Figure: 0.95.
+
+    python benchmarks/startup.py [--wheel dist/NAME.whl] [--kernels]
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ _COMPILERS = {"llvmlite", "numba"}
 _NUMERIC = _COMPILERS | {"numpy", "safetensors", "torch", "transformers"}
 _HEAVY = _NUMERIC | {"huggingface_hub", "msgspec", "pydantic", "rich", "typer", "zstandard"}
 _WORD_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
-_FIRST_RUN, _INSTALLED_BYTES = 1.3, 210_000_000
+_FIRST_RUN, _INSTALLED_BYTES, _PREBUILT = 1.3, 210_000_000, 0.95
 
 
 def programs(pair: pairs.Pair) -> dict[str, Command]:
@@ -160,13 +163,91 @@ def show_installation(wheel: Path) -> list[str]:
     return missed
 
 
+_SPEEDS = """
+import sys, time
+import numpy as np
+from deltaweights.codec import CHUNK_BYTES, decode, encode, library
+
+dtype, size = sys.argv[1], int(sys.argv[2])
+rng = np.random.default_rng(0)
+weights = rng.normal(0, 0.02, 4 * CHUNK_BYTES // size).astype(np.float32)
+moved = weights + rng.normal(0, 2e-4, len(weights)).astype(np.float32)
+words = [(w.view(np.uint32) >> (32 - 8 * size)).astype(f"u{size}") for w in (weights, moved)]
+base, target = (word.view(np.uint8) for word in words)
+payload = encode(base, target, dtype)
+found = library.prebuilt()
+print(found.level if found else "jit", flush=True)
+for line in sys.stdin:
+    best = [float("inf")] * 2
+    for _ in range(5):
+        for k, work in enumerate((lambda: encode(base, target, dtype), lambda: decode(base, payload, dtype))):
+            began = time.perf_counter()
+            work()
+            best[k] = min(best[k], time.perf_counter() - began)
+    print(*best, flush=True)
+"""
+
+
+class Coder:
+    """A process that encodes and decodes with one kind of kernels, when asked."""
+
+    def __init__(self, dtype: str, kernels: dict[str, str]) -> None:
+        command = [sys.executable, "-c", _SPEEDS, dtype, str(_WORD_BYTES[dtype])]
+        self._process = subprocess.Popen(
+            command,
+            env={**os.environ, **kernels},
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        self.level = self._answer()
+        self.seconds = [float("inf")] * 2  # encode, decode
+
+    def measure(self) -> None:
+        """Keep the fastest of five more."""
+        assert self._process.stdin is not None
+        print("again", file=self._process.stdin, flush=True)
+        self.seconds = [
+            min(*both) for both in zip(self.seconds, map(float, self._answer().split()), strict=True)
+        ]
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+
+def show_kernels(rounds: int) -> list[str]:
+    """Print how fast prebuilt kernels are beside those compiled here; returns the figures that were missed."""
+    rows, missed = [["prebuilt by compiled here", "level", "encode", "decode"]], []
+    for dtype in _WORD_BYTES:
+        prebuilt, here = Coder(dtype, {}), Coder(dtype, {"DELTAWEIGHTS_KERNELS": "jit"})
+        for _ in range(rounds):
+            prebuilt.measure()
+            here.measure()
+        prebuilt.close()
+        here.close()
+        ratios = [a / b for a, b in zip(here.seconds, prebuilt.seconds, strict=True)]
+        rows.append([dtype, prebuilt.level, *(f"{ratio:.2f}" for ratio in ratios)])
+        for verb, ratio in zip(("encodes", "decodes"), ratios, strict=True):
+            missed += [f"{prebuilt.level} {verb} {dtype} at {ratio:.2f}"] if ratio < _PREBUILT else []
+    print_table(rows)
+    return missed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--repeats", type=int, default=10, help="default 10")
     parser.add_argument("--folder", type=Path, help="where the pair is made; default: memory, else disk")
     parser.add_argument("--wheel", type=Path, help="measure its installation too")
+    parser.add_argument("--kernels", action="store_true", help="measure prebuilt kernels' speed too")
     options = parser.parse_args()
     missed = show_installation(options.wheel) if options.wheel else []
+    missed += show_kernels(options.repeats) if options.kernels else []
     with pairs.work_folder(options.folder, 32 * MIB) as folder:
         missed += show_starts(folder, options.repeats)
     finish(missed)
