@@ -10,8 +10,8 @@ without a home: the first ``diff`` and the first ``apply`` of an 8 MiB pair agai
 for each dtype; and the bytes that the installation takes, all dependencies counted. Figures: 1.3 times, 210
 MB.
 
-With ``--kernels`` prebuilt kernels encode and decode beside those that Numba compiles for this very processor,
-in turn: the speed of the prebuilt ones by the others'. Figure: 0.95.
+With ``--kernels`` prebuilt kernels encode and decode in turn with those that Numba compiles for this very
+processor: the speed of the prebuilt ones by that of the others. Figure: 0.95.
 
     python benchmarks/startup.py [--wheel dist/NAME.whl] [--kernels]
 """
@@ -222,7 +222,7 @@ class Coder:
 
 
 def show_kernels(rounds: int) -> list[str]:
-    """Print how fast prebuilt kernels are beside those compiled here; returns the figures that were missed."""
+    """Print the speed of prebuilt kernels by that of those compiled here; returns the missed figures."""
     rows, missed = [["prebuilt by compiled here", "level", "encode", "decode"]], []
     for dtype in _WORD_BYTES:
         prebuilt, here = Coder(dtype, {}), Coder(dtype, {"DELTAWEIGHTS_KERNELS": "jit"})
