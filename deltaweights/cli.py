@@ -49,7 +49,7 @@ Deltas = Annotated[
 ]
 BaseOption = Annotated[
     str | None,
-    typer.Option("--base", metavar="BASE", help="The base, where the delta's own word for it is not enough."),
+    typer.Option("--base", metavar="BASE", help="Base checkpoint; overrides the one that the delta names."),
 ]
 KeepBase = Annotated[
     bool,
@@ -155,7 +155,7 @@ def _show_written(output: Path, manifest: Manifest, *, as_json: bool, quiet: boo
 def push(
     delta: Annotated[str, typer.Argument(metavar="DELTA", help="The delta, a folder.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="The repository on the Hub, org/name.")],
-    public: Annotated[bool, typer.Option("--public", help="For everybody to read; else private.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public.")] = False,
     revision: Annotated[
         str | None, typer.Option(metavar="BRANCH", help="The branch; the main one by default.")
     ] = None,
@@ -379,7 +379,7 @@ def bom(
     ] = 0,
     debug: Debug = False,
 ) -> None:
-    """Write a bill of materials for DELTA: target, base, files, licenses. Needs deltaweights\\[bom]."""
+    """Write a bill of materials for DELTA: target, base, files, licenses. Needs the extra `bom`."""
     with _errors_explained(debug, as_json=False):
         from .bom import make_bom
 

@@ -180,7 +180,7 @@ def _conflicts(base: BaseRecord, target: TargetRecord) -> Iterator[str]:
     if kept and ours:
         yield (
             f"The target is stated to be under {_expression(ours)}, but its base is under "
-            f"{_expression(kept)}, which goes on to apply."
+            f"{_expression(kept)}, which still applies."
         )
     if not base.license.files:
         for one in kept:

@@ -709,7 +709,7 @@ def test_license_shows_it_all(qwen: Trio) -> None:
         f"to accept: {QWEN.spdx}",
         "not legal advice",
         *(f"- {text}" for text in QWEN.obligations),
-        "which goes on to apply",
+        "which still applies",
         "- NOTICE, ",
     ):
         assert text in shown

@@ -62,7 +62,7 @@ def _bits(base: NDArray[Any], target: NDArray[Any]) -> float:
 
 
 def _fit(before: NDArray[Any], after: NDArray[Any], form: FloatFormat, log: int) -> tuple[Shifts, float]:
-    """At most 2**log shifts, and by how many bits each is longer than it is vague, on average."""
+    """At most 2**log shifts, and how many bits each carries beyond its uncertainty, on average."""
     log = min(max((len(before) // _EACH).bit_length() - 1, 0), log)
     stride = len(before) // (_EACH << log) | 1  # odd: in step with no row
     moves, counts = np.full((1 << log, _EACH), _BEHIND, np.int32), np.zeros(1 << log, np.int64)

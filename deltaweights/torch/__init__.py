@@ -1,4 +1,4 @@
-"""For people who train: deltas in and out of a model's memory. Needs the extra ``deltaweights[torch]``."""
+"""For people who train: deltas in and out of a model's memory. Needs the extra ``torch``."""
 
 from __future__ import annotations
 
