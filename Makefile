@@ -77,7 +77,7 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/training.py
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist deltaweights/codec/prebuilt *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(UV): constraints.txt
 	$(PYTHON) -m venv .venv

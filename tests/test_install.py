@@ -20,7 +20,7 @@ PACKAGE = Path(deltaweights.__file__).parent
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 #: The extras that a room may import from; all else is a dependency.
-EXTRAS = {"bom": ("bom",), "codec": ("jit",), "demo": ("torch",), "torch": ("torch", "transformers")}
+EXTRAS = {"bom": ("bom",), "codec": ("jit",), "torch": ("torch", "transformers")}
 #: torch for CUDA brings the Triton that fits it.
 BROUGHT = {"torch": {"triton"}}
 
@@ -38,6 +38,13 @@ def test_every_import_is_declared(path: Path) -> None:
     for extra in EXTRAS.get(room, ()):
         declared |= _names(project["optional-dependencies"][extra])
     assert _imported(path) <= declared
+
+
+def test_the_build_backend_asks_for_the_same_compiler() -> None:
+    project = tomllib.loads(PROJECT.read_text())["project"]
+    backend = (PROJECT.parent / "packaging" / "kernels_backend.py").read_text()
+    (asked,) = re.findall(r"^_COMPILER = (\[.*\])$", backend, re.MULTILINE)
+    assert set(project["optional-dependencies"]["jit"]) <= set(ast.literal_eval(asked))
 
 
 def test_the_test_sees_imports() -> None:
