@@ -14,25 +14,25 @@ test: kernels
 	$(BIN)/pytest -q -n auto --dist worksteal
 
 # The codec's kernels, for the best level that this processor runs.
-kernels: .venv/.dev
+kernels: .venv/.build
 	$(BIN)/python -m deltaweights.codec.build --if-needed
 
 # The codec's tests with the kernels of each level that this processor runs, and with those compiled at first use.
 test-levels: kernels-of-all-levels
-	for level in $$($(BIN)/python -m deltaweights.codec.build --runnable); do \
+	levels=$$($(BIN)/python -m deltaweights.codec.build --runnable) && test -n "$$levels" || exit 1; \
+	for level in $$levels; do \
 		DELTAWEIGHTS_KERNELS=$$level $(BIN)/pytest -q -n auto --dist worksteal tests/codec tests/test_fixtures.py \
 		|| exit 1; done
 	DELTAWEIGHTS_KERNELS=jit $(BIN)/pytest -q tests/codec/test_golden.py -k BF16
 
-kernels-of-all-levels: .venv/.dev
+kernels-of-all-levels: .venv/.build
 	$(BIN)/python -m deltaweights.codec.build --if-needed --levels all
 
 test-matrix: kernels
 	$(BIN)/python .ci/test_matrix.py
 
 # An sdist, and a wheel for each platform.
-dist: .venv/.dev
-	$(INSTALL) --group build
+dist: .venv/.build
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --sdist
 	for platform in $(or $(PLATFORMS),linux-x86_64 linux-arm64 macos-arm64); do \
@@ -96,6 +96,11 @@ $(UV): constraints.txt
 	$(INSTALL) --editable '.[dev]'
 	touch $@
 
+# What builds kernels and releases, a linker for all platforms included.
+.venv/.build: .venv/.dev
+	$(INSTALL) --group build
+	touch $@
+
 # The codec on processors that qemu-user emulates: two x86-64 ones that lack what newer ones have, and arm64.
 EMULATED := -m pytest -q -n 2 --dist worksteal tests/codec tests/test_fixtures.py tests/test_roundtrip.py
 .PHONY: test-cpus test-arm64 kernels-of-all-levels
@@ -104,8 +109,7 @@ test-cpus: kernels-of-all-levels build/x86-64-v2/.installed build/x86-64-v3/.ins
 	build/x86-64-v2/bin/python $(EMULATED)
 	build/x86-64-v3/bin/python $(EMULATED)
 
-test-arm64: build/arm64/.installed
-	$(INSTALL) --group build
+test-arm64: build/arm64/.installed .venv/.build
 	$(BIN)/python -m deltaweights.codec.build --if-needed --platform linux-arm64
 	build/arm64/bin/python $(EMULATED)
 

@@ -1,7 +1,8 @@
 """The build backend: setuptools', with the codec's kernels built into each wheel.
 
-`pip install .` builds them for this machine's processor alone. A release names a platform in the environment
-variable DELTAWEIGHTS_PLATFORM, and gets a wheel for all its processors, wherever it is built.
+`pip install .` builds them for this machine's processor, and for the oldest that they can run on. A release
+names a platform in the environment variable DELTAWEIGHTS_PLATFORM, and gets a wheel for all its processors,
+wherever it is built.
 """
 
 from __future__ import annotations
@@ -45,14 +46,23 @@ _TAGS = {
     "linux-arm64": ("manylinux_2_17_aarch64", "musllinux_1_1_aarch64"),
     "macos-arm64": ("macosx_11_0_arm64",),
 }
+#: Ends well if a library was built from the sources beside it in the wheel.
+_IS_FIT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from deltaweights.codec import library
+path = Path(library.__file__).parent / "prebuilt" / sys.argv[2]
+sys.exit(not (path.is_relative_to(Path(sys.argv[1]).resolve()) and library.is_current(path, [])))
+"""
 _Settings = Mapping[str, str | list[str] | None] | None
 
 
 def get_requires_for_build_wheel(config_settings: _Settings = None) -> list[str]:
     """What builds the kernels; the package ziglang links them where there is no C compiler."""
     _refuse_windows()
-    has_linker = "DELTAWEIGHTS_PLATFORM" not in os.environ and any(map(shutil.which, ("cc", "gcc", "clang")))
-    return [*_COMPILER, *([] if has_linker else ["ziglang"])]
+    is_local = "DELTAWEIGHTS_PLATFORM" not in os.environ and sys.platform == "linux"
+    return [*_COMPILER, *([] if is_local and _compiler_links() else ["ziglang<0.18"])]
 
 
 def build_wheel(
@@ -62,6 +72,7 @@ def build_wheel(
     _refuse_windows()
     platform = os.environ.get("DELTAWEIGHTS_PLATFORM")
     with tempfile.TemporaryDirectory() as work:
+        shutil.rmtree(_ROOT / "build" / "lib", ignore_errors=True)  # else it brings modules that are no more
         settings: Any = config_settings  # which setuptools types as less
         plain: str = build_meta.build_wheel(work, settings, metadata_directory)
         library = _built_kernels(platform)
@@ -70,6 +81,7 @@ def build_wheel(
         folder = unpacked / "deltaweights" / "codec" / "prebuilt"
         folder.mkdir()
         shutil.copy(library, folder)
+        _run("-c", _IS_FIT, str(unpacked), library.name)
         (about,) = unpacked.glob("*.dist-info/WHEEL")
         about.write_text(_for_platform(about.read_text(), platform))
         _run("-m", "wheel", "pack", "--dest-dir", wheel_directory, str(unpacked))
@@ -98,7 +110,7 @@ def _refuse_windows() -> None:
 def _built_kernels(platform: str | None) -> Path:
     """The library for a platform, or for this processor, built where it is not there already."""
     arguments = ["--if-needed", "--show"]
-    arguments += ["--platform", platform, "--levels", "all"] if platform else []
+    arguments += ["--platform", platform, "--levels", "all"] if platform else ["--levels", "lowest,best"]
     if find_spec("numba") is None:
         raise SystemExit("Building a wheel of deltaweights needs Numba, which is not installed.")
     done = _run("-m", "deltaweights.codec.build", *arguments)
@@ -113,7 +125,28 @@ def _for_platform(about: str, platform: str | None) -> str:
 
 
 def _tags(platform: str | None) -> tuple[str, ...]:
-    return _TAGS[platform] if platform else (sysconfig.get_platform().replace("-", "_").replace(".", "_"),)
+    if platform or sys.platform == "darwin":
+        return _TAGS[platform or "macos-arm64"]
+    return (sysconfig.get_platform().replace("-", "_").replace(".", "_"),)
+
+
+def _compiler_links() -> bool:
+    """Whether there is a C compiler that can link: one may be there in name only."""
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        return False
+    with tempfile.TemporaryDirectory() as work:
+        command = [
+            compiler,
+            "-shared",
+            "-nostdlib",
+            "-x",
+            "c",
+            os.devnull,
+            "-o",
+            str(Path(work, "nothing.so")),
+        ]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def _run(*arguments: str) -> str:

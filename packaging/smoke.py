@@ -14,6 +14,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -46,6 +48,29 @@ def run(folder: Path, *arguments: str) -> None:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
 
 
+@contextmanager
+def read_only(package: Path) -> Iterator[None]:
+    """Within it nobody but root can write to the package."""
+    for path in (package, *package.rglob("*")):
+        path.chmod(path.stat().st_mode & ~0o222)
+    try:
+        yield
+    finally:
+        for path in (package, *package.rglob("*")):
+            path.chmod(path.stat().st_mode | 0o200)
+
+
+def try_dtype(folder: Path, dtype: str) -> None:
+    """Make a pair and its delta, and rebuild the target."""
+    write_pair(folder, dtype)
+    run(folder, "diff", "base", "target", "-o", "delta")
+    run(folder, "apply", "delta", "--base", "base", "-o", "rebuilt")
+    run(folder, "verify", "delta", "--base", "base", "--target", "rebuilt")
+    target, rebuilt = (folder / name / "model.safetensors" for name in ("target", "rebuilt"))
+    if not filecmp.cmp(target, rebuilt, shallow=False):
+        sys.exit(f"{dtype}: the rebuilt file differs")
+
+
 def main() -> None:
     """Exit with a message where something is wrong."""
     for module in ("numba", "llvmlite", "torch"):
@@ -55,21 +80,10 @@ def main() -> None:
     if found is None or found.origin is None:
         sys.exit("deltaweights is not installed here")
     package = Path(found.origin).parent
-    for path in (package, *package.rglob("*")):
-        path.chmod(path.stat().st_mode & ~0o222)
-    for dtype in _WORDS:
-        with tempfile.TemporaryDirectory() as work:
-            folder = Path(work)
-            write_pair(folder, dtype)
-            run(folder, "diff", "base", "target", "-o", "delta")
-            run(folder, "apply", "delta", "--base", "base", "-o", "rebuilt")
-            run(folder, "verify", "delta", "--base", "base", "--target", "rebuilt")
-            if not filecmp.cmp(
-                folder / "target/model.safetensors", folder / "rebuilt/model.safetensors", False
-            ):
-                sys.exit(f"{dtype}: the rebuilt file differs")
-    for path in (package, *package.rglob("*")):
-        path.chmod(path.stat().st_mode | 0o200)
+    with read_only(package):
+        for dtype in _WORDS:
+            with tempfile.TemporaryDirectory() as work:
+                try_dtype(Path(work), dtype)
     subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", "deltaweights"], check=True)
     left = [*package.rglob("*"), *package.parent.glob("deltaweights*")]
     if left:

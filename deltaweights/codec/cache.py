@@ -2,8 +2,8 @@
 
 It is in `NUMBA_CACHE_DIR` if that is set, else in the user's cache folder, in a folder named by all that its
 content depends on. Whoever can write there can run code as this user. So a file is read or written only where
-it and all folders on the way belong to the user or to root and nobody else can write to them; where that is
-not so, kernels are compiled in every process.
+it and all folders and links on the way belong to the user or to root and nobody else can write to them; where
+that is not so, kernels are compiled in every process.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from pathlib import Path
 
 from .library import digest_of_sources
 
-_SETTINGS = ("NUMBA_BOUNDSCHECK", "NUMBA_DEBUGINFO")  # Numba's, that change its code
+NUMBA_SETTINGS = ("NUMBA_BOUNDSCHECK", "NUMBA_DEBUGINFO")  # those that change its code
 _DIGEST = 32  # bytes of the SHA-256 that a file begins with
 _MOST = 64 << 20  # bytes of a file: many times what a kernel takes
+_LINKS = 40  # on the way to the cache, at most: as many as systems follow
 
 
 def kept(file: str, make: Callable[[], bytes]) -> bytes:
     """What `make` returns, from disk if it is there; it may depend on nothing but the processor, the compiler
     and this package's sources."""
-    place = _place()
+    place, file = _place(), sha256(file.encode()).hexdigest()[:32]  # some file systems want short names
     if place is None:
         return make()
     with suppress(OSError):
@@ -42,12 +43,17 @@ def kept(file: str, make: Callable[[], bytes]) -> bytes:
 
 
 def _place() -> Path | None:
-    """The folder of this processor's kernels; None where there is no place for one."""
-    if named := os.environ.get("NUMBA_CACHE_DIR"):
-        return Path(named).absolute() / _folder()
+    """The folder of this processor's kernels; None where there is no place for one.
+
+    It has an absolute path: a relative one would be somebody's model folder as likely as not.
+    """
+    named, home = os.environ.get("NUMBA_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME", "")
     with suppress(RuntimeError):  # a user without a home, as in many a container
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(home).absolute() / "deltaweights" / _folder()
+        if named:
+            root = Path(named)
+        else:
+            root = (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "deltaweights"
+        return root / _folder() if root.is_absolute() else None
     return None
 
 
@@ -55,7 +61,7 @@ def _place() -> Path | None:
 def _folder() -> str:
     import llvmlite.binding as llvm
 
-    settings = [os.environ.get(name) for name in _SETTINGS] + [sys.implementation.cache_tag]
+    settings = [os.environ.get(name) for name in NUMBA_SETTINGS] + [sys.implementation.cache_tag]
     machine = [llvm.get_process_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()]
     compiler = [_version_of(name) for name in ("numba", "llvmlite")]
     parts = repr([settings, machine, compiler, digest_of_sources()])
@@ -71,54 +77,50 @@ def _version_of(package: str) -> bytes:
 
 
 def _read(place: Path, file: str) -> bytes:
-    folder = _open_folder(place)
-    try:
-        with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder), "rb") as stream:
-            _check(os.fstat(stream.fileno()), file, stat.S_ISREG)
-            return stream.read(_MOST)
-    finally:
-        os.close(folder)
+    folder = _checked(place)
+    with open(os.open(folder / file, os.O_RDONLY | os.O_NOFOLLOW), "rb") as stream:
+        _check(os.fstat(stream.fileno()), file, stat.S_ISREG)
+        return stream.read(_MOST)
 
 
 def _write(place: Path, file: str, content: bytes) -> None:
     """Write a file under its name at once, so that no other process reads a part of it."""
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder = _open_folder(place)
-    partial = f"{file}.{os.getpid()}"
+    for folder in (*reversed(place.parents), place):
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+    folder = _checked(place)
+    partial = folder / f"{file}.{os.getpid()}"
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        try:
-            with open(os.open(partial, flags, 0o600, dir_fd=folder), "wb") as stream:
-                stream.write(content)
-            os.replace(partial, file, src_dir_fd=folder, dst_dir_fd=folder)
-        except OSError:
-            with suppress(OSError):
-                os.unlink(partial, dir_fd=folder)
-            raise
-    finally:
-        os.close(folder)
+        with open(os.open(partial, flags, 0o600), "wb") as stream:
+            stream.write(content)
+        partial.replace(folder / file)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
-def _open_folder(place: Path) -> int:
-    """A descriptor of a folder, reached from the root step by step without following links.
+def _checked(place: Path) -> Path:
+    """The folder without links on the way to it, once nobody else can change any of them.
 
-    The way to the user's cache may have links in it, which are resolved first: what they lead to is checked.
+    From the root down, so that each is in a folder in which others can no longer replace it.
     """
-    whole = Path(os.path.realpath(place.parent)) / place.name
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-    folder = os.open(whole.anchor, flags)
-    for name in whole.parts[1:]:
-        try:
-            inner = os.open(name, flags, dir_fd=folder)
-        finally:
-            os.close(folder)
-        folder = inner
-        try:
-            _check(os.fstat(folder), name, stat.S_ISDIR)
-        except OSError:
-            os.close(folder)
-            raise
-    return folder
+    found, ahead, links = Path(place.anchor), list(place.parts[1:]), 0
+    _check(found.lstat(), str(found), stat.S_ISDIR)
+    while ahead:
+        path = found / ahead.pop(0)
+        status = path.lstat()
+        if not stat.S_ISLNK(status.st_mode):
+            _check(status, str(path), stat.S_ISDIR)
+            found = path
+            continue
+        links += 1
+        if status.st_uid not in (0, os.geteuid()) or links > _LINKS:
+            raise PermissionError(f"{path} is a link that is not followed")
+        target = Path(os.path.normpath(found / os.readlink(path)))  # what is above is no link any more
+        found, ahead = Path(target.anchor), [*target.parts[1:], *ahead]
+    return found
 
 
 def _check(found: os.stat_result, name: str, is_kind: Callable[[int], bool]) -> None:

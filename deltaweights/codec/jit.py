@@ -1,6 +1,6 @@
 """Kernels compiled on this machine when they are first called: where no prebuilt library fits.
 
-That needs Numba, or a cache that a run with Numba filled (:mod:`.cache`), which needs llvmlite alone.
+That needs Numba. What it made is cached on disk (:mod:`.cache`), and found there loads without importing it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import DeltaWeightsError
 from . import cache as disk
-from .library import Found
+from .library import Found, why_none
 
 _ENTRY = "deltaweights_entry"
 
@@ -37,8 +37,8 @@ def compiled(module: str, kernel: str, kinds: list[str]) -> Found:
     except ImportError as error:
         raise DeltaWeightsError(
             "The codec has no machine code for this computer",
-            f"No prebuilt kernels fit it, and they cannot be compiled: {error}.",
-            "Install a wheel for this platform, or `pip install numba`, which compiles them when first used.",
+            f"There are no prebuilt kernels: {why_none()}. They cannot be compiled: {error}.",
+            "In a clone run `pip install .`, or `pip install 'numba<0.69'` to compile them when first used.",
         ) from error
 
 

@@ -28,7 +28,7 @@ _HERE = Path(__file__).parent
 #: What machine code depends on, besides the modules in these two folders.
 _SOURCES = ("constants.py", "spaces.py", "tables.py")
 _FOLDERS = ("build", "kernels")
-_ABOUT = re.compile(rb"([0-9a-f]{64})\n([a-z0-9 -]+)\n")  # how the text begins
+_ABOUT = re.compile(rb"([0-9a-f]{64})\n([ -~]+)\n([a-z0-9 -]+)\n")  # how the text begins
 
 
 class Found(NamedTuple):
@@ -51,7 +51,7 @@ class Library:
         """
         self._library = ctypes.CDLL(str(path))
         start = ctypes.addressof(ctypes.c_char.in_dll(self._library, ABOUT))
-        digest, levels, *kernels = ctypes.string_at(start).decode().split("\n")
+        digest, _, levels, *kernels = ctypes.string_at(start).decode().split("\n")
         if digest != digest_of_sources():
             raise LookupError(f"{path.name} was built from other sources")
         runnable = self._runnable()
@@ -89,28 +89,45 @@ class Library:
         return levels_by(self._library[CPUID], self._library[XCR0])
 
 
-@cache
 def prebuilt() -> Library | None:
     """The library for this process; None where kernels are to be compiled instead.
 
     Raises:
         DeltaWeightsError: the environment asks for kernels that are not there.
     """
+    found = _loaded()
+    return found if isinstance(found, Library) else None
+
+
+def why_none() -> str:
+    """Why there is no library for this process; empty if there is one."""
+    found = _loaded()
+    return "" if isinstance(found, Library) else found
+
+
+@cache
+def _loaded() -> Library | str:
+    """The library, or why there is none."""
     choice, here = os.environ.get(CHOICE), platform()
     if choice == "jit":
-        return None
+        return f"{CHOICE} is set to jit"
     try:
         if here is None:
             raise LookupError("no library is built for this platform")
         return Library(library_path(here), choice)
-    except (OSError, LookupError) as error:
+    except (
+        OSError,
+        LookupError,
+        ValueError,
+        AttributeError,
+    ) as error:  # missing, unfit, or no library at all
         if choice:
             raise DeltaWeightsError(
                 f"{CHOICE} asks for kernels that are not there: {choice}",
                 f"{error}.",
                 f"Unset {CHOICE}, or in a clone run `python -m deltaweights.codec.build --levels all`.",
             ) from error
-        return None
+        return str(error)
 
 
 def library_path(on: str) -> Path:
@@ -118,15 +135,18 @@ def library_path(on: str) -> Path:
     return _HERE / "prebuilt" / f"kernels-{on}.{'dylib' if on.startswith('macos') else 'so'}"
 
 
-def is_current(path: Path, levels: Iterable[str]) -> bool:
-    """Whether there is a library built from the sources that are here, with these levels among its own."""
+def is_current(path: Path, levels: Iterable[str], compiler: str = "") -> bool:
+    """Whether there is a library built from the sources that are here, with these levels among its own, and
+    by this compiler where one is given."""
     try:
         found = _ABOUT.search(path.read_bytes())
     except OSError:
         return False
     if found is None or found[1].decode() != digest_of_sources():
         return False
-    return set(levels) <= set(found[2].decode().split())
+    if compiler and found[2].decode() != compiler:
+        return False
+    return set(levels) <= set(found[3].decode().split())
 
 
 def entry_name(kernel: int, level: int) -> str:

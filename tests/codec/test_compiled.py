@@ -70,9 +70,9 @@ def _compiling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
     pytest.importorskip("numba", reason="kernels are compiled by Numba")
     monkeypatch.setenv(library.CHOICE, "jit")
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
-    library.prebuilt.cache_clear()
+    library._loaded.cache_clear()
     yield
-    library.prebuilt.cache_clear()
+    library._loaded.cache_clear()
 
 
 def test_the_prebuilt_kernels_need_no_compiler() -> None:
@@ -159,7 +159,7 @@ def test_without_a_library_and_a_compiler_the_error_names_the_fix(monkeypatch: p
 def test_kernels_that_are_not_there_can_not_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(library.CHOICE, "pdp-11")
     with pytest.raises(DeltaWeightsError, match="pdp-11"):
-        library.prebuilt.__wrapped__()
+        library._loaded.__wrapped__()
 
 
 def test_a_library_that_is_unfit_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -170,15 +170,18 @@ def test_a_library_that_is_unfit_is_not_used(monkeypatch: pytest.MonkeyPatch, tm
     copy = tmp_path / whole.name
     monkeypatch.delenv(library.CHOICE, raising=False)
     monkeypatch.setattr(library, "library_path", lambda on: copy)
-    assert library.prebuilt.__wrapped__() is None
+    assert "No such file" in str(library._loaded.__wrapped__())
     copy.write_bytes(b"no library" * 1000)
-    assert library.prebuilt.__wrapped__() is None
+    assert copy.name in str(library._loaded.__wrapped__())
+    shutil.copy(next(Path(np.__file__).parent.rglob("*.so")), copy)  # a library, but another one
+    assert library.ABOUT in str(library._loaded.__wrapped__())
     assert not library.is_current(copy, [])
     shutil.copy(whole, copy)
     assert library.is_current(copy, [])
     assert not library.is_current(copy, ["pdp-11"])
+    assert not library.is_current(copy, [], "another compiler")
     monkeypatch.setattr(library, "digest_of_sources", lambda: "0" * 64)
-    assert library.prebuilt.__wrapped__() is None
+    assert "other sources" in str(library._loaded.__wrapped__())
     assert not library.is_current(copy, [])
 
 

@@ -13,7 +13,7 @@ case $2 in /*) folder=$2 ;; *) folder=$PWD/$2 ;; esac
 
 # Put Debian packages of an architecture, and what they depend on, into a folder: unpack ARCHITECTURE FOLDER NAME...
 unpack() {
-    if ! command -v apt-get dpkg-deb >/dev/null; then
+    if ! { command -v apt-get && command -v dpkg-deb; } >/dev/null; then
         echo "$0: packages for $1 come from Debian: run this on Debian, or install qemu-user yourself" >&2
         exit 1
     fi

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..library import Library, is_current, library_path
 from ..processor import platform as host_platform
-from .library import build, levels_of_host
+from .library import build, compiler, levels_of_host
 from .targets import platforms, targets_of
 
 
@@ -23,7 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m deltaweights.codec.build", description=__doc__)
     parser.add_argument("--platform", default=host_platform(), choices=platforms(), help="default: this one")
     parser.add_argument(
-        "--levels", help="of processors, separated by commas; `all`; default: the best one here"
+        "--levels", default="best", help="names of levels, `all`, `lowest` or `best` (default), with commas"
     )
     parser.add_argument("--if-needed", action="store_true", help="only where there is none of these sources")
     parser.add_argument("--show", action="store_true", help="print the library's path in the end")
@@ -31,19 +31,21 @@ def main() -> int:
         "--runnable", action="store_true", help="build nothing; print the levels that run here"
     )
     options = parser.parse_args()
-    if options.platform is None:
-        parser.error("no library can be built for this machine: name a --platform")
+    if options.platform not in platforms():
+        parser.error("no library can be built for this machine; kernels are compiled when first used")
     out = library_path(options.platform)
     if options.runnable:
         print(*Library(out).levels)
         return 0
     known = list(targets_of(options.platform))
-    levels = known if options.levels == "all" else (options.levels or "").split(",")
-    if options.levels is None:
-        levels = list(levels_of_host()[-1:]) if options.platform == host_platform() else known
+    best = levels_of_host()[-1:] if options.platform == host_platform() else known[-1:]
+    named = {"all": known, "lowest": known[:1], "best": best}
+    levels = [level for name in options.levels.split(",") for level in named.get(name, [name])]
+    if not levels:
+        parser.error(f"this processor is older than any that kernels are built for: {', '.join(known)}")
     if unknown := set(levels) - set(known):
         parser.error(f"{options.platform} has no level {', '.join(sorted(unknown))}, but {', '.join(known)}")
-    if not options.if_needed or not is_current(out, levels):
+    if not options.if_needed or not is_current(out, levels, compiler()):
         _build(options.platform, levels, out)
     if options.show:
         print(out)

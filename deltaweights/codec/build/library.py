@@ -4,7 +4,8 @@
 
 Besides the kernels it exports
 
-* `deltaweights_about`, a text: the digest of the sources, the levels, and the kernels in order, one a line;
+* `deltaweights_about`, a text: on a line each the digest of the sources, the compiler, the levels, and every
+  kernel in order;
 * `deltaweights_family`, the weights of :func:`..tables.laplace_family`, which take long to compute;
 * on x86-64 `deltaweights_cpuid` and `deltaweights_xcr0`, which ask the processor what it can do.
 
@@ -19,14 +20,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
+import llvmlite
 import llvmlite.binding as llvm
+import numba
 
+from ..cache import NUMBA_SETTINGS
 from ..library import ABOUT, CPUID, FAMILY, XCR0, digest_of_sources, entry_name
 from ..processor import LEVELS, levels_by
 from ..processor import platform as host_platform
@@ -39,6 +43,11 @@ from .targets import Target, targets_of
 #: Modules whose kernels are compiled together, in a process for each line: each takes about as long.
 _PARTS = (("checked",), ("alone", "delta", "runs", "subset"))
 
+_ZIG_TARGETS = {
+    "linux-x86_64": "x86_64-linux-gnu",
+    "linux-arm64": "aarch64-linux-gnu",
+    "macos-arm64": "aarch64-macos.11.0",
+}
 _REGISTERS, _LEAF = "{i32, i32, i32, i32}", "i32 %leaf, i32 %subleaf"
 _ASK_X86 = f"""
 define void @{CPUID}({_LEAF}, ptr %out) {{
@@ -98,7 +107,7 @@ def _compile_part(modules: Sequence[str], targets: dict[str, Target]) -> tuple[l
 def _data(digest: str, levels: list[str], results: dict[int, str], target: Target) -> bytes:
     """The object file of what is no kernel."""
     initialize()
-    lines = [digest, " ".join(levels)]
+    lines = [digest, compiler(), " ".join(levels)]
     for n, (module, kernel, kinds) in enumerate(signatures()):
         lines.append(" ".join([module, kernel, results[n], *kinds]))
     about, family = "\n".join(lines).encode() + b"\0", laplace_family().tobytes()
@@ -111,6 +120,12 @@ def _data(digest: str, levels: list[str], results: dict[int, str], target: Targe
     return emit(llvm.parse_assembly(assembly + (_ASK_X86 if is_x86 else "")), plain)
 
 
+def compiler() -> str:
+    """What makes the code, and Numba's settings that change it, on one line."""
+    settings = [f"{name}={os.environ[name]}" for name in NUMBA_SETTINGS if name in os.environ]
+    return " ".join([f"numba {numba.__version__}", f"llvmlite {llvmlite.__version__}", *settings])
+
+
 def _escaped(content: bytes) -> str:
     return "".join(f"\\{byte:02X}" for byte in content)
 
@@ -118,19 +133,35 @@ def _escaped(content: bytes) -> str:
 def _link(platform: str, objects: list[Path], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.{os.getpid()}")
-    options = ["-shared", "-nostdlib"]
+    options = ["-shared", "-nostdlib", "-Wl,-s"]
     if platform.startswith("linux"):
-        options += ["-Wl,-z,noexecstack", "-Wl,-z,relro", "-Wl,-z,now", "-Wl,-s"]
+        options += ["-Wl,-z,noexecstack", "-Wl,-z,relro", "-Wl,-z,now"]
     else:
-        options += ["-Wl,-undefined,dynamic_lookup", "-Wl,-s"]
-    command = [*_linker(platform), *options, "-o", str(partial), *map(str, objects)]
+        options += ["-Wl,-undefined,dynamic_lookup"]
+    why = f"there is no linker for {platform}: install the package ziglang"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-        if done.returncode:
-            raise OSError(f"{command[0]} could not link the kernels: {done.stderr.strip()[-2000:]}")
-        partial.replace(out)
+        for linker in _linkers(platform):
+            command = [*linker, *options, "-o", str(partial), *map(str, objects)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+            if done.returncode == 0:
+                partial.replace(out)
+                return
+            why = f"{' '.join(linker)} could not link the kernels: {done.stderr.strip()[-2000:]}"
+        raise OSError(why)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _linkers(platform: str) -> Iterator[list[str]]:
+    """Commands of C compilers, of which the first that works is used, as a linker only.
+
+    The package ziglang links for all platforms; a compiler on macOS would want that system's own libraries.
+    """
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler and platform.startswith("linux") and platform == host_platform():
+        yield [compiler]
+    if find_spec("ziglang"):
+        yield [sys.executable, "-m", "ziglang", "cc", "-target", _ZIG_TARGETS[platform]]
 
 
 def levels_of_host() -> Sequence[str]:
@@ -145,22 +176,3 @@ def levels_of_host() -> Sequence[str]:
     engine.finalize_object()
     cpuid, xcr0 = (engine.get_function_address(name) for name in (CPUID, XCR0))
     return levels_by(ctypes.CFUNCTYPE(None)(cpuid), ctypes.CFUNCTYPE(ctypes.c_uint32)(xcr0))
-
-
-def _compiler() -> str | None:
-    return shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-
-
-def _linker(platform: str) -> list[str]:
-    """The command of a C compiler, used as a linker only; the package ziglang is one for all platforms."""
-    compiler = _compiler()
-    if platform == host_platform() and compiler:
-        return [compiler]
-    if find_spec("ziglang") is None:
-        raise OSError(f"there is no linker for {platform}: install a C compiler, or `pip install ziglang`")
-    names = {
-        "linux-x86_64": "x86_64-linux-gnu",
-        "linux-arm64": "aarch64-linux-gnu",
-        "macos-arm64": "aarch64-macos.11",
-    }
-    return [sys.executable, "-m", "ziglang", "cc", "-target", names[platform]]
