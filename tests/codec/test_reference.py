@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,6 +23,9 @@ from deltaweights.codec.tables import (
 from deltaweights.codec.ulp import FORMATS
 
 from .pairs import decayed, fine_tune, noise
+
+#: Kernels that only other kernels call are in no library: they are compiled for the test.
+compiles = pytest.mark.skipif(find_spec("numba") is None, reason="kernels are compiled by Numba")
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -114,6 +119,7 @@ def test_runs_with_tails(tail: int, count: int) -> None:
     assert np.array_equal(again.words, run.words)
 
 
+@compiles
 @pytest.mark.parametrize("dtype", ["BF16", "F32", "F64", "F8_E4M3"])
 def test_transforms(dtype: str) -> None:
     from deltaweights.codec.compiled import delta
@@ -190,6 +196,7 @@ def test_distance_counts_floats() -> None:
     assert ulp.distance(zeros, zeros[::-1]).tolist() == [1, 1]
 
 
+@compiles
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=300)
 def test_tokens(value: int) -> None:
@@ -205,6 +212,7 @@ def test_tokens(value: int) -> None:
     assert total[0, token] == total.sum() == 17
 
 
+@compiles
 @given(st.lists(st.integers(0, 60_000), min_size=1, max_size=256), st.integers(8, 11))
 @settings(max_examples=200, deadline=None)
 def test_frequencies(weights: list[int], precision: int) -> None:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # emulate.sh arm64 FOLDER        Debian's Python for arm64, with wheels of the versions in constraints.txt
-# emulate.sh x86-64-vN FOLDER    the Python and the packages of .venv, on a processor of that level (2 or 3) only
+# emulate.sh x86-64-vN FOLDER    the Python of .venv and its packages, except those that compile kernels, on a
+#                                processor of no more than that level (2 or 3)
 #
 # Makes FOLDER a virtual environment for another processor: its bin/python runs under qemu-user, and so do the
 # processes that it starts as sys.executable. Nothing is installed outside of build/, and the host's settings of
@@ -76,6 +77,10 @@ else
     )
     emulator=$(qemu x86_64)
     start_by "$(readlink -f "$repository/.venv/bin/python")" "$emulator" -cpu "${models[$processor]}"
-    ln -s "$repository/.venv/lib" "$folder/lib"
+    for found in "$repository"/.venv/lib/python*/site-packages; do
+        packages=$folder/lib/$(basename "$(dirname "$found")")/site-packages
+        mkdir -p "$packages"
+        find "$found" -mindepth 1 -maxdepth 1 ! -name 'llvmlite*' ! -name 'numba*' -exec ln -st "$packages" {} +
+    done
 fi
 "$folder/bin/python" -c 'import platform, numpy; print(platform.machine(), "with NumPy", numpy.__version__)'
