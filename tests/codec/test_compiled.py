@@ -167,19 +167,19 @@ def test_a_library_that_is_unfit_is_not_used(monkeypatch: pytest.MonkeyPatch, tm
     here = platform()
     assert here is not None
     whole = library.library_path(here)
-    copy = tmp_path / whole.name
-    monkeypatch.delenv(library.CHOICE, raising=False)
-    monkeypatch.setattr(library, "library_path", lambda on: copy)
-    assert "No such file" in str(library._loaded.__wrapped__())
-    copy.write_bytes(b"no library" * 1000)
-    assert copy.name in str(library._loaded.__wrapped__())
-    shutil.copy(next(Path(np.__file__).parent.rglob("*.so")), copy)  # a library, but another one
-    assert library.ABOUT in str(library._loaded.__wrapped__())
-    assert not library.is_current(copy, [])
+    missing, garbage, other, copy = (tmp_path / name for name in ("missing", "garbage", "other", "copy"))
+    garbage.write_bytes(b"no library" * 1000)
+    shutil.copy(next(Path(np.__file__).parent.rglob("*.so")), other)
     shutil.copy(whole, copy)
+    monkeypatch.delenv(library.CHOICE, raising=False)
+    for path, why in ((missing, "No such file"), (garbage, "garbage"), (other, library.ABOUT)):
+        monkeypatch.setattr(library, "library_path", lambda on, path=path: path)
+        assert why in str(library._loaded.__wrapped__())
+        assert not library.is_current(path, [])
     assert library.is_current(copy, [])
     assert not library.is_current(copy, ["pdp-11"])
     assert not library.is_current(copy, [], "another compiler")
+    monkeypatch.setattr(library, "library_path", lambda on: copy)
     monkeypatch.setattr(library, "digest_of_sources", lambda: "0" * 64)
     assert "other sources" in str(library._loaded.__wrapped__())
     assert not library.is_current(copy, [])
