@@ -47,6 +47,19 @@ def test_the_build_backend_asks_for_the_same_compiler() -> None:
     assert set(project["optional-dependencies"]["jit"]) <= set(ast.literal_eval(asked))
 
 
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_only_the_tests_of_torch_import_it(path: Path) -> None:
+    """The others run without it; and where Triton is loaded early, its interpreter can no longer be chosen."""
+    loaded = {name.partition(".")[0] for node in ast.parse(path.read_text()).body for name in _modules(node)}
+    assert not loaded & {"accelerate", "llvmlite", "numba", "torch", "transformers", "triton"}
+
+
+def _modules(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+
+
 def test_the_test_sees_imports() -> None:
     assert _imported(PACKAGE / "card.py") == {"huggingface-hub", "pyyaml"}
 
