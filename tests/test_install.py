@@ -49,7 +49,7 @@ def test_the_build_backend_asks_for_the_same_compiler() -> None:
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("*.py")), ids=lambda path: path.stem)
 def test_only_the_tests_of_torch_import_it(path: Path) -> None:
-    """The others run without it; and where Triton is loaded early, its interpreter can no longer be chosen."""
+    """The others run without it, and Triton must not be loaded before its interpreter is chosen."""
     loaded = {name.partition(".")[0] for node in ast.parse(path.read_text()).body for name in _modules(node)}
     assert not loaded & {"accelerate", "llvmlite", "numba", "torch", "transformers", "triton"}
 
