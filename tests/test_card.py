@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
@@ -49,6 +50,7 @@ PIECES = st.lists(st.sampled_from(["\n", "\r\n", "\r", "a: b", " ", "\t", "-", "
 )
 
 
+@pytest.mark.skipif(huggingface_hub.__version__ < "2", reason="its older expression differs in blank lines")
 @given(st.builds("{}---{}---{}".format, PIECES, PIECES, PIECES))
 def test_the_fields_are_where_the_hubs_library_finds_them(card: str) -> None:
     ours, theirs = FRONT_MATTER.match(card), REGEX_YAML_BLOCK.search(card)
