@@ -28,6 +28,7 @@ _HERE = Path(__file__).parent
 #: What machine code depends on, besides the modules in these two folders.
 _SOURCES = ("constants.py", "spaces.py", "tables.py")
 _FOLDERS = ("build", "kernels")
+_UNFIT = (OSError, LookupError, ValueError, AttributeError)  # missing, for others, or no library of ours
 _ABOUT = re.compile(rb"([0-9a-f]{64})\n([ -~]+)\n([a-z0-9 -]+)\n")  # how the text begins
 
 
@@ -115,12 +116,7 @@ def _loaded() -> Library | str:
         if here is None:
             raise LookupError("no library is built for this platform")
         return Library(library_path(here), choice)
-    except (
-        OSError,
-        LookupError,
-        ValueError,
-        AttributeError,
-    ) as error:  # missing, unfit, or no library at all
+    except _UNFIT as error:
         if choice:
             raise DeltaWeightsError(
                 f"{CHOICE} asks for kernels that are not there: {choice}",
