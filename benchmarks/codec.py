@@ -41,7 +41,8 @@ from children import finish, print_table
 from llvmlite import binding
 from peers import Bytes, Peer, find_peers
 
-from deltaweights.codec import CHUNK_BYTES, decode, decode_chunk, encode, encode_chunk
+from deltaweights.codec import decode_chunk, encode_chunk
+from deltaweights.payload import CHUNK_BYTES, decode, encode
 
 _UPDATES = (3e-7, 3e-6, 1e-5, 5e-5, 2e-4, 1e-3)
 _OTHER_DTYPES = ("F16", "F8_E4M3")

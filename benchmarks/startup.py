@@ -166,7 +166,8 @@ def show_installation(wheel: Path) -> list[str]:
 _SPEEDS = """
 import sys, time
 import numpy as np
-from deltaweights.codec import CHUNK_BYTES, decode, encode, library
+from deltaweights.codec import library
+from deltaweights.payload import CHUNK_BYTES, decode, encode
 
 dtype, size = sys.argv[1], int(sys.argv[2])
 rng = np.random.default_rng(0)

@@ -21,14 +21,14 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .chain import open_chain
     from .compact import compact_deltas
+    from .delta.chain import open_chain
+    from .delta.target import Target, TensorView, open_target
     from .diff import make_delta
     from .manifest import Manifest
     from .patch import ApplyReport, apply_delta
     from .plan import Plan, plan_apply
     from .push import PushReport, push_delta
-    from .target import Target, TensorView, open_target
     from .verify import Problem, VerifyReport, verify_delta
 
 __all__ = [
@@ -69,14 +69,14 @@ _LAZY = {
     "Plan": "plan",
     "Problem": "verify",
     "PushReport": "push",
-    "Target": "target",
-    "TensorView": "target",
+    "Target": "delta.target",
+    "TensorView": "delta.target",
     "VerifyReport": "verify",
     "apply_delta": "patch",
     "compact_deltas": "compact",
     "make_delta": "diff",
-    "open_chain": "chain",
-    "open_target": "target",
+    "open_chain": "delta.chain",
+    "open_target": "delta.target",
     "plan_apply": "plan",
     "push_delta": "push",
     "verify_delta": "verify",

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from . import card, codec
-from .chain import RebuiltSource, links, open_chain
-from .checkpoint import Checkpoint, Location, Readable, Tensor
-from .diff import Side, check_chunk_bytes, check_place, write_delta
+from .checkpoint import Checkpoint, Tensor
+from .delta.chain import RebuiltSource, links, open_chain
+from .delta.target import Target
+from .diff import CheckpointFacts, check_chunk_bytes, check_place, write_delta
 from .errors import CheckpointError
-from .license import text_records
+from .license import cards
+from .license.rules import text_records
 from .manifest import BaseRecord, Manifest, TargetRecord
-from .match import Match, match_pair
+from .match.names import Match, match_pair
 from .patch import check_base, check_licenses
-from .pipeline import ProgressCallback, Workers
-from .target import Target
+from .payload import CHUNK_BYTES
+from .storage import Location, Readable
+from .workers import ProgressCallback, Workers
 
 
 def compact_deltas(
@@ -23,7 +25,7 @@ def compact_deltas(
     delta: Location,
     *,
     base: Readable | None = None,
-    chunk_bytes: int = codec.CHUNK_BYTES,
+    chunk_bytes: int = CHUNK_BYTES,
     force: bool = False,
     threads: int | None = None,
     progress: ProgressCallback | None = None,
@@ -85,7 +87,7 @@ def compact_deltas(
 
 def _side(
     side: Literal["base", "target"], record: BaseRecord | TargetRecord, link: Target, checkpoint: Checkpoint
-) -> Side:
+) -> CheckpointFacts:
     """What the manifest of ``link`` says of one side, license texts included."""
     wanted = {file.path for file in record.license.files}
     texts = {
@@ -93,9 +95,9 @@ def _side(
         for file in text_records(link.manifest)
         if file.path in wanted
     }
-    license = card.recall_license(checkpoint, side, record.license, texts)
+    license = cards.recall_license(checkpoint, side, record.license, texts)
     files = record.files if isinstance(record, BaseRecord) else ()
-    return Side(record.repo_id, record.revision, license, files)
+    return CheckpointFacts(record.repo_id, record.revision, license, files)
 
 
 def _trace(target: Target, old: Checkpoint, new: Checkpoint) -> list[Match]:

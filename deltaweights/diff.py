@@ -20,31 +20,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from . import card, codec, license
+from . import codec
 from ._version import __version__
-from .checkpoint import (
-    MAX_HEADER_BYTES,
-    Checkpoint,
-    HubId,
-    LocalSource,
-    Location,
-    OutputFolder,
-    PartialFile,
-    Readable,
-    Shard,
-    Source,
-    Span,
-    Tensor,
-    is_same,
-    is_within,
-    local_path,
-    open_checkpoint,
-    origins,
-    sha256_of,
-    spelling,
-)
-from .duplicates import find_duplicates
+from .checkpoint import MAX_HEADER_BYTES, Checkpoint, Shard, Tensor, open_checkpoint
+from .delta.target import read_manifest, shard_header, shard_metadata
 from .errors import BaseMismatchError, CheckpointError, DeltaError, DeltaWeightsError, OutputError
+from .license import cards, rules
 from .manifest import (
     MANIFEST_NAME,
     MAX_CHUNK_BYTES,
@@ -63,9 +44,26 @@ from .manifest import (
     Tool,
     is_safe_path,
 )
-from .match import Match, RenameRule, match_tensors
-from .pipeline import Buffers, Meter, ProgressCallback, Workers, batches, result_of
-from .target import read_manifest, shard_header, shard_metadata
+from .match.duplicates import find_duplicates
+from .match.names import Match, RenameRule, match_tensors
+from .payload import CHUNK_BYTES, ChunkPlan
+from .storage import (
+    HubId,
+    LocalSource,
+    Location,
+    OutputFolder,
+    PartialFile,
+    Readable,
+    Source,
+    Span,
+    is_same,
+    is_within,
+    local_path,
+    origins,
+    sha256_of,
+    spelling,
+)
+from .workers import Buffers, Meter, ProgressCallback, Workers, batches, result_of
 
 #: Compressing a file pays if it saves this share of it; small ones stay readable on the Hub.
 _WORTH_COMPRESSING = 64 << 10
@@ -85,7 +83,7 @@ def make_delta(
     base_license: str | None = None,
     target_repo: str | None = None,
     target_license: str | None = None,
-    chunk_bytes: int = codec.CHUNK_BYTES,
+    chunk_bytes: int = CHUNK_BYTES,
     force: bool = False,
     threads: int | None = None,
     progress: ProgressCallback | None = None,
@@ -120,15 +118,15 @@ def make_delta(
         _check_hub_ids(base_repo, target_repo, base_revision)
         old_id, new_id = old.source.hub_id, new.source.hub_id
         sides = (
-            Side(
+            CheckpointFacts(
                 base_repo or old_id.repo_id,
                 base_revision or _revision(old_id, base_repo),
-                card.read_license(old, "base", base_license),
+                cards.read_license(old, "base", base_license),
             ),
-            Side(
+            CheckpointFacts(
                 target_repo or new_id.repo_id,
                 _revision(new_id, target_repo),
-                card.read_license(new, "target", target_license),
+                cards.read_license(new, "target", target_license),
             ),
         )
         return write_delta(
@@ -152,13 +150,13 @@ def check_chunk_bytes(chunk_bytes: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class CheckpointFacts:
     """What a manifest says of base or target: Hub id and commit, license, and its files where they are known
     beforehand."""
 
     repo_id: str | None
     revision: str | None
-    license: card.LicenseTexts
+    license: cards.LicenseTexts
     files: tuple[FileRecord, ...] = ()
 
 
@@ -173,8 +171,8 @@ def write_delta(
     new: Checkpoint,
     delta: Location,
     matches: Sequence[Match],
-    base: Side,
-    target: Side,
+    base: CheckpointFacts,
+    target: CheckpointFacts,
     *,
     rename: Sequence[RenameRule] = (),
     glance: Callable[[Tensor], Hashable] | None = None,
@@ -195,8 +193,8 @@ def write_delta(
         for source in (old.source, new.source):
             workers.at_stop(source.cancel)
         writer = _DeltaWriter(old, new, folder, workers, chunk_bytes, rename, progress)
-        texts = [*base.license.texts, *target.license.texts, license.NOTICE_NAME]
-        folder.require_distinct([card.CARD_NAME, MANIFEST_NAME, *texts, *writer.names()])
+        texts = [*base.license.texts, *target.license.texts, rules.NOTICE_NAME]
+        folder.require_distinct([cards.CARD_NAME, MANIFEST_NAME, *texts, *writer.names()])
         _check_vacant(folder, force)
         matches = find_duplicates(new, matches, chunk_bytes, workers, glance)
         base_files, target_files, entries = writer.write_files(matches, base.files)
@@ -265,7 +263,7 @@ def _check_vacant(folder: OutputFolder, force: bool) -> None:
             "Choose a new folder, or pass --force to write there; an earlier delta is replaced.",
         )
     if (folder.root / MANIFEST_NAME).exists():
-        folder.claim([MANIFEST_NAME, card.CARD_NAME])
+        folder.claim([MANIFEST_NAME, cards.CARD_NAME])
         with suppress(DeltaError, CheckpointError), closing(LocalSource(folder.root)) as earlier:
             folder.claim(file.path for file in read_manifest(earlier).files)
         (folder.root / MANIFEST_NAME).unlink()  # from here on, it is no whole delta
@@ -293,7 +291,7 @@ class _Row(NamedTuple):
     """Chunks ``first`` to ``end - 1`` of a tensor, to be encoded."""
 
     match: Match
-    plan: codec.ChunkPlan
+    plan: ChunkPlan
     first: int
     end: int
 
@@ -384,7 +382,7 @@ class _DeltaWriter:
         with ThreadPoolExecutor(1) as aside:
             try:
                 digesting = aside.submit(self._digest_base)
-                aside.submit(card.prepare)
+                aside.submit(cards.prepare)
                 shards, entries = self._write_shards(by_shard)
                 digests = result_of(digesting)
                 base_files = self._base_records(digests, known)
@@ -505,8 +503,8 @@ class _DeltaWriter:
             return None
         return done if sha256_of(self._folder.blocks(name)) == done.file.sha256 else None
 
-    def _plans(self, matches: Sequence[Match]) -> list[codec.ChunkPlan]:
-        return [codec.ChunkPlan(m.target.info.nbytes, m.shared_bytes, self._chunk_bytes) for m in matches]
+    def _plans(self, matches: Sequence[Match]) -> list[ChunkPlan]:
+        return [ChunkPlan(m.target.info.nbytes, m.shared_bytes, self._chunk_bytes) for m in matches]
 
     def _encode_all(self, matches: Sequence[Match], digests: _Digests) -> Generator[_Coded, None, None]:
         """The chunks of all tensors, in order: while one tensor is written, the next ones are encoded. What
@@ -526,7 +524,7 @@ class _DeltaWriter:
 
     @staticmethod
     def _write_payload(
-        file: PartialFile, offset: int, plan: codec.ChunkPlan, chunks: Iterable[_Coded]
+        file: PartialFile, offset: int, plan: ChunkPlan, chunks: Iterable[_Coded]
     ) -> tuple[int, int, bool]:
         """Write one tensor's chunks to ``offset``. Returns the payload's length, how many elements changed,
         and whether all bytes are the base's."""
@@ -579,23 +577,23 @@ class _DeltaWriter:
         return spelling(packed) not in self._taken and is_safe_path(packed)
 
     def write_licenses(
-        self, base: BaseRecord, target: TargetRecord, old: card.LicenseTexts, new: card.LicenseTexts
+        self, base: BaseRecord, target: TargetRecord, old: cards.LicenseTexts, new: cards.LicenseTexts
     ) -> DeltaLicense | msgspec.UnsetType:
         """Copy both sides' license texts into the delta, and write its NOTICE."""
         for path, content in (old.texts | new.texts).items():
             self._write_blocks(path, [content])
-        whole = license.combine(base, target, old.conflicts + new.conflicts, new.base_models)
+        whole = rules.combine(base, target, old.conflicts + new.conflicts, new.base_models)
         if whole is None:
             return msgspec.UNSET
-        self._write_blocks(license.NOTICE_NAME, [license.notice_text(base, target)])
+        self._write_blocks(rules.NOTICE_NAME, [rules.notice_text(base, target)])
         return whole
 
     def write_manifest(self, manifest: Manifest) -> None:
         """The model card and, last of all, the manifest: with it the delta is whole."""
         self._folder.remove_claims(keep=[file.path for file in manifest.files])
-        self._folder.claim([card.CARD_NAME, MANIFEST_NAME])
+        self._folder.claim([cards.CARD_NAME, MANIFEST_NAME])
         for path, content in (
-            (card.CARD_NAME, card.write_card(manifest)),
+            (cards.CARD_NAME, cards.write_card(manifest)),
             (MANIFEST_NAME, Manifest.from_json(manifest.to_json()).to_json()),  # checked as a reader would
         ):
             with self._folder.create(path) as file:
@@ -765,6 +763,6 @@ def _status(match: Match, is_same: bool) -> Status:
     return "same" if is_same else "changed"
 
 
-def _header_room(plans: Iterable[codec.ChunkPlan], metadata: dict[str, str]) -> int:
+def _header_room(plans: Iterable[ChunkPlan], metadata: dict[str, str]) -> int:
     """Bytes that the delta shard's header may need: its payloads' size is known only after it."""
     return len(shard_header(sum(p.nbytes + p.count * codec.RECORD.itemsize for p in plans), metadata))

@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .chain import Deltas, links, listed, open_chain
-from .checkpoint import Location, OutputFolder, Readable, Source, is_within, local_path, sha256_of
-from .codec import ChunkPlan
+from .delta.chain import Deltas, links, listed, open_chain
+from .delta.target import ShardRecipe, Target, TensorRecipe, check_digest
 from .errors import DeltaError, OutputError
-from .license import landing_place, text_records
+from .license.rules import landing_place, text_records
 from .manifest import Manifest, TargetFile
-from .pipeline import Buffers, Meter, ProgressCallback, Workers, batches
-from .target import ShardRecipe, Target, TensorRecipe, check_digest
+from .payload import ChunkPlan
+from .storage import Location, OutputFolder, Readable, Source, is_within, local_path, sha256_of
+from .workers import Buffers, Meter, ProgressCallback, Workers, batches
 
 #: At least so many chunks of the base are compared with the delta before anything is written, and at least
 #: one of every tensor, of at least this part of a whole chunk's length.

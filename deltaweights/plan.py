@@ -12,17 +12,18 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .checkpoint import HubSource, Location, Readable, Shard, Source, Span, local_path, open_source
-from .checkpoint.client import cache_folder
-from .checkpoint.source import HEAD_BYTES, free_space
-from .checkpoint.window import WINDOW_BYTES
+from .checkpoint import Shard
 from .codec.library import prebuilt
+from .delta.target import ShardRecipe, Target, TensorRecipe, open_base, read_manifest, require_whole
 from .errors import BaseMismatchError
-from .license import describe, text_records
+from .license.rules import describe, text_records
 from .manifest import MANIFEST_NAME, Manifest, TargetFile
 from .patch import check_base, sample_chunks
-from .pipeline import Workers
-from .target import ShardRecipe, Target, TensorRecipe, open_base, read_manifest, require_whole
+from .storage import HubSource, Location, Readable, Source, Span, local_path, open_source
+from .storage.hub_client import cache_folder
+from .storage.read_ahead import WINDOW_BYTES
+from .storage.source import HEAD_BYTES, free_space
+from .workers import Workers
 
 #: In bits a second: a home, an office, a data centre.
 BANDWIDTHS = (100_000_000, 1_000_000_000, 10_000_000_000)
@@ -39,7 +40,7 @@ BaseCheck = Literal["published", "sampled", "headers"]
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class PlannedReads:
     """The delta or the base in a :class:`Plan`.
 
     Attributes:
@@ -102,8 +103,8 @@ class Plan:
             wants to be accepted.
     """
 
-    delta: Side
-    base: Side | None
+    delta: PlannedReads
+    base: PlannedReads | None
     base_check: BaseCheck | None
     mismatch: str | None
     memory: int
@@ -186,12 +187,12 @@ class _Reads:
         self._tables: set[TensorRecipe] = set()
         self._is_here = not isinstance(source, HubSource)
 
-    def sum(self) -> Side:
+    def sum(self) -> PlannedReads:
         """All that was counted."""
         id, where = self.source.hub_id, self.source.where
         if isinstance(self.source, HubSource):
             where = f"{id.repo_id}@{id.revision}"
-        return Side(where, id.repo_id, id.revision, self._needed, self._download)
+        return PlannedReads(where, id.repo_id, id.revision, self._needed, self._download)
 
     def head(self, shard: Shard) -> None:
         """The header of a shard, if it was not read before."""

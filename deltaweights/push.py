@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
-from .card import CARD_NAME, LICENSE_FILE
-from .checkpoint import LocalSource, Location, Source
-from .checkpoint.client import Downloader, Repository
-from .checkpoint.upload import Outgoing, find_branch, require_login, require_published, upload
+from .delta.target import read_manifest
 from .errors import CheckpointError, DeltaError, ManifestError, OutputError
-from .license import describe, recognise, terms_of, text_records
+from .license.cards import CARD_NAME, LICENSE_FILE
+from .license.rules import describe, recognise, terms_of, text_records
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
-from .pipeline import Meter, ProgressCallback
-from .target import read_manifest
+from .storage import LocalSource, Location, Source
+from .storage.hub_client import Downloader, Repository
+from .storage.hub_upload import Outgoing, find_branch, require_login, require_published, upload
 from .verify import verify_delta
+from .workers import Meter, ProgressCallback
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,14 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .card import CARD_NAME
-from .chain import Deltas, check_continuity, connect, listed
-from .checkpoint import HubSource, Location, Readable, Source, open_source, sha256_of
+from .delta.chain import Deltas, check_continuity, connect, listed
+from .delta.target import Target, read_manifest
 from .errors import CheckpointError, DeltaWeightsError
+from .license.cards import CARD_NAME
 from .manifest import MANIFEST_NAME, FileRecord, Manifest, TargetFile
 from .patch import check_base, rebuild_shard
-from .pipeline import Meter, ProgressCallback, Workers
-from .target import Target, read_manifest
+from .storage import HubSource, Location, Readable, Source, open_source, sha256_of
+from .workers import Meter, ProgressCallback, Workers
 
 #: What the Hub adds to a repository.
 _HUBS_OWN = ".gitattributes"

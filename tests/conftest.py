@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from deltaweights import make_delta
-from deltaweights.checkpoint import client
+from deltaweights.storage import hub_client
 
 from .checkpoints import bf16, contents, weights, write_pair, write_safetensors
 from .hub_server import HubServer
@@ -166,7 +166,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own attempts follow each other at once."""
-    monkeypatch.setattr(client, "RETRY_DELAYS", tuple(0.0 for _ in client.RETRY_DELAYS))
+    monkeypatch.setattr(hub_client, "RETRY_DELAYS", tuple(0.0 for _ in hub_client.RETRY_DELAYS))
 
 
 @pytest.fixture(scope="session")

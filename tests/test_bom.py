@@ -20,6 +20,7 @@ import pytest
 import spdx_python_model
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
+from deltaweights.bom import Format, make_bom
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from license_expression import get_spdx_licensing
@@ -27,9 +28,8 @@ from spdx_python_model import v3_0_1 as spdx
 from typer.testing import CliRunner
 
 from deltaweights import DeltaError, DeltaWeightsError, Manifest, make_delta
-from deltaweights.bom import Format, make_bom
-from deltaweights.bom.facts import MAX_ENTRIES, MAX_LICENSES, MAX_TEXT_BYTES
-from deltaweights.cli import app
+from deltaweights.cli.commands import app
+from deltaweights.license.bom.facts import MAX_ENTRIES, MAX_LICENSES, MAX_TEXT_BYTES
 from deltaweights.manifest import (
     MANIFEST_NAME,
     BaseRecord,

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaweights import Manifest, make_delta
-from deltaweights.card import FRONT_MATTER, read_license, write_card
 from deltaweights.checkpoint import open_checkpoint
-from deltaweights.license_table import KNOWN, LISTED
+from deltaweights.license.cards import FRONT_MATTER, read_license, write_card
+from deltaweights.license.table import KNOWN, LISTED
 from deltaweights.manifest import BaseRecord, FileRecord, License, TargetRecord, Tool
 
 from .checkpoints import bf16, safetensors_bytes, weights

@@ -30,13 +30,13 @@ from deltaweights import (
     open_target,
     verify_delta,
 )
-from deltaweights.chain import MAX_DELTAS, RebuiltSource, links
-from deltaweights.checkpoint import Span, sha256_of
-from deltaweights.cli import app
+from deltaweights.cli.commands import app
+from deltaweights.delta.chain import MAX_DELTAS, RebuiltSource, links
+from deltaweights.delta.target import TensorRecipe
 from deltaweights.manifest import MANIFEST_NAME
 from deltaweights.patch import rebuild_shard
-from deltaweights.pipeline import Meter, Workers
-from deltaweights.target import TensorRecipe
+from deltaweights.storage import Span, sha256_of
+from deltaweights.workers import Meter, Workers
 
 from .checkpoints import Array, bf16, contents, weights, write_pair, write_safetensors
 from .conftest import CHUNK_BYTES

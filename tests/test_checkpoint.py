@@ -12,15 +12,8 @@ import numpy as np
 import pytest
 
 from deltaweights import CheckpointError, DeltaWeightsError, HeaderError
-from deltaweights.checkpoint import (
-    Checkpoint,
-    LocalSource,
-    Tensor,
-    file_blocks,
-    open_checkpoint,
-    open_source,
-    sha256_of,
-)
+from deltaweights.checkpoint import Checkpoint, Tensor, open_checkpoint
+from deltaweights.storage import LocalSource, file_blocks, open_source, sha256_of
 
 from .checkpoints import Array, random_array, safetensors_bytes, write_safetensors
 

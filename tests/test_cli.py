@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from deltaweights import Manifest, __version__, make_delta
-from deltaweights.cli import app
+from deltaweights.cli.commands import app
 from deltaweights.codec import jit
 
 from .checkpoints import contents

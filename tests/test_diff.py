@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from deltaweights import CheckpointError, Manifest, OutputError, apply_delta, make_delta, verify_delta
-from deltaweights.checkpoint import DTYPE_BITS, LocalSource, open_checkpoint
+from deltaweights.checkpoint import DTYPE_BITS, open_checkpoint
 from deltaweights.codec import RECORD
 from deltaweights.manifest import FileRecord, TensorEntry
-from deltaweights.pipeline import Workers
+from deltaweights.storage import LocalSource
+from deltaweights.workers import Workers
 
 from .checkpoints import (
     Array,

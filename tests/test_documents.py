@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from typer.core import TyperGroup
 
 from deltaweights import make_delta, open_target
-from deltaweights.cli import app
+from deltaweights.cli.commands import app
 from deltaweights.codec import Method, convert
+from deltaweights.delta.target import usual_header
 from deltaweights.manifest import FORMAT_VERSION, TensorEntry
-from deltaweights.target import usual_header
 
 from . import independent_reader
 from .checkpoints import Array, contents, digests, random_array, weights, write_pair, write_safetensors

@@ -25,11 +25,12 @@ from deltaweights import (
     plan_apply,
     verify_delta,
 )
-from deltaweights.checkpoint import Checkpoint, LocalSource, ReadableFile
-from deltaweights.duplicates import find_duplicates
+from deltaweights.checkpoint import Checkpoint
 from deltaweights.manifest import TargetTensor, TensorEntry
-from deltaweights.match import match_tensors
-from deltaweights.pipeline import Workers
+from deltaweights.match.duplicates import find_duplicates
+from deltaweights.match.names import match_tensors
+from deltaweights.storage import LocalSource, ReadableFile
+from deltaweights.workers import Workers
 
 from . import independent_reader
 from .checkpoints import Array, bf16, contents, f32, random_array, weights, write_safetensors

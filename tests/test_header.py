@@ -18,12 +18,12 @@ from deltaweights.checkpoint import (
     DTYPE_BITS,
     MAX_HEADER_BYTES,
     Header,
-    LocalSource,
     TensorInfo,
     build_header,
     parse_header,
     read_shard,
 )
+from deltaweights.storage import LocalSource
 
 from .checkpoints import Array, random_array, safetensors_bytes
 

@@ -17,34 +17,88 @@ import deltaweights.torch
 
 PACKAGE = Path(deltaweights.__file__).parent
 
-#: A module may import from its own room and from rooms of a lower rank, never up or sideways.
-RANKS = {
-    "errors": 0,
-    "_version": 0,
-    "checkpoint": 1,
-    "codec": 1,
-    "manifest": 1,
-    "pipeline": 1,
-    "license_table": 1,
-    "license": 2,
-    "card": 3,
-    "match": 2,
-    "target": 2,
-    "chain": 3,
-    "duplicates": 3,
-    "bom": 4,
-    "diff": 4,
-    "patch": 4,
-    "summary": 4,
-    "compact": 5,
-    "plan": 5,
-    "verify": 5,
-    "push": 6,
-    "torch": 6,
-    "cli": 7,
-    "__main__": 8,
-    "__init__": 8,
+#: For each folder, what stands in it, lowest rank first. Each may import from lower ranks only.
+RANKS: dict[str, tuple[str, ...]] = {
+    "": (
+        "errors _version workers",
+        "codec manifest storage",
+        "checkpoint",
+        "payload",
+        "delta license match",
+        "bom diff inspect patch",
+        "compact plan verify",
+        "push torch",
+        "cli",
+        "__init__ __main__",
+    ),
+    "checkpoint": ("header", "checkpoint", "__init__"),
+    "cli": ("commands", "__init__"),
+    "codec": (
+        "constants convert kernel_arrays opaque processor scratch tables",
+        "kernels library",
+        "cache",
+        "build",
+        "jit",
+        "compiled",
+        "methods",
+        "rows",
+        "__init__",
+    ),
+    "codec/build": (
+        "signatures targets",
+        "bitcode vector_operations",
+        "machine_code",
+        "library",
+        "__init__ __main__",
+    ),
+    "codec/kernels": (
+        "kernel vectors",
+        "arithmetic simd xxh3",
+        "runs",
+        "difference standalone",
+        "subset",
+        "rows",
+        "__init__",
+    ),
+    "codec/methods": (
+        "entropy ulp",
+        "planes",
+        "floats words",
+        "drift exponent_window sparse without_zstd",
+        "chunk",
+        "__init__",
+    ),
+    "delta": ("target", "chain", "__init__"),
+    "license": ("table", "rules", "bom cards", "__init__"),
+    "license/bom": ("facts", "cyclonedx spdx", "__init__"),
+    "match": ("names", "duplicates", "__init__"),
+    "payload": ("chunks", "whole", "__init__"),
+    "storage": (
+        "hub_errors system",
+        "file_names source",
+        "hub_client output read_ahead",
+        "hub hub_upload",
+        "location",
+        "__init__",
+    ),
+    "torch": ("tensors", "dcp models stream", "__init__"),
+    "torch/dcp": ("boxes", "record", "base", "folder write", "storage", "__init__"),
+    "torch/models": ("layout load memory", "checkpoints save", "callback", "__init__"),
+    "torch/stream": (
+        "gpu_kernels records",
+        "gpu transport",
+        "state",
+        "kept payloads",
+        "gpu_replay publisher",
+        "replay",
+        "subscriber",
+        "__init__",
+    ),
 }
+
+
+def _rank(folder: str, name: str) -> int:
+    return next(rank for rank, names in enumerate(RANKS[folder]) if name in names.split())
 
 
 def test_public_names_are_these() -> None:
@@ -109,15 +163,31 @@ def test_public_names_exist() -> None:
         deltaweights.no_such_name  # noqa: B018
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=str)
 def test_imports_go_one_way(path: Path) -> None:
-    room = _room(path)
-    for imported in _imported_rooms(path):
-        assert imported == room or RANKS[imported] < RANKS[room], f"{room} imports {imported}"
+    importer = _parts(path)
+    for imported in _imports(path):
+        common = next(k for k, (a, b) in enumerate(zip(importer, imported, strict=False)) if a != b)
+        folder, one, other = "/".join(importer[:common]), importer[common], imported[common]
+        assert _rank(folder, other) < _rank(folder, one), f"{'.'.join(importer)} imports {'.'.join(imported)}"
 
 
-def test_every_module_has_a_rank() -> None:
-    assert {_room(path) for path in PACKAGE.rglob("*.py")} == set(RANKS)
+def test_the_table_of_ranks_is_the_house() -> None:
+    for folder in {path.parent for path in PACKAGE.rglob("*.py")}:
+        files = {path.stem for path in folder.glob("*.py")}
+        rooms = {path.name for path in folder.iterdir() if any(path.glob("*.py"))}
+        ranked = " ".join(RANKS[folder.relative_to(PACKAGE).as_posix().removeprefix(".")]).split()
+        assert sorted(ranked) == sorted((files if folder == PACKAGE else files | {"__init__"}) | rooms)
+
+
+def test_no_two_public_classes_share_a_name() -> None:
+    """A reader who greps for a name finds one thing."""
+    found: dict[str, list[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(_place(path))
+    assert {name: places for name, places in found.items() if len(places) > 1} == {}
 
 
 @pytest.mark.parametrize(
@@ -151,13 +221,21 @@ def test_only_the_command_line_prints() -> None:
             assert not [c for c in calls if isinstance(c.func, ast.Name) and c.func.id in ("print", "exit")]
 
 
+def _place(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
 def _room(path: Path) -> str:
     return Path(path.relative_to(PACKAGE).parts[0]).stem
 
 
-def _imported_rooms(path: Path) -> Iterator[str]:
-    """The rooms that a module imports from at run time, relative imports resolved."""
-    here = path.relative_to(PACKAGE).parts[:-1]
+def _parts(path: Path) -> list[str]:
+    return [*path.relative_to(PACKAGE).parts[:-1], path.stem]
+
+
+def _imports(path: Path) -> Iterator[list[str]]:
+    """The modules that a module imports at run time, relative imports resolved."""
+    here = _parts(path)[:-1]
     tree = ast.parse(path.read_text())
     typing_only = {
         id(child)
@@ -167,9 +245,16 @@ def _imported_rooms(path: Path) -> Iterator[str]:
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level and id(node) not in typing_only:
-            folder = here[: len(here) - node.level + 1]
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            for name in names:
-                yield [*folder, *name.split(".")][0]
+            base = [*here[: len(here) - node.level + 1], *(node.module.split(".") if node.module else [])]
+            for alias in node.names:
+                yield _module([*base, alias.name]) or _module(base) or base
         if isinstance(node, ast.Import):
             assert not any(alias.name.startswith("deltaweights") for alias in node.names)
+
+
+def _module(parts: list[str]) -> list[str] | None:
+    """The module of that name, a room's being its `__init__`, if there is one."""
+    place = PACKAGE.joinpath(*parts)
+    if (place / "__init__.py").exists():
+        return [*parts, "__init__"]
+    return parts if place.with_suffix(".py").exists() else None

@@ -26,18 +26,12 @@ from deltaweights import (
     open_target,
     verify_delta,
 )
-from deltaweights.checkpoint import (
-    Checkpoint,
-    HubSource,
-    client,
-    open_checkpoint,
-    open_hub,
-    open_source,
-)
-from deltaweights.cli import app
+from deltaweights.checkpoint import Checkpoint, open_checkpoint
+from deltaweights.cli.commands import app
+from deltaweights.delta.target import Target, read_manifest
 from deltaweights.patch import rebuild_shard
-from deltaweights.pipeline import Meter, Workers
-from deltaweights.target import Target, read_manifest
+from deltaweights.storage import HubSource, hub_client, open_hub, open_source
+from deltaweights.workers import Meter, Workers
 
 from .checkpoints import bf16, contents, weights, write_safetensors
 from .conftest import CHUNK_BYTES, Trio
@@ -400,13 +394,13 @@ def test_signed_links_that_expire_are_asked_for_again(shelf: HubServer, large: T
 
 def test_the_pause_that_a_server_asks_for_is_made(shelf: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    pause = client._pause
+    pause = hub_client._pause
 
     def record(*arguments: Any) -> float:
         pauses.append(pause(*arguments))
         return 0.0
 
-    monkeypatch.setattr(client, "_pause", record)
+    monkeypatch.setattr(hub_client, "_pause", record)
     shelf.fail("org/base", on="content", times=2, status=429, retry_after=17)
     shelf.fail("org/base", on="content", times=1, status=503, retry_after=3)
     with open_checkpoint("org/base"):
@@ -428,7 +422,7 @@ def test_the_pause_that_a_server_asks_for_is_made(shelf: HubServer, monkeypatch:
     ],
 )
 def test_how_long_a_server_asks_to_wait(headers: dict[str, str], seconds: float) -> None:
-    assert client._asked_to_wait(headers) == seconds
+    assert hub_client._asked_to_wait(headers) == seconds
 
 
 @pytest.mark.parametrize("repo", ["org/base", "org/delta"])

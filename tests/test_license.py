@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from deltaweights import Manifest, apply_delta, make_delta, verify_delta
-from deltaweights.cli import app
-from deltaweights.license import (
+from deltaweights.cli.commands import app
+from deltaweights.license.rules import (
     MAX_TEXT_BYTES,
     combine,
     describe,
@@ -39,7 +39,7 @@ from deltaweights.license import (
     text_records,
     unaccepted,
 )
-from deltaweights.license_table import KNOWN, LISTED, Terms
+from deltaweights.license.table import KNOWN, LISTED, Terms
 from deltaweights.manifest import BaseRecord, FileRecord, License, TargetRecord
 
 from .checkpoints import bf16, contents, safetensors_bytes, weights

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from deltaweights import DeltaWeightsError
 from deltaweights.checkpoint import DTYPE_BITS, Tensor, open_checkpoint
 from deltaweights.codec import is_convertible
-from deltaweights.match import RenameRule, match_tensors
+from deltaweights.match.names import RenameRule, match_tensors
 
 from .checkpoints import Array, bf16, f32, random_array, weights, write_safetensors
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaweights import DiskSpaceError, OutputError
-from deltaweights.checkpoint import OutputFolder
+from deltaweights.storage import OutputFolder
 
 from .checkpoints import contents
 

@@ -19,25 +19,20 @@ from deltaweights import PayloadError
 from deltaweights.checkpoint import DTYPE_BITS
 from deltaweights.codec import (
     RECORD,
-    ChunkPlan,
     Method,
-    check_records,
     checksum,
     compare_row,
     compress_blocks,
-    decode,
     decode_chunk,
     decode_row,
     decompress_blocks,
     element_bytes,
-    encode,
     encode_chunk,
-    floats,
-    planes,
-    ulp,
 )
 from deltaweights.codec.constants import HEAD
-from deltaweights.codec.ulp import FORMATS
+from deltaweights.codec.methods import floats, planes, ulp
+from deltaweights.codec.methods.ulp import FORMATS
+from deltaweights.payload import ChunkPlan, check_records, decode, encode
 
 from .checkpoints import Array, bf16, f32, weights
 from .codec.pairs import decayed, fine_tune

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaweights import pipeline
-from deltaweights.pipeline import Buffers, Meter, Stopped, Workers, usable_cores
+import deltaweights.workers
+from deltaweights.workers import Buffers, Meter, Stopped, Workers, usable_cores
 
 #: Far longer than anything here takes: a test that waits so long has failed.
 PATIENCE = 5
@@ -375,7 +375,7 @@ def test_ctrl_c_before_all_items_are_handed_out_stops_the_others(monkeypatch: py
         begun.set()
         woken.append(stopped.wait(PATIENCE))
 
-    monkeypatch.setattr(pipeline, "ThreadPoolExecutor", Lanes)
+    monkeypatch.setattr(deltaweights.workers, "ThreadPoolExecutor", Lanes)
     with Workers(2) as pool:
         pool.at_stop(stopped.set)
         with pytest.raises(KeyboardInterrupt):

@@ -15,10 +15,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from deltaweights import CheckpointError, DeltaError, apply_delta, make_delta, plan_apply
-from deltaweights.checkpoint.source import HEAD_BYTES
-from deltaweights.cli import _duration, _rate, app
-from deltaweights.codec import ChunkPlan
+from deltaweights.cli.commands import _duration, _rate, app
 from deltaweights.patch import sample_chunks
+from deltaweights.payload import ChunkPlan
+from deltaweights.storage.source import HEAD_BYTES
 
 from .checkpoints import bf16, contents, weights, write_safetensors
 from .conftest import Trio

@@ -28,7 +28,7 @@ from deltaweights import (
     push_delta,
     verify_delta,
 )
-from deltaweights.cli import _bytes, app
+from deltaweights.cli.commands import _bytes, app
 from deltaweights.manifest import FileRecord, Manifest
 
 from .checkpoints import Array, bf16, contents, weights, write_safetensors

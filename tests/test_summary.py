@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from deltaweights import Manifest, ManifestError
+from deltaweights.inspect import display_name, inspect_delta, summarise
 from deltaweights.manifest import STATUSES
-from deltaweights.summary import display_name, inspect_delta, summarise
 
 from .checkpoints import contents
 from .conftest import Trio

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from deltaweights import OutputError, apply_delta, make_delta, verify_delta
-from deltaweights.checkpoint import LocalSource, OutputFolder, is_within, names, system
+from deltaweights.storage import LocalSource, OutputFolder, is_within, system
+from deltaweights.storage import file_names as names
 
 from .checkpoints import bf16, contents, weights, write_safetensors
 from .conftest import CHUNK_BYTES, LINUX_ONLY, Trio
@@ -306,7 +307,7 @@ def folding(monkeypatch: pytest.MonkeyPatch) -> None:
                 return other, name
         return None
 
-    monkeypatch.setattr("deltaweights.checkpoint.output.same_names", same_names)
+    monkeypatch.setattr("deltaweights.storage.output.same_names", same_names)
 
 
 @pytest.fixture

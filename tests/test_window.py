@@ -18,8 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaweights.checkpoint import Span
-from deltaweights.checkpoint.window import Window
+from deltaweights.storage import Span
+from deltaweights.storage.read_ahead import Window
 
 #: Long enough for any machine; no test waits for it.
 PATIENCE = 30

@@ -1,4 +1,4 @@
-"""The door to the compiled kernels: `delta.encode(...)` calls kernel `encode` of :mod:`.kernels.delta`.
+"""The door to the compiled kernels: `difference.encode(...)` is :mod:`.kernels.difference`'s `encode`.
 
 Its machine code comes from the prebuilt library (:mod:`.library`), or is compiled when it is first called for
 each set of types (:mod:`.jit`) where there is no such library, or it lacks the kernel.
@@ -16,7 +16,7 @@ import numpy as np
 
 from . import library
 
-__all__ = ["Held", "Kernel", "Kernels", "alone", "checked", "delta", "runs", "subset"]
+__all__ = ["Held", "Kernel", "Kernels", "difference", "rows", "runs", "standalone", "subset"]
 
 _RESULTS: dict[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_double, "b": ctypes.c_bool, "n": None}
 _HEAD = object.__basicsize__  # what every Python object begins with
@@ -31,7 +31,7 @@ Space = TypeVar("Space", bound=tuple[Any, ...])
 
 
 class Held(Generic[Space]):
-    """A tuple from :mod:`.spaces`, of always the same arrays, to be handed to kernels many times: what they
+    """A tuple of :mod:`.kernel_arrays`, of always the same arrays, handed to kernels many times: what they
     are given for it is found out once."""
 
     def __init__(self, space: Space) -> None:
@@ -78,8 +78,8 @@ class Kernels:
 class Kernel:
     """A kernel to call, which releases the GIL.
 
-    Arguments are integers, floats, bools, C-contiguous arrays, and tuples of these from :mod:`.spaces`, which
-    may be :class:`Held`; which of the arrays are written to, the kernel's docstring says, and nothing else
+    Arguments are integers, floats, bools, C-contiguous arrays, and tuples of :mod:`.kernel_arrays`, which may
+    be :class:`Held`; which of the arrays are written to, the kernel's docstring says, and nothing else
     keeps it from writing.
     """
 
@@ -111,7 +111,9 @@ class Kernel:
             return self._loaded[key]
 
 
-alone, checked, delta, runs, subset = map(Kernels, ("alone", "checked", "delta", "runs", "subset"))
+standalone, rows, difference, runs, subset = map(
+    Kernels, ("standalone", "rows", "difference", "runs", "subset")
+)
 
 
 def _kind_of(argument: Any) -> str:
@@ -129,7 +131,7 @@ def _kind_of(argument: Any) -> str:
     return "f" if isinstance(argument, float) else "i"
 
 
-def _found(module: str, name: str, kinds: list[str]) -> library.Found:
+def _found(module: str, name: str, kinds: list[str]) -> library.FoundKernel:
     """A kernel's address: from the library, else compiled now."""
     prebuilt = library.prebuilt()
     if prebuilt and (found := prebuilt.find(module, name, kinds)):

@@ -18,7 +18,7 @@ LANES, BITS, DIRECT, TAIL = 0, 1, 2, 3
 # what an encoder found besides: int64[2]
 TWEAK, FIRST = 0, 1
 
-# Deltas (delta.py).
+# Differences from the base (difference.py).
 HEAD = 8  # bytes before a delta's list of scales
 FINE, BAD_SCALES, BAD_HEAD, BAD_REST = 0, 1, 2, 3  # what came of decoding one
 # layout of a delta: int64[4]
@@ -45,8 +45,8 @@ SPARSE_SHARE = 16  # one element in so many may be an exception: what reading th
 DRIFT_HEAD = 2  # bytes in front of the list of shifts
 MOST_SHIFTS_LOG = 12  # bits of a mantissa that tell shifts apart, at most
 
-# Chunks decoded in one call (checked.py): where their records have what, and those of chunk.Method and
-# planes.Plane that are.
+# A chunk record: its length, and where it has what. Of the methods and the kinds of planes, those that
+# are decoded many chunks at a time (rows.py).
 RECORD_BYTES, METHOD, LENGTH, BEFORE, AFTER = 24, 0, 4, 8, 16
 SAME, DELTA, SPARSE, DRIFT = 0, 2, 6, 8
 RAW, FILL, RANS = 0, 1, 3

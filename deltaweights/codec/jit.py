@@ -11,12 +11,12 @@ from typing import Any
 
 from ..errors import DeltaWeightsError
 from . import cache as disk
-from .library import Found, why_none
+from .library import FoundKernel, why_none
 
 _ENTRY = "deltaweights_entry"
 
 
-def compiled(module: str, kernel: str, kinds: list[str]) -> Found:
+def compiled(module: str, kernel: str, kinds: list[str]) -> FoundKernel:
     """A kernel for these kinds of arguments, part of the process from now on.
 
     Raises:
@@ -33,7 +33,7 @@ def compiled(module: str, kernel: str, kinds: list[str]) -> Found:
 
     try:
         stored = disk.kept("-".join([module, kernel, *kinds]), compile_it)
-        return Found(_load(stored[1:]), chr(stored[0]))
+        return FoundKernel(_load(stored[1:]), chr(stored[0]))
     except ImportError as error:
         raise DeltaWeightsError(
             "The codec has no machine code for this computer",
@@ -60,7 +60,7 @@ def _target() -> Any:
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    return llvm.Target.from_default_triple()
+    return llvm.CompileTarget.from_default_triple()
 
 
 @cache

@@ -26,13 +26,13 @@ CHOICE = "DELTAWEIGHTS_KERNELS"
 
 _HERE = Path(__file__).parent
 #: What machine code depends on, besides the modules in these two folders.
-_SOURCES = ("constants.py", "spaces.py", "tables.py")
+_SOURCES = ("constants.py", "kernel_arrays.py", "tables.py")
 _FOLDERS = ("build", "kernels")
 _UNFIT = (OSError, LookupError, ValueError, AttributeError)  # missing, for others, or no library of ours
 _ABOUT = re.compile(rb"([0-9a-f]{64})\n([ -~]+)\n([a-z0-9 -]+)\n")  # how the text begins
 
 
-class Found(NamedTuple):
+class FoundKernel(NamedTuple):
     """A kernel of the library."""
 
     address: int
@@ -69,7 +69,7 @@ class Library:
             module, kernel, result, *kinds = line.split(" ")
             self._kernels[(module, kernel, *kinds)] = n, result
 
-    def find(self, module: str, kernel: str, kinds: Iterable[str]) -> Found | None:
+    def find(self, module: str, kernel: str, kinds: Iterable[str]) -> FoundKernel | None:
         """A kernel for these kinds of arguments; None where the library has none such."""
         known = self._kernels.get((module, kernel, *kinds))
         if known is None:
@@ -77,7 +77,7 @@ class Library:
         n, result = known
         address = ctypes.cast(self._library[entry_name(n, self._number)], ctypes.c_void_p).value
         assert address is not None
-        return Found(address, result)
+        return FoundKernel(address, result)
 
     def family(self, nbytes: int) -> bytes:
         """The bytes of :func:`.tables.laplace_family`."""

@@ -6,13 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .callback import DeltaCallback
-    from .checkpoints import DeltaCheckpointer, list_checkpoints
-    from .dcp import DeltaStorageReader, DeltaStorageWriter
-    from .load import LoadReport, load_into, load_state_dict, write_files
-    from .publisher import DeltaPublisher, PublishReport
-    from .save import save_delta
-    from .subscriber import DeltaSubscriber, SyncReport
+    from .dcp.storage import DeltaStorageReader, DeltaStorageWriter
+    from .models.callback import DeltaCallback
+    from .models.checkpoints import DeltaCheckpointer, list_checkpoints
+    from .models.load import LoadReport, load_into, load_state_dict, write_files
+    from .models.save import save_delta
+    from .stream.publisher import DeltaPublisher, PublishReport
+    from .stream.subscriber import DeltaSubscriber, SyncReport
 
 __all__ = [
     "DeltaCallback",
@@ -33,20 +33,20 @@ __all__ = [
 
 #: Imported on first use: the callback needs transformers, the rest does not.
 _LAZY = {
-    "DeltaCallback": "callback",
-    "DeltaCheckpointer": "checkpoints",
-    "DeltaPublisher": "publisher",
-    "DeltaStorageReader": "dcp",
-    "DeltaStorageWriter": "dcp",
-    "DeltaSubscriber": "subscriber",
-    "LoadReport": "load",
-    "PublishReport": "publisher",
-    "SyncReport": "subscriber",
-    "list_checkpoints": "checkpoints",
-    "load_into": "load",
-    "load_state_dict": "load",
-    "save_delta": "save",
-    "write_files": "load",
+    "DeltaCallback": "models.callback",
+    "DeltaCheckpointer": "models.checkpoints",
+    "DeltaPublisher": "stream.publisher",
+    "DeltaStorageReader": "dcp.storage",
+    "DeltaStorageWriter": "dcp.storage",
+    "DeltaSubscriber": "stream.subscriber",
+    "LoadReport": "models.load",
+    "PublishReport": "stream.publisher",
+    "SyncReport": "stream.subscriber",
+    "list_checkpoints": "models.checkpoints",
+    "load_into": "models.load",
+    "load_state_dict": "models.load",
+    "save_delta": "models.save",
+    "write_files": "models.load",
 }
 
 

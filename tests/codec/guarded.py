@@ -13,19 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaweights.codec import (
-    CHUNK_BYTES,
-    RECORD,
-    compare_row,
-    compiled,
-    decode_chunk,
-    decode_row,
-    encode,
-    encode_chunk,
-)
-from deltaweights.codec import payload as payload_module
-from deltaweights.codec.ulp import FORMATS
+from deltaweights.codec import RECORD, compare_row, compiled, decode_chunk, decode_row, encode_chunk
+from deltaweights.codec import rows as payload_module
+from deltaweights.codec.methods.ulp import FORMATS
 from deltaweights.errors import PayloadError
+from deltaweights.payload import CHUNK_BYTES, encode
 
 from .pairs import Bytes, fine_tune, noise
 from .test_damage import Case, cases, damaged

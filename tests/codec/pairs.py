@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaweights.codec.ulp import FORMATS
+from deltaweights.codec.methods.ulp import FORMATS
 
 Bytes = NDArray[np.uint8]
 

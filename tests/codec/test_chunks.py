@@ -11,17 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaweights.codec import (
-    MAX_CHUNK,
-    Method,
-    decode_chunk,
-    drift,
-    encode_chunk,
-    floats,
-    patch_chunk,
-    sparse,
-)
-from deltaweights.codec.ulp import FORMATS
+from deltaweights.codec import MAX_CHUNK, Method, decode_chunk, encode_chunk, patch_chunk
+from deltaweights.codec.methods import drift, floats, sparse
+from deltaweights.codec.methods.ulp import FORMATS
 from deltaweights.errors import PayloadError
 
 from .pairs import Bytes, decayed, fine_tune, noise, numpy_free_alignment, to_bits

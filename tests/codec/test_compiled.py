@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deltaweights import DeltaWeightsError, codec
+from deltaweights import DeltaWeightsError, codec, payload
 from deltaweights.codec import compiled, jit, library
 from deltaweights.codec.build.signatures import signatures
 from deltaweights.codec.processor import LEVELS, platform, x86_levels
@@ -30,8 +30,8 @@ base = np.arange(1 << 15, dtype=np.uint16).view(np.uint8)
 for moved in (1, 1 << 9):  # few elements, and many
     target = base.copy()
     target[:: 4096 // moved] ^= 1
-    payload = codec.encode(base, target, "BF16")
-    assert np.array_equal(codec.decode(base, payload, "BF16"), target)
+    payload = payload.encode(base, target, "BF16")
+    assert np.array_equal(payload.decode(base, payload, "BF16"), target)
 sys.exit("numba" in sys.modules or "llvmlite" in sys.modules)
 """
 
@@ -55,12 +55,12 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 assert CALL == 8.0
 """
-_BYTE_BITS = "compiled.Kernel('alone', 'byte_bits')(bytes_of_all_kinds, 1)"
+_BYTE_BITS = "compiled.Kernel('standalone', 'byte_bits')(bytes_of_all_kinds, 1)"
 
 
 def _byte_bits() -> float:
     """A kernel in a few lines, called as if for the first time: the entropy of bytes, here of all alike."""
-    found: float = compiled.Kernel("alone", "byte_bits")(np.arange(256, dtype=np.uint8), 1)
+    found: float = compiled.Kernel("standalone", "byte_bits")(np.arange(256, dtype=np.uint8), 1)
     return found
 
 
@@ -121,7 +121,7 @@ def test_kernels_that_are_compiled_are_cached_and_announced_once(
     with caplog.at_level(logging.WARNING, "deltaweights"):
         assert _byte_bits() == 8
         bits = np.zeros(16, np.uint16)
-        compiled.Kernel("alone", "upper_words")(bits, np.empty(16, np.uint32))
+        compiled.Kernel("standalone", "upper_words")(bits, np.empty(16, np.uint32))
     assert [record.message for record in caplog.records] == [
         "compiling the codec for this processor, which takes some seconds, once"
     ]
@@ -133,7 +133,7 @@ def test_kernels_that_are_compiled_are_cached_and_announced_once(
 @pytest.mark.usefixtures("_compiling")
 def test_what_a_kernel_does_not_take_is_refused(tmp_path: Path) -> None:
     """Not one of these may reach machine code that would take it for something else."""
-    bits, fit = compiled.Kernel("alone", "byte_bits"), compiled.Kernel("delta", "fit_shifts")
+    bits, fit = compiled.Kernel("standalone", "byte_bits"), compiled.Kernel("difference", "fit_shifts")
     three = np.zeros(3, np.int64)
     for kernel, arguments in (
         (bits, (8.0, 32)),
@@ -188,15 +188,15 @@ def test_a_library_that_is_unfit_is_not_used(monkeypatch: pytest.MonkeyPatch, tm
 def test_kernels_take_contiguous_arrays_only() -> None:
     bits = np.arange(64, dtype=np.uint16)
     with pytest.raises(ValueError, match="contiguous"):
-        compiled.alone.upper_words(bits[::2], np.empty(32, np.uint32))
+        compiled.standalone.upper_words(bits[::2], np.empty(32, np.uint32))
 
 
 def test_read_only_arrays_of_any_width_are_taken() -> None:
     """What is not written to may be somebody else's: bytes, a file that is mapped."""
     for dtype, size in (("F8_E5M2", 1), ("BF16", 2), ("F32", 4), ("F64", 8)):
         base = np.frombuffer(bytes(range(256)) * 32 * size, np.uint8)
-        payload = codec.encode(base, base[::-1].copy(), dtype)
-        assert np.array_equal(codec.decode(base, payload, dtype), base[::-1])
+        encoded = payload.encode(base, base[::-1].copy(), dtype)
+        assert np.array_equal(payload.decode(base, encoded, dtype), base[::-1])
 
 
 #: What CPUID leaves, as (leaf, register): bits. From Intel's manual, of processors of these kinds.

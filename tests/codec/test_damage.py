@@ -10,7 +10,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from deltaweights.codec import Method, decode_chunk, drift, encode_chunk, patch_chunk, read_patch
+from deltaweights.codec import Method, decode_chunk, encode_chunk, patch_chunk, read_patch
+from deltaweights.codec.methods import drift
 from deltaweights.errors import PayloadError
 
 from .pairs import Bytes, decayed, fine_tune, noise, to_bits

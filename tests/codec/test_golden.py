@@ -19,8 +19,9 @@ import pytest
 import zstandard
 from numpy.typing import NDArray
 
-from deltaweights.codec import Method, convert, decode, decode_chunk, encode, encode_chunk
-from deltaweights.codec.ulp import FORMATS
+from deltaweights.codec import Method, convert, decode_chunk, encode_chunk
+from deltaweights.codec.methods.ulp import FORMATS
+from deltaweights.payload import decode, encode
 
 from .pairs import Bytes, to_bits, values_of
 

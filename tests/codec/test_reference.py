@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaweights.codec import Method, drift, encode_chunk, floats, reference, ulp, window
+from deltaweights.codec import Method, encode_chunk
 from deltaweights.codec.constants import APART, BAD, SUBSET_UNIT, WAYS
+from deltaweights.codec.methods import drift, exponent_window, floats, ulp
+from deltaweights.codec.methods.ulp import FORMATS
 from deltaweights.codec.tables import (
     DIRECT_BITS,
     SCALES,
@@ -20,8 +22,8 @@ from deltaweights.codec.tables import (
     raw_bits_of,
     token_of,
 )
-from deltaweights.codec.ulp import FORMATS
 
+from . import reference
 from .pairs import decayed, fine_tune, noise
 
 #: Kernels that only other kernels call are in no library: they are compiled for the test.
@@ -68,10 +70,10 @@ def test_windows(dtype: str, count: int) -> None:
     some[::7] = 0
     some[1::50] = form.mask << form.shift
     for target in (weights, some.view(np.uint8), noise(dtype, count)):
-        data = np.frombuffer(window.encode_window(target, form), np.uint8)
+        data = np.frombuffer(exponent_window.encode_window(target, form), np.uint8)
         assert np.array_equal(reference.decode_window(data, count, form), target.view(form.dtype))
         out = np.empty_like(target)
-        window.decode_window(data, form, out)
+        exponent_window.decode_window(data, form, out)
         assert np.array_equal(out, target)
 
 
@@ -106,11 +108,11 @@ def test_drifts(count: int) -> None:
 @pytest.mark.parametrize("count", [17, 300, 9001])
 def test_runs_with_tails(tail: int, count: int) -> None:
     """The reference encodes a run of long values to the kernels' bytes."""
-    from deltaweights.codec import coder
+    from deltaweights.codec.methods import entropy
 
     values = np.random.default_rng(tail).binomial(255 << tail, 0.4, count).astype(np.uint32)
     run = reference.parse_run(
-        np.frombuffer(coder.encode_list(values, 8, tail), np.uint8), np.zeros(1, np.int64)
+        np.frombuffer(entropy.encode_list(values, 8, tail), np.uint8), np.zeros(1, np.int64)
     )
     contexts = np.zeros(count, np.uint8)
     assert np.array_equal(reference.decode_values(run, contexts, 8, tail), values)
@@ -122,16 +124,16 @@ def test_runs_with_tails(tail: int, count: int) -> None:
 @compiles
 @pytest.mark.parametrize("dtype", ["BF16", "F32", "F64", "F8_E4M3"])
 def test_transforms(dtype: str) -> None:
-    from deltaweights.codec.compiled import delta
+    from deltaweights.codec.compiled import difference
 
     form = FORMATS[dtype]
     base, target = (noise(dtype, 4099, seed).view(form.dtype) for seed in (1, 2))
     wide = np.uint64 if form.itemsize == 8 else np.uint32
     values = np.empty(len(base), wide)
-    delta.distances(base, target, values)
+    difference.distances(base, target, values)
     assert np.array_equal(values, ulp.distance(base, target).astype(wide))
     out = np.empty_like(target)
-    delta.restore(base, values, out)
+    difference.restore(base, values, out)
     assert np.array_equal(out, target)
     assert np.array_equal(ulp.restore(base, ulp.distance(base, target)), target)
 

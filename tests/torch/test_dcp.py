@@ -41,21 +41,23 @@ from deltaweights import (
     ManifestError,
     OutputError,
 )
-from deltaweights.checkpoint import LocalSource, read_shard
+from deltaweights.checkpoint import read_shard
 from deltaweights.codec import RECORD
 from deltaweights.manifest import FileRecord
-from deltaweights.torch import DeltaStorageReader, DeltaStorageWriter, dcp_write
-from deltaweights.torch.boxes import Box
-from deltaweights.torch.dcp_record import (
+from deltaweights.storage import LocalSource
+from deltaweights.torch import DeltaStorageReader, DeltaStorageWriter
+from deltaweights.torch.dcp import write as dcp_write
+from deltaweights.torch.dcp.boxes import Box
+from deltaweights.torch.dcp.record import (
     DTYPES,
     RECORD_NAME,
-    Base,
-    BaseTensor,
-    Record,
+    BaseIdentity,
+    CheckpointRecord,
+    DcpBaseTensor,
     parse_record,
     read_record,
 )
-from deltaweights.torch.dcp_write import Item, Written, make_record
+from deltaweights.torch.dcp.write import Item, Written, make_record
 
 from ..checkpoints import contents
 from ..hub_server import HubServer
@@ -94,7 +96,7 @@ def save(saved: dict[str, Any], path: Path, base: Any = None, **options: Any) ->
     saver.save(saved, storage_writer=DeltaStorageWriter(path, base=base, **options))
 
 
-def record_of(folder: Path) -> Record:
+def record_of(folder: Path) -> CheckpointRecord:
     return read_record(LocalSource(folder))
 
 
@@ -421,7 +423,7 @@ def test_a_record_that_contradicts_itself_is_refused(folder: Path, kind: str) ->
     change(fields)
     data = msgspec.json.encode(fields)
     with suppress(msgspec.ValidationError):
-        data = msgspec.json.decode(data, type=Record).to_json()  # sealed anew
+        data = msgspec.json.decode(data, type=CheckpointRecord).to_json()  # sealed anew
     with pytest.raises(ManifestError, match=re.escape(message)):
         parse_record(data)
 
@@ -501,8 +503,8 @@ def test_what_ranks_say_has_to_fit_together() -> None:
         ([_written(0, 5)], "is not whole"),
         ([_written(0, 10), _written(5, 5)], "is not whole"),
         ([_written(0, 5), _written(5, 5, dtype="float64")], "alike"),
-        ([_written(0, 5), _written(5, 5, counterpart=BaseTensor("w", "F32"))], "alike"),
-        ([_written(0, 5), _written(5, 5, base=Base("safetensors"))], "against one base"),
+        ([_written(0, 5), _written(5, 5, counterpart=DcpBaseTensor("w", "F32"))], "alike"),
+        ([_written(0, 5), _written(5, 5, base=BaseIdentity("safetensors"))], "against one base"),
     ):
         with pytest.raises(OutputError, match=message):
             make_record(metadata, results)

@@ -19,13 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deltaweights import BaseMismatchError, DeltaError, codec
-from deltaweights.codec.ulp import FORMATS, restore
-from deltaweights.torch import (
-    DeltaPublisher,
-    DeltaSubscriber,
-    gpu,
-    payloads,
-)
+from deltaweights.codec.methods.ulp import FORMATS, restore
+from deltaweights.torch import DeltaPublisher, DeltaSubscriber
+from deltaweights.torch.stream import gpu, payloads
 
 from .models import raw_state
 
@@ -42,7 +38,7 @@ _few = settings(max_examples=20, deadline=None)
 @pytest.fixture(autouse=True)
 def _on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_runs_kernels", lambda device: device.type == DEVICE.type)
-    monkeypatch.setattr("deltaweights.torch.state.CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr("deltaweights.torch.stream.state.CHUNK_BYTES", CHUNK_BYTES)
     if DEVICE.type == "cpu":
         one_at_a_time = threading.RLock()  # as Triton's interpreter wants it
         monkeypatch.setattr(gpu, "on", lambda device: one_at_a_time)
@@ -269,16 +265,16 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from deltaweights.torch import gpu_kernels as kernels
+from deltaweights.torch import gpu_kernels
 
 target = GPUTarget("cuda", int(sys.argv[1]), 32)
 numbers = ("addresses", "lengths", "keys", "start")
 for kernel, types, constants in [
-    (kernels.xxh3_accumulators, dict.fromkeys((*numbers, "accumulators"), "*i64"), {}),
-    (kernels.put, {"elements": "*i16", "places": "*i32", "others": "*i16", "count": "i32"}, {}),
+    (gpu_kernels.xxh3_accumulators, dict.fromkeys((*numbers, "accumulators"), "*i64"), {}),
+    (gpu_kernels.put, {"elements": "*i16", "places": "*i32", "others": "*i16", "count": "i32"}, {}),
     *(
         (
-            kernels.patch,
+            gpu_kernels.patch,
             {"elements": f"*i{w}", "places": "*i32", "distances": "*i32", "others": f"*i{w}", "count": "i32"},
             {"width": w},
         )

@@ -17,7 +17,7 @@ from torch import nn
 
 from deltaweights import CheckpointError, apply_delta, make_delta
 from deltaweights.torch import save_delta
-from deltaweights.torch.memory import MemorySource
+from deltaweights.torch.models.memory import MemorySource
 from deltaweights.torch.tensors import DTYPES, byte_view
 
 from ..checkpoints import contents

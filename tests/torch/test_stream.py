@@ -24,10 +24,19 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from deltaweights import BaseMismatchError, CheckpointError, DeltaError, DeltaWeightsError, OutputError, codec
-from deltaweights.checkpoint import client, parse_header
+from deltaweights import (
+    BaseMismatchError,
+    CheckpointError,
+    DeltaError,
+    DeltaWeightsError,
+    OutputError,
+    codec,
+    payload,
+)
+from deltaweights.checkpoint import parse_header
+from deltaweights.storage import hub_client
 from deltaweights.torch import DeltaPublisher, DeltaSubscriber, SyncReport
-from deltaweights.torch.stream import CHUNK_BYTES, HEAD_NAME, read_head, read_record
+from deltaweights.torch.stream.records import CHUNK_BYTES, HEAD_NAME, read_head, read_record
 
 from ..hub_server import HubServer
 
@@ -88,7 +97,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
             memory.rm_file(path)
     else:
         hub: HubServer = request.getfixturevalue("hub")
-        request.getfixturevalue("monkeypatch").setattr(client, "RETRY_DELAYS", (0.0,) * 8)
+        request.getfixturevalue("monkeypatch").setattr(hub_client, "RETRY_DELAYS", (0.0,) * 8)
         request.getfixturevalue("monkeypatch").setenv("HF_TOKEN", hub.add_user("org"))
         yield "hf://org/stream"
 
@@ -405,7 +414,7 @@ def test_unchanged_tensors_take_no_payload(tmp_path: Path) -> None:
     assert sorted(payloads) == ["embed.weight", "norm.weight"]
     old, new = bits(before), bits(model)
     for name, code in (("embed.weight", "BF16"), ("norm.weight", "F32")):
-        decoded = codec.decode(old[name], payloads[name], code, chunk_bytes=CHUNK_BYTES)
+        decoded = payload.decode(old[name], payloads[name], code, chunk_bytes=CHUNK_BYTES)
         assert decoded.tobytes() == new[name]
 
 
@@ -656,7 +665,7 @@ def test_a_publication_that_came_through_though_its_answer_was_lost_counts(
     hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The publisher does not take its own commit for somebody else's."""
-    monkeypatch.setattr(client, "RETRY_DELAYS", (0.0,) * 8)
+    monkeypatch.setattr(hub_client, "RETRY_DELAYS", (0.0,) * 8)
     monkeypatch.setenv("HF_TOKEN", hub.add_user("org"))
     model, engine = Net(), Net()
     with DeltaPublisher("hf://org/stream", model) as publisher:

@@ -25,7 +25,7 @@ from numba.core import config
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.errors import TypingError
 
-from .. import spaces
+from .. import kernel_arrays
 from ..kernels.kernel import array, array_at
 from .signatures import Signature
 
@@ -88,7 +88,7 @@ def _type_of(kind):
         return _SCALARS[kind]
     if kind.endswith(")"):
         name, _, held = kind[:-1].partition("(")
-        return types.NamedTuple([_type_of(part) for part in _parts(held)], getattr(spaces, name))
+        return types.NamedTuple([_type_of(part) for part in _parts(held)], getattr(kernel_arrays, name))
     element, dimensions = kind.split(".")
     return array(_ELEMENTS[element], int(dimensions))
 

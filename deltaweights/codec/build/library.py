@@ -38,10 +38,10 @@ from ..tables import laplace_family
 from .bitcode import bitcode_of
 from .machine_code import emit, initialize, object_of
 from .signatures import signatures
-from .targets import Target, targets_of
+from .targets import CompileTarget, targets_of
 
 #: Modules whose kernels are compiled together, in a process for each line: each takes about as long.
-_PARTS = (("checked",), ("alone", "delta", "runs", "subset"))
+_PARTS = (("rows",), ("standalone", "difference", "runs", "subset"))
 
 _ZIG_TARGETS = {
     "linux-x86_64": "x86_64-linux-gnu",
@@ -88,7 +88,9 @@ def build(platform: str, levels: Sequence[str], out: Path) -> None:
         _link(platform, files, out)
 
 
-def _compile_part(modules: Sequence[str], targets: dict[str, Target]) -> tuple[list[bytes], dict[int, str]]:
+def _compile_part(
+    modules: Sequence[str], targets: dict[str, CompileTarget]
+) -> tuple[list[bytes], dict[int, str]]:
     """(an object file for each target, the kind of each kernel's result) of the kernels of some modules."""
     kernels = {n: s for n, s in enumerate(signatures()) if s.module in modules}
     objects, results = [], {}
@@ -104,7 +106,7 @@ def _compile_part(modules: Sequence[str], targets: dict[str, Target]) -> tuple[l
     return objects, results
 
 
-def _data(digest: str, levels: list[str], results: dict[int, str], target: Target) -> bytes:
+def _data(digest: str, levels: list[str], results: dict[int, str], target: CompileTarget) -> bytes:
     """The object file of what is no kernel."""
     initialize()
     lines = [digest, compiler(), " ".join(levels)]
@@ -116,7 +118,7 @@ def _data(digest: str, levels: list[str], results: dict[int, str], target: Targe
         for name, content in ((ABOUT, about), (FAMILY, family))
     )
     is_x86 = target.triple.startswith("x86_64")
-    plain = Target(target.triple, "x86-64" if is_x86 else "generic", "")
+    plain = CompileTarget(target.triple, "x86-64" if is_x86 else "generic", "")
     return emit(llvm.parse_assembly(assembly + (_ASK_X86 if is_x86 else "")), plain)
 
 
@@ -171,7 +173,7 @@ def levels_of_host() -> Sequence[str]:
     if not triple.startswith("x86_64"):
         return LEVELS["arm64"]
     engine = llvm.create_mcjit_compiler(
-        llvm.parse_assembly(_ASK_X86), llvm.Target.from_triple(triple).create_target_machine()
+        llvm.parse_assembly(_ASK_X86), llvm.CompileTarget.from_triple(triple).create_target_machine()
     )
     engine.finalize_object()
     cpuid, xcr0 = (engine.get_function_address(name) for name in (CPUID, XCR0))

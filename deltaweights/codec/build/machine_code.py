@@ -10,7 +10,7 @@ import llvmlite.binding as llvm
 
 from ..kernels.vectors import OPERATION
 from .bitcode import Bitcode
-from .targets import Target
+from .targets import CompileTarget
 from .vector_operations import define
 
 #: What code may call besides itself: of the C library, which every Python process has loaded.
@@ -24,7 +24,7 @@ def initialize() -> None:
     llvm.initialize_native_asmparser()  # for the assembly in `library`
 
 
-def object_of(kernels: Iterable[Bitcode], target: Target, *, jit: bool = False) -> bytes:
+def object_of(kernels: Iterable[Bitcode], target: CompileTarget, *, jit: bool = False) -> bytes:
     """One object file of some kernels; what several of them call is in it once.
 
     With `jit` it is for LLVM to load into this process, else for a linker.
@@ -55,7 +55,7 @@ def _linked(kernel):
 def emit(module, target, *, jit=False):
     """Optimise a module for a target and return its object file."""
     model = "jitdefault" if jit else "default"
-    back_end = llvm.Target.from_triple(target.triple).create_target_machine(
+    back_end = llvm.CompileTarget.from_triple(target.triple).create_target_machine(
         target.processor, target.features, 3, "pic", model, jit=jit
     )
     module.triple, module.data_layout = back_end.triple, str(back_end.target_data)

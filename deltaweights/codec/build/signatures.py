@@ -2,7 +2,7 @@
 
 A signature is (module, kernel, kinds), with one text for each argument: "i", "f" or "b" for an integer, a
 float or a bool; for an array the code of its dtype and its number of dimensions, as in "u2.1"; for a tuple of
-:mod:`..spaces` its name and what it holds, as in "RunSpace(u4.1,u2.1)".
+:mod:`..kernel_arrays` its name and what it holds, as in "RunSpace(u4.1,u2.1)".
 """
 
 from __future__ import annotations
@@ -36,19 +36,21 @@ def signatures() -> Iterator[Signature]:
     for e in _ELEMENTS[:3]:
         yield from _of_elements_of_32_bits_at_most(e)
     for e in _ELEMENTS[1:]:
-        yield Signature("alone", "join", (_NUMBERS, _BYTE_ROWS, e))
-        yield Signature("alone", "upper_words", (e, _NUMBERS))
+        yield Signature("standalone", "join", (_NUMBERS, _BYTE_ROWS, e))
+        yield Signature("standalone", "upper_words", (e, _NUMBERS))
     yield from _of_one_type()
 
 
 def _of_all_elements(e: str) -> Iterator[Signature]:
     chunk = _CHUNK.format(e=e)
-    yield Signature("alone", "decode_joined", (_BYTES, _NUMBER_ROWS, _NUMBER_ROWS, _WORDS, _BYTE_ROWS, e))
-    yield Signature("alone", "rotated_byte", (e, "i", _BYTES))
-    yield Signature("alone", "rotated_byte", (e, "i", _NUMBERS))
-    yield Signature("checked", "compare", (_BYTES, e, _BYTES, e, "i", _LONG_ROWS))
-    yield Signature("delta", "decode", (e, e, _OPEN))
-    yield Signature("delta", "encode", (e, e, "i", "i", "b", _NUMBER_ROWS, chunk))
+    yield Signature(
+        "standalone", "decode_joined", (_BYTES, _NUMBER_ROWS, _NUMBER_ROWS, _WORDS, _BYTE_ROWS, e)
+    )
+    yield Signature("standalone", "rotated_byte", (e, "i", _BYTES))
+    yield Signature("standalone", "rotated_byte", (e, "i", _NUMBERS))
+    yield Signature("rows", "compare", (_BYTES, e, _BYTES, e, "i", _LONG_ROWS))
+    yield Signature("difference", "decode", (e, e, _OPEN))
+    yield Signature("difference", "encode", (e, e, "i", "i", "b", _NUMBER_ROWS, chunk))
     yield Signature("subset", "choose", (e, e, "i", "i", "i", _BYTES, e))
     yield Signature("subset", "count_exponents", (e, "i", "i", _NUMBER_ROWS))
     outside = e if e == _WIDE_LONGS else _NUMBERS
@@ -60,7 +62,7 @@ def _of_elements_of_32_bits_at_most(e: str) -> Iterator[Signature]:
     decode = "decode_wide" if e == _NUMBERS else "decode"
     row = _ROW.format(e=e)
     yield Signature(
-        "checked", decode, (_BYTES, _BYTES, "i", _BYTES, e, _BYTES, e, "i", "i", _NUMBER_ROWS, row, "b1.1")
+        "rows", decode, (_BYTES, _BYTES, "i", _BYTES, e, _BYTES, e, "i", "i", _NUMBER_ROWS, row, "b1.1")
     )
     yield Signature("subset", "find_changes", (e, e, "i", "i", _NUMBERS, _NUMBERS, _BYTES, _NUMBERS))
     yield Signature("subset", "move", (e, _NUMBERS, _NUMBERS))
@@ -69,11 +71,11 @@ def _of_elements_of_32_bits_at_most(e: str) -> Iterator[Signature]:
 
 def _of_one_type() -> Iterator[Signature]:
     run = (_BYTES, _NUMBERS, _LONGS, _NUMBER_ROWS, "i", "i", "i", "f", _RUN, "i")
-    yield Signature("alone", "byte_bits", (_BYTES, "i"))
-    yield Signature("alone", "enter_window", (_NUMBERS, "i", "i", _NUMBERS))
-    yield Signature("delta", "collect_moves", (_NUMBERS, _NUMBERS, "i", "i", _INTEGER_ROWS, _LONGS))
-    yield Signature("delta", "drift", (_NUMBERS, _NUMBERS, "i", "i", _NUMBERS))
-    yield Signature("delta", "fit_shifts", (_INTEGER_ROWS, _LONGS, _NUMBERS))
+    yield Signature("standalone", "byte_bits", (_BYTES, "i"))
+    yield Signature("standalone", "enter_window", (_NUMBERS, "i", "i", _NUMBERS))
+    yield Signature("difference", "collect_moves", (_NUMBERS, _NUMBERS, "i", "i", _INTEGER_ROWS, _LONGS))
+    yield Signature("difference", "drift", (_NUMBERS, _NUMBERS, "i", "i", _NUMBERS))
+    yield Signature("difference", "fit_shifts", (_INTEGER_ROWS, _LONGS, _NUMBERS))
     for out in (_BYTES, _NUMBERS):
         yield Signature("runs", "decode_list", (_BYTES, _NUMBER_ROWS, "i", "i", _NUMBER_ROWS, _WORDS, out))
     yield Signature("runs", "decode_lists", (_BYTES, _NUMBER_ROWS, _NUMBER_ROWS, _WORDS, _NUMBER_ROWS))

@@ -8,7 +8,7 @@ from ..processor import LEVELS
 
 _AVX512 = "+avx512f,+avx512bw,+avx512cd,+avx512dq,+avx512vl"
 #: What LLVM calls each level of :data:`..processor.LEVELS`: (processor, features). A processor's name implies
-#: features too, but :meth:`Target.has` looks at those that are written out.
+#: features too, but :meth:`CompileTarget.has` looks at those that are written out.
 _PROCESSORS = {
     "x86-64-v2": ("x86-64-v2", "+ssse3"),
     "x86-64-v3": ("x86-64-v3", "+ssse3,+avx2"),
@@ -26,7 +26,7 @@ _TRIPLES = {
 }
 
 
-class Target(NamedTuple):
+class CompileTarget(NamedTuple):
     """A processor, as LLVM describes it."""
 
     triple: str
@@ -50,16 +50,16 @@ def platforms() -> list[str]:
     return list(_TRIPLES)
 
 
-def targets_of(platform: str) -> dict[str, Target]:
+def targets_of(platform: str) -> dict[str, CompileTarget]:
     """The targets of a platform's library by the names of their levels, the lowest first."""
     triple = _TRIPLES[platform]
     levels = LEVELS["arm64" if platform.endswith("arm64") else "x86_64"]
-    return {level: Target(triple, *_PROCESSORS[level]) for level in levels}
+    return {level: CompileTarget(triple, *_PROCESSORS[level]) for level in levels}
 
 
-def host() -> Target:
+def host() -> CompileTarget:
     """The very processor that this runs on."""
     import llvmlite.binding as llvm
 
     features = llvm.get_host_cpu_features().flatten()
-    return Target(llvm.get_process_triple(), llvm.get_host_cpu_name(), features)
+    return CompileTarget(llvm.get_process_triple(), llvm.get_host_cpu_name(), features)

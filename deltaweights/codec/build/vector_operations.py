@@ -16,10 +16,10 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from ..kernels.vectors import I1, I8, I16, I32, I64, OPERATION, POINTER, Vec, address, call, firm_load, int64
-from .targets import Target
+from .targets import CompileTarget
 
 
-def define(names: Iterable[str], target: Target) -> str:
+def define(names: Iterable[str], target: CompileTarget) -> str:
     """LLVM assembly that defines these operations."""
     module = ir.Module("operations")
     for name in sorted(names):
@@ -54,7 +54,7 @@ class _Emitter(NamedTuple):
     """Where instructions go, and the target that they are for."""
 
     builder: ir.IRBuilder
-    target: Target
+    target: CompileTarget
 
 
 def _expand_load(emitter: _Emitter, kind: ir.VectorType, where: ir.Value, mask: Vec) -> ir.Value:

@@ -11,8 +11,8 @@ Layout, little-endian:
     u32 * lanes   the lanes' states
     u16 ...   the words, in the order in which the decoder needs them, to the end of the run
 
-Value `i` belongs to lane `i % lanes`. All functions here are kernels; :mod:`..coder` calls them and
-:mod:`..reference` says the same in NumPy. Their signatures are spelled out so that each is compiled
+Value `i` belongs to lane `i % lanes`. All functions here are kernels; :mod:`..methods.entropy` calls them and
+tests/codec/reference.py says the same in NumPy. Their signatures are spelled out so that each is compiled
 once, whatever constants it is called with.
 """
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 
-from ..constants import (
+from ..constants import (  # fmt: skip
     APART,
     BAD,
     BITS,
@@ -35,8 +35,8 @@ from ..constants import (
     TAIL,
     TWEAK,
     WAYS,
-)  # fmt: skip
-from ..spaces import RunSpace
+)
+from ..kernel_arrays import RunSpace
 from ..tables import DIRECT_BITS, PRECISION, SCALES, TOKENS
 from . import simd
 from .arithmetic import log2
@@ -494,8 +494,8 @@ def encode_run(contexts, values, members, family, direct_bits, value_bits, tail,
     members      int64[contexts], each context's member of the family, before the tweak is added
     tail         how many low bits of each value are raw; the others are bytes then
     limit        bytes
-    space        a spaces.RunSpace. Of the run, all but its words is written to `head` from `at` on, and the
-                 words to the end of `words`
+    space        a kernel_arrays.RunSpace. Of the run, the words go to the end of `words`, all else to
+                 `head` from `at` on
     """
     count, wide, span = len(values), len(members), log_span(direct_bits, value_bits)
     counts, keys, upper = space.tables[:wide], space.keys[:count], values

@@ -7,7 +7,8 @@ One *step* codes 64 (or 16) consecutive values, lane `i` taking value `i`; a ste
 (or one) vectors of sixteen 32-bit elements, which is what an AVX-512 register holds. LLVM lowers
 the same operations to AVX2 or NEON, where a register holds fewer.
 
-The arithmetic is :mod:`..reference`'s, line for line; what there is to do with vectors is in :mod:`.vectors`.
+The arithmetic is that of tests/codec/reference.py, line for line; the operations on vectors are in
+:mod:`.vectors`.
 """
 
 from __future__ import annotations

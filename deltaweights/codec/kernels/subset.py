@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..constants import BAD, FINE, SUBSET_UNIT
-from . import delta, simd
+from . import difference, simd
 from .kernel import kernel
 
 _AHEAD = 32  # places; how far ahead of changing them elements are asked for
@@ -100,10 +100,10 @@ def decode(base, out, cutoff, active, places, restored, chosen, changed, opened)
     cutoff, active     what is chosen, see :func:`choose`
     places, restored   uint32[m] and unsigned[m]: the other elements that changed, and what they are now
     chosen, changed    unsigned[n + SUBSET_SPARE], scratch
-    opened             a spaces.OpenDelta
+    opened             a kernel_arrays.OpenDelta
     """
     count = choose(base, base, opened.shift, opened.mask, cutoff, active, chosen)
-    result = delta.decode(chosen[:count], changed[:count], opened)
+    result = difference.decode(chosen[:count], changed[:count], opened)
     if result != FINE:
         return result
     merge(base, opened.shift, opened.mask, cutoff, active, changed, out)
@@ -139,7 +139,7 @@ def restore_at(base, places, values):
         return False
     top = 8 * base.itemsize - 1
     for i in range(len(places)):
-        values[i] = delta.restored(np.int64(base[places[i]]), values[i], top)
+        values[i] = difference.restored(np.int64(base[places[i]]), values[i], top)
     return True
 
 
@@ -159,7 +159,7 @@ def move(elements, places, values):
     for i in range(len(places)):
         simd.ask_for(elements, np.int64(places[min(i + _AHEAD, last)]))
         before = np.int64(elements[places[i]])
-        elements[places[i]] = delta.restored(before, values[i], top)
+        elements[places[i]] = difference.restored(before, values[i], top)
         values[i] = before
     return True
 
@@ -206,7 +206,7 @@ def find_changes(base, target, shift, mask, gaps, distances, active, moved):
             i = first + np.int64(simd.bit_length(differ & -differ)) - 1
             old = np.int64(base[i])
             gaps[found] = i - before - 1
-            distances[found] = delta.distance(old, np.int64(target[i]), top)
+            distances[found] = difference.distance(old, np.int64(target[i]), top)
             moved[(old >> shift) & mask] += np.uint32(1)
             before = i
             found += 1

@@ -1,0 +1,1 @@
+"""The ways in which a chunk can be coded: the format's methods."""

@@ -1,0 +1,92 @@
+"""Runs of tokens as bytes: writing, reading, and the memory that both work in (layout: see :mod:`.runs`)."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import PayloadError
+from ..compiled import runs
+from ..constants import APART, BAD, FIRST, GUARD, MAX_ROWS, WAYS, WORDS_SPARE
+from ..kernel_arrays import RunSpace
+from ..library import prebuilt
+from ..scratch import scratch
+from ..tables import DIRECT_BITS, SCALES, TOKENS, laplace_family
+
+Bytes = NDArray[np.uint8]
+Values = NDArray[np.uint32]
+
+_lone_member = np.zeros(1, np.int64)
+_LANES = 64  # at most
+#: Bytes of an explicit table at most: 16 bits, and for each token a step by 16 bit lengths and 3 bits.
+_TABLE_BYTES = 2 + (33 + 3) * TOKENS // 8 + 1
+
+
+@cache
+def family() -> NDArray[np.uint32]:
+    """The family of distributions, uint32[SCALES, TOKENS], which takes longer to compute than to read."""
+    library = prebuilt()
+    if library is None:
+        return laplace_family()
+    stored = library.family(SCALES * TOKENS * np.dtype(np.uint32).itemsize)
+    return np.frombuffer(stored, np.uint32).reshape(SCALES, TOKENS)
+
+
+def run_space(count: int, contexts: int, more: int = 0) -> RunSpace:
+    """For runs of so many values and contexts, at most, whose head may follow ``more`` other bytes."""
+    return RunSpace(
+        leading=scratch("part", count, np.uint32),
+        keys=scratch("keys", count, np.uint16),
+        counters=scratch("counters", WAYS * ((MAX_ROWS << 7) + APART), np.uint32),
+        tables=scratch("rows", MAX_ROWS * TOKENS, np.uint32).reshape(MAX_ROWS, TOKENS),
+        explicit=scratch("explicit", MAX_ROWS, np.uint8),
+        encoder=scratch("encoder table", contexts << 8, np.uint32),
+        words=scratch("words", 3 * count + WORDS_SPARE, np.uint16),
+        head=scratch("head", head_bytes(contexts) + more, np.uint8),
+        found=np.empty(2, np.int64),
+    )
+
+
+def written(space: RunSpace, end: int) -> bytes:
+    """What a kernel wrote, with a head of so many bytes."""
+    return b"".join([space.head[:end].data, space.words[int(space.found[FIRST]) :].data])
+
+
+def head_bytes(contexts: int) -> int:
+    """How long a run's head may be, all that stands in front of its words."""
+    return 2 + contexts * _TABLE_BYTES + 4 * _LANES
+
+
+def encode_list(values: Values, direct_bits: int = DIRECT_BITS, tail: int = 0) -> bytes:
+    """Numbers as a run of one context, the `tail` low bits of each of them as they are."""
+    space = run_space(len(values), 1)
+    contexts = scratch("contexts", len(values), np.uint8)
+    contexts[:] = 0
+    end = runs.encode_run(contexts, values, _lone_member, family(), direct_bits, 32, tail, np.inf, space, 0)
+    return written(space, end)
+
+
+def room_to_read(data: Bytes, contexts: int) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
+    """(frequencies, words) for a kernel that reads a run of so many contexts: a thread's working memory."""
+    frequencies = scratch("frequencies", contexts * TOKENS, np.uint32).reshape(-1, TOKENS)
+    return frequencies, scratch("words", len(data) // 2 + GUARD, np.uint16)
+
+
+def decode_list(
+    data: Bytes, out: NDArray[np.unsignedinteger[Any]], direct_bits: int = DIRECT_BITS, tail: int = 0
+) -> None:
+    """Fill out with the numbers that `encode_list` made data of; PayloadError where it did not."""
+    if not runs.decode_list(data, family(), direct_bits, tail, *room_to_read(data, 1), out):
+        raise PayloadError("a list of numbers is damaged")
+
+
+def decode_lists(data: Bytes, out: NDArray[np.uint32]) -> Bytes:
+    """Fill the rows of out (uint32[lists, n]) with the lists that data begins with, each behind its length as
+    u32; what follows them. PayloadError where there are no such lists."""
+    end = runs.decode_lists(data, family(), *room_to_read(data, 1), out)
+    if end == BAD:
+        raise PayloadError("a list of numbers is damaged")
+    return data[end:]

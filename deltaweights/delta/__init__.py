@@ -1,0 +1,1 @@
+"""A delta on disk: opening it, its shards, the lazy view of its target, chains of deltas."""

@@ -1,0 +1,1 @@
+"""Which base tensor each target tensor is compared with, and which tensors of a target are duplicates."""

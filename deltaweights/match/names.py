@@ -1,0 +1,216 @@
+"""Which base tensor each target tensor is compared with: by name, by rename rule, by a prefix that all
+names share, by equal bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoint import DTYPE_BITS, Checkpoint, Tensor
+from ..codec import is_convertible, rescale
+from ..errors import DeltaWeightsError
+
+_BLOCK_BYTES = 1 << 20
+
+#: Bounds of the search for common prefixes: names with one ending, and pairs of prefixes.
+_MAX_NAMES = 64
+_MAX_PAIRS = 64
+
+#: How many blocks of 1 MiB tell that two tensors are equal.
+_MAX_BLOCKS = 64
+
+#: A rename rule: a regular expression, searched in a target tensor's name, and what to put in its place
+#: (``re.sub``) to get the base tensor's name.
+RenameRule = tuple[str, str]
+
+CompiledRule = tuple[re.Pattern[str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A target tensor and the base tensor to code it against, if any. The first ``shared_bytes`` of the
+    target tensor's bytes have counterparts in the base tensor.
+
+    ``like`` is another tensor of the target with the same bytes, which is coded in its place; none of its
+    own bytes are shared then."""
+
+    target: Tensor
+    base: Tensor | None
+    shared_bytes: int
+    like: Tensor | None = None
+
+    def read(self, start: int, end: int) -> NDArray[np.uint8]:
+        """The target tensor's bytes ``start`` to ``end``."""
+        return _read(self.target, start, end)
+
+    def read_base(self, start: int, end: int) -> NDArray[np.uint8]:
+        """The base tensor's bytes, in its own dtype, for the target tensor's bytes ``start`` to ``end``."""
+        assert self.base is not None
+        dtypes = self.target.info.dtype, self.base.info.dtype
+        return _read(self.base, rescale(start, *dtypes), rescale(end, *dtypes))
+
+
+def _read(tensor: Tensor, start: int, end: int) -> NDArray[np.uint8]:
+    out = np.empty(end - start, np.uint8)
+    tensor.read_into(start, out)
+    return out
+
+
+def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameRule] = ()) -> list[Match]:
+    """A match for every tensor of ``target``, in the order of ``target.tensors``.
+
+    Raises:
+        DeltaWeightsError: a rename rule is not a valid regular expression or replacement.
+    """
+    rules = compile_rules(rename)
+    found: dict[Tensor, Tensor] = {}
+    for tensor in target.tensors:
+        if candidate := base.find(renamed(tensor.info.name, rules), tensor.shard.path):
+            found[tensor] = candidate
+    used = set(found.values())
+    unmatched = [tensor for tensor in target.tensors if tensor not in found]
+    free = [tensor for tensor in base.tensors if tensor not in used]
+    found.update(_match_prefixes(unmatched, free))
+    unmatched = [tensor for tensor in unmatched if tensor not in found]
+    found.update(_match_bytes(unmatched, base, target))
+    return [match_pair(tensor, found.get(tensor)) for tensor in target.tensors]
+
+
+def renamed(name: str, rules: Sequence[CompiledRule]) -> str:
+    """The base's name for the tensor that the target calls ``name``."""
+    for pattern, replacement in rules:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def compile_rules(rename: Sequence[RenameRule]) -> list[CompiledRule]:
+    """The rules, checked, for :func:`renamed`.
+
+    Raises:
+        DeltaWeightsError: one is not a valid regular expression or replacement.
+    """
+    compiled = []
+    for pattern, replacement in rename:
+        try:
+            compiled.append((re.compile(pattern), replacement))
+            compiled[-1][0].sub(replacement, "")
+        except (re.error, IndexError, OverflowError, RecursionError) as error:
+            raise DeltaWeightsError(
+                f"The rename rule {pattern}={replacement} is not valid",
+                f"{error}.".capitalize(),
+                r"Rules look like '^model\.=language_model.model.' (target's name = base's name).",
+            ) from error
+    return compiled
+
+
+def match_pair(target: Tensor, base: Tensor | None) -> Match:
+    """The match of a target tensor with the base tensor that was found for it."""
+    shared = _shared_bytes(target, base) if base else 0
+    return Match(target, base, shared)
+
+
+def _shared_bytes(target: Tensor, base: Tensor) -> int:
+    """How many leading bytes of ``target`` have a counterpart in ``base``: all of them, or whole rows
+    where only the number of rows differs (a vocabulary that grew or shrank)."""
+    new, old = target.info, base.info
+    if new.dtype != old.dtype and not is_convertible(old.dtype, new.dtype):
+        return 0
+    if new.shape == old.shape or new.numel == old.numel:
+        same_size = new.dtype != old.dtype or new.nbytes == old.nbytes
+        return new.nbytes if same_size else 0
+    if not new.shape or not old.shape or new.shape[1:] != old.shape[1:] or not DTYPE_BITS.get(new.dtype):
+        return 0
+    rows = min(new.shape[0], old.shape[0])
+    return rows * new.nbytes // new.shape[0] if new.shape[0] else 0
+
+
+def _match_prefixes(unmatched: Iterable[Tensor], free: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+    """Match names that differ in a leading part only, such as ``model.`` against ``language_model.model.``.
+
+    The pair of prefixes that explains most tensors wins, then the next, until a pair explains but one tensor.
+    Endings that very many names share, and pairs far down the list, are left out: names are anybody's, and
+    the time must grow with their number, not its square.
+    """
+    by_name = {tensor.info.name: tensor for tensor in free}
+    left = {tensor.info.name: tensor for tensor in unmatched}
+    by_suffix: dict[str, list[str]] = {}
+    for name in by_name:
+        for suffix in _suffixes(name):
+            by_suffix.setdefault(suffix, []).append(name)
+    votes: Counter[tuple[str, str]] = Counter()
+    for name, tensor in left.items():
+        for suffix in _suffixes(name):
+            others = by_suffix.get(suffix, [])
+            for other in others if len(others) <= _MAX_NAMES else ():
+                if by_name[other].info.shape == tensor.info.shape:
+                    votes[name.removesuffix(suffix), other.removesuffix(suffix)] += 1
+    found: dict[Tensor, Tensor] = {}
+    for (new, old), count in votes.most_common(_MAX_PAIRS):
+        if count < 2:
+            break
+        for name in [name for name in left if name.startswith(new)]:
+            other = old + name.removeprefix(new)
+            if other in by_name and by_name[other].info.shape == left[name].info.shape:
+                found[left.pop(name)] = by_name.pop(other)
+    return found
+
+
+def _suffixes(name: str) -> list[str]:
+    """``a.b.c`` → ``a.b.c``, ``b.c``, ``c``; no more than eight, the longest."""
+    parts = name.split(".")
+    return [".".join(parts[k:]) for k in range(min(len(parts), 8))]
+
+
+def _match_bytes(unmatched: Sequence[Tensor], base: Checkpoint, target: Checkpoint) -> dict[Tensor, Tensor]:
+    """Match tensors that the base has bit for bit under another name (an untied output layer, say)."""
+    unmatched = [tensor for tensor in unmatched if tensor.info.nbytes]
+    kinds = {(tensor.info.dtype, tensor.info.shape) for tensor in unmatched}
+    alike = [tensor for tensor in base.tensors if (tensor.info.dtype, tensor.info.shape) in kinds]
+    by_start: dict[tuple[str, bytes], list[Tensor]] = {}
+    with base.source.expect(tensor.span(0, _start_bytes(tensor)) for tensor in alike):
+        for tensor in alike:
+            by_start.setdefault(_start(tensor), []).append(tensor)
+    found = {}
+    with target.source.expect(tensor.span(0, _start_bytes(tensor)) for tensor in unmatched):
+        starts = [_start(tensor) for tensor in unmatched]
+    for tensor, start in zip(unmatched, starts, strict=True):
+        candidates = by_start.get(start, [])
+        if match := next((other for other in candidates if _equal(tensor, other, base, target)), None):
+            found[tensor] = match
+    return found
+
+
+def _start_bytes(tensor: Tensor) -> int:
+    return min(tensor.info.nbytes, 4096)
+
+
+def _start(tensor: Tensor) -> tuple[str, bytes]:
+    """What tells most tensors apart at the cost of one small read: dtype, shape, first bytes."""
+    first = _read(tensor, 0, _start_bytes(tensor))
+    return f"{tensor.info.dtype}{tensor.info.shape}", hashlib.sha256(first.data).digest()
+
+
+def _equal(one: Tensor, other: Tensor, base: Checkpoint, target: Checkpoint) -> bool:
+    """Whether a target tensor and a base tensor of one size hold the same bytes, as far as a number of blocks
+    spread over them shows (a wrong answer only makes the delta longer); reads no further than the first
+    difference."""
+    nbytes = one.info.nbytes
+    if nbytes != other.info.nbytes:
+        return False
+    starts = range(0, nbytes, _BLOCK_BYTES * -(-nbytes // (_BLOCK_BYTES * _MAX_BLOCKS)))
+    ends = [min(start + _BLOCK_BYTES, nbytes) for start in starts]
+    blocks = list(zip(starts, ends, strict=True))
+    with (
+        target.source.expect(one.span(start, end) for start, end in blocks),
+        base.source.expect(other.span(start, end) for start, end in blocks),
+    ):
+        for start, end in blocks:
+            if not np.array_equal(_read(one, start, end), _read(other, start, end)):
+                return False
+    return True

@@ -1,0 +1,44 @@
+"""Where bytes come from and go: folders, the Hub, output folders."""
+
+from .file_names import spelling
+from .hub import HubSource, open_hub
+from .location import Location, Readable, open_source
+from .output import OutputFolder, PartialFile
+from .source import (
+    HubId,
+    LocalSource,
+    ReadableFile,
+    Source,
+    Span,
+    cached_sha256,
+    file_blocks,
+    local_path,
+    origins,
+    sha256_of,
+)
+from .system import flush_folder, is_same, is_within, lock
+
+__all__ = [
+    "HubId",
+    "HubSource",
+    "LocalSource",
+    "Location",
+    "OutputFolder",
+    "PartialFile",
+    "Readable",
+    "ReadableFile",
+    "Source",
+    "Span",
+    "cached_sha256",
+    "file_blocks",
+    "flush_folder",
+    "is_same",
+    "is_within",
+    "local_path",
+    "lock",
+    "open_hub",
+    "open_source",
+    "origins",
+    "sha256_of",
+    "spelling",
+]

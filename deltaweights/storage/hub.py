@@ -1,0 +1,186 @@
+"""A model repository on the Hub as a :class:`Source`: read by range requests, never whole on disk.
+
+Files that lie whole in the local Hub cache are read from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CheckpointError
+from .hub_client import Downloader, download, find_cached, find_repository, find_snapshot, require_cache_space
+from .read_ahead import WINDOW_BYTES, Window, ranges_of
+from .source import (
+    HEAD_BYTES,
+    HubId,
+    LocalFile,
+    LocalSource,
+    ReadableFile,
+    Source,
+    Span,
+    file_blocks,
+    is_left_out,
+)
+
+
+def open_hub(repo_id: str, revision: str | None = None) -> Source:
+    """The files of a repository, from the Hub; where that cannot be asked, its snapshot in the local cache.
+
+    Raises:
+        CheckpointError: there is none, or the Hub cannot be reached.
+    """
+    try:
+        return HubSource(repo_id, revision)
+    except CheckpointError:
+        snapshot = find_snapshot(repo_id, revision)
+        if snapshot is None:
+            raise
+        return LocalSource(snapshot)
+
+
+class HubFile(ReadableFile):
+    """A file on the Hub. Its first bytes are kept once read: a header, or the whole of a small file. Once it
+    was downloaded, ``local`` is read instead."""
+
+    def __init__(self, path: str, size: int, window: Window) -> None:
+        self.path = path
+        self.size = size
+        self.head = b""
+        self.local: LocalFile | None = None
+        self._window = window
+
+    def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
+        if self.local:
+            self.local.read_into(offset, out)
+            return
+        known = self.head[offset : offset + len(out)]
+        out[: len(known)] = np.frombuffer(known, np.uint8)
+        if len(known) < len(out):
+            self._window.read_into(self.path, offset + len(known), out[len(known) :])
+        if offset == 0 and len(self.head) < len(out) <= HEAD_BYTES:
+            self.head = out.tobytes()
+
+
+class HubSource:
+    """The files of one repository at one commit.
+
+    Args:
+        repo_id: ``org/name``; where it was renamed, the new name is what counts from then on.
+        revision: a commit, branch or tag; the main branch if None. Its commit is looked up once.
+        window_bytes: how much memory may hold what is fetched ahead.
+
+    Raises:
+        CheckpointError: it cannot be found or read.
+    """
+
+    def __init__(
+        self, repo_id: str, revision: str | None = None, *, window_bytes: int = WINDOW_BYTES
+    ) -> None:
+        self._repository = repository = find_repository(repo_id, revision)
+        self.root: Path | None = None
+        self.hub_id = HubId(repository.repo_id, repository.commit)
+        self.where = f"{repository.repo_id}@{repository.commit[:12]}"
+        sizes = {path: file.size for path, file in sorted(repository.files.items()) if not is_left_out(path)}
+        self.sizes: Mapping[str, int] = sizes
+        self.left_out = tuple(sorted(set(repository.files) - set(sizes)))
+        self._downloader = Downloader(repository)
+        self.window = Window(self._downloader.fetch, nbytes=window_bytes)
+        self._opened: dict[str, HubFile | LocalFile] = {}
+
+    def open(self, path: str) -> HubFile | LocalFile:
+        """The file at ``path``: the cache's, if it is there."""
+        file = self._opened.get(path)
+        if file is None:
+            cached = find_cached(self._repository, path)
+            file = LocalFile(path, cached) if cached else HubFile(path, self.sizes[path], self.window)
+            self._opened[path] = file
+        return file
+
+    def name(self, path: str) -> str:
+        """The file's name for messages."""
+        return f"{self.where}/{path}"
+
+    def full_path(self, path: str) -> Path | None:
+        """Where the file lies in the cache, if it does."""
+        found = find_cached(self._repository, path)
+        return found.resolve() if found else None
+
+    def blocks(self, path: str) -> Iterator[bytes]:
+        """The file's bytes in order, in blocks of at most 1 MiB.
+
+        Raises:
+            CheckpointError: at the end, where they have another SHA-256 than the Hub publishes.
+        """
+        file = self.open(path)
+        sha256 = hashlib.sha256()
+        with self.expect([Span(path, 0, file.size)]):
+            for block in file_blocks(file):
+                sha256.update(block)
+                yield block
+        if self.published_sha256(path) not in (None, sha256.hexdigest()):
+            raise CheckpointError(
+                f"{self.name(path)} was damaged on the way",
+                f"Its SHA-256 is {sha256.hexdigest()}, the Hub publishes {self.published_sha256(path)}.",
+                "Run the same command again.",
+            )
+
+    def published_sha256(self, path: str) -> str | None:
+        """The SHA-256 that the Hub publishes for the file; it does so for LFS files."""
+        file = self._repository.files.get(path)
+        return file.sha256 if file else None
+
+    def fingerprint(self, path: str) -> str:
+        """Repository, commit and git's id of the file."""
+        return f"{path}:{self.hub_id.repo_id}:{self.hub_id.revision}:{self._repository.files[path].blob}"
+
+    def expect(self, spans: Iterable[Span]) -> AbstractContextManager[None]:
+        """Fetch these spans ahead of those who read them, as far as memory allows."""
+        return self.window.expect(self._remote(spans))
+
+    def ranges(self, spans: Iterable[Span]) -> list[Span]:
+        """The ranges that come over the network for these spans."""
+        return ranges_of(self._remote(spans))
+
+    def _remote(self, spans: Iterable[Span]) -> Iterator[Span]:
+        """What of the spans is neither in the cache nor in memory."""
+        for path, start, end in spans:
+            file = self.open(path)
+            if isinstance(file, HubFile) and not file.local:
+                yield Span(path, max(start, len(file.head)), end)
+
+    def keep(self, paths: Iterable[str]) -> Iterator[int]:
+        """Download files into the local Hub cache, and read them from there from now on.
+
+        Yields:
+            The size of each one when it is here.
+
+        Raises:
+            CheckpointError: one cannot be had, or the cache's disk is too small.
+        """
+        files = [self.open(path) for path in paths]
+        missing = [file for file in files if isinstance(file, HubFile) and not file.local]
+        require_cache_space(sum(file.size for file in missing))
+        for file in missing:
+            file.local = LocalFile(file.path, download(self._repository, file.path))
+            yield file.size
+
+    def cancel(self) -> None:
+        """End all reads that wait for the network, and those to come."""
+        self._downloader.cancel()
+        self.window.cancel()
+
+    def close(self) -> None:
+        """End all connections, close all files."""
+        self.cancel()
+        self.window.close()
+        while self._opened:
+            file = self._opened.popitem()[1]
+            local = file.local if isinstance(file, HubFile) else file
+            if local:
+                local.close()

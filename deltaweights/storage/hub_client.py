@@ -1,0 +1,273 @@
+"""What deltaweights asks of the Hub: lists of files, ranges of their bytes, and the local cache.
+
+All of it goes through huggingface_hub (1.x or 2.x), so its token, cache, endpoint and offline switch count.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .._version import __version__
+from ..errors import CheckpointError
+from .hub_errors import cache_full, explained, http_error
+from .source import free_space
+
+#: Seconds before each further attempt while nothing comes, about two minutes in all. Each is drawn out by up
+#: to a half, so that many connections do not come back at one moment.
+RETRY_DELAYS: tuple[float, ...] = (0.5, 1, 2, 4, 8, 16, 30, 30)
+
+#: The longest that a server may make us wait, in seconds: the Hub counts requests in windows of five minutes.
+_LONGEST_WAIT = 330
+
+Result = TypeVar("Result")
+
+#: Who we are, for the Hub.
+WE: dict[str, Any] = {"library_name": "deltaweights", "library_version": __version__}
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file of a repository: its size, git's id of it, and, for LFS files, the SHA-256 that is published."""
+
+    size: int
+    blob: str
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A model repository at one commit: its present name, and its files by path."""
+
+    repo_id: str
+    commit: str
+    files: dict[str, RemoteFile]
+
+
+def find_repository(repo_id: str, revision: str | None) -> Repository:
+    """Look up a repository, and which commit a revision is (the main branch, if None).
+
+    Raises:
+        CheckpointError: it cannot be found or read.
+    """
+    with explained(repo_id, revision):
+        return patiently(lambda: _ask(repo_id, revision))
+
+
+def patiently(action: Callable[[], Result]) -> Result:
+    """Do it, and again some times where what went wrong may pass by itself."""
+    attempt = 0
+    while True:
+        try:
+            return action()
+        except Exception as error:
+            time.sleep(_pause(error, attempt, RETRY_DELAYS[:3]))
+        attempt += 1
+
+
+def _ask(repo_id: str, revision: str | None) -> Repository:
+    from huggingface_hub import HfApi, constants
+
+    info = HfApi(**WE).model_info(
+        repo_id, revision=revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+    )
+    if not re.fullmatch(r"[0-9a-f]{40,64}", info.sha or ""):
+        raise ValueError(f"it names the commit {info.sha!r}")
+    files = {}
+    for sibling in info.siblings or ():
+        if not isinstance(sibling.size, int) or sibling.size < 0:
+            raise ValueError(f"{sibling.rfilename} has the size {sibling.size}")
+        digest = getattr(sibling.lfs, "sha256", None)
+        is_digest = isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest)
+        files[sibling.rfilename] = RemoteFile(
+            sibling.size, sibling.blob_id or "", digest if is_digest else None
+        )
+    return Repository(info.id, str(info.sha), files)
+
+
+class Downloader:
+    """Reads ranges of one repository's files, any number at once; goes on where a connection broke."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+        #: Signed links that the Hub sent us to, by path: good for about an hour, they save asking it each
+        #: time, which it counts. None where one was refused.
+        self._links: dict[str, str | None] = {}
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """End the pauses between attempts."""
+        self._cancelled.set()
+
+    def fetch(self, path: str, start: int, end: int) -> Generator[bytes, None, None]:
+        """The bytes of the file from ``start`` to ``end``, in pieces.
+
+        Raises:
+            CheckpointError: they cannot be had.
+            CancelledError: :meth:`cancel` was called, and there was a pause to be made.
+        """
+        attempt = 0
+        with explained(self._repository.repo_id, self._repository.commit, path):
+            while start < end:
+                try:
+                    for piece in self._attempt(path, start, end):
+                        start += len(piece)
+                        attempt = 0
+                        yield piece
+                    if start < end:
+                        raise ConnectionError("the answer ended early")
+                except Exception as error:
+                    if self._cancelled.wait(_pause(error, attempt, RETRY_DELAYS)):
+                        raise CancelledError from error
+                    attempt += 1
+
+    def _attempt(self, path: str, start: int, end: int) -> Iterator[bytes]:
+        """What one connection brings."""
+        from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        repository, link = self._repository, self._links.get(path)
+        url = link or hf_hub_url(repository.repo_id, path, revision=repository.commit)
+        headers = build_hf_headers(token=False if link else None, **WE)  # a signed link is to get no token
+        headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+            if link and response.status_code in (400, 401, 403, 404, 410):
+                self._links[path] = None
+                raise _LinkRefused
+            hf_raise_for_status(response)
+            self._check(path, response, start, end)
+            if response.history and response.url.netloc != response.history[0].url.netloc:
+                self._links.setdefault(path, str(response.url))
+            for piece in response.iter_raw():
+                start += len(piece)
+                if start > end:
+                    raise self._odd(path, f"more than {end} bytes came")
+                yield piece
+
+    def _check(self, path: str, response: Any, start: int, end: int) -> None:
+        """Raise :class:`CheckpointError` where the answer is not the range that was asked for."""
+        size = self._repository.files[path].size
+        asked = f"bytes {start}-{end - 1}/{size}"
+        place = re.sub(r"/\*$", f"/{size}", response.headers.get("Content-Range", "nothing"))
+        length = response.headers.get("Content-Length", str(end - start))
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise self._odd(path, "it is compressed")
+        if response.status_code == 206 and place != asked:
+            raise self._odd(path, f"{asked} were asked for, {place} is announced")
+        if response.status_code != 206 and (start, end) != (0, size):
+            raise self._odd(path, f"{asked} were asked for, and all of the file comes")
+        if length != str(end - start):
+            raise self._odd(path, f"{end - start} bytes were asked for, {length} are announced")
+
+    def _odd(self, path: str, why: str) -> CheckpointError:
+        repo_id, commit = self._repository.repo_id, self._repository.commit
+        return CheckpointError(
+            f"The answer for {path} of {repo_id} is not what was asked for",
+            f"{why[0].upper()}{why[1:]}: the Hub, or a proxy on the way, does not serve ranges of files.",
+            f"Get the files another way, and pass their folder: hf download {repo_id} --revision {commit}",
+        )
+
+
+class _LinkRefused(Exception):  # noqa: N818
+    """A signed link is used up: the Hub is to be asked for the next one."""
+
+
+def _pause(error: Exception, attempt: int, delays: tuple[float, ...]) -> float:
+    """Seconds to wait before the next attempt; raises ``error`` where there should be none."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, _LinkRefused):
+        return 0.0
+    wait = 0.0
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        is_passing = status in (408, 429) or status >= 500
+        wait = _asked_to_wait(error.response.headers)
+    else:  # RuntimeError: somebody else in this process closed the connections that we share
+        kinds = (http_error(), ConnectionError, TimeoutError, RuntimeError)
+        is_passing = isinstance(error, kinds) and not isinstance(error, OfflineModeIsEnabled)
+    if not is_passing or attempt >= len(delays) or wait > _LONGEST_WAIT:
+        raise error
+    return max(wait, delays[attempt] * random.uniform(1, 1.5))  # noqa: S311
+
+
+def _asked_to_wait(headers: Any) -> float:
+    """Seconds that a server asks us to wait: ``Retry-After``, or the Hub's own ``RateLimit``."""
+    after = re.fullmatch(r"\s*(\d{1,9})\s*", headers.get("Retry-After", ""))
+    reset = re.search(r";\s*r=0\s*;\s*t=(\d{1,9})", headers.get("RateLimit", ""))
+    return float(after[1] if after else reset[1] if reset else 0)
+
+
+def find_cached(repository: Repository, path: str) -> Path | None:
+    """Where a file lies in the local Hub cache, whole, if it does."""
+    from huggingface_hub import try_to_load_from_cache
+
+    with explained(repository.repo_id, repository.commit, path):
+        found = try_to_load_from_cache(repository.repo_id, path, revision=repository.commit)
+        if not isinstance(found, str) or Path(found).stat().st_size != repository.files[path].size:
+            return None
+        return Path(found)
+
+
+def find_snapshot(repo_id: str, revision: str | None) -> Path | None:
+    """A repository's folder in the local Hub cache, if there is one. It may lack files."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        part = getattr(error, "snapshot_path", None)  # version 2 knows where it lacks some
+        return Path(part) if part else None
+    except HFValidationError:
+        return None
+
+
+def cache_folder() -> Path:
+    """Where the local Hub cache is, or will be."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).absolute()
+
+
+def require_cache_space(nbytes: int) -> None:
+    """Raise :class:`CheckpointError` where the cache's disk has less room than this."""
+    free = free_space(cache_folder())
+    if nbytes > free:
+        raise cache_full(f"{nbytes:,} bytes are needed, {free:,} are free")
+
+
+def download(repository: Repository, path: str) -> Path:
+    """Bring a file into the local Hub cache.
+
+    Raises:
+        CheckpointError: it cannot be had, or the cache's disk is full.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with explained(repository.repo_id, repository.commit, path), without_bars():
+        return Path(hf_hub_download(repository.repo_id, path, revision=repository.commit, **WE))
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """huggingface_hub's own progress bars are off: only the command line prints."""
+    from huggingface_hub import utils
+
+    if utils.are_progress_bars_disabled():  # type: ignore[attr-defined]
+        yield
+        return
+    utils.disable_progress_bars()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        utils.enable_progress_bars()  # type: ignore[attr-defined]

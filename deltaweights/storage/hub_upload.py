@@ -1,0 +1,274 @@
+"""Files into a repository on the Hub, all in one commit: whoever reads it sees all of them, or none.
+
+huggingface_hub's own calls for folders split a large one into several commits, so for a while a manifest
+could be there without its shards. Here large files are sent one by one first, which nobody sees; what has
+arrived is not sent again, by a later run either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, OutputError
+from .hub_client import WE, Repository, find_repository, patiently, without_bars
+from .hub_errors import explained
+from .source import blocks_at
+
+#: Files of more bytes than this are sent before the commit, one by one.
+_LARGE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A file to be published: its path there, where it is here (or its bytes), its size and SHA-256 (hex)."""
+
+    path: str
+    content: Path | bytes
+    size: int
+    sha256: str
+
+    def is_in(self, repository: Repository) -> bool:
+        """Whether the repository has just this file: by the SHA-256 that it publishes, or by git's id."""
+        there = repository.files.get(self.path)
+        if there is None or there.size != self.size:
+            return False
+        if there.sha256:
+            return there.sha256 == self.sha256
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n"
+        return there.blob in (_git_id(len(pointer), [pointer.encode()]), _git_id(self.size, self._blocks()))
+
+    def _blocks(self) -> Iterable[bytes]:
+        return [self.content] if isinstance(self.content, bytes) else blocks_at(self.path, self.content)
+
+
+def _git_id(size: int, blocks: Iterable[bytes]) -> str:
+    sha1 = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    for block in blocks:
+        sha1.update(block)
+    return sha1.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Where files go: a repository at a branch's newest commit. ``name`` is None for the main branch."""
+
+    repository: Repository
+    name: str | None
+    is_private: bool
+
+    @property
+    def url(self) -> str:
+        """Its page."""
+        from huggingface_hub import constants
+
+        page = f"{constants.ENDPOINT}/{self.repository.repo_id}"
+        return f"{page}/tree/{self.name}" if self.name else page
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A commit that was made; for a pull request also its page and its revision."""
+
+    id: str
+    pull_request: str | None = None
+    revision: str | None = None
+
+
+def require_login() -> None:
+    """Raise :class:`OutputError` where there is no token of the Hub's."""
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise OutputError(
+            "You are not logged in to the Hub",
+            "It has to know who pushes.",
+            "Log in with a token that may write: hf auth login (or set HF_TOKEN).",
+        )
+
+
+def find_branch(repo_id: str, name: str | None, *, private: bool) -> Branch:
+    """Look up a branch of a model repository. Both are made where there are none.
+
+    Args:
+        repo_id: ``org/name``.
+        name: the branch; the main branch if None.
+        private: make a private repository, and accept no public one.
+
+    Raises:
+        OutputError: it cannot be made or seen, or it is public.
+    """
+    from huggingface_hub import HfApi, errors
+
+    api = HfApi(**WE)
+    with _explained(repo_id):
+        try:
+            info = patiently(lambda: api.model_info(repo_id))
+        except errors.RepositoryNotFoundError as error:
+            if isinstance(error, errors.GatedRepoError):
+                raise
+            patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+            info = patiently(lambda: api.model_info(repo_id))
+        if private and not info.private:
+            raise OutputError(
+                f"{info.id} is public",
+                "Whoever likes could read what is pushed there.",
+                "If that is what you want, pass --public; else choose another repository.",
+            )
+        if name:
+            patiently(lambda: api.create_branch(info.id, branch=name, exist_ok=True))
+        return Branch(find_repository(info.id, name), name, bool(info.private))
+
+
+def upload(
+    branch: Branch,
+    files: Sequence[Outgoing],
+    removed: Iterable[str],
+    *,
+    message: str,
+    create_pr: bool,
+    sent: Callable[[int], None],
+) -> Commit:
+    """Make one commit that adds or replaces ``files``, and removes what is at the paths ``removed``.
+
+    Args:
+        message: the commit's.
+        create_pr: make the commit a pull request to the main branch.
+        sent: called with a number of bytes whenever they are there.
+
+    Raises:
+        OutputError: the Hub does not take it, or somebody else's commit came first. Nothing of it is seen.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
+
+    api, repo_id = HfApi(**WE), branch.repository.repo_id
+    with _explained(repo_id), _quiet():
+        operations: list[Any] = [CommitOperationDelete(path, is_folder=False) for path in removed]
+        for file in files:
+            content = file.content
+            if isinstance(content, Path):
+                content.stat()  # of a file that is gone, huggingface_hub says that the argument is wrong
+            operation = CommitOperationAdd(file.path, content)
+            operations.append(operation)
+            if file.size > _LARGE_BYTES:
+                patiently(partial(_send, api, branch, operation, create_pr))
+                sent(file.size)
+
+        def commit() -> Commit:
+            try:
+                info = api.create_commit(
+                    repo_id,
+                    operations,
+                    commit_message=message,
+                    revision=branch.name,
+                    create_pr=create_pr,
+                    parent_commit=branch.repository.commit,
+                )
+            except errors.HfHubHTTPError as error:
+                # Perhaps an earlier attempt came through, and only its answer was lost.
+                now = find_repository(repo_id, branch.name) if _status(error) == 412 else branch.repository
+                if now.commit == branch.repository.commit or not all(file.is_in(now) for file in files):
+                    raise
+                return Commit(now.commit)
+            return Commit(info.oid, info.pr_url, info.pr_revision)
+
+        done = commit() if create_pr else patiently(commit)  # a second attempt would be a second request
+        sent(sum(file.size for file in files if file.size <= _LARGE_BYTES))
+        return done
+
+
+def _send(api: Any, branch: Branch, operation: Any, create_pr: bool) -> None:
+    """Send a large file. It is seen when a commit names it."""
+    try:
+        api.preupload_lfs_files(
+            branch.repository.repo_id,
+            [operation],
+            revision=branch.name,
+            create_pr=create_pr,
+            free_memory=False,
+        )
+    except RuntimeError as error:  # around the one that tells
+        if isinstance(error.__cause__, Exception):
+            raise error.__cause__ from None
+        raise
+
+
+def require_published(repo_id: str, revision: str, files: Iterable[Outgoing]) -> None:
+    """Raise :class:`OutputError` where the repository has other files than those that were sent."""
+    with _explained(repo_id):
+        there = find_repository(repo_id, revision)
+    wrong = [file.path for file in files if not file.is_in(there)]
+    if wrong:
+        raise OutputError(
+            f"{repo_id} does not publish what was sent",
+            f"{wrong[0]!r} is missing or another one there, at {revision}"
+            + (f", and {len(wrong) - 1} more." if wrong[1:] else "."),
+            "Run the same command again. If that does not help, look for a .gitignore in the repository.",
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """huggingface_hub's bars, warnings and log lines are off: only the command line prints."""
+    from huggingface_hub.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        with without_bars(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Within the block, a repository is written to: what goes wrong becomes :class:`OutputError`."""
+    try:
+        with explained(repo_id, None):
+            yield
+    except CheckpointError as error:
+        cause = error.__cause__ or error
+        lines = _lines(cause, repo_id) or (error.what, error.why, error.fix)
+        raise OutputError(*lines) from cause
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that the Hub answered with, if it did."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _lines(error: BaseException, repo_id: str) -> tuple[str, str, str] | None:  # noqa: PLR0911
+    """What, why, fix, where writing makes a difference; else None."""
+    from huggingface_hub import constants, errors
+
+    why, status = "", _status(error)
+    if isinstance(error, errors.HfHubHTTPError):
+        said = " ".join((error.server_message or error.response.reason_phrase).split())
+        why = f"The Hub answers {status} {said}."
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set", "Without the Hub, nothing can be pushed.", "Unset it."
+    if isinstance(error, errors.GatedRepoError):
+        return None
+    if isinstance(error, errors.RepositoryNotFoundError):
+        what = f"{repo_id} can be neither found nor made"
+        return what, why, "Check its name, and that your token may write there: hf auth whoami"
+    if status in (402, 403):
+        fix = f"Log in with a token that may write there: hf auth login, {constants.ENDPOINT}/settings/tokens"
+        return f"You may not write to {repo_id}", why, fix
+    if status == 412:
+        return f"{repo_id} was changed meanwhile", why, "Run the same command again."
+    if isinstance(error, ValueError) and not status and not isinstance(error, errors.HFValidationError):
+        why = f"{' '.join(str(error).split())}."  # a README.md with a broken front matter, a quota
+    if why and status not in (401, 429, *range(500, 600)):
+        return f"The Hub does not take the files for {repo_id}", why, "Mend what it names, and push again."
+    if isinstance(error, OSError) and error.filename:
+        return f"Cannot read {error.filename}", f"{error.strerror}.", "Make the delta again."
+    return None

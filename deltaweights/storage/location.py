@@ -1,0 +1,47 @@
+"""Where something is: a folder, a file, a repository on the Hub, or a source that is open already."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TypeAlias
+
+from ..errors import CheckpointError
+from .hub import open_hub
+from .source import LocalSource, Source, local_path
+
+#: What every verb takes: a folder, one .safetensors file, or a Hub id ``[hf://]org/name[@revision]``. Without
+#: ``hf://``, a file or folder of that name comes first.
+Location: TypeAlias = "str | os.PathLike[str]"
+
+#: What is only read may also be a source that is open already, such as one made of tensors in memory. Whoever
+#: opens a checkpoint from it closes it.
+Readable: TypeAlias = "Location | Source"
+
+_HUB_ID = re.compile(
+    r"(?P<repo>([A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII
+)
+
+
+def open_source(location: Readable) -> Source:
+    """The files at ``location``: a folder, one file, a repository on the Hub, or the source that it is.
+
+    Raises:
+        CheckpointError: there is nothing at ``location``, or it cannot be read.
+    """
+    if not isinstance(location, (str, os.PathLike)):
+        return location
+    hub_id = _hub_id(os.fspath(location))
+    return open_hub(*hub_id) if hub_id else LocalSource(location)
+
+
+def _hub_id(location: str) -> tuple[str, str | None] | None:
+    """Repository and revision, where ``location`` is a Hub id and not a path."""
+    is_uri = location.startswith("hf://")
+    match = _HUB_ID.fullmatch(location.removeprefix("hf://"))
+    if is_uri and not match:
+        raise CheckpointError(
+            f"{location!r} is not a Hub id", "", "Write it like hf://org/name or hf://org/name@revision."
+        )
+    is_path = not is_uri and (not match or "/" not in match["repo"] or local_path(location).exists())
+    return None if is_path or not match else (match["repo"], match["revision"])

@@ -1,0 +1,431 @@
+"""An output folder in which a file appears under its name only when it is whole.
+
+Files are written inside ``OUT/.deltaweights/`` and renamed into place. That folder is removed in the end,
+unless an error leaves something for the next run to know; where a run is killed it stays, and the next
+run clears its half-made files. Only what was placed in ``OUT/.deltaweights/licenses/`` stays for good.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+from ..errors import DiskSpaceError, OutputError
+from .file_names import alike, same_names, spelling
+from .source import Source, blocks_at, free_space, local_path, sha256_of
+from .system import UNSUPPORTED, flush, flush_folder, is_same, lock, read_bytes_at, write_at
+
+_WORKSPACE = ".deltaweights"
+_KEPT = "licenses"  # in the workspace: the texts that go with the result and are no part of it
+_BLOCK_BYTES = 1 << 20
+_MOST_PARTS = 64  # of one write: some systems take no more than a thousand
+
+
+class PartialFile:
+    """A file under a temporary name, deleted on leaving its ``with`` block unless it was committed.
+    Threads may write at different positions at once.
+
+    Args:
+        path: its name in messages.
+        temporary: where it lies until then.
+        final: where it is to lie.
+        place: gives it its final name, replacing what stands there; ``os.replace`` if None.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        temporary: Path,
+        final: Path,
+        place: Callable[[Path, Path], None] | None = None,
+    ) -> None:
+        self.path = path
+        self._temporary = temporary
+        self._final = final
+        self._place = place
+        self._is_placed = False
+        self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+
+    def write_at(self, offset: int, *data: bytes | memoryview) -> None:
+        """Write all of ``data``, one part behind the other, from byte ``offset`` on."""
+        views = deque(memoryview(part) for part in data if len(part))
+        with _full_disk_explained(self.path):
+            while views:
+                done = write_at(self._fd, offset, list(islice(views, _MOST_PARTS)))
+                offset += done
+                while views and done >= len(views[0]):
+                    done -= len(views.popleft())
+                if done:
+                    views[0] = views[0][done:]
+
+    def write_blocks(self, blocks: Iterable[bytes]) -> None:
+        """Write the blocks one after the other, from the start of the file."""
+        position = 0
+        for block in blocks:
+            self.write_at(position, block)
+            position += len(block)
+
+    def digest(self) -> tuple[int, str]:
+        """The size in bytes and the SHA-256 (hex) of what was written."""
+        size = os.fstat(self._fd).st_size
+        starts = range(0, size, _BLOCK_BYTES)
+        return size, sha256_of(read_bytes_at(self._fd, start, _BLOCK_BYTES) for start in starts)
+
+    def commit(self) -> None:
+        """Flush to the device and give the file its final name, replacing what stands there."""
+        with _full_disk_explained(self.path):
+            flush(self._fd)
+            self._close()  # some file systems rename no open file
+            (self._place or os.replace)(self._temporary, self._final)
+            self._is_placed = True
+            flush_folder(self._final.parent)
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> PartialFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._close()
+        if not self._is_placed:
+            self._temporary.unlink(missing_ok=True)
+
+
+class OutputFolder:
+    """The folder ``root``, made if need be and locked against a second writer; a context manager.
+
+    Raises:
+        OutputError: it cannot be made or written to, or another process is writing to it.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = local_path(root)
+        self._made: list[Path] = []
+        self._workspace = self.root / _WORKSPACE
+        self._lock: IO[bytes] | None = None
+        self._placed: dict[tuple[int, int], Path] | None = None  # by device and inode
+        self._placing = threading.Lock()
+
+    def __enter__(self) -> OutputFolder:
+        try:
+            with _full_disk_explained(f"to {self.root}"):
+                while not self._locked():
+                    pass  # another process removed the workspace just now: make it again
+                for left_over in self._workspace.glob("*.partial"):
+                    _remove(left_over)
+                self._check_workspace()
+        except BaseException:
+            if self._lock:
+                self._lock.close()
+            self._remove_made()
+            raise
+        return self
+
+    def _locked(self) -> bool:
+        """Make the workspace and take its lock. Returns whether that is still the workspace's lock."""
+        if self._workspace.is_symlink():
+            raise self._not_ours(self._workspace)
+        path = self._workspace / "lock"
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            self._make(self._workspace)
+            self._lock = open(path, "w+b", opener=lambda name, _: os.open(name, flags, 0o666))  # noqa: SIM115
+        except FileNotFoundError:
+            return False
+        try:
+            lock(self._lock)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"{self.root} is being written to by another deltaweights process",
+                f"It holds {path}.",
+                "Wait for it, or choose another folder.",
+            ) from error
+        except OSError:
+            if self._workspace in self._made:
+                path.unlink(missing_ok=True)
+            raise
+        try:
+            if os.path.samestat(os.fstat(self._lock.fileno()), os.lstat(path)):
+                return True
+        except FileNotFoundError:
+            pass
+        self._lock.close()
+        return False
+
+    def _clear_workspace(self) -> None:
+        """The lock last: with it, another process may come in."""
+        for path in self._workspace.iterdir():
+            if path.name not in ("lock", _KEPT):
+                path.unlink()
+        (self._workspace / "lock").unlink()
+
+    def __exit__(self, *exc: object) -> None:
+        if exc[0] is None or not self.claims:
+            with suppress(OSError):
+                self._clear_workspace()
+        if self._lock:
+            self._lock.close()
+        with suppress(OSError):  # it is not empty; on NFS and FUSE, it is not before the lock is closed
+            self._workspace.rmdir()
+        if exc[0] is not None:
+            self._remove_made()
+
+    def _make(self, folder: Path) -> None:
+        """Make a folder and those above it, to be removed again if an error leaves them empty."""
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)
+            self._made.append(path)
+            flush_folder(path.parent)
+
+    def _remove_made(self) -> None:
+        for folder in reversed(self._made):
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+    def _check_workspace(self) -> None:
+        """A workspace may have come with a download: nothing in it may lead elsewhere."""
+        kept = self._workspace / _KEPT
+        entries = [self._workspace, *self._workspace.iterdir()]
+        odd = [
+            entry
+            for entry in entries
+            if (entry.is_symlink() and entry.suffix != ".partial")  # those are removed, not opened
+            or not (entry.is_file() or entry.is_symlink() or entry in (self._workspace, kept))
+        ]
+        if odd:
+            raise self._not_ours(odd[0])
+
+    def _not_ours(self, path: Path) -> OutputError:
+        return OutputError(
+            f"Cannot write to {self.root}",
+            f"{path} is not what deltaweights puts there.",
+            f"Remove {self._workspace}, or choose another folder.",
+        )
+
+    @property
+    def claims(self) -> set[str]:
+        """The paths that :meth:`claim` noted, in this run and in interrupted ones before it."""
+        try:
+            text = (self._workspace / "claims").read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return set()
+        return set(filter(_stays_inside, text.split("\n")))
+
+    def claim(self, paths: Iterable[str]) -> None:
+        """Note that files are this program's own, to be replaced or removed as it sees fit."""
+        with (
+            _full_disk_explained(f"to {self.root}"),
+            open(self._workspace / "claims", "a", encoding="utf-8") as file,
+        ):
+            file.writelines(f"{path}\n" for path in paths)
+
+    def remove_claims(self, keep: Collection[str]) -> None:
+        """Delete the claimed files that are not among ``keep``: an earlier run's."""
+        for path in self.claims - set(keep):
+            if self.is_regular(path):
+                (self.root / path).unlink()
+                with suppress(OSError):  # a folder that is not empty stays
+                    for parent in list(Path(path).parents)[:-1]:
+                        (self.root / parent).rmdir()
+
+    def remember(self, name: str, data: bytes) -> None:
+        """Keep ``data`` for a later run in case that this one is interrupted."""
+        temporary = self._workspace / f"{name}.partial"
+        try:
+            with _full_disk_explained(f"to {self.root}"):
+                temporary.write_bytes(data)
+                temporary.replace(self._workspace / f"{name}.memory")
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def recall(self, name: str) -> bytes:
+        """What an interrupted run remembered under ``name``; empty if nothing."""
+        try:
+            return (self._workspace / f"{name}.memory").read_bytes()
+        except FileNotFoundError:
+            return b""
+
+    def create(self, path: str) -> PartialFile:
+        """A new file that :meth:`PartialFile.commit` will place at the relative ``path``.
+
+        Raises:
+            OutputError: a folder on the way is a symbolic link or a file.
+        """
+        final = self.root / path
+        temporary = hashlib.sha256(path.encode()).hexdigest()[:32] + ".partial"
+        with _full_disk_explained(path):
+            for parent in list(Path(path).parents)[-2::-1]:
+                folder = self.root / parent
+                if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+                    raise OutputError(
+                        f"Cannot write {path} in {self.root}",
+                        f"{folder} is a symbolic link or a file, not a folder.",
+                        "Remove it, or choose another output folder.",
+                    )
+                self._make(folder)
+            if final.is_dir() and not final.is_symlink():
+                raise OutputError(f"Cannot write {final}", "A folder has that name.", "Remove it.")
+            return PartialFile(path, self._workspace / temporary, final, self._place)
+
+    def _place(self, temporary: Path, final: Path) -> None:
+        """Rename, but never over a file that was placed under another name since :meth:`require_distinct`."""
+        if self._placed is None:
+            os.replace(temporary, final)
+            return
+        with self._placing:
+            other = self._placed.get(_identity(final)) if os.path.lexists(final) else None
+            if other and other != final and is_same(other, final):
+                names = [path.relative_to(self.root).as_posix() for path in (final, other)]
+                raise _one_name(self.root, *names)
+            os.replace(temporary, final)
+            self._placed[_identity(final)] = final
+
+    def is_regular(self, path: str) -> bool:
+        """Whether ``path`` is a real file, reached without symbolic links."""
+        full = self.root / path
+        links = any((self.root / p).is_symlink() for p in [Path(path), *Path(path).parents][:-1])
+        return not links and full.is_file()
+
+    def size(self, path: str) -> int:
+        """The size of the file at ``path``, in bytes."""
+        return (self.root / path).stat().st_size
+
+    def blocks(self, path: str) -> Iterator[bytes]:
+        """The bytes of the file at ``path``, in blocks."""
+        return blocks_at(path, self.root / path)
+
+    def foreign(self, expected: Collection[str]) -> list[str]:
+        """The files that stand in the folder though ``expected`` does not name them, sorted."""
+        return sorted(path for path in _all_files(self.root) if path not in expected)
+
+    def require_apart(self, paths: Iterable[str], sources: Iterable[Source]) -> None:
+        """Raise :class:`OutputError` where writing ``paths`` would replace a file of ``sources``."""
+        inputs: dict[tuple[int, int, str] | None, list[tuple[Path, Source]]] = {}
+        for source in sources:
+            for path in source.sizes:
+                if full := source.full_path(path):
+                    inputs.setdefault(_spot(full), []).append((full, source))
+        for path in paths:
+            full = (self.root / path).resolve()
+            for other, source in inputs.get(_spot(full), ()):
+                if full == other or is_same(full, other):
+                    raise OutputError(
+                        f"{self.root / path} cannot be written",
+                        f"It is a file of {source.where}, which the result is made from.",
+                        "Choose another folder.",
+                    )
+
+    def require_distinct(self, paths: Iterable[str]) -> None:
+        """Make sure that this file system gives each of the paths a file of its own: many take no notice of
+        upper and lower case, or of how accents are encoded.
+
+        Raises:
+            OutputError: two of them are one file, or one is a file that stands there under another name.
+        """
+        spelled = {path: spelling(path) for path in paths}
+        self._placed = {}
+        for parent, names in alike(spelled):
+            if found := self._same_names(names):
+                raise _one_name(self.root, *(f"{parent}{name}" for name in reversed(found)))
+        by_spelling = {spelled: path for path, spelled in spelled.items()}
+        for path in self.foreign(spelled):
+            other = by_spelling.get(spelling(path))
+            if other and is_same(self.root / path, self.root / other):
+                raise OutputError(
+                    f"{_shown(other)} cannot be written to {self.root}",
+                    f"{_shown(path)} stands there, which is the same file on the file system there.",
+                    "Remove it, or choose another folder.",
+                )
+
+    def _same_names(self, names: Iterable[str]) -> tuple[str, str] | None:
+        folder = self._workspace / "names.partial"
+        with _full_disk_explained(f"to {self.root}"):
+            folder.mkdir()
+            try:
+                return same_names(folder, names)
+            finally:
+                shutil.rmtree(folder)
+
+    def require_space(self, nbytes: int) -> None:
+        """Raise :class:`DiskSpaceError` where fewer than ``nbytes`` bytes are free."""
+        free = free_space(self.root)
+        if nbytes > free:
+            raise DiskSpaceError(
+                f"Not enough free space for {self.root}",
+                f"{nbytes:,} bytes are needed, {free:,} are free.",
+                "Free some space, or choose a folder on another disk.",
+            )
+
+
+def _stays_inside(path: str) -> bool:
+    return not any(part in ("", ".", "..") or "\0" in part or len(part) > 255 for part in path.split("/"))
+
+
+def _all_files(root: Path) -> Iterator[str]:
+    for folder, subfolders, names in os.walk(root):
+        if Path(folder) == root and _WORKSPACE in subfolders:
+            subfolders.remove(_WORKSPACE)
+        links = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
+        for name in names + links:
+            yield os.path.relpath(os.path.join(folder, name), root)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _one_name(root: Path, path: str, other: str) -> OutputError:
+    return OutputError(
+        f"{_shown(path)} cannot be written to {root}",
+        f"The file system there does not tell it from {_shown(other)}.",
+        "Choose a folder on another file system.",
+    )
+
+
+def _shown(path: str) -> str:
+    """The path, so that those that look alike look different."""
+    return path if path.isascii() else ascii(path)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    info = path.lstat()
+    return info.st_dev, info.st_ino
+
+
+def _spot(path: Path) -> tuple[int, int, str] | None:
+    """Equal for two paths that may be one file, links aside; None where there is no such folder."""
+    try:
+        return *_identity(path.parent), spelling(path.name)
+    except OSError:
+        return None
+
+
+@contextmanager
+def _full_disk_explained(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            fix = "Choose a folder on another file system." if error.errno in UNSUPPORTED else ""
+            raise OutputError(f"Cannot write {path}", f"{error.strerror}.", fix) from error
+        raise DiskSpaceError(
+            f"The disk filled up while writing {path}",
+            f"{error.strerror}.",
+            "Free some space and run the same command again: files that are finished are kept.",
+        ) from error

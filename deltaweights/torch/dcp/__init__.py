@@ -1,0 +1,1 @@
+"""Storage for torch.distributed.checkpoint: sharded states as deltas."""

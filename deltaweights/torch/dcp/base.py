@@ -1,0 +1,135 @@
+"""What the shards of a distributed checkpoint are coded against: the same parts of a base's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ... import codec
+from ...checkpoint import Checkpoint
+from ...checkpoint import Tensor as StoredTensor
+from ...match.names import CompiledRule, renamed
+from .boxes import Box, cut, envelope, read_box
+from .record import DTYPES, BaseIdentity, DcpBaseTensor
+
+_ITEMSIZES = dict(DTYPES.values())
+
+
+class TensorType(NamedTuple):
+    """A tensor that a base has: its dtype's code, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class BaseTensors(Protocol):
+    """Tensors by name, read in parts, by several threads at once. ``where`` names them in messages;
+    ``identity`` is what a record keeps of them."""
+
+    where: str
+    identity: BaseIdentity
+
+    def find(self, name: str) -> TensorType | None:
+        """The tensor of that name, if there is one that can be read in parts."""
+
+    def read(self, name: str, box: Box, start: int, stop: int) -> NDArray[np.uint8]:
+        """The bytes of elements ``start`` to ``stop``, in row-major order, of the part ``box`` of it."""
+
+    def expect(self, parts: Iterable[tuple[str, Box]]) -> AbstractContextManager[None]:
+        """Within the block, these parts will be read, each once and about in this order."""
+
+    def close(self) -> None: ...
+
+
+class CheckpointBase:
+    """A safetensors checkpoint as a base."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        source = checkpoint.source
+        self.where = source.where
+        self.identity = BaseIdentity("safetensors", source.hub_id.repo_id, source.hub_id.revision)
+        self._checkpoint = checkpoint
+
+    def find(self, name: str) -> TensorType | None:
+        tensor = self._tensor(name)
+        return TensorType(tensor.info.dtype, tensor.info.shape) if tensor else None
+
+    def _tensor(self, name: str) -> StoredTensor | None:
+        tensor = self._checkpoint.find(name, "")
+        if tensor is None or tensor.info.nbytes != tensor.info.numel * _ITEMSIZES.get(tensor.info.dtype, 0):
+            return None  # elements of less than a byte, or of a dtype that torch has not
+        return tensor
+
+    def read(self, name: str, box: Box, start: int, stop: int) -> NDArray[np.uint8]:
+        tensor = self._tensor(name)
+        assert tensor is not None
+        itemsize = _ITEMSIZES[tensor.info.dtype]
+        data = np.empty((stop - start) * itemsize, np.uint8)
+        position = 0
+        for part in cut(box.sizes, start, stop):
+            end = position + part.numel * itemsize
+            there = part.moved_by(box.offsets)
+            read_box(tensor.read_into, tensor.info.shape, itemsize, there, data[position:end])
+            position = end
+        return data
+
+    def expect(self, parts: Iterable[tuple[str, Box]]) -> AbstractContextManager[None]:
+        """Announces the parts that are one run of bytes."""
+        spans = []
+        for name, box in parts:
+            tensor = self._tensor(name)
+            if tensor is not None and box.numel:
+                first, end = envelope(tensor.info.shape, box)
+                itemsize = _ITEMSIZES[tensor.info.dtype]
+                if end - first == box.numel:
+                    spans.append(tensor.span(first * itemsize, end * itemsize))
+        return self._checkpoint.source.expect(spans) if spans else nullcontext()
+
+    def close(self) -> None:
+        self._checkpoint.source.close()
+
+
+@dataclass(frozen=True, slots=True)
+class BasePart:
+    """The part ``box`` of a base tensor, which a shard of dtype ``dtype`` (a code) is coded against."""
+
+    tensors: BaseTensors
+    base: DcpBaseTensor
+    box: Box
+    dtype: str
+
+    def read(self, start: int, end: int) -> NDArray[np.uint8]:
+        """The base's bytes, in its own dtype, for the shard's bytes ``start`` to ``end``."""
+        itemsize = _ITEMSIZES[self.dtype]
+        return self.tensors.read(self.base.name, self.box, start // itemsize, end // itemsize)
+
+    def expect(self) -> AbstractContextManager[None]:
+        """Within the block, all of it will be read, about in order."""
+        return self.tensors.expect([(self.base.name, self.box)])
+
+    def convert(self, data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """What :meth:`read` gave, in the shard's dtype."""
+        return codec.convert(data, self.base.dtype, self.dtype)
+
+
+def find_counterpart(
+    tensors: BaseTensors, name: str, dtype: str, shape: tuple[int, ...], rules: Sequence[CompiledRule]
+) -> DcpBaseTensor | None:
+    """The base tensor for the tensor ``name`` of a state: of that name, after the rename rules, or of that
+    name without its first part (which is the state's own, as in ``{"model": model.state_dict()}``).
+
+    It has the same shape, and the same dtype or a float dtype that converts to it.
+    """
+    name = renamed(name, rules)
+    for candidate in (name, name.partition(".")[2]):
+        found = tensors.find(candidate)
+        if found is None or found.shape != shape:
+            continue
+        if found.dtype == dtype or codec.is_convertible(found.dtype, dtype):
+            return DcpBaseTensor(candidate, found.dtype)
+    return None

@@ -1,0 +1,223 @@
+"""The record of a distributed checkpoint, ``deltaweights-dcp.json``: what torch keeps in a pickle, as data.
+
+Frozen dataclasses and their canonical JSON, as for the manifest; everything in a record is untrusted until
+:func:`read_record` returned. docs/training.md describes the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+
+from ...errors import DeltaError, FormatVersionError, ManifestError
+from ...manifest import FileRecord, RepoId, Revision, Sha256, Shape, Size, Tool, is_safe_path
+from ...storage import Source
+from .boxes import Box, fill
+
+RECORD_NAME = "deltaweights-dcp.json"
+FORMAT_VERSION = 1
+
+#: Far above any real record (about 50 bytes for each tensor and rank).
+MAX_RECORD_BYTES = 1 << 29
+
+#: A value is read whole: hostile ones must not take much memory.
+MAX_VALUE_BYTES = 1 << 28
+
+#: A step on the way to a value in the nested state: a key, or a place in a list. Whoever rebuilds a list
+#: makes it as long as its last place says, so that is bounded.
+PathStep: TypeAlias = str | Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)]
+
+#: torch's dtypes, by their names there: the code that safetensors and the codec use, and bytes an element.
+#: The codec takes codes that it does not know as bytes.
+DTYPES = {
+    "float64": ("F64", 8), "float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2),
+    "float8_e4m3fn": ("F8_E4M3", 1), "float8_e5m2": ("F8_E5M2", 1), "float8_e8m0fnu": ("F8_E8M0", 1),
+    "float8_e4m3fnuz": ("F8_E4M3FNUZ", 1), "float8_e5m2fnuz": ("F8_E5M2FNUZ", 1),
+    "float4_e2m1fn_x2": ("F4X2", 1), "complex64": ("C64", 8), "complex128": ("C128", 16),
+    "int64": ("I64", 8), "int32": ("I32", 4), "int16": ("I16", 2), "int8": ("I8", 1),
+    "uint64": ("U64", 8), "uint32": ("U32", 4), "uint16": ("U16", 2), "uint8": ("U8", 1),
+    "bool": ("BOOL", 1),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class BaseIdentity:
+    """What the checkpoint was coded against: safetensors files (their Hub id and commit, where known) or an
+    earlier distributed checkpoint, told by its record's checksum."""
+
+    kind: Literal["safetensors", "delta"]
+    repo_id: RepoId | None = None
+    revision: Revision | None = None
+    checksum: Sha256 | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DcpBaseTensor:
+    """The base tensor that a tensor is coded against, of the same shape; ``dtype`` is its code there."""
+
+    name: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPart:
+    """A part of a tensor: the elements from ``offsets`` on, ``sizes`` of them; its payload is in the file of
+    number ``file``."""
+
+    offsets: Shape
+    sizes: Shape
+    file: Size
+
+    @property
+    def box(self) -> Box:
+        return Box(self.offsets, self.sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedTensor:
+    """A tensor of the state; ``dtype`` is torch's name for it, such as ``bfloat16``."""
+
+    dtype: str
+    shape: Shape
+    base: DcpBaseTensor | None
+    shards: tuple[TensorPart, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredValue:
+    """Anything else in the state: ``nbytes`` bytes from ``torch.save``, in the file of number ``file``."""
+
+    nbytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_VALUE_BYTES)]
+    file: Size
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRecord:
+    """All of it. ``paths`` tells where in the nested state each name stands, if the state was flattened."""
+
+    base: BaseIdentity | None
+    tensors: dict[str, ShardedTensor]
+    values: dict[str, StoredValue]
+    paths: dict[str, tuple[PathStep, ...]] | None
+    files: tuple[FileRecord, ...]
+    tool: Tool
+    format: Literal["deltaweights-dcp"] = "deltaweights-dcp"
+    format_version: int = FORMAT_VERSION
+    #: SHA-256 of the canonical JSON in which this value is empty.
+    checksum: str = field(default="")
+
+    def sealed(self) -> CheckpointRecord:
+        """The record with its checksum."""
+        bare = replace(self, checksum="")
+        return replace(self, checksum=hashlib.sha256(_encode(bare)).hexdigest())
+
+    def to_json(self) -> bytes:
+        """Canonical JSON: UTF-8, keys sorted, no white space, one line feed at the end."""
+        return _encode(self.sealed())
+
+
+def _encode(record: CheckpointRecord) -> bytes:
+    return msgspec.json.encode(record, order="sorted") + b"\n"
+
+
+def payload_name(name: str, offsets: Iterable[int] | None) -> str:
+    """What the payload of a shard (or, without ``offsets``, of a value) is called in its file."""
+    return f"{name}@" if offsets is None else f"{name}@{','.join(map(str, offsets))}"
+
+
+def read_record(source: Source) -> CheckpointRecord:
+    """Read and check the record of the distributed checkpoint at ``source``.
+
+    Raises:
+        FormatVersionError: its format version is not known here.
+        ManifestError: there is none, or it is damaged or contradicts itself.
+        DeltaError: a file that it names is missing or cut.
+    """
+    size = source.sizes.get(RECORD_NAME)
+    if size is None:
+        raise ManifestError(
+            f"{source.where} is not a distributed checkpoint of deltaweights",
+            f"It has no {RECORD_NAME}: something else, or a save that was interrupted.",
+            "Check the path; an earlier checkpoint is whole.",
+        )
+    if size > MAX_RECORD_BYTES:
+        raise _damaged(f"It has {size} bytes, more than any record")
+    record = parse_record(source.open(RECORD_NAME).read(0, size))
+    wrong = [file.path for file in record.files if source.sizes.get(file.path) != file.size]
+    if wrong:
+        raise DeltaError(
+            f"{source.where} is not a whole checkpoint",
+            f"{wrong[0]!r} is missing or not of the size in the record ({len(wrong)} files).",
+            "Get it again, or go back to an earlier checkpoint.",
+        )
+    return record
+
+
+class _Version(msgspec.Struct):
+    format: str
+    format_version: int
+
+
+def parse_record(data: bytes) -> CheckpointRecord:
+    """The checked record that ``data`` is the JSON of; raises as :func:`read_record` does."""
+    try:
+        version = msgspec.json.decode(data, type=_Version)
+        if version.format == "deltaweights-dcp" and version.format_version != FORMAT_VERSION:
+            raise FormatVersionError(
+                f"This checkpoint has format version {version.format_version}",
+                f"This version of deltaweights reads version {FORMAT_VERSION}.",
+                "Use a newer version of deltaweights.",
+            )
+        record = msgspec.json.decode(data, type=CheckpointRecord)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise _damaged(f"{error}") from error
+    if record.to_json() != data:
+        raise _damaged("Its checksum is wrong, or its JSON is not in canonical form")
+    validate(record)
+    return record
+
+
+def _damaged(why: str) -> ManifestError:
+    return ManifestError(
+        f"{RECORD_NAME} is damaged", f"{why}.", "Get it again, or go back to an earlier checkpoint."
+    )
+
+
+def validate(record: CheckpointRecord) -> None:
+    """The rules that types cannot tell.
+
+    Raises:
+        ManifestError: the record breaks one.
+    """
+    paths = {file.path for file in record.files}
+    unsafe = [path for path in paths if not is_safe_path(path) or not path.endswith(".safetensors")]
+    if unsafe or len(paths) != len(record.files):
+        raise _damaged(f"It names a file twice, or in a way that none is named: {unsafe[:1]}")
+    for name, tensor in record.tensors.items():
+        if name in record.values:
+            raise _damaged(f"{name!r} is both a tensor and a value")
+        _validate_tensor(name, tensor)
+        if tensor.base and not record.base:
+            raise _damaged(f"Tensor {name!r} has a base, the checkpoint has none")
+    files = [shard.file for tensor in record.tensors.values() for shard in tensor.shards]
+    files += [value.file for value in record.values.values()]
+    if max(files, default=-1) >= len(paths):
+        raise _damaged("It names a file by a number that no file has")
+    if record.base and (record.base.kind == "delta") != (record.base.checksum is not None):
+        raise _damaged("It does not say which checkpoint its base is")
+
+
+def _validate_tensor(name: str, tensor: ShardedTensor) -> None:
+    if tensor.dtype not in DTYPES:
+        raise _damaged(f"Tensor {name!r} has the unknown dtype {tensor.dtype!r}")
+    if math.prod(max(1, size) for size in tensor.shape) >= 1 << 58:
+        raise _damaged(f"Tensor {name!r} is larger than any tensor can be")
+    if len({shard.offsets for shard in tensor.shards}) != len(tensor.shards):
+        raise _damaged(f"Two shards of tensor {name!r} begin in one place")
+    if not fill(tensor.shape, [shard.box for shard in tensor.shards]):
+        raise _damaged(f"The shards of tensor {name!r} do not make it up, each element once")

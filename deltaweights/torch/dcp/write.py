@@ -1,0 +1,322 @@
+"""What one rank writes of a distributed checkpoint, and the record that is made of what all ranks wrote."""
+
+from __future__ import annotations
+
+import io
+import math
+import secrets
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.planner import SavePlanner, TensorWriteData, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+from ... import codec
+from ..._version import __version__
+from ...checkpoint import TensorInfo, build_header
+from ...errors import OutputError
+from ...manifest import FileRecord, Tool
+from ...match.names import CompiledRule
+from ...payload import ChunkPlan
+from ...storage import PartialFile
+from ...workers import Workers
+from .base import BasePart, BaseTensors, find_counterpart
+from .boxes import Box, fill
+from .record import (
+    DTYPES,
+    MAX_VALUE_BYTES,
+    BaseIdentity,
+    CheckpointRecord,
+    DcpBaseTensor,
+    ShardedTensor,
+    StoredValue,
+    TensorPart,
+    payload_name,
+)
+
+_METADATA = {"format": "deltaweights-dcp"}
+
+#: More bytes than an element of any dtype has.
+_ELEMENT_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What a rank tells the coordinator of one item: how many bytes it has and, for the shard of a tensor,
+    which part it is, torch's name for its dtype, and the base tensor that it is coded against."""
+
+    nbytes: int
+    box: Box | None
+    dtype: str | None
+    counterpart: DcpBaseTensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """An item in the file that holds it, by a rank that was given this base."""
+
+    item: Item
+    file: FileRecord
+    base: BaseIdentity | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """An item's bytes, and what they are coded as and against."""
+
+    data: NDArray[np.uint8]
+    code: str
+    box: Box | None = None
+    dtype: str | None = None
+    reference: BasePart | None = None
+
+
+def create_file(folder: Path, name: str) -> PartialFile:
+    """A new file in a folder that is made if need be.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return PartialFile(name, folder / f"{name}.partial", folder / name)
+    except OSError as error:
+        raise OutputError(
+            f"Cannot write to {folder}", f"{error.strerror}.", "Choose another folder."
+        ) from error
+
+
+def require_storable(item: WriteItem) -> None:
+    """Raise :class:`OutputError` where the item is a tensor of a kind that has no plain bytes."""
+    properties = item.tensor_data and item.tensor_data.properties
+    if properties and (properties.layout != torch.strided or _name(properties.dtype) not in DTYPES):
+        raise OutputError(
+            f"{item.index.fqn} cannot be saved as a delta",
+            f"It is a tensor of {properties.dtype} in {properties.layout}.",
+            "Leave it out of the state, or save it as a strided tensor of a plain dtype.",
+        )
+
+
+def write_items(
+    items: Sequence[WriteItem],
+    planner: SavePlanner,
+    folder: Path,
+    rank: int,
+    base: BaseTensors | None,
+    rules: Sequence[CompiledRule],
+    threads: int,
+) -> list[WriteResult]:
+    """Write one file with all that this rank has to save.
+
+    Raises:
+        OutputError: an item cannot be saved, or the folder not be written.
+        CheckpointError, DeltaError: the base cannot be read.
+    """
+    values = {item.index.fqn: _value(item, planner) for item in items if item.tensor_data is None}
+    room = len(build_header(_largest(items, values), _METADATA))
+    infos: list[TensorInfo] = []
+    done: list[Item] = []
+    position = 0
+    # No two saves share a file's name: an earlier checkpoint in this folder stays whole until this one is.
+    name = f"delta-{rank:05d}-{secrets.token_hex(8)}.safetensors"
+    with Workers(threads) as workers, create_file(folder, name) as file:
+        for item in items:
+            fqn = item.index.fqn
+            if item.tensor_data is None:
+                part = _Part(np.frombuffer(values[fqn], np.uint8), "U8")
+            else:
+                part = _resolve(item, item.tensor_data, planner, base, rules)
+            length = _write_payload(file, room + position, part, workers)
+            key = payload_name(fqn, part.box.offsets if part.box else None)
+            infos.append(TensorInfo(key, "U8", (length,), position, position + length))
+            counterpart = part.reference.base if part.reference else None
+            done.append(Item(part.data.nbytes, part.box, part.dtype, counterpart))
+            position += length
+        file.write_at(0, build_header(infos, _METADATA, room))
+        record = FileRecord(name, *file.digest())
+        file.commit()
+    identity = base.identity if base else None
+    return [
+        WriteResult(item.index, info.nbytes, Written(what, record, identity))
+        for item, info, what in zip(items, infos, done, strict=True)
+    ]
+
+
+def _largest(items: Sequence[WriteItem], values: dict[str, bytes]) -> list[TensorInfo]:
+    """The payloads as long as they can get: how long they are is known only when the header's place is."""
+    infos, position = [], 0
+    for item in items:
+        if item.tensor_data is None:
+            nbytes, offsets = len(values[item.index.fqn]), None
+        else:
+            chunk = item.tensor_data.chunk
+            nbytes, offsets = math.prod(chunk.sizes) * _ELEMENT_BYTES, chunk.offsets
+        nbytes += ChunkPlan(nbytes, 0).count * codec.RECORD.itemsize
+        key = payload_name(item.index.fqn, offsets)
+        infos.append(TensorInfo(key, "U8", (nbytes,), position, position + nbytes))
+        position += nbytes
+    return infos
+
+
+def _value(item: WriteItem, planner: SavePlanner) -> bytes:
+    """The bytes of a value, which a reader will take."""
+    data = planner.resolve_data(item)
+    assert isinstance(data, io.BytesIO)
+    if len(data.getbuffer()) > MAX_VALUE_BYTES:
+        raise OutputError(
+            f"{item.index.fqn} cannot be saved as a delta",
+            f"It is a value of {len(data.getbuffer()):,} bytes; no more than {MAX_VALUE_BYTES:,} are read.",
+            "Keep large tensors in dicts or lists, not in tuples or objects: then each is saved as a tensor.",
+        )
+    try:
+        load_value(data.getvalue())
+    except Exception as error:
+        raise OutputError(
+            f"{item.index.fqn} cannot be saved as a delta",
+            f"torch.load(…, weights_only=True) does not read it: {first_line(error)}",
+            "Keep numbers, strings, tensors, lists and dicts in the state; or see add_safe_globals of torch.",
+        ) from error
+    return data.getvalue()
+
+
+def load_value(data: bytes) -> Any:
+    """What ``torch.save`` made ``data`` of; raises whatever torch does where that is more than plain data."""
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def first_line(error: Exception) -> str:
+    """An error's message without advice that does not apply here."""
+    return str(error).partition("\n")[0]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _resolve(
+    item: WriteItem,
+    planned: TensorWriteData,
+    planner: SavePlanner,
+    base: BaseTensors | None,
+    rules: Sequence[CompiledRule],
+) -> _Part:
+    """A shard's bytes, off the device, and its part of the base."""
+    fqn, chunk = item.index.fqn, planned.chunk
+    tensor = planner.resolve_data(item)
+    assert isinstance(tensor, torch.Tensor)
+    dtype = _name(tensor.dtype)
+    if tensor.size() != chunk.sizes or dtype not in DTYPES:
+        raise OutputError(
+            f"{fqn} cannot be saved",
+            f"It is {tensor.dtype} {list(tensor.size())}, its plan says {list(chunk.sizes)}.",
+        )
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    data = plain.reshape(-1).view(torch.uint8).numpy()
+    box, code, reference = Box(tuple(chunk.offsets), tuple(chunk.sizes)), DTYPES[dtype][0], None
+    counterpart = find_counterpart(base, fqn, code, tuple(planned.size), rules) if base else None
+    if base and counterpart:
+        reference = BasePart(base, counterpart, box, code)
+    return _Part(data, code, box, dtype, reference)
+
+
+def _write_payload(file: PartialFile, offset: int, part: _Part, workers: Workers) -> int:
+    """Encode a part to ``offset``. Returns the payload's length."""
+    data, reference = part.data, part.reference
+    plan = ChunkPlan(data.size, data.size if reference else 0)
+    records = np.zeros(plan.count, codec.RECORD)
+    position = records.nbytes
+
+    def encode(index: int) -> tuple[int, int, int, bytes]:
+        start, end = plan.span(index)
+        base, base_sum = None, 0
+        if reference:
+            raw = reference.read(start, end)
+            base, base_sum = reference.convert(raw), codec.checksum(raw)
+        method, coded = codec.encode_chunk(base, data[start:end], part.code)
+        return method, base_sum, codec.checksum(data[start:end]), coded
+
+    with reference.expect() if reference else nullcontext():
+        chunks = workers.map(encode, range(plan.count))
+        for index, (method, base_sum, target_sum, coded) in enumerate(chunks):
+            file.write_at(offset + position, coded)
+            records[index] = (method, (0, 0, 0), len(coded), base_sum, target_sum)
+            position += len(coded)
+    file.write_at(offset, records.tobytes())
+    return position
+
+
+def make_record(metadata: Metadata, results: Sequence[WriteResult]) -> CheckpointRecord:
+    """The record of what all ranks wrote.
+
+    Raises:
+        OutputError: they contradict each other, or it cannot hold what the planner keeps.
+    """
+    written: dict[str, list[Written]] = {}
+    for result in results:
+        written.setdefault(result.index.fqn, []).append(result.storage_data)
+    everything = [one for parts in written.values() for one in parts]
+    by_path = {one.file.path: one.file for one in everything}
+    numbers = {path: number for number, path in enumerate(sorted(by_path))}
+    tensors, values = {}, {}
+    for name, stored in metadata.state_dict_metadata.items():
+        if isinstance(stored, BytesStorageMetadata):
+            (value,) = written[name]
+            values[name] = StoredValue(value.item.nbytes, numbers[value.file.path])
+        else:
+            tensors[name] = _tensor(name, tuple(stored.size), written[name], numbers)
+    bases = {one.base for one in everything}
+    if len(bases) > 1:
+        raise OutputError("The ranks did not save against one base", "They were given different ones.")
+    has_base = any(tensor.base for tensor in tensors.values())
+    return CheckpointRecord(
+        base=bases.pop() if has_base else None,
+        tensors=tensors,
+        values=values,
+        paths=_paths(metadata.planner_data),
+        files=tuple(by_path[path] for path in numbers),
+        tool=Tool("deltaweights", __version__),
+    )
+
+
+def _tensor(
+    name: str, shape: tuple[int, ...], parts: Sequence[Written], numbers: dict[str, int]
+) -> ShardedTensor:
+    kinds = {(part.item.dtype, part.item.counterpart) for part in parts}
+    dtype, counterpart = kinds.pop()
+    if kinds or dtype is None:
+        raise OutputError(f"The ranks did not save {name} alike", "It has several dtypes or bases.")
+    shards = [
+        TensorPart(part.item.box.offsets, part.item.box.sizes, numbers[part.file.path])
+        for part in parts
+        if part.item.box
+    ]
+    if not fill(shape, [shard.box for shard in shards]):
+        raise OutputError(
+            f"{name} is not whole",
+            "The ranks that save together have only a part of it, or parts of it twice.",
+            "Save with all ranks that hold a part of the state, and without no_dist=True.",
+        )
+    return ShardedTensor(dtype, shape, counterpart, tuple(sorted(shards, key=lambda shard: shard.offsets)))
+
+
+def _paths(planner_data: Any) -> dict[str, tuple[str | int, ...]] | None:
+    """torch's default planners keep where in the nested state each name stands; others may keep anything."""
+    if planner_data is None:
+        return None
+    if isinstance(planner_data, dict) and all(
+        isinstance(path, tuple) and all(isinstance(step, (str, int)) for step in path)
+        for path in planner_data.values()
+    ):
+        return planner_data
+    raise OutputError(
+        "What the planner keeps cannot be saved",
+        f"It is {type(planner_data).__name__}, not names and places in lists, as for the default planner.",
+        "Use a planner derived from torch's DefaultSavePlanner.",
+    )

@@ -1,0 +1,69 @@
+"""Checkpoints as deltas in the Trainer of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ...errors import OutputError
+from .checkpoints import DeltaCheckpointer
+
+
+class DeltaCallback(TrainerCallback):
+    """Saves the model with ``checkpointer`` every ``every`` steps, and at the end of the training.
+
+    Only the first of several processes saves; a model that is sharded over them cannot be saved so. Training
+    that begins anew in a folder with checkpoints goes on counting after the last one.
+
+    Args:
+        checkpointer: stays open when the training ends, with all that was saved written.
+        every: a number of optimizer steps.
+
+    Raises:
+        ValueError: ``every`` is less than 1.
+    """
+
+    def __init__(self, checkpointer: DeltaCheckpointer, every: int) -> None:
+        if every < 1:
+            raise ValueError(f"every is {every}, not at least 1")
+        self.checkpointer = checkpointer
+        self.every = every
+        self._first = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find out which step of the checkpoints the Trainer's first step is.
+
+        Raises:
+            OutputError: the Trainer resumes before the last checkpoint.
+        """
+        self.checkpointer.wait()
+        last = max(self.checkpointer.steps, default=0)
+        self._first = 0 if state.global_step else last
+        if 0 < state.global_step < last and state.is_world_process_zero:
+            raise OutputError(
+                f"{self.checkpointer.folder} holds checkpoints after step {state.global_step}",
+                f"The last one is of step {last}.",
+                f"Choose another folder, or drop them: checkpointer.discard_after({state.global_step})",
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save, if it is time."""
+        if state.global_step % self.every == 0:
+            self._save(state, kwargs["model"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save the last step, and wait until all is written."""
+        if state.global_step % self.every:
+            self._save(state, kwargs["model"])
+        self.checkpointer.wait()
+
+    def _save(self, state: TrainerState, model: Any) -> None:
+        if state.is_world_process_zero:
+            self.checkpointer.save(self._first + state.global_step, model)

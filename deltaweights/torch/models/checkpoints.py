@@ -1,0 +1,343 @@
+"""A training run's checkpoints as deltas: written beside the training, each published whole or not at all.
+
+A checkpoint is a folder ``step-00000400``, a delta against the base, or ``step-00000500-on-00000400``, one
+against the checkpoint named. Each gets its name by one renaming, so a process that is killed loses at most
+the checkpoint it was writing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...delta.chain import MAX_DELTAS
+from ...diff import make_delta
+from ...errors import CheckpointError, OutputError
+from ...storage import LocalSource, Location, Source, flush_folder, local_path, lock, open_source
+from ...workers import result_of
+from ..tensors import byte_view, settle
+from .layout import Layout, lay_out
+from .load import load_into
+from .memory import MemorySource
+
+_NAME = re.compile(r"step-(\d{8,})(?:-on-(\d{8,}))?", re.ASCII)
+_PARTIAL, _TRASH, _LOCK = ".partial", ".trash", ".lock"
+
+
+def list_checkpoints(folder: Location) -> dict[int, list[Path]]:
+    """The checkpoints in ``folder``, in the order of their steps: for each step the deltas that make it, the
+    one against the base first. ``load_into``, ``apply_delta`` and ``verify_delta`` take such a list.
+
+    A checkpoint that lacks one before it is left out. May be called while another process trains.
+    """
+    root = local_path(folder)
+    found = {}
+    for path in root.iterdir() if root.is_dir() else ():
+        if match := _NAME.fullmatch(path.name):
+            found[int(match[1])] = path, int(match[2]) if match[2] else None
+    chains: dict[int, list[Path]] = {}
+    for step in sorted(found):
+        path, parent = found[step]
+        if parent is None:
+            chains[step] = [path]
+        elif parent in chains:
+            chains[step] = [*chains[parent], path]
+    return chains
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The checkpoint written last: what the next one may be made against."""
+
+    step: int
+    depth: int
+    layout: Layout
+    digests: Mapping[str, str]
+
+
+class DeltaCheckpointer:
+    """Keeps checkpoints of a model in ``folder``, each as a delta; a context manager.
+
+    :meth:`save` copies the weights to the CPU's memory and returns; a thread of its own does the rest.
+    Weights, buffers and config come back bit for bit. The state of optimizer, scheduler and random generators
+    is not kept.
+
+    Memory: a copy of the weights on the CPU (pinned where they come from CUDA); with ``anchor_every`` above
+    1, two.
+
+    Args:
+        folder: where the checkpoints go; made if need be. One process at a time may write to it.
+        base: what they are deltas against: a folder, one .safetensors file or a Hub id. It has to stay the
+            same.
+        anchor_every: every so many checkpoints, one is made against the base; those between, against the one
+            before, which makes them smaller and slower to restore. 1: all against the base. At most 100.
+        keep: how many of the last checkpoints to keep; None: all. Those that a kept one is made against stay.
+        files: as for :func:`save_delta`: a folder whose other files belong to every checkpoint.
+        max_shard_size: as for :func:`save_delta`.
+        threads: how many encode, in the background.
+        options: more arguments of :func:`deltaweights.make_delta`, such as ``base_repo``.
+
+    Raises:
+        OutputError: ``folder`` cannot be written to, or another process does.
+        ValueError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        folder: Location,
+        base: Location,
+        *,
+        anchor_every: int = 1,
+        keep: int | None = None,
+        files: Location | None = None,
+        max_shard_size: int | str | None = None,
+        threads: int = 1,
+        **options: Any,
+    ) -> None:
+        if not 1 <= anchor_every <= MAX_DELTAS:
+            raise ValueError(f"anchor_every is {anchor_every}, not between 1 and {MAX_DELTAS}")
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep is {keep}, not at least 1")
+        self.folder = local_path(folder)
+        self.base = base
+        self._anchor_every, self._keep, self._files = anchor_every, keep, files
+        self._max_shard_size = max_shard_size
+        self._options = {"threads": threads, **options}
+        self._lock = _lock(self.folder)
+        for name in (_PARTIAL, _TRASH):  # an earlier process was killed
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        self._thread = ThreadPoolExecutor(1, "deltaweights-checkpoint")
+        self._job: Future[None] | None = None
+        self._made: _Made | None = None
+        self._snapshots: list[dict[str, Tensor]] = []
+        self._known: dict[str, str] = {}  # SHA-256 by fingerprint of the base's files
+
+    def __enter__(self) -> DeltaCheckpointer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            self.close()
+        except Exception:
+            if exc[0] is None:  # else that is the error to report
+                raise
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that are there, in order."""
+        return list(list_checkpoints(self.folder))
+
+    def save(self, step: int, state: nn.Module | Mapping[str, Tensor]) -> None:
+        """Keep the weights of ``state`` as the checkpoint of ``step``.
+
+        Returns as soon as they are copied. A save that comes before the last one is written waits for that.
+
+        Raises:
+            OutputError: there is a checkpoint of this step or a later one.
+            CheckpointError: a tensor cannot be saved.
+            DeltaWeightsError: what went wrong with the checkpoint before this one, which was not kept.
+            ValueError: ``step`` is negative.
+        """
+        if step < 0:
+            raise ValueError(f"step is {step}, not at least 0")
+        self.wait()
+        later = [other for other in self.steps if other >= step]
+        if later:
+            raise OutputError(
+                f"Checkpoint {step} cannot be written to {self.folder}",
+                f"It holds one of step {later[-1]}.",
+                f"Remove those of a run that was given up: discard_after({step - 1}).",
+            )
+        layout = self._copy(lay_out(state, self._max_shard_size))
+        self._job = self._thread.submit(self._write, step, layout)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written.
+
+        Raises:
+            DeltaWeightsError: it could not be written.
+        """
+        job, self._job = self._job, None
+        if job:
+            result_of(job)
+
+    def close(self) -> None:
+        """:meth:`wait`, and let go of the folder."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._snapshots.clear()
+            self._made = None
+            self._lock.close()
+
+    def load_into(self, model: nn.Module, step: int | None = None, **options: Any) -> int:
+        """Load a checkpoint's weights into ``model``, bit for bit.
+
+        Args:
+            step: which; None: the last one.
+            options: more arguments of :func:`load_into`.
+
+        Returns:
+            The step.
+
+        Raises:
+            CheckpointError: there is no such checkpoint; and what :func:`load_into` raises.
+        """
+        self.wait()
+        chains = list_checkpoints(self.folder)
+        if not chains:
+            raise CheckpointError(
+                f"{self.folder} holds no checkpoint", "None was finished.", "Save one first."
+            )
+        step = max(chains) if step is None else step
+        if step not in chains:
+            there = f"It has those of steps {', '.join(map(str, chains))}."
+            raise CheckpointError(f"{self.folder} has no checkpoint {step}", there, "Choose another step.")
+        load_into(model, chains[step], self.base, **options)
+        return step
+
+    def discard_after(self, step: int) -> None:
+        """Delete all checkpoints of later steps than ``step``: to train on from there."""
+        self.wait()
+        self._made = None
+        for other, chain in sorted(list_checkpoints(self.folder).items(), reverse=True):
+            if other > step:
+                self._remove(chain[-1])
+
+    def _copy(self, layout: Layout) -> Layout:
+        """The layout with its tensors copied to this checkpointer's memory, which is used again and again."""
+        spare = self._snapshots.pop(0) if len(self._snapshots) >= self._sets else {}
+        snapshot: dict[str, Tensor] = {}
+        for tensors, _ in layout.shards.values():
+            for name, tensor in tensors.items():
+                snapshot[name] = _like(tensor, spare.get(name))
+                _copy_bytes(tensor, snapshot[name])
+        settle(tensor for tensors, _ in layout.shards.values() for tensor in tensors.values())
+        self._snapshots.append(snapshot)
+        shards = {
+            path: ({name: snapshot[name] for name in tensors}, metadata)
+            for path, (tensors, metadata) in layout.shards.items()
+        }
+        return Layout(shards, layout.files)
+
+    @property
+    def _sets(self) -> int:
+        """How many copies of the weights are kept: the one being written, and the one it is made against."""
+        return 1 if self._anchor_every == 1 else 2
+
+    def _write(self, step: int, layout: Layout) -> None:
+        """Make and publish one checkpoint; in the background."""
+        made, self._made = self._made, None
+        parent = made if made and made.depth + 1 < self._anchor_every else None
+        partial = self.folder / _PARTIAL
+        shutil.rmtree(partial, ignore_errors=True)
+        before = self._source(parent.layout, parent.digests) if parent else self._open_base()
+        with closing(before), closing(self._source(layout)) as source:
+            prints = {path: before.fingerprint(path) for path in before.sizes}
+            manifest = make_delta(before, source, partial, **self._options)
+        if parent is None:
+            self._known = {prints[file.path]: file.sha256 for file in manifest.base.files}
+        suffix = f"-on-{parent.step:08d}" if parent else ""
+        _rename(partial, self.folder / f"step-{step:08d}{suffix}")
+        digests = {file.path: file.sha256 for file in manifest.target.files}
+        self._made = _Made(step, parent.depth + 1 if parent else 0, layout, digests)
+        self._prune()
+
+    def _source(self, layout: Layout, digests: Mapping[str, str] | None = None) -> MemorySource:
+        others = None if self._files is None else open_source(self._files)
+        return MemorySource(layout.shards, layout.files, others, digests)
+
+    def _open_base(self) -> Source:
+        source = open_source(self.base)
+        return _KnownBase(self.base, self._known) if isinstance(source, LocalSource) else source
+
+    def _prune(self) -> None:
+        """Delete all but the last ``keep`` checkpoints and those that they are made against. The newest
+        first: a checkpoint that is in others' chains goes after them."""
+        if self._keep is None:
+            return
+        chains = list_checkpoints(self.folder)
+        needed = {path for step in list(chains)[-self._keep :] for path in chains[step]}
+        for chain in reversed(chains.values()):
+            if chain[-1] not in needed:
+                self._remove(chain[-1])
+
+    def _remove(self, path: Path) -> None:
+        """Under another name first, so that no half of it is ever taken for a checkpoint."""
+        trash = self.folder / _TRASH
+        shutil.rmtree(trash, ignore_errors=True)
+        _rename(path, trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+class _KnownBase(LocalSource):
+    """The base on disk, with the SHA-256 of files that were read before and have not changed since."""
+
+    def __init__(self, root: Location, known: Mapping[str, str]) -> None:
+        super().__init__(root)
+        self._known = known
+
+    def published_sha256(self, path: str) -> str | None:
+        return self._known.get(self.fingerprint(path)) if path in self.sizes else None
+
+
+def _like(tensor: Tensor, spare: Tensor | None) -> Tensor:
+    """Memory on the CPU for a copy of ``tensor``: ``spare``, if that is such."""
+    if spare is not None and (spare.shape, spare.dtype) == (tensor.shape, tensor.dtype):
+        return spare
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+
+def _copy_bytes(source: Tensor, copy: Tensor) -> None:
+    """Copy to the CPU; from CUDA, without waiting for it."""
+    if source.device.type == "cpu":
+        # One core's memcpy: where other threads are at work, torch waits for all its own, and takes six times
+        # as long.
+        np.copyto(byte_view(copy).numpy(), byte_view(source).numpy())
+    else:
+        copy.copy_(source, non_blocking=source.is_cuda)
+
+
+def _lock(folder: Path) -> IO[bytes]:
+    """Make the folder, and hold its lock until the file is closed (or the process ends)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / _LOCK, "wb")  # noqa: SIM115
+    except OSError as error:
+        raise OutputError(f"Cannot write to {folder}", f"{error.strerror}.") from error
+    try:
+        lock(file)
+    except BlockingIOError as error:
+        file.close()
+        raise OutputError(
+            f"{folder} is being written to by another process",
+            f"It holds {folder / _LOCK}.",
+            "Wait for it, or choose another folder.",
+        ) from error
+    except OSError as error:
+        file.close()
+        raise OutputError(
+            f"Cannot lock {folder}", f"{error.strerror}.", "Choose a folder on another file system."
+        ) from error
+    return file
+
+
+def _rename(old: Path, new: Path) -> None:
+    """Rename a folder to another name beside it, for good."""
+    try:
+        os.rename(old, new)
+        flush_folder(new.parent)
+    except OSError as error:
+        raise OutputError(f"Cannot rename {old} to {new.name}", f"{error.strerror}.") from error

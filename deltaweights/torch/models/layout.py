@@ -1,0 +1,182 @@
+"""Which files a state would be saved as: names, shards, index and config, but no bytes of weights.
+
+What transformers' ``save_pretrained`` writes of its own models, and huggingface_hub's
+``save_torch_state_dict`` of all others: tied weights once, in shards of at most so many bytes, with an index
+where there are several.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor, nn, strided
+
+from ...errors import CheckpointError
+from ..tensors import sharing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PATTERN = "model{suffix}.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+#: What a shard is made of: its tensors by name, contiguous, and its metadata.
+Shard = tuple[dict[str, Tensor], dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of a state: shards by path, and the bytes of the others."""
+
+    shards: dict[str, Shard] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+def lay_out(state: nn.Module | Mapping[str, Tensor], max_shard_size: int | str | None = None) -> Layout:
+    """The files that ``state`` would be saved as.
+
+    Args:
+        state: a model, or its tensors by name. Nothing is copied but tensors that are not contiguous.
+        max_shard_size: in bytes, or a text like ``"5GB"``; None: the default of the library
+            that saves such a state.
+
+    Raises:
+        CheckpointError: a tensor cannot be saved, tied weights cannot be told apart, or a transformers model
+            is quantized or has adapters.
+        ValueError: ``max_shard_size`` is not a size.
+    """
+    size: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    if isinstance(state, nn.Module):
+        if model := _pretrained(state):
+            return _lay_out_pretrained(model, size)
+        state = state.state_dict()
+    _check(state)
+    kept, removed = _without_ties(state)
+    tensors = _dense(kept)
+    split = split_torch_state_dict_into_shards(tensors, filename_pattern=_PATTERN, **size)
+    metadata = {"format": "pt"} | ({} if split.is_sharded else removed)
+    layout = Layout({path: ({n: tensors[n] for n in ns}, metadata) for path, ns in _parts(split)})
+    if split.is_sharded:
+        index = {"metadata": {**split.metadata, **removed}, "weight_map": split.tensor_to_filename}
+        layout.files[_INDEX] = json.dumps(index, indent=2).encode()
+    return layout
+
+
+def _parts(split: Any) -> list[tuple[str, list[str]]]:
+    """Paths and names of the shards; a state without tensors is one empty shard."""
+    return list(split.filename_to_tensors.items()) or [(_PATTERN.format(suffix=""), [])]
+
+
+def _dense(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state as its bytes will be read: detached, contiguous, nothing left to be negated or conjugated."""
+    return {name: tensor.detach().resolve_conj().resolve_neg().contiguous() for name, tensor in state.items()}
+
+
+def _check(state: Mapping[str, Tensor]) -> None:
+    for name, tensor in state.items():
+        if why := _obstacle(tensor):
+            raise CheckpointError(
+                f"{name!r} cannot be saved", f"It is {why}.", "Leave it out, or convert it."
+            )
+
+
+def _obstacle(tensor: object) -> str:
+    if not isinstance(tensor, Tensor):
+        return f"a {type(tensor).__name__}, not a tensor"
+    if hasattr(tensor, "full_tensor"):
+        return "sharded over several processes (a DTensor)"
+    if tensor.is_meta:
+        return "on the meta device: it has no values"
+    return "" if tensor.layout == strided else f"not dense but {tensor.layout}"
+
+
+def _without_ties(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Of tensors that share memory, the one that covers all of it; and for each name that is left out, the
+    name that stays (the first in the alphabet)."""
+    removed: dict[str, str] = {}
+    for names in sharing(state):
+        whole = sorted(
+            name
+            for name in names
+            if state[name].data_ptr() == state[name].untyped_storage().data_ptr()
+            and state[name].nbytes == state[name].untyped_storage().nbytes()
+        )
+        if not whole:
+            raise CheckpointError(
+                "Tensors that share memory cannot be saved",
+                f"Of {sorted(names)}, none covers all of it.",
+                "Clone those that should be independent.",
+            )
+        removed |= {name: whole[0] for name in sorted(names) if name != whole[0]}
+    return {name: tensor for name, tensor in state.items() if name not in removed}, removed
+
+
+def _pretrained(model: nn.Module) -> PreTrainedModel | None:
+    """The transformers model that ``model`` is or wraps."""
+    library = sys.modules.get("transformers.modeling_utils")  # else it cannot be one
+    if library is None:
+        return None
+    inner = library.unwrap_model(model)
+    return inner if isinstance(inner, library.PreTrainedModel) else None
+
+
+def _lay_out_pretrained(model: PreTrainedModel, size: dict[str, Any]) -> Layout:
+    """As ``model.save_pretrained`` does it, in the same order; with that library's own functions for what
+    depends on the kind of model (which names stay of tied weights, how a checkpoint's tensors were fused)."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+        from transformers.modeling_utils import remove_tied_weights_from_state_dict
+    except ImportError as error:
+        raise CheckpointError(
+            f"{type(model).__name__} cannot be saved from memory",
+            f"{error}.",
+            "Install transformers 5; or save it to a folder and use make_delta.",
+        ) from error
+    if getattr(model, "hf_quantizer", None) or getattr(model, "_hf_peft_config_loaded", False):
+        raise CheckpointError(
+            f"{type(model).__name__} cannot be saved from memory",
+            "It is quantized, or has adapters that are not merged.",
+            "Merge them; or save it with save_pretrained and use make_delta on the folder.",
+        )
+    state = dict(model.state_dict())
+    for name in model._keys_to_ignore_on_save or ():
+        state.pop(name, None)
+    _check(state)
+    try:
+        state = remove_tied_weights_from_state_dict(state, model)
+    except RuntimeError as error:
+        raise CheckpointError(
+            "Tied weights cannot be saved", f"{error}", "Tie them by the config."
+        ) from error
+    tensors = _dense(revert_weight_conversion(model, state))
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern=_PATTERN, **({"max_shard_size": "50GB"} | size)
+    )
+    shards: dict[str, Shard] = {
+        path: ({name: tensors[name] for name in names}, {"format": "pt"}) for path, names in _parts(split)
+    }
+    files = _config_files(model)
+    if split.is_sharded:
+        metadata = {"total_parameters": model.num_parameters(), **split.metadata}
+        index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
+        files[_INDEX] = f"{json.dumps(index, indent=2, sort_keys=True)}\n".encode()
+    return Layout(shards, files)
+
+
+def _config_files(model: PreTrainedModel) -> dict[str, bytes]:
+    config = copy.deepcopy(model.config)
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        if model.can_generate() and model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}

@@ -1,0 +1,173 @@
+"""Tensors in memory as the safetensors files that they would be saved as, and a checkpoint of them."""
+
+from __future__ import annotations
+
+import uuid
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...checkpoint import TensorInfo, build_header
+from ...errors import CheckpointError
+from ...storage import HubId, ReadableFile, Source, Span, file_blocks
+from ..tensors import byte_view, code_of, settle, stored_shape
+
+#: The order of tensors in a file that safetensors writes: by dtype in this order, then by name. It is the
+#: reverse of how that library lists its dtypes, so that wide elements come first and all are aligned.
+_ORDER = (
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ",
+    "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
+)  # fmt: skip
+
+#: A file's bytes: in the CPU's memory as an array, elsewhere as a uint8 tensor.
+_Piece: TypeAlias = "NDArray[np.uint8] | Tensor"
+
+
+class MemoryFile(ReadableFile):
+    """Pieces of memory, one after the other, as a file."""
+
+    def __init__(self, path: str, pieces: Iterable[_Piece]) -> None:
+        self.path = path
+        self._pieces = [piece for piece in pieces if len(piece)]
+        self._starts: list[int] = []
+        self.size = 0
+        for piece in self._pieces:
+            self._starts.append(self.size)
+            self.size += len(piece)
+
+    def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
+        """Fill ``out`` (uint8) from byte ``offset`` on; from another device, only these bytes are copied."""
+        if offset + out.size > self.size:
+            raise CheckpointError(
+                f"{self.path} ends too early", f"It has {self.size} bytes; {offset + out.size} are needed."
+            )
+        done = 0
+        while done < out.size:
+            number = bisect_right(self._starts, offset + done) - 1
+            piece, start = self._pieces[number], offset + done - self._starts[number]
+            part = piece[start : start + out.size - done]
+            if isinstance(part, Tensor):
+                torch.from_numpy(out[done : done + len(part)]).copy_(part)
+            else:
+                out[done : done + len(part)] = part
+            done += len(part)
+
+
+class MemorySource:
+    """Files in memory as a :class:`Source`.
+
+    The tensors are not copied: what is read is what they hold at that time. So they must not change while a
+    delta is made of them.
+
+    Args:
+        shards: for each path, the tensors by name (dense and contiguous, on any device) and the metadata.
+        files: the other files' bytes.
+        others: more files, from somewhere else; of two with one path, that in memory counts.
+        digests: the SHA-256 of files, in hex, where they are known: they are not read to find it.
+    """
+
+    def __init__(
+        self,
+        shards: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, str]]],
+        files: Mapping[str, bytes],
+        others: Source | None = None,
+        digests: Mapping[str, str] | None = None,
+    ) -> None:
+        self.where = "the state in memory"
+        self.root: Path | None = None
+        self.hub_id = HubId()
+        self.left_out: tuple[str, ...] = ()
+        self._digests = dict(digests or {})
+        self._mark = uuid.uuid4().hex
+        self._files = {
+            path: MemoryFile(path, [np.frombuffer(data, np.uint8)]) for path, data in files.items()
+        }
+        for path, (tensors, metadata) in shards.items():
+            settle(tensors.values())
+            self._files[path] = MemoryFile(path, _safetensors(tensors, metadata))
+        self._others = others
+        self._elsewhere = _without_weights(others) if others else set()
+        self._elsewhere -= set(self._files)
+        sizes = {path: file.size for path, file in self._files.items()}
+        sizes |= {path: others.sizes[path] for path in self._elsewhere} if others else {}
+        self.sizes: Mapping[str, int] = dict(sorted(sizes.items()))
+
+    def _other(self, path: str) -> Source | None:
+        """Where the file comes from, if not from memory."""
+        return self._others if path in self._elsewhere else None
+
+    def open(self, path: str) -> ReadableFile:
+        """The file at ``path``."""
+        other = self._other(path)
+        return other.open(path) if other else self._files[path]
+
+    def name(self, path: str) -> str:
+        """The file's name for messages."""
+        other = self._other(path)
+        return other.name(path) if other else f"{path} of {self.where}"
+
+    def full_path(self, path: str) -> Path | None:
+        """Where the file lies, if it is not in memory."""
+        other = self._other(path)
+        return other.full_path(path) if other else None
+
+    def blocks(self, path: str) -> Iterator[bytes]:
+        """The file's bytes in order, in blocks of at most 1 MiB."""
+        other = self._other(path)
+        return other.blocks(path) if other else file_blocks(self._files[path])
+
+    def published_sha256(self, path: str) -> str | None:
+        """The SHA-256 that is known of the file."""
+        other = self._other(path)
+        return self._digests.get(path) or (other.published_sha256(path) if other else None)
+
+    def fingerprint(self, path: str) -> str:
+        """Another text for every source: nobody could tell whether memory was changed."""
+        return f"{path}:{self._mark}"
+
+    def expect(self, spans: Iterable[Span]) -> AbstractContextManager[None]:
+        """Does nothing."""
+        return nullcontext()
+
+    def ranges(self, spans: Iterable[Span]) -> list[Span]:
+        """None."""
+        return []
+
+    def keep(self, paths: Iterable[str]) -> Iterator[int]:
+        """Does nothing."""
+        return iter(())
+
+    def cancel(self) -> None:
+        """End reads of files that come over a network."""
+        if self._others:
+            self._others.cancel()
+
+    def close(self) -> None:
+        """Close the files that are not in memory."""
+        if self._others:
+            self._others.close()
+
+
+def _without_weights(source: Source) -> set[str]:
+    return {path for path in source.sizes if not path.endswith((".safetensors", ".safetensors.index.json"))}
+
+
+def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[_Piece]:
+    """The bytes of a safetensors file, as that library would write it; metadata sorted by key."""
+    codes = {name: code_of(name, tensor.dtype) for name, tensor in tensors.items()}
+    infos, position = [], 0
+    for name in sorted(tensors, key=lambda name: (_ORDER.index(codes[name]), name)):
+        end = position + tensors[name].nbytes
+        infos.append(TensorInfo(name, codes[name], stored_shape(name, tensors[name]), position, end))
+        position = end
+    yield np.frombuffer(build_header(infos, dict(sorted(metadata.items()))), np.uint8)
+    for info in infos:
+        data = byte_view(tensors[info.name])
+        yield data.numpy() if data.device.type == "cpu" else data

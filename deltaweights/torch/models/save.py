@@ -1,0 +1,57 @@
+"""Live weights to a delta, as if they had been saved to a folder first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...diff import make_delta
+from ...manifest import Manifest
+from ...storage import Location, Readable, open_source
+from .layout import lay_out
+from .memory import MemorySource
+
+
+def save_delta(
+    state: nn.Module | Mapping[str, Tensor],
+    base: Readable,
+    out: Location,
+    *,
+    files: Readable | None = None,
+    max_shard_size: int | str | None = None,
+    **options: Any,
+) -> Manifest:
+    """Write to the folder ``out`` what a model in memory adds to ``base``; the target is never written.
+
+    The delta is, byte for byte, the one that ``make_delta`` makes of the saved folder: saved by
+    ``save_pretrained``, with config and generation config, where it is a transformers model (version 5); by
+    huggingface_hub's ``save_torch_state_dict`` where it is another model or a state dict. (Where that one
+    notes several tied names in one file's metadata, in no fixed order, here they are sorted.)
+
+    Args:
+        state: the model, or its tensors by name, on any device; it must not change until this returns. From
+            another device than the CPU, one chunk at a time is copied. Tensors that are not contiguous are
+            copied as a whole.
+        base: a folder, one .safetensors file, or a Hub id.
+        out: the folder to write; new or empty.
+        files: a folder or Hub id whose other files (tokenizer, license, model card, custom code) belong to
+            the target too: all but .safetensors files and their index. A config made from the model counts
+            more.
+        max_shard_size: bytes, or a text like ``"5GB"``; None: the default of the library above.
+        options: more arguments of :func:`deltaweights.make_delta`, such as ``base_repo`` or ``threads``.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        CheckpointError: the base cannot be read, or a tensor cannot be saved.
+        OutputError: the folder cannot be used, or its disk is full.
+    """
+    layout = lay_out(state, max_shard_size)
+    with ExitStack() as opened:
+        others = None if files is None else opened.enter_context(closing(open_source(files)))
+        source = MemorySource(layout.shards, layout.files, others)
+        return make_delta(base, source, out, **options)

@@ -1,0 +1,1 @@
+"""Weight streams: a publisher's updates, and the models that follow them."""

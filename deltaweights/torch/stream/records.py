@@ -1,0 +1,220 @@
+"""What a weight stream says of itself: its head and its records, as canonical JSON.
+
+A stream is a folder of published states, each a record ``N.json`` with the payloads that lead to it.
+``head.json`` names the newest. docs/training.md gives the meaning of every field. All of it is untrusted
+until :func:`read_head` or :func:`read_record` returned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeAlias, TypeVar
+
+import msgspec
+
+from ...errors import DeltaError, FormatVersionError
+from ...manifest import Sha256, Shape, Size
+
+HEAD_NAME = "head.json"
+FORMAT_VERSION = 1
+
+#: Bytes of a tensor in a chunk: fixed, so that a chunk can be followed through any number of updates. More
+#: than in a delta: where little changes, much of the time is what any chunk costs, and none is sampled here.
+CHUNK_BYTES = 1 << 21
+
+#: Far above any real head or record (about 300 bytes a tensor).
+MAX_HEAD_BYTES = 1 << 12
+MAX_RECORD_BYTES = 1 << 26
+
+Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=10**10)]
+Writer: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
+_FILE = re.compile(r"(\d{10})(?:\.json|-[0-9a-f]{16}\.(?:update|anchor)\.safetensors)")
+
+
+@dataclass(frozen=True, slots=True)
+class StateReference:
+    """A published state: its number, its digest, and the SHA-256 of its record."""
+
+    number: Number
+    state: Sha256
+    record: Sha256
+
+    @property
+    def name(self) -> str:
+        """The record's file."""
+        return record_name(self.number)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The newest state of a stream."""
+
+    newest: StateReference
+    step: Size
+    format: Literal["deltaweights-stream"] = "deltaweights-stream"
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class StreamTensor:
+    """One tensor of a state: safetensors dtype and shape, digest of its bytes. With ``like``, it always has
+    the bytes of the tensor of that name, and no payload of its own."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    digest: Sha256
+    like: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadFile:
+    """A safetensors file of payloads: its size in bytes, its SHA-256."""
+
+    size: Size
+    sha256: Sha256
+
+
+@dataclass(frozen=True, slots=True)
+class StateRecord:
+    """One published state.
+
+    ``update`` leads here from the state ``previous``; ``anchor`` leads here from nothing. Where there is
+    neither, a stream begins for those who have these weights already. ``last_anchor`` is the newest state
+    before this one that has an anchor. ``writer`` is a part of the names of its files, so that two writers do
+    not overwrite each other's.
+    """
+
+    number: Number
+    step: Size
+    state: Sha256
+    tensors: tuple[StreamTensor, ...]
+    previous: StateReference | None
+    update: PayloadFile | None
+    anchor: PayloadFile | None
+    last_anchor: StateReference | None
+    writer: Writer
+    format: Literal["deltaweights-stream"] = "deltaweights-stream"
+    format_version: int = FORMAT_VERSION
+
+    def payload_name(self, kind: Literal["update", "anchor"]) -> str:
+        """The name of one of its payload files."""
+        return payload_name(self.number, self.writer, kind)
+
+
+def record_name(number: int) -> str:
+    """The file of the record ``number``."""
+    return f"{number:010d}.json"
+
+
+def payload_name(number: int, writer: str, kind: Literal["update", "anchor"]) -> str:
+    """A payload file of the state ``number``."""
+    return f"{number:010d}-{writer}.{kind}.safetensors"
+
+
+def number_of(name: str) -> int | None:
+    """The number of the state that a stream's file belongs to; None for any other file."""
+    match = _FILE.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def tensor_digest(checksums: bytes) -> str:
+    """The digest of a tensor: SHA-256 (hex) of its chunks' XXH3-64, little-endian, one after the other."""
+    return hashlib.sha256(checksums).hexdigest()
+
+
+def state_digest(tensors: Iterable[StreamTensor]) -> str:
+    """The digest of a state: SHA-256 (hex) of the canonical JSON of ``[name, dtype, shape, digest]`` of every
+    tensor, sorted by name."""
+    rows = sorted((tensor.name, tensor.dtype, tensor.shape, tensor.digest) for tensor in tensors)
+    return hashlib.sha256(_encode(rows)).hexdigest()
+
+
+def write_json(value: Head | StateRecord) -> bytes:
+    """Canonical JSON: UTF-8, keys sorted, no white space, one line feed at the end."""
+    return _encode(value)
+
+
+def _encode(value: object) -> bytes:
+    return msgspec.json.encode(value, order="sorted") + b"\n"
+
+
+Json = TypeVar("Json", Head, StateRecord)
+
+
+def _read(data: bytes, kind: type[Json], where: str) -> Json:
+    try:
+        version = msgspec.json.decode(data, type=_Version)
+        if version.format == "deltaweights-stream" and version.format_version != FORMAT_VERSION:
+            raise FormatVersionError(
+                f"{where} has format version {version.format_version}",
+                f"This version of deltaweights reads version {FORMAT_VERSION} of weight streams.",
+                "Use a newer version of deltaweights.",
+            )
+        value = msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise damaged(where, f"{error}") from error
+    if _encode(value) != data:
+        raise damaged(where, "Its JSON is not in canonical form")
+    return value
+
+
+class _Version(msgspec.Struct):
+    format: str
+    format_version: int
+
+
+def read_head(data: bytes, where: str) -> Head:
+    """Read and check a head.
+
+    Args:
+        where: its name in messages.
+
+    Raises:
+        FormatVersionError: its format version is not known here.
+        DeltaError: it is damaged.
+    """
+    return _read(data, Head, where)
+
+
+def read_record(data: bytes, reference: StateReference, where: str) -> StateRecord:
+    """Read and check the record that ``reference`` names; raises as :func:`read_head` does."""
+    if hashlib.sha256(data).hexdigest() != reference.record:
+        raise damaged(where, "Its SHA-256 is not the one that was published")
+    record = _read(data, StateRecord, where)
+    if (record.number, record.state) != (reference.number, reference.state):
+        raise damaged(where, "It is the record of another state")
+    _validate(record, where)
+    return record
+
+
+def _validate(record: StateRecord, where: str) -> None:
+    names = [tensor.name for tensor in record.tensors]
+    owners = {tensor.name: tensor for tensor in record.tensors if tensor.like is None}
+    if names != sorted(set(names)):
+        raise damaged(where, "Its tensors are not sorted by name, each once")
+    for tensor in record.tensors:
+        other = owners.get(tensor.like or tensor.name)
+        if other is None or (other.dtype, other.shape, other.digest) != (
+            tensor.dtype,
+            tensor.shape,
+            tensor.digest,
+        ):
+            raise damaged(where, f"Tensor {tensor.name!r} is said to be like one that it cannot be like")
+    if record.state != state_digest(record.tensors):
+        raise damaged(where, "Its digest is not that of its tensors")
+    if (record.update is None) != (record.previous is None):
+        raise damaged(where, "It follows a state without an update, or none with one")
+    for earlier in filter(None, (record.previous, record.last_anchor)):
+        if earlier.number >= record.number:
+            raise damaged(where, "It comes before the state that it follows")
+
+
+def damaged(where: str, why: str) -> DeltaError:
+    """The error for a file of a stream that is not as it was published."""
+    return DeltaError(
+        f"{where} is damaged", f"{why}.", "Sync again; if that does not help, publish an anchor."
+    )

@@ -1,0 +1,175 @@
+"""A model's state as bytes: every tensor readable and writable in chunks, on whatever device it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ... import codec
+from ...errors import CheckpointError
+from ...payload import ChunkPlan
+from ...workers import Workers
+from ..tensors import byte_view, code_of, settle, sharing, stored_shape
+from . import gpu
+from .records import CHUNK_BYTES, tensor_digest
+
+#: A model, or its tensors by name.
+State: TypeAlias = "nn.Module | Mapping[str, Tensor]"
+
+
+class StateTensor:
+    """One tensor, as its bytes in row-major order.
+
+    Attributes:
+        name: its name in the state.
+        code: its safetensors dtype.
+        shape: as a safetensors header gives it.
+        nbytes: how many bytes it has.
+        identity: another one for every tensor with bytes of its own; tied tensors have the same.
+    """
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        if tensor.layout != torch.strided or tensor.is_meta:
+            kind = "on the meta device" if tensor.is_meta else f"{tensor.layout}"
+            raise CheckpointError(
+                f"Tensor {name!r} has no bytes to read", f"It is {kind}.", "Pass dense tensors with data."
+            )
+        self.name = name
+        self.code = code_of(name, tensor.dtype)
+        self.shape = stored_shape(name, tensor)
+        self._tensor = tensor.detach()
+        contiguous = self._tensor.contiguous()
+        self._is_copy = contiguous.data_ptr() != tensor.data_ptr()
+        self._flat = byte_view(contiguous)
+        self.nbytes = self._flat.numel()
+        self.identity = (
+            str(tensor.device),
+            tensor.data_ptr(),
+            self.nbytes,
+            self.code,
+            self.shape,
+            tensor.stride(),
+        )
+        self._bytes: NDArray[np.uint8] | None = None
+        if tensor.device.type == "cpu":
+            self._bytes = self._flat.numpy()
+
+    @property
+    def device(self) -> torch.device:
+        """Where its bytes are."""
+        return self._flat.device
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether its bytes are read without a copy."""
+        return self._bytes is not None
+
+    @property
+    def is_on_cuda(self) -> bool:
+        """Whether its bytes are copied faster to pinned memory."""
+        return self._tensor.is_cuda
+
+    @property
+    def on_gpu(self) -> Tensor | None:
+        """Its bytes (uint8) on a GPU that chunks can be worked on; None elsewhere."""
+        return self._flat if gpu.is_usable(self._flat.device) else None
+
+    @property
+    def version(self) -> int:
+        """Another number whenever torch has changed the tensor in place, as far as torch keeps count."""
+        return 0 if self._tensor.is_inference() else self._tensor._version
+
+    def read(self, start: int, end: int) -> NDArray[np.uint8]:
+        """The bytes from ``start`` to ``end`` (uint8): the tensor's own on a CPU, else a copy."""
+        if self._bytes is not None:
+            return self._bytes[start:end]
+        copy: NDArray[np.uint8] = self._flat[start:end].cpu().numpy()
+        return copy
+
+    def write(self, start: int, data: NDArray[np.uint8]) -> None:
+        """Replace the bytes from ``start`` on by ``data`` (uint8)."""
+        if self._bytes is not None:
+            self._bytes[start : start + data.size] = data
+        else:
+            self._flat[start : start + data.size].copy_(torch.from_numpy(data))
+
+    def finish(self) -> None:
+        """Bring what was written into a tensor whose bytes are not in row-major order."""
+        if self._is_copy:
+            with torch.no_grad():
+                self._tensor.copy_(self._flat.view(self._tensor.dtype).view(self._tensor.shape))
+
+
+def state_of(state: State) -> dict[str, StateTensor]:
+    """The state's tensors, sorted by name. Their devices have done what was asked of them.
+
+    Raises:
+        CheckpointError: there is none; one has no bytes (sparse, meta), or no dtype that safetensors has; two
+            have some of their bytes in common, and not all.
+    """
+    named = state.state_dict() if isinstance(state, nn.Module) else state
+    tensors = {name: tensor for name, tensor in sorted(named.items()) if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise CheckpointError("The state has no tensors", "", "Pass a model or its state_dict().")
+    found = {name: StateTensor(name, tensor) for name, tensor in tensors.items()}
+    settle(tensors.values())
+    # Others than contiguous ones may lie between each other without a byte in common.
+    for names in sharing({name: tensor for name, tensor in tensors.items() if tensor.is_contiguous()}):
+        if len({found[name].identity for name in names}) > 1:
+            raise CheckpointError(
+                "Tensors of the state overlap",
+                f"Of {names}, some have a part of another's bytes.",
+                "Pass the one that has all of them, or clone those that should be independent.",
+            )
+    return found
+
+
+def owners(state: Mapping[str, StateTensor]) -> dict[str, str]:
+    """For every tensor the first one, by name, that has the same memory: mostly itself."""
+    first: dict[object, str] = {}
+    return {
+        name: first.setdefault(tensor.identity, name) if tensor.nbytes else name
+        for name, tensor in state.items()
+    }
+
+
+def plan_of(tensor: StateTensor) -> ChunkPlan:
+    """How a tensor's bytes are cut, with a base or without."""
+    return ChunkPlan(tensor.nbytes, tensor.nbytes, CHUNK_BYTES)
+
+
+def digests(state: Mapping[str, StateTensor], workers: Workers) -> dict[str, str]:
+    """The digest of every tensor, as records have it. Reads all bytes, those of tied tensors once."""
+    first = owners(state)
+    found = {
+        name: tensor_digest(sums.tobytes())
+        for name, sums in _checksums({name: state[name] for name in set(first.values())}, workers).items()
+    }
+    return {name: found[owner] for name, owner in first.items()}
+
+
+def _checksums(state: Mapping[str, StateTensor], workers: Workers) -> dict[str, NDArray[np.uint64]]:
+    """The XXH3-64 of every chunk of every tensor (little-endian)."""
+    found = {name: np.zeros(plan_of(tensor).count, "<u8") for name, tensor in state.items()}
+    here: list[tuple[str, int, tuple[int, int]]] = []
+    there: dict[torch.device, list[tuple[str, int, tuple[int, int]]]] = {}
+    for name, tensor in state.items():
+        memory = tensor.on_gpu
+        for index, span in enumerate(plan_of(tensor)):
+            if memory is not None and gpu.can_check(memory, *span):
+                there.setdefault(memory.device, []).append((name, index, gpu.addresses(memory, *span)))
+            else:
+                here.append((name, index, span))
+    on_gpus = [(some, gpu.Checksums(device, [span for *_, span in some])) for device, some in there.items()]
+    sums = workers.map(lambda one: codec.checksum(state[one[0]].read(*one[2])), here)
+    for (name, index, _), value in zip(here, sums, strict=True):
+        found[name][index] = value
+    for some, checksums in on_gpus:
+        for (name, index, _), value in zip(some, checksums.values().tolist(), strict=True):
+            found[name][index] = value
+    return found

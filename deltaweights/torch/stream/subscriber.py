@@ -1,0 +1,230 @@
+"""The inference engine's side of a weight stream: a model brought to the newest state, in place."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from ...errors import BaseMismatchError, CheckpointError, DeltaError
+from ...storage import Location
+from ...workers import Workers
+from .payloads import StreamStep
+from .records import (
+    MAX_RECORD_BYTES,
+    PayloadFile,
+    StateRecord,
+    StateReference,
+    StreamTensor,
+    read_head,
+    read_record,
+    state_digest,
+)
+from .replay import Replay
+from .state import State, StateTensor, digests, state_of
+from .transport import Gone, open_transport
+
+#: How often to look for a way anew, where files are removed on the way.
+_ATTEMPTS = 5
+
+#: A way to the newest state: records, oldest first, and which of their files to take.
+_Way: TypeAlias = "list[tuple[StateRecord, Literal['update', 'anchor']]]"
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """What :meth:`DeltaSubscriber.sync` did.
+
+    Attributes:
+        step, number, state: the state that the model is in now: the publisher's step, its place in the
+            stream, its digest.
+        updates: how many updates were applied.
+        from_anchor: whether it went through a state that was published whole.
+        nbytes: size of the payload files read.
+    """
+
+    step: int
+    number: int
+    state: str
+    updates: int
+    from_anchor: bool
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What the model's tensors hold: the state's digest and theirs, by name. ``marks`` tells whether they are
+    the same tensors still, untouched as far as torch notices."""
+
+    marks: object
+    state: str
+    tensors: Mapping[str, str]
+
+
+class DeltaSubscriber:
+    """Follows a weight stream.
+
+    Args:
+        location: the stream's folder, fsspec URL, or repository on the Hub (``hf://org/name``).
+        in_place: keep nothing to undo an update with. Else whatever was written is put back where a chunk
+            turns out to be wrong; memory is two chunks a thread and six bytes for each bf16 weight that
+            changes, and chunks of which much changes are decoded twice, first to check all of them. In place
+            a part of the model is written by then, and the last anchor replaces all of it.
+        threads: how many; if None, the number of usable cores, at most 8.
+    """
+
+    def __init__(self, location: Location, *, in_place: bool = False, threads: int | None = None) -> None:
+        self._transport = open_transport(location)
+        self._in_place = in_place
+        self._threads = threads
+        self._known: _Known | None = None
+
+    def sync(self, model: State) -> SyncReport:
+        """Bring ``model`` to the stream's newest state, bit for bit.
+
+        It may be in any state of the stream, or in another: then the last anchor leads there. The whole way
+        is looked up and checked before anything is written, and nobody may use the model while this runs. If
+        anything is wrong, the model is as it was (``in_place`` aside); if this is interrupted in the middle
+        of writing or undoing, the next call notices. Where the model is there already, nothing is read but
+        the head.
+
+        Args:
+            model: a model, or tensors by name: the publisher's names, dtypes and shapes. They may lie on any
+                device, and be tied or not as they like.
+
+        Raises:
+            CheckpointError: there is no stream, it cannot be read, or the model is another one.
+            BaseMismatchError: the model is in no state of the stream, and there is no anchor.
+            DeltaError: the stream is damaged.
+        """
+        for _ in range(_ATTEMPTS):
+            try:
+                state = state_of(model)
+                with Workers(self._threads) as workers:
+                    return self._sync(state, workers)
+            except Gone:
+                continue  # what was looked up was removed meanwhile: there is a newer state
+        raise DeltaError(
+            f"{self._transport.where} is not a whole stream",
+            "Its head names files that are missing.",
+            "Publish an anchor.",
+        )
+
+    def _sync(self, state: Mapping[str, StateTensor], workers: Workers) -> SyncReport:
+        data = self._transport.head()
+        if data is None:
+            raise CheckpointError(
+                f"There is no weight stream at {self._transport.where}",
+                "It has no head yet.",
+                "Check the place, or wait.",
+            )
+        head = read_head(data, self._transport.where)
+        known = self._recognise(state, workers)
+        if known.state == head.newest.state:
+            return SyncReport(head.step, head.newest.number, known.state, 0, False, 0)
+        newest = self._read(head.newest)
+        self._require_fit(state, newest.tensors)
+        ways = list(self._ways(newest, known.state))
+        if not ways:
+            raise BaseMismatchError(
+                "The model is in no state of the stream",
+                f"{self._transport.where} does not have an update from it, nor an anchor.",
+                "Load the base that the publisher began with, or publish an anchor.",
+            )
+        for number, way in enumerate(ways, 1):
+            try:
+                return self._follow(way, state, known, workers)
+            except (DeltaError, BaseMismatchError):
+                if number == len(ways):
+                    raise
+        raise AssertionError
+
+    def _recognise(self, state: Mapping[str, StateTensor], workers: Workers) -> _Known:
+        """Which state the tensors are in: as it was left, or else by their bytes."""
+        marks = _marks(state)
+        if self._known is None or self._known.marks != marks:
+            found = digests(state, workers)
+            rows = (StreamTensor(name, t.code, t.shape, found[name]) for name, t in state.items())
+            self._known = _Known(marks, state_digest(rows), found)
+        return self._known
+
+    def _read(self, reference: StateReference) -> StateRecord:
+        data = self._transport.read(reference.name, MAX_RECORD_BYTES)
+        return read_record(data, reference, f"{reference.name} in {self._transport.where}")
+
+    def _require_fit(self, state: Mapping[str, StateTensor], tensors: tuple[StreamTensor, ...]) -> None:
+        ours = {(name, tensor.code, tensor.shape) for name, tensor in state.items()}
+        theirs = {(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors}
+        differ = sorted({row[0] for row in ours ^ theirs})
+        if differ:
+            raise CheckpointError(
+                f"The model does not fit the stream at {self._transport.where}",
+                f"Tensor {differ[0]!r} is missing, new, or has another dtype or shape"
+                + (f", and so are {len(differ) - 1} more." if differ[1:] else "."),
+                "Pass the model that the publisher trains, or its tensors under the publisher's names.",
+            )
+
+    def _ways(self, newest: StateRecord, here: str) -> Iterator[_Way]:
+        """From the state ``here`` to the newest: by updates alone, and from the last anchor; the one with
+        fewer bytes first."""
+        updates: _Way = []
+        anchored: _Way = []
+        chain: _Way = []
+        for record in self._back_from(newest):
+            if record.anchor and not anchored:
+                anchored = [(record, "anchor"), *updates]
+            if record.update:
+                updates.insert(0, (record, "update"))
+            if not chain and record.previous and record.previous.state == here:
+                chain = list(updates)
+            if anchored and (chain or _nbytes(updates) > _nbytes(anchored)):
+                break
+        yield from sorted(filter(None, (chain, anchored)), key=_nbytes)
+
+    def _back_from(self, record: StateRecord) -> Iterator[StateRecord]:
+        """The record and those before it, as far as they are there."""
+        yield record
+        while record.previous:
+            try:
+                record = self._read(record.previous)
+            except Gone:
+                return
+            yield record
+
+    def _follow(
+        self, way: _Way, state: Mapping[str, StateTensor], known: _Known, workers: Workers
+    ) -> SyncReport:
+        newest = way[-1][0]
+        with ExitStack() as opened:
+            folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="deltaweights-")))
+            steps = []
+            for record, kind in way:
+                file = self._transport.fetch(record.payload_name(kind), _payload(record, kind), folder)
+                opened.callback(file.close)
+                steps.append(StreamStep(record, file, kind == "anchor"))
+            replay = Replay(state, steps, known.tensors)
+            self._known = None  # until it is known again
+            replay.apply(workers, in_place=self._in_place)
+        found = {tensor.name: tensor.digest for tensor in newest.tensors}
+        self._known = _Known(_marks(state), newest.state, found)
+        updates = sum(kind == "update" for _, kind in way)
+        return SyncReport(
+            newest.step, newest.number, newest.state, updates, way[0][1] == "anchor", _nbytes(way)
+        )
+
+
+def _payload(record: StateRecord, kind: Literal["update", "anchor"]) -> PayloadFile:
+    file = record.update if kind == "update" else record.anchor
+    assert file is not None
+    return file
+
+
+def _nbytes(way: _Way) -> int:
+    return sum(_payload(record, kind).size for record, kind in way)
+
+
+def _marks(state: Mapping[str, StateTensor]) -> object:
+    return [(name, tensor.identity, tensor.version) for name, tensor in state.items()]

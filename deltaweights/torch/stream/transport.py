@@ -1,0 +1,313 @@
+"""Where a weight stream lies: a folder, an fsspec URL, a repository on the Hub.
+
+Readers see a head only when all that it names is there. A second writer is refused: by a lock on the folder,
+by a record's name that only one can create, or by a commit that has to follow the one that was read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ...errors import CheckpointError, OutputError
+from ...storage import HubSource, Location, OutputFolder, file_blocks, local_path
+from ...storage.hub_upload import Outgoing, find_branch, require_login, upload
+from ...storage.source import LocalFile
+from .records import HEAD_NAME, MAX_HEAD_BYTES, PayloadFile, damaged, number_of
+
+
+class Gone(Exception):  # noqa: N818
+    """A file of the stream is not there: never was, or was removed meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What a writer adds: payload files, which lie in its folder; the record; the head; and files to remove.
+    ``expected`` is the head that has to be there before, None for none."""
+
+    payloads: Mapping[str, PayloadFile]
+    record: tuple[str, bytes]
+    head: bytes
+    expected: bytes | None
+    removed: Iterable[str]
+    message: str
+
+
+class Transport(Protocol):
+    """Reads and writes the files of one stream. ``where`` names it in messages."""
+
+    where: str
+
+    def head(self) -> bytes | None:
+        """The head as it is now; None where there is no stream yet."""
+
+    def read(self, name: str, limit: int) -> bytes:
+        """A small file of at most ``limit`` bytes. Raises :class:`Gone` where it is not there."""
+
+    def fetch(self, name: str, file: PayloadFile, folder: Path) -> LocalFile:
+        """A payload file with the SHA-256 that its record says, brought into ``folder`` if it is far away.
+
+        Raises:
+            Gone: it is not there.
+            DeltaError: it is damaged.
+        """
+
+    def names(self) -> list[str]:
+        """The stream's files, but for the head."""
+
+    def writing(self) -> AbstractContextManager[OutputFolder]:
+        """The folder in which payload files are written, as a context manager."""
+
+    def publish(self, folder: OutputFolder, new: Publication) -> None:
+        """Add to the stream; a reader sees all of it or nothing.
+
+        Raises:
+            OutputError: somebody else has written to the stream.
+        """
+
+
+def open_transport(location: Location, *, public: bool = False) -> Transport:
+    """The transport for a folder, an fsspec URL (``s3://…``), or a repository on the Hub (``hf://org/name``)."""
+    place = os.fspath(location)
+    if place.startswith("hf://"):
+        return HubTransport(place.removeprefix("hf://"), public)
+    return UrlTransport(place) if "://" in place else FolderTransport(place)
+
+
+def other_writer(where: str) -> OutputError:
+    """The error where two publishers write to one stream."""
+    return OutputError(
+        f"Somebody else writes to the stream at {where}",
+        "Its head is not the one that this publisher left there.",
+        "Stop one of the two, or choose another place.",
+    )
+
+
+def _checked(path: Path, name: str, file: PayloadFile, where: str) -> LocalFile:
+    """The local file, if it is the one in the record."""
+    opened = LocalFile(name, path)
+    sha256 = hashlib.sha256()
+    if opened.size == file.size:
+        for block in file_blocks(opened):
+            sha256.update(block)
+    if sha256.hexdigest() != file.sha256:
+        opened.close()
+        raise damaged(f"{name} in {where}", "Its SHA-256 is not the one in its record")
+    return opened
+
+
+class FolderTransport:
+    """A stream in a folder."""
+
+    def __init__(self, location: Location) -> None:
+        self.where = os.fspath(location)
+        self._root = local_path(location)
+
+    def head(self) -> bytes | None:
+        try:
+            return self.read(HEAD_NAME, MAX_HEAD_BYTES)
+        except Gone:
+            return None
+
+    def read(self, name: str, limit: int) -> bytes:
+        path = self._root / name
+        try:
+            if path.stat().st_size > limit:
+                raise damaged(f"{name} in {self.where}", "It is too long")
+            return path.read_bytes()
+        except FileNotFoundError as error:
+            raise Gone from error
+        except OSError as error:
+            raise CheckpointError(f"Cannot read {path}", f"{error.strerror}.") from error
+
+    def fetch(self, name: str, file: PayloadFile, folder: Path) -> LocalFile:
+        if not (self._root / name).exists():
+            raise Gone
+        return _checked(self._root / name, name, file, self.where)
+
+    def names(self) -> list[str]:
+        there = os.listdir(self._root) if self._root.is_dir() else []
+        return sorted(name for name in there if number_of(name) is not None)
+
+    def writing(self) -> OutputFolder:
+        return OutputFolder(self._root)
+
+    def publish(self, folder: OutputFolder, new: Publication) -> None:
+        if self.head() != new.expected:
+            raise other_writer(self.where)
+        for name, content in (new.record, (HEAD_NAME, new.head)):
+            with folder.create(name) as file:
+                file.write_at(0, content)
+                file.commit()
+        for name in new.removed:
+            (self._root / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[OutputFolder]:
+    """For payload files on their way to somewhere else."""
+    with tempfile.TemporaryDirectory(prefix="deltaweights-") as name, OutputFolder(name) as folder:
+        yield folder
+
+
+class UrlTransport:
+    """A stream at any URL that fsspec reads and writes."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec.core  # type: ignore[import-untyped]
+
+        self.where = url
+        try:
+            self._system, root = fsspec.core.url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            raise CheckpointError(f"{url!r} cannot be opened", f"{error}.", "Check the URL.") from error
+        self._root = root.rstrip("/")
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        """fsspec has no errors of its own; what its file systems raise are mostly kinds of OSError."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise Gone from error
+        except OSError as error:
+            raise CheckpointError(f"Cannot reach {name} in {self.where}", f"{error}.") from error
+
+    def head(self) -> bytes | None:
+        self._system.invalidate_cache()
+        try:
+            return self.read(HEAD_NAME, MAX_HEAD_BYTES)
+        except Gone:
+            return None
+
+    def read(self, name: str, limit: int) -> bytes:
+        with self._explained(name):
+            data: bytes = self._system.cat_file(self._path(name), start=0, end=limit + 1)
+        if len(data) > limit:
+            raise damaged(f"{name} in {self.where}", "It is too long")
+        return data
+
+    def fetch(self, name: str, file: PayloadFile, folder: Path) -> LocalFile:
+        with self._explained(name):
+            if self._system.size(self._path(name)) != file.size:
+                raise damaged(f"{name} in {self.where}", "Its size is not the one in its record")
+            self._system.get_file(self._path(name), str(folder / name))
+        return _checked(folder / name, name, file, self.where)
+
+    def names(self) -> list[str]:
+        self._system.invalidate_cache()
+        try:
+            with self._explained("the files"):
+                there = self._system.ls(self._root, detail=False)
+        except Gone:
+            return []
+        names = (path.rstrip("/").rpartition("/")[2] for path in there)
+        return sorted(name for name in names if number_of(name) is not None)
+
+    def writing(self) -> AbstractContextManager[OutputFolder]:
+        return _temporary_folder()
+
+    def publish(self, folder: OutputFolder, new: Publication) -> None:
+        if self.head() != new.expected:
+            raise other_writer(self.where)
+        name, content = new.record
+        try:
+            self._system.makedirs(self._root, exist_ok=True)
+            for payload in new.payloads:
+                self._system.put_file(str(folder.root / payload), self._path(payload))
+            self._system.pipe_file(self._path(name), content, mode="create")
+            self._system.pipe_file(self._path(HEAD_NAME), new.head)
+            for gone in new.removed:
+                self._system.rm_file(self._path(gone))
+        except FileExistsError as error:
+            raise other_writer(self.where) from error
+        except OSError as error:
+            raise OutputError(f"Cannot write to {self.where}", f"{error}.") from error
+        finally:
+            for payload in new.payloads:
+                (folder.root / payload).unlink(missing_ok=True)
+
+
+class HubTransport:
+    """A stream in a model repository: every publication is one commit."""
+
+    def __init__(self, repo_id: str, public: bool) -> None:
+        self.where = f"hf://{repo_id}"
+        self._repo_id = repo_id
+        self._public = public
+        self._seen: HubSource | None = None
+
+    def _source(self) -> HubSource:
+        """The repository at the commit that :meth:`head` found."""
+        if self._seen is None:
+            self._seen = HubSource(self._repo_id)
+        return self._seen
+
+    def head(self) -> bytes | None:
+        if self._seen:
+            self._seen.close()
+        self._seen = HubSource(self._repo_id)
+        try:
+            return self.read(HEAD_NAME, MAX_HEAD_BYTES)
+        except Gone:
+            return None
+
+    def read(self, name: str, limit: int) -> bytes:
+        size = self._source().sizes.get(name)
+        if size is None:
+            raise Gone
+        if size > limit:
+            raise damaged(f"{name} in {self.where}", "It is too long")
+        return self._source().open(name).read(0, size)
+
+    def fetch(self, name: str, file: PayloadFile, folder: Path) -> LocalFile:
+        size = self._source().sizes.get(name)
+        if size is None:
+            raise Gone
+        if size != file.size:
+            raise damaged(f"{name} in {self.where}", "Its size is not the one in its record")
+        with open(folder / name, "wb") as copy:
+            copy.writelines(self._source().blocks(name))
+        return _checked(folder / name, name, file, self.where)
+
+    def names(self) -> list[str]:
+        return sorted(name for name in self._source().sizes if number_of(name) is not None)
+
+    @contextmanager
+    def writing(self) -> Iterator[OutputFolder]:
+        require_login()
+        find_branch(self._repo_id, None, private=not self._public)  # made, if there is none
+        with _temporary_folder() as folder:
+            yield folder
+
+    def publish(self, folder: OutputFolder, new: Publication) -> None:
+        branch = find_branch(self._repo_id, None, private=not self._public)
+        there = branch.repository
+        if new.expected is None:
+            is_ours = HEAD_NAME not in there.files
+        else:
+            is_ours = _outgoing(HEAD_NAME, new.expected).is_in(there)
+        if not is_ours:
+            raise other_writer(self.where)
+        files = [_outgoing(*new.record), _outgoing(HEAD_NAME, new.head)]
+        for name, payload in new.payloads.items():
+            files.append(Outgoing(name, folder.root / name, payload.size, payload.sha256))
+        removed = [name for name in new.removed if name in there.files]
+        try:
+            upload(branch, files, removed, message=new.message, create_pr=False, sent=lambda _: None)
+        finally:
+            for name in new.payloads:
+                (folder.root / name).unlink(missing_ok=True)
+
+
+def _outgoing(name: str, content: bytes) -> Outgoing:
+    return Outgoing(name, content, len(content), hashlib.sha256(content).hexdigest())
