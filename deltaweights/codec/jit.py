@@ -60,7 +60,7 @@ def _target() -> Any:
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    return llvm.CompileTarget.from_default_triple()
+    return llvm.Target.from_default_triple()
 
 
 @cache

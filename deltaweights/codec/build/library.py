@@ -173,7 +173,7 @@ def levels_of_host() -> Sequence[str]:
     if not triple.startswith("x86_64"):
         return LEVELS["arm64"]
     engine = llvm.create_mcjit_compiler(
-        llvm.parse_assembly(_ASK_X86), llvm.CompileTarget.from_triple(triple).create_target_machine()
+        llvm.parse_assembly(_ASK_X86), llvm.Target.from_triple(triple).create_target_machine()
     )
     engine.finalize_object()
     cpuid, xcr0 = (engine.get_function_address(name) for name in (CPUID, XCR0))

@@ -55,7 +55,7 @@ def _linked(kernel):
 def emit(module, target, *, jit=False):
     """Optimise a module for a target and return its object file."""
     model = "jitdefault" if jit else "default"
-    back_end = llvm.CompileTarget.from_triple(target.triple).create_target_machine(
+    back_end = llvm.Target.from_triple(target.triple).create_target_machine(
         target.processor, target.features, 3, "pic", model, jit=jit
     )
     module.triple, module.data_layout = back_end.triple, str(back_end.target_data)

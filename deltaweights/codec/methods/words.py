@@ -62,7 +62,7 @@ def _undo(transform: int, base: Unsigned | None, words: Unsigned) -> Unsigned:
 
 
 def encode_planes(base: Bytes | None, target: Bytes, itemsize: int) -> bytes:
-    """CompileTarget, against the base where there is one, in byte planes."""
+    """Target, against the base where there is one, in byte planes."""
     words = _words(target, itemsize)
     against = None if base is None else _words(base, itemsize)
     transform = _choose(against, words)
