@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from .delta.chain import Deltas, check_continuity, connect, listed
-from .delta.target import Target, read_manifest
+from .delta.opening import read_manifest
+from .delta.target_recipe import TargetRecipe
 from .errors import CheckpointError, DeltaWeightsError
 from .license.cards import CARD_NAME
 from .manifest import MANIFEST_NAME, FileRecord, Manifest, TargetFile
@@ -160,7 +161,9 @@ def _compare(
     return problems + [found for found in workers.each(compare, expected.values()) if found]
 
 
-def _compare_rebuilt(view: Target, workers: Workers, progress: ProgressCallback | None) -> list[Problem]:
+def _compare_rebuilt(
+    view: TargetRecipe, workers: Workers, progress: ProgressCallback | None
+) -> list[Problem]:
     """Every file of the target, rebuilt in memory, against its record."""
     meter = Meter(progress, "rebuild", view.manifest.target_bytes)
 

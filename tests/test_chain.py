@@ -26,13 +26,13 @@ from deltaweights import (
     apply_delta,
     compact_deltas,
     make_delta,
-    open_chain,
     open_target,
     verify_delta,
 )
 from deltaweights.cli.commands import app
-from deltaweights.delta.chain import MAX_DELTAS, RebuiltSource, links
-from deltaweights.delta.target import TensorRecipe
+from deltaweights.delta.chain import MAX_DELTAS, links, open_recipe
+from deltaweights.delta.rebuilt import RebuiltSource
+from deltaweights.delta.recipes import TensorRecipe
 from deltaweights.manifest import MANIFEST_NAME
 from deltaweights.patch import rebuild_shard
 from deltaweights.storage import Span, sha256_of
@@ -104,20 +104,21 @@ def test_the_view_is_the_last_target(chain: Chain, tmp_path: Path, length: int) 
     target = chain.targets[length - 1]
     make_delta(chain.base, target, tmp_path / "direct")
     with (
-        open_chain(chain.deltas[:length], chain.base) as view,
+        open_target(chain.deltas[:length], chain.base) as view,
         open_target(tmp_path / "direct", chain.base) as direct,
     ):
-        assert len(links(view)) == length
         assert sorted(view) == sorted(direct)
         for name in direct:
             assert (view.dtype(name), view.shape(name)) == (direct.dtype(name), direct.shape(name))
             assert view[name].data.tobytes() == direct[name].data.tobytes()
+    with open_recipe(chain.deltas[:length], chain.base) as recipe:
+        assert len(links(recipe)) == length
 
 
 @pytest.fixture(scope="module")
 def rebuilt(chain: Chain) -> Iterator[RebuiltSource]:
     """The last target, as it is rebuilt, as a source."""
-    source = RebuiltSource(open_chain(chain.deltas, chain.base))
+    source = RebuiltSource(open_recipe(chain.deltas, chain.base))
     yield source
     source.close()
 
@@ -148,7 +149,7 @@ def test_a_source_of_the_target_tells_what_a_folder_tells(chain: Chain, rebuilt:
 
 def test_a_delta_is_the_same_from_a_chain_as_from_its_folder(chain: Chain, tmp_path: Path) -> None:
     for name, base in (
-        ("chain", RebuiltSource(open_chain(chain.deltas[:3], chain.base))),
+        ("chain", RebuiltSource(open_recipe(chain.deltas[:3], chain.base))),
         ("folder", chain.targets[2]),
     ):
         make_delta(base, chain.last, tmp_path / name, base_repo="org/step-3", chunk_bytes=1 << 20)
@@ -164,7 +165,7 @@ def test_closing_the_view_closes_all_files(chain: Chain) -> None:
         ]
 
     before = open_files()
-    with open_chain(chain.deltas, chain.base) as view:
+    with open_target(chain.deltas, chain.base) as view:
         view["model.embed"]
         assert len(open_files()) >= len(before) + 5
     assert open_files() == before
@@ -212,7 +213,7 @@ def test_a_missing_or_misplaced_delta_is_named(chain: Chain, tmp_path: Path) -> 
         ([one, one], (one, one)),
     ):
         for action in (
-            lambda deltas: open_chain(deltas, chain.base),
+            lambda deltas: open_target(deltas, chain.base),
             lambda deltas: apply_delta(deltas, tmp_path / "out", base=chain.base),
             verify_delta,
             lambda deltas: compact_deltas(deltas, tmp_path / "out", base=chain.base),
@@ -225,7 +226,7 @@ def test_a_missing_or_misplaced_delta_is_named(chain: Chain, tmp_path: Path) -> 
 @pytest.mark.parametrize("count", [0, MAX_DELTAS + 1])
 def test_the_number_of_deltas_has_bounds(chain: Chain, count: int) -> None:
     with pytest.raises(DeltaError, match="compact"):
-        open_chain(chain.deltas[:1] * count, chain.base)
+        open_target(chain.deltas[:1] * count, chain.base)
 
 
 def test_the_longest_chain_can_be_read(tmp_path: Path) -> None:
@@ -375,7 +376,7 @@ def test_a_chain_streams_from_the_hub(chain: Chain, hub: HubServer, tmp_path: Pa
     apply_delta(names, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(chain.last)
     assert verify_delta(names, base="org/step-0").ok
-    with open_chain(names) as view:
+    with open_recipe(names) as view:
         spans = [Span("model-00001-of-00002.safetensors", 0, 1000), Span("notes.txt", 0, 5)]
         assert view.is_remote
         assert RebuiltSource(view).ranges(spans)
@@ -415,7 +416,7 @@ def test_nothing_is_decoded_twice_where_some_chunks_need_no_base(
     deltas = _mixed_deltas(tmp_path, count)
     again: list[int] = []
     monkeypatch.setattr(TensorRecipe, "_decode_anew", lambda recipe, index, out: again.append(index))
-    with open_chain(deltas, tmp_path / "0") as target:
+    with open_recipe(deltas, tmp_path / "0") as target:
         for threads in (1, 3):
             with Workers(threads) as workers:
                 digest = rebuild_shard(target.shard("a.safetensors"), workers, Meter(None, "", 0))
@@ -425,8 +426,8 @@ def test_nothing_is_decoded_twice_where_some_chunks_need_no_base(
 
 def test_a_damaged_chunk_that_no_later_delta_needs_does_no_harm(tmp_path: Path) -> None:
     first, second = _mixed_deltas(tmp_path, 2)
-    with open_target(first, tmp_path / "0") as target:
-        span = target.shard("a.safetensors").tensors["w"].payload_span(4)  # rows 128 to 160
+    with open_recipe(first, tmp_path / "0") as target:
+        span = target.shard("a.safetensors").tensors["w"].data_span(4)  # rows 128 to 160
     data = bytearray((first / span.path).read_bytes())
     data[(span.start + span.end) // 2] ^= 1
     (first / span.path).write_bytes(data)
@@ -447,7 +448,7 @@ def test_only_what_came_wrong_is_decoded_again(
             size = 1 << 18 if k == count else 1 << 16
             make_delta(tmp_path / str(k - 1), tmp_path / str(k), tmp_path / f"d{k}", chunk_bytes=size)
     deltas = [tmp_path / f"d{k}" for k in range(1, count + 1)]
-    read, anew = TensorRecipe._read_payload, TensorRecipe._decode_anew
+    read, anew = TensorRecipe.read_data, TensorRecipe._decode_anew
     again: list[int] = []
 
     def damaged(self: TensorRecipe, first: int, end: int) -> NDArray[np.uint8]:
@@ -461,9 +462,9 @@ def test_only_what_came_wrong_is_decoded_again(
         again.append(index)
         anew(self, index, out)
 
-    with open_chain(deltas, tmp_path / "0") as target:
+    with open_recipe(deltas, tmp_path / "0") as target:
         middle = links(target)[count - 2].shard("a.safetensors").delta_shard
-        monkeypatch.setattr(TensorRecipe, "_read_payload", damaged)
+        monkeypatch.setattr(TensorRecipe, "read_data", damaged)
         monkeypatch.setattr(TensorRecipe, "_decode_anew", counted)
         with Workers(1) as workers:
             digest = rebuild_shard(target.shard("a.safetensors"), workers, Meter(None, "", 0))

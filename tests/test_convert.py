@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltaweights.checkpoint import DTYPE_BITS
 from deltaweights.codec import convert, is_convertible, rescale
+from deltaweights.dtypes import DTYPE_BITS
 
 FLOATS = ["BF16", "F16", "F32", "F64"]
 PAIRS = list(permutations(FLOATS, 2))

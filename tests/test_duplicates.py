@@ -20,12 +20,12 @@ from deltaweights import (
     apply_delta,
     compact_deltas,
     make_delta,
-    open_chain,
     open_target,
     plan_apply,
     verify_delta,
 )
 from deltaweights.checkpoint import Checkpoint
+from deltaweights.delta.chain import open_recipe
 from deltaweights.manifest import TargetTensor, TensorEntry
 from deltaweights.match.duplicates import find_duplicates
 from deltaweights.match.names import match_tensors
@@ -281,10 +281,10 @@ def test_any_duplicates_in_any_shards_are_coded_once_and_come_back(
     assert verify_delta(pair.delta, base=pair.base, target=pair.out).ok
     independent_reader.rebuild(pair.delta, pair.base, pair.out.with_name("independent"))
     assert contents(pair.out.with_name("independent")) == contents(pair.target)
-    with open_target(pair.delta, pair.base) as view:
+    with open_recipe(pair.delta, pair.base) as view:
         for path, tensors in target.items():
             recipes = view.shard(path).tensors
-            assert {name: recipes[name].read().tobytes() for name in tensors} == {
+            assert {name: view.read(recipes[name]).tobytes() for name in tensors} == {
                 name: array.data for name, array in tensors.items()
             }
     for path in target:  # each shard alone, as after an interruption
@@ -391,7 +391,7 @@ def chain(tmp_path: Path) -> list[Path]:
 
 def test_a_chain_of_deltas_with_duplicates(chain: list[Path], tmp_path: Path) -> None:
     base, _, second, *deltas = chain
-    with open_chain(deltas, base) as view, Checkpoint(LocalSource(second)) as target:
+    with open_target(deltas, base) as view, Checkpoint(LocalSource(second)) as target:
         for tensor in target.tensors:
             data = np.empty(tensor.info.nbytes, np.uint8)
             tensor.read_into(0, data)

@@ -15,7 +15,6 @@ from safetensors import SafetensorError, deserialize
 
 from deltaweights import HeaderError, apply_delta, make_delta
 from deltaweights.checkpoint import (
-    DTYPE_BITS,
     MAX_HEADER_BYTES,
     Header,
     TensorInfo,
@@ -23,6 +22,7 @@ from deltaweights.checkpoint import (
     parse_header,
     read_shard,
 )
+from deltaweights.dtypes import DTYPE_BITS
 from deltaweights.storage import LocalSource
 
 from .checkpoints import Array, random_array, safetensors_bytes

@@ -28,7 +28,9 @@ from deltaweights import (
 )
 from deltaweights.checkpoint import Checkpoint, open_checkpoint
 from deltaweights.cli.commands import app
-from deltaweights.delta.target import Target, read_manifest
+from deltaweights.delta.chain import open_recipe
+from deltaweights.delta.opening import read_manifest
+from deltaweights.delta.target_recipe import TargetRecipe
 from deltaweights.patch import rebuild_shard
 from deltaweights.storage import HubSource, hub_client, open_hub, open_source
 from deltaweights.workers import Meter, Workers
@@ -42,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("no_pauses")
 
 def needed_bytes(delta: Path, base: Path) -> int:
     """How many of the base's bytes it takes to decode the delta."""
-    with open_target(delta, base) as target:
+    with open_recipe(delta, base) as target:
         spans = [
             recipe.base_span(index)
             for file in target.manifest.target.files
@@ -222,7 +224,7 @@ def test_memory_for_what_is_fetched_ahead_is_bounded(
     """Bytes held, however many shards are at work; all are given back in the end."""
     delta = open_source(made)
     source = HubSource("org/base", window_bytes=400_000)
-    with Target(delta, read_manifest(delta), Checkpoint(source)) as target, Workers(2) as workers:
+    with TargetRecipe(delta, read_manifest(delta), Checkpoint(source)) as target, Workers(2) as workers:
         files = [file for file in target.manifest.target.files if file.stored == "tensors"]
         digests = workers.each(
             lambda file: rebuild_shard(target.shard(file.path), workers, Meter(None, "", 0)), files
@@ -808,7 +810,7 @@ def test_an_error_ends_the_other_shards_at_once(shelf: HubServer) -> None:
     """One shard's payloads cannot be had while another waits for its base: the error is not held up."""
     raised: list[BaseException] = []
 
-    def rebuild(target: Target, workers: Workers) -> None:
+    def rebuild(target: TargetRecipe, workers: Workers) -> None:
         shards = [
             target.shard(file.path) for file in target.manifest.target.files if file.stored == "tensors"
         ]
@@ -819,7 +821,7 @@ def test_an_error_ends_the_other_shards_at_once(shelf: HubServer) -> None:
         except CheckpointError as error:
             raised.append(error)
 
-    with open_target("org/delta") as target, Workers(2) as workers:
+    with open_recipe("org/delta") as target, Workers(2) as workers:
         workers.at_stop(target.cancel)
         thread = threading.Thread(target=rebuild, args=(target, workers), daemon=True)
         thread.start()

@@ -220,7 +220,7 @@ TEXTS = {
     "Apache-2.0": (ROOT / "LICENSE").read_text(),
     "MIT": _of_dependency("rich"),
     "BSD-3-Clause": _of_dependency("zstandard"),
-    "BSD-2-Clause": _of_dependency("llvmlite"),
+    "BSD-2-Clause": _of_dependency("xxhash"),
 }
 TITLES = {terms.spdx: "\n".join(terms.title).title() for terms in KNOWN if terms.title}
 

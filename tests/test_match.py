@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaweights import DeltaWeightsError
-from deltaweights.checkpoint import DTYPE_BITS, Tensor, open_checkpoint
+from deltaweights.checkpoint import Tensor, open_checkpoint
 from deltaweights.codec import is_convertible
+from deltaweights.dtypes import DTYPE_BITS
 from deltaweights.match.names import RenameRule, match_tensors
 
 from .checkpoints import Array, bf16, f32, random_array, weights, write_safetensors

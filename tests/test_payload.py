@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from deltaweights import PayloadError
-from deltaweights.checkpoint import DTYPE_BITS
 from deltaweights.codec import (
     RECORD,
     Method,
@@ -32,6 +31,7 @@ from deltaweights.codec import (
 from deltaweights.codec.constants import HEAD
 from deltaweights.codec.methods import floats, planes, ulp
 from deltaweights.codec.methods.ulp import FORMATS
+from deltaweights.dtypes import DTYPE_BITS
 from deltaweights.payload import ChunkPlan, check_records, decode, encode
 
 from .checkpoints import Array, bf16, f32, weights

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaweights.checkpoint import DTYPE_BITS
+from deltaweights.dtypes import DTYPE_BITS
 
 from ..test_convert import FLOATS, NAN, PAIRS, Bits, converted, patterns
 

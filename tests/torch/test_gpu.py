@@ -223,17 +223,17 @@ def test_damaged_patches_are_found_and_put_back(tmp_path: Path, monkeypatch: pyt
     with DeltaPublisher(tmp_path, trained, anchor_base=False) as publisher:
         train(trained, 1)
         publisher.publish(1, trained)
-    real = payloads.Payload.data
+    real = payloads.StreamPayload.chunk
 
-    def damaged(self: payloads.Payload, index: int, room: NDArray[np.uint8]) -> object:
-        method, data = real(self, index, room)
+    def damaged(self: payloads.StreamPayload, index: int) -> object:
+        method, data = real(self, index)
         if index == 1:
             data[len(data) // 2] ^= 255
         return method, data
 
     before = raw_state(follower)
-    monkeypatch.setattr(payloads.Payload, "data", damaged)
-    with pytest.raises(DeltaError, match="Chunk 1 of tensor 'large'"):
+    monkeypatch.setattr(payloads.StreamPayload, "chunk", damaged)
+    with pytest.raises(DeltaError, match="Tensor 'large': Chunk 1"):
         DeltaSubscriber(tmp_path).sync(follower)
     assert raw_state(follower) == before
 

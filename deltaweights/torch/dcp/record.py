@@ -14,6 +14,7 @@ from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
+from ... import dtypes
 from ...errors import DeltaError, FormatVersionError, ManifestError
 from ...manifest import FileRecord, RepoId, Revision, Sha256, Shape, Size, Tool, is_safe_path
 from ...storage import Source
@@ -34,15 +35,10 @@ PathStep: TypeAlias = str | Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)]
 
 #: torch's dtypes, by their names there: the code that safetensors and the codec use, and bytes an element.
 #: The codec takes codes that it does not know as bytes.
-DTYPES = {
-    "float64": ("F64", 8), "float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2),
-    "float8_e4m3fn": ("F8_E4M3", 1), "float8_e5m2": ("F8_E5M2", 1), "float8_e8m0fnu": ("F8_E8M0", 1),
-    "float8_e4m3fnuz": ("F8_E4M3FNUZ", 1), "float8_e5m2fnuz": ("F8_E5M2FNUZ", 1),
-    "float4_e2m1fn_x2": ("F4X2", 1), "complex64": ("C64", 8), "complex128": ("C128", 16),
-    "int64": ("I64", 8), "int32": ("I32", 4), "int16": ("I16", 2), "int8": ("I8", 1),
-    "uint64": ("U64", 8), "uint32": ("U32", 4), "uint16": ("U16", 2), "uint8": ("U8", 1),
-    "bool": ("BOOL", 1),
-}  # fmt: skip
+DTYPES = {dtype.torch: (code, dtype.bits // 8) for code, dtype in dtypes.DTYPES.items() if dtype.torch} | {
+    "float4_e2m1fn_x2": ("F4X2", 1),
+    "complex128": ("C128", 16),
+}
 
 
 @dataclass(frozen=True, slots=True)

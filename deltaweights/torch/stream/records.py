@@ -71,7 +71,7 @@ class StreamTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class PayloadFile:
+class StreamFile:
     """A safetensors file of payloads: its size in bytes, its SHA-256."""
 
     size: Size
@@ -93,8 +93,8 @@ class StateRecord:
     state: Sha256
     tensors: tuple[StreamTensor, ...]
     previous: StateReference | None
-    update: PayloadFile | None
-    anchor: PayloadFile | None
+    update: StreamFile | None
+    anchor: StreamFile | None
     last_anchor: StateReference | None
     writer: Writer
     format: Literal["deltaweights-stream"] = "deltaweights-stream"
