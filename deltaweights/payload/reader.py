@@ -296,5 +296,9 @@ class PayloadReader(StoredPayload):
 
     def _wrong_base(self, index: int) -> DeltaWeightsError:
         assert self.base is not None
+        return self.faults.of_base(self.path, self.name, self.base, self.place_of(index))
+
+    def place_of(self, index: int) -> str:
+        """Where chunk ``index`` is in the tensor, in words."""
         start, end = self.plan.span(index)
-        return self.faults.of_base(self.path, self.name, self.base, f"bytes {start} to {end}")
+        return f"bytes {start} to {end}"

@@ -265,7 +265,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from deltaweights.torch import gpu_kernels
+from deltaweights.torch.stream import gpu_kernels
 
 target = GPUTarget("cuda", int(sys.argv[1]), 32)
 numbers = ("addresses", "lengths", "keys", "start")

@@ -104,8 +104,8 @@ class BasePart:
 
     @property
     def name(self) -> str:
-        """The base tensor's name, and which part it is."""
-        return f"{self.tensor.name}@{','.join(map(str, self.box.offsets))}"
+        """The base tensor's name."""
+        return self.tensor.name
 
     @property
     def path(self) -> str:

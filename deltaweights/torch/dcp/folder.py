@@ -294,6 +294,10 @@ class StoredPart(PayloadReader):
         """Where its payload begins: the number of the file, and the byte."""
         return self._file, self.stored.info.start
 
+    def place_of(self, index: int) -> str:
+        """Where chunk ``index`` is in the tensor, in words."""
+        return f"{super().place_of(index)} of the part at {list(self.box.offsets)}"
+
     def chunks(self, wanted: Box) -> Iterator[int]:
         """The chunks in which elements of the box ``wanted`` (counted from the part's first one) lie."""
         first, end = (n * self._itemsize for n in envelope(self.box.sizes, wanted))

@@ -73,7 +73,7 @@ class StreamPayload(StoredPayload):
         """The error where ``base`` and a chunk's data do not make its target: one of the two is wrong."""
         if base is not None and not self.is_from(index, base):
             return self.faults.wrong_base(f"its tensor {self.name!r} was changed by somebody else")
-        return self.damaged(why)
+        return self.damaged(f"Chunk {index}: {why}")
 
 
 def read_payloads(step: StreamStep, state: Mapping[str, StateTensor]) -> dict[str, StreamPayload]:

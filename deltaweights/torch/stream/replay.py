@@ -21,7 +21,7 @@ from .state import StateTensor, owners, plan_of
 #: Chunks that a thread takes at once.
 _BATCH = 8
 
-_WRONG = "does not decode to what was encoded"
+_WRONG = "it does not decode to what was encoded"
 
 
 class _Buffers(threading.local):
@@ -198,7 +198,7 @@ class Replay:
                 done.append(overwritten)
                 if not payload.leads_to(index, memory):
                     done.pop().put_back(memory)
-                    raise payload.fault(index, memory, f"Chunk {index} {_WRONG}")
+                    raise payload.fault(index, memory, _WRONG)
             self._give_back(chunk, memory)
             is_done = True
             return done
@@ -231,7 +231,7 @@ class Replay:
             except PayloadError as error:
                 raise payload.fault(chunk[1], now, error.what) from error
             if check and not payload.leads_to(chunk[1], out):
-                raise payload.fault(chunk[1], now, f"Chunk {chunk[1]} {_WRONG}")
+                raise payload.fault(chunk[1], now, _WRONG)
             now = found = out
         return found
 
