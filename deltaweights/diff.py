@@ -59,7 +59,7 @@ from .storage import (
     local_path,
     origins,
 )
-from .workers import Buffers, Meter, ProgressCallback, Workers, batches, result_of
+from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches, result_of
 
 
 def make_delta(
@@ -393,7 +393,9 @@ class _Encoder:
         written = self._workers.each(self._write_shard, zip(by_shard.items(), names, strict=True))
         return [file for file, _ in written], [entry for _, entries in written for entry in entries]
 
-    def _write_shard(self, job: tuple[tuple[str, list[Match]], str]) -> tuple[TargetFile, list[TensorEntry]]:
+    def _write_shard(
+        self, lane: Lane, job: tuple[tuple[str, list[Match]], str]
+    ) -> tuple[TargetFile, list[TensorEntry]]:
         (path, matches), name = job
         base = self._passing.get(path)
         if done := self._writer.finished_before(name):
@@ -402,9 +404,9 @@ class _Encoder:
                 self._passed[base.path] = self._writer.digest(self._old.source, base.path)
             return done.target, list(done.entries)
         shard, plans, entries = self._new.shards[path], self._plans(matches), []
-        digests = _Digests(shard, base, self._workers)
+        digests = _Digests(shard, base, lane)
         with self._writer.shard(name, shard, plans) as output:
-            with self._expect(matches), closing(self._encode_all(matches, digests)) as chunks:
+            with self._expect(matches), closing(self._encode_all(lane, matches, digests)) as chunks:
                 for match, plan in zip(matches, plans, strict=True):
                     coded, written = islice(chunks, plan.count), None
                     if match.like:
@@ -434,10 +436,12 @@ class _Encoder:
     def _plans(self, matches: Sequence[Match]) -> list[ChunkPlan]:
         return [ChunkPlan(m.target.info.nbytes, m.shared_bytes, self._chunk_bytes) for m in matches]
 
-    def _encode_all(self, matches: Sequence[Match], digests: _Digests) -> Generator[CodedChunk, None, None]:
+    def _encode_all(
+        self, lane: Lane, matches: Sequence[Match], digests: _Digests
+    ) -> Generator[CodedChunk, None, None]:
         """The chunks of all tensors, in order: while one tensor is written, the next ones are encoded. What
         was read for them is hashed."""
-        at_once = self._workers.batch_bytes
+        at_once = lane.batch_bytes
         buffers = Buffers(at_once)
         rows = (
             _Row(match, plan, first, end)
@@ -445,7 +449,7 @@ class _Encoder:
             for first, end in plan.rows(at_once)
         )
         encode = partial(_encode, buffers=buffers)
-        for batch in self._workers.map(encode, batches(rows, at_once, lambda row: row.nbytes)):
+        for batch in lane.map(encode, batches(rows, at_once, lambda row: row.nbytes)):
             digests.update(batch, buffers)
             self._meter.add(batch.target.nbytes)
             yield from batch.chunks
@@ -454,17 +458,17 @@ class _Encoder:
 class _Digests:
     """SHA-256 of a target's shard, and of the base's shard that is read along with it, if there is one."""
 
-    def __init__(self, shard: Shard, base: Shard | None, workers: Workers) -> None:
+    def __init__(self, shard: Shard, base: Shard | None, lane: Lane) -> None:
         self._target = hashlib.sha256(shard.header.raw)
         self._base = hashlib.sha256(base.header.raw) if base else None
-        self._workers = workers
+        self._lane = lane
         self._unfinished: tuple[Callable[[], None], ...] = ()  # the base's hash is taken meanwhile
 
     def update(self, batch: _Batch, buffers: Buffers) -> None:
         """Take in what was read next, and give its memory to ``buffers``."""
         self._finish()
         if self._base and batch.base.size:
-            hashed = self._workers.aside(partial(self._base.update, batch.base.data))
+            hashed = self._lane.aside(partial(self._base.update, batch.base.data))
             self._unfinished = hashed, partial(buffers.give, batch.base)
         else:
             buffers.give(batch.base)

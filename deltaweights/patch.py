@@ -24,7 +24,7 @@ from .license.rules import landing_place, text_records
 from .manifest import Manifest, TargetFile
 from .payload import ChunkPlan
 from .storage import Location, OutputFolder, Readable, Source, is_within, local_path, sha256_of
-from .workers import Buffers, Meter, ProgressCallback, Workers, batches
+from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches
 
 #: At least so many chunks of the base are compared with the delta before anything is written, and at least
 #: one of every tensor, of at least this part of a whole chunk's length.
@@ -139,11 +139,11 @@ def _finished(
     there = [file for file in files.values() if os.path.lexists(folder.root / file.path)]
     meter = Meter(progress, "check files there", sum(file.size for file in there)) if there else None
 
-    def is_whole(file: TargetFile) -> bool:
+    def is_whole(lane: Lane, file: TargetFile) -> bool:
         return (
             folder.is_regular(file.path)
             and folder.size(file.path) == file.size
-            and (sha256_of(workers.watch(folder.blocks(file.path), meter)) == file.sha256)
+            and (sha256_of(lane.watch(folder.blocks(file.path), meter)) == file.sha256)
         )
 
     whole = workers.each(is_whole, there)
@@ -248,9 +248,9 @@ def _write_all(
     shards = [file for file in files if file.stored == "tensors"]
     others = [file for file in files if file.stored != "tensors"]
 
-    def write_shard(file: TargetFile) -> None:
+    def write_shard(lane: Lane, file: TargetFile) -> None:
         with folder.create(file.path) as output:
-            check_digest(file, rebuild_shard(target.shard(file.path), workers, meter, output.write_at))
+            check_digest(file, rebuild_shard(target.shard(file.path), lane, meter, output.write_at))
             output.commit()
 
     workers.each(write_shard, shards)
@@ -278,7 +278,7 @@ def _license_places(target: TargetRecipe) -> Iterator[tuple[Source, str, str]]:
             yield link.source, record.path, landing_place(path)
 
 
-def rebuild_shard(recipe: ShardRecipe, workers: Workers, meter: Meter, sink: Sink | None = None) -> str:
+def rebuild_shard(recipe: ShardRecipe, lane: Lane, meter: Meter, sink: Sink | None = None) -> str:
     """Rebuild one shard, chunk by chunk.
 
     Args:
@@ -291,7 +291,7 @@ def rebuild_shard(recipe: ShardRecipe, workers: Workers, meter: Meter, sink: Sin
     if sink:
         sink(0, memoryview(recipe.header.raw))
     meter.add(len(recipe.header.raw))
-    at_once = workers.batch_bytes
+    at_once = lane.batch_bytes
     buffers = Buffers(at_once)
 
     def decode(rows: list[tuple[TensorRecipe, int, int]]) -> NDArray[np.uint8]:
@@ -306,7 +306,7 @@ def rebuild_shard(recipe: ShardRecipe, workers: Workers, meter: Meter, sink: Sin
 
     recipe.target.read_tables(recipe.tensors.values())
     with recipe.target.expect(recipe.chunks()):
-        for data in workers.map(
+        for data in lane.map(
             decode, batches(recipe.rows(at_once), at_once, lambda row: row[0].plan.length(*row[1:]))
         ):
             sha256.update(data.data)

@@ -227,7 +227,7 @@ def test_memory_for_what_is_fetched_ahead_is_bounded(
     with TargetRecipe(delta, read_manifest(delta), Checkpoint(source)) as target, Workers(2) as workers:
         files = [file for file in target.manifest.target.files if file.stored == "tensors"]
         digests = workers.each(
-            lambda file: rebuild_shard(target.shard(file.path), workers, Meter(None, "", 0)), files
+            lambda lane, file: rebuild_shard(target.shard(file.path), lane, Meter(None, "", 0)), files
         )
         assert digests == [file.sha256 for file in files]
     readers = workers.threads + len(files)  # each takes a tensor, which is shorter than what they do at once
@@ -817,7 +817,7 @@ def test_an_error_ends_the_other_shards_at_once(shelf: HubServer) -> None:
         shelf.fail("org/base", on="content", times=None, cut_after=1000, delay=60)
         shelf.fail("org/delta", shards[1].file.source, on="content", times=None, status=418)
         try:
-            workers.each(lambda shard: rebuild_shard(shard, workers, Meter(None, "", 0)), shards)
+            workers.each(lambda lane, shard: rebuild_shard(shard, lane, Meter(None, "", 0)), shards)
         except CheckpointError as error:
             raised.append(error)
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import deltaweights.workers
-from deltaweights.workers import Buffers, Meter, Stopped, Workers, usable_cores
+from deltaweights.workers import Buffers, Lane, Meter, Stopped, Workers, usable_cores
 
 #: Far longer than anything here takes: a test that waits so long has failed.
 PATIENCE = 5
@@ -37,7 +37,7 @@ def workers(request: pytest.FixtureRequest) -> Iterator[Workers]:
 def test_results_come_in_the_order_of_the_items(items: list[int], threads: int) -> None:
     with Workers(threads) as workers:
         assert list(workers.map(lambda item: -item, items)) == [-item for item in items]
-        assert workers.each(lambda item: -item, items) == [-item for item in items]
+        assert workers.each(lambda _, item: -item, items) == [-item for item in items]
 
 
 def test_results_keep_their_order_where_the_first_item_is_last_to_be_done() -> None:
@@ -205,8 +205,8 @@ def test_buffers_are_used_again() -> None:
 
 
 def test_items_of_each_may_use_map(workers: Workers) -> None:
-    def work(item: int) -> int:
-        return sum(workers.map(lambda k: item * k, range(20)))
+    def work(lane: Lane, item: int) -> int:
+        return sum(lane.map(lambda k: item * k, range(20)))
 
     assert workers.each(work, range(10)) == [item * 190 for item in range(10)]
 
@@ -215,9 +215,9 @@ def test_items_of_each_share_what_may_run_ahead() -> None:
     """So that memory does not grow with the number of shards at work."""
     together = threading.Barrier(4)
 
-    def work(_: int) -> int:
+    def work(lane: Lane, _: int) -> int:
         together.wait(PATIENCE)
-        window = pool.window
+        window = lane.window
         together.wait(PATIENCE)
         return window
 
@@ -231,7 +231,7 @@ def test_the_first_error_stops_the_others_and_is_the_one_raised(failing: int) ->
     """Wherever it stands in the order, and though the others then end with Stopped."""
     running = threading.Barrier(4)
 
-    def work(item: int) -> None:
+    def work(_lane: Lane, item: int) -> None:
         running.wait(PATIENCE)
         if item == failing:
             raise KeyError(item)
@@ -245,11 +245,11 @@ def test_the_first_error_stops_the_others_and_is_the_one_raised(failing: int) ->
 def test_an_error_stops_the_map_of_another_item() -> None:
     running = threading.Event()
 
-    def work(item: int) -> None:
+    def work(_lane: Lane, item: int) -> None:
         if item == 1:
             assert running.wait(PATIENCE)
             raise KeyError(item)
-        for _ in pool.map(lambda _: running.set(), _until_patience_ends()):
+        for _ in _lane.map(lambda _: running.set(), _until_patience_ends()):
             pass
 
     with Workers(2) as pool, pytest.raises(KeyError, match="1"):
@@ -259,7 +259,7 @@ def test_an_error_stops_the_map_of_another_item() -> None:
 def test_items_that_have_not_begun_never_do() -> None:
     begun: list[int] = []
 
-    def work(item: int) -> None:
+    def work(_lane: Lane, item: int) -> None:
         begun.append(item)
         raise KeyError(item)
 
@@ -288,7 +288,7 @@ def test_stopping_wakes_what_waits_elsewhere() -> None:
     """An item that waits for a network, say, ends with CancelledError; the error that came first counts."""
     waiting, woken = threading.Event(), threading.Event()
 
-    def work(item: int) -> None:
+    def work(_lane: Lane, item: int) -> None:
         if item == 0:
             waiting.set()
             assert woken.wait(PATIENCE)
@@ -334,7 +334,7 @@ def test_ctrl_c_that_comes_just_before_the_main_thread_waits_is_seen_soon(way: s
     begun, stopped = threading.Event(), threading.Event()
     woken: list[bool] = []
 
-    def work(_: int = 0) -> None:
+    def work(*_: object) -> None:
         if threading.get_ident() == _main_thread():
             _until(begun.is_set)
             return
@@ -371,7 +371,7 @@ def test_ctrl_c_before_all_items_are_handed_out_stops_the_others(monkeypatch: py
                 raise KeyboardInterrupt
             return super().submit(call, *items, **options)
 
-    def work(_: int) -> None:
+    def work(_lane: Lane, _: int) -> None:
         begun.set()
         woken.append(stopped.wait(PATIENCE))
 
@@ -426,7 +426,7 @@ def test_a_meter_counts_from_many_threads_one_call_at_a_time() -> None:
 
     meter = Meter(callback, "phase", 800)
 
-    def count(_: int) -> None:
+    def count(_lane: Lane, _: int) -> None:
         for _ in range(100):
             meter.add(1)
 
@@ -448,7 +448,7 @@ def test_an_error_of_the_callback_is_raised() -> None:
 
     meter = Meter(callback, "phase", 1)
     with Workers(2) as workers, pytest.raises(KeyError, match="enough"):
-        workers.each(meter.add, [1, 1, 1])
+        workers.each(lambda _, count: meter.add(count), [1, 1, 1])
 
 
 def test_as_many_threads_as_cores_unless_told() -> None:

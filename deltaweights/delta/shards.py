@@ -54,7 +54,9 @@ _ROW = "payloads"  # that tensor
 
 def shard_metadata(shard: Shard) -> dict[str, str]:
     """The metadata of the delta shard for a target's shard, whose own header is in there byte for byte."""
-    dictionary = _dictionary(usual_header(shard.header.tensors, shard.file.size))
+    usual = usual_header(shard.header.tensors, shard.file.size)
+    assert usual is not None  # the shard's header was checked
+    dictionary = _dictionary(usual)
     # The checksum tells a reader who has another dictionary.
     compressor = zstandard.ZstdCompressor(level=19, dict_data=dictionary, write_checksum=True)
     packed = base64.b64encode(compressor.compress(shard.header.raw)).decode()
@@ -66,17 +68,14 @@ def shard_header(payload_bytes: int, metadata: dict[str, str], room: int = 0) ->
     return build_header([TensorInfo(_ROW, "U8", (payload_bytes,), 0, payload_bytes)], metadata, room)
 
 
-def usual_header(tensors: Iterable[TensorInfo | TensorEntry], size: int) -> bytes:
-    """The header that a target's shard of these tensors, of ``size`` bytes, most likely has.
-
-    Raises:
-        HeaderError: the tensors have more bytes than that.
-    """
+def usual_header(tensors: Iterable[TensorInfo | TensorEntry], size: int) -> bytes | None:
+    """The header that a target's shard of these tensors, of ``size`` bytes, most likely has; None where the
+    tensors have more bytes than that."""
     infos, end = [], 0
     for tensor in tensors:
         start, end = end, end + math.prod(tensor.shape) * DTYPE_BITS.get(tensor.dtype, 0) // 8
         if end > size:  # before its digits fill the memory
-            raise HeaderError("", "The manifest's tensors have more bytes than their file.")
+            return None
         infos.append(TensorInfo(tensor.name, tensor.dtype, tensor.shape, start, end))
     return build_header(infos, {"format": "pt"})
 
@@ -86,20 +85,34 @@ def _dictionary(content: bytes) -> zstandard.ZstdCompressionDict:
 
 
 def read_delta_shard(source: Source, file: TargetFile, entries: Collection[TensorEntry]) -> DeltaShard:
-    """``entries`` are those of the file's tensors, in the manifest's order."""
+    """Read the headers of a delta shard: its own, and that of the target's shard.
+
+    Args:
+        entries: those of the file's tensors, in the manifest's order.
+
+    Raises:
+        DeltaError: they are damaged, or contradict the manifest.
+    """
     try:
         shard = read_shard(source, file.source)
-        kind = shard.header.metadata.get("format")
-        if kind not in (_APART, _IN_A_ROW):
-            raise HeaderError(f"{file.source} is no delta shard", "Its metadata does not call it one.")
-        is_row = kind == _IN_A_ROW
-        header = _target_header(shard, file, usual_header(entries, file.size) if is_row else b"")
     except HeaderError as error:
-        raise DeltaError(
-            f"{file.source} in the delta is damaged", error.why, "Get the delta again."
-        ) from error
-    infos = _in_a_row(shard, file, entries) if is_row else shard.header.tensors
+        raise _damaged(file, error.why) from error
+    kind = shard.header.metadata.get("format")
+    if kind == _IN_A_ROW:
+        usual = usual_header(entries, file.size)
+        if usual is None:
+            raise _damaged(file, "The manifest's tensors have more bytes than their file.")
+        infos = _in_a_row(shard, file, entries)
+    elif kind == _APART:
+        usual, infos = b"", list(shard.header.tensors)
+    else:
+        raise _damaged(file, "Its metadata does not call it a deltaweights shard.")
+    header = _target_header(shard, file, usual)
     return DeltaShard(file, shard, header, {info.name: Tensor(info, shard) for info in infos})
+
+
+def _damaged(file: TargetFile, why: str) -> DeltaError:
+    return DeltaError(f"{file.source} in the delta is damaged", why, "Get the delta again.")
 
 
 def _in_a_row(shard: Shard, file: TargetFile, entries: Iterable[TensorEntry]) -> list[TensorInfo]:
@@ -129,7 +142,10 @@ def _target_header(delta_shard: Shard, file: TargetFile, usual: bytes) -> Header
         expander = zstandard.ZstdDecompressor(dict_data=_dictionary(usual))
         raw = expander.decompress(packed, allow_extra_data=False)
     except (ValueError, zstandard.ZstdError) as error:
-        raise HeaderError("", f"Its copy of the target's header is broken: {error}.") from error
+        raise _damaged(file, f"Its copy of the target's header is broken: {error}.") from error
     if int.from_bytes(raw[:8], "little") != len(raw) - 8:
-        raise HeaderError("", "Its copy of the target's header has another length than it says.")
-    return parse_header(raw, file.size, file.path)
+        raise _damaged(file, "Its copy of the target's header has another length than it says.")
+    try:
+        return parse_header(raw, file.size, file.path)
+    except HeaderError as error:
+        raise _damaged(file, error.why) from error

@@ -412,7 +412,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Fields], Any], str]] = {
     ),
     "value": (lambda f: f["values"]["run.step"].update(nbytes=2**40), "<= 268435456"),
     "list": (lambda f: f["paths"].update({"run.step": ["run", 2**30]}), "<= 1048575"),
-    "format": (lambda f: f.update(format="deltaweights"), "Invalid enum value"),
+    "format": (lambda f: f.update(format="deltaweights"), "Its format is"),
 }
 
 

@@ -19,7 +19,7 @@ from ...delta.recipes import TensorRecipe
 from ...delta.target_recipe import TargetRecipe, check_digest
 from ...errors import CheckpointError
 from ...storage import Location, OutputFolder, Readable
-from ...workers import Meter, ProgressCallback, Workers, batches
+from ...workers import Lane, Meter, ProgressCallback, Workers, batches
 from ..tensors import byte_view, dtype_of, settle, torch_shape
 
 #: Bytes that a thread takes at once.
@@ -286,7 +286,7 @@ def _fill(
     with Workers(threads) as workers, torch.no_grad():
         workers.at_stop(target.cancel)
 
-        def fill_shard(path: str) -> None:
+        def fill_shard(lane: Lane, path: str) -> None:
             recipe = target.shard(path)
             wanted = set(names[path])
             chosen = [tensor for name, tensor in recipe.tensors.items() if name in wanted]
@@ -296,10 +296,10 @@ def _fill(
             is_whole = len(chosen) == len(recipe.tensors) and all(slot.direct is not None for slot in slots)
             digest = hashlib.sha256(recipe.header.raw) if sha256 and is_whole else None
             with target.expect((slot.recipe, i) for slot in slots for i in range(slot.recipe.plan.count)):
-                rows = chain.from_iterable(slot.rows(workers.batch_bytes) for slot in slots)
+                rows = chain.from_iterable(slot.rows(lane.batch_bytes) for slot in slots)
                 # To hand over each row alone takes as long as to decode it.
                 some = batches(rows, _BATCH_BYTES, lambda row: row[0].recipe.plan.length(*row[1:]))
-                for batch in workers.map(_decode, some):
+                for batch in lane.map(_decode, some):
                     for slot, first, stop in batch:
                         start, end = slot.recipe.plan.bounds(first, stop)
                         if digest and slot.direct is not None:
