@@ -126,7 +126,7 @@ def test_training_document_runs(tmp_path: Path) -> None:
 
 def write_small_model(folder: Path) -> None:
     """The model, fine-tune and delta of docs/training.md."""
-    from .torch.models import nudge, tiny_qwen2
+    from .torch.tiny_models import nudge, tiny_qwen2
 
     model = tiny_qwen2()
     model.save_pretrained(folder / "small-base")
