@@ -1,4 +1,4 @@
-"""For mkdocstrings: what our docstrings have that Markdown does not, and a warning for those that are missing.
+"""For mkdocstrings: turns into Markdown what our docstrings have besides, and warns of missing docstrings.
 
 Roles such as ``:func:`name``` become code. `mkdocs build --strict` fails on the warnings.
 """

@@ -1,4 +1,4 @@
-"""For mkdocs: the site also has files from outside docs/, and links between them lead where they do on disk."""
+"""For mkdocs: adds files from outside docs/ to the site, and makes links lead where they lead on disk."""
 
 from __future__ import annotations
 
