@@ -5,7 +5,7 @@ UV := $(BIN)/uv
 INSTALL := $(UV) pip install --quiet --constraint constraints.txt --build-constraint constraints.txt
 export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: demo test kernels test-levels test-matrix dist smoke check check-lock lock format bench clean
+.PHONY: demo test kernels test-levels test-matrix dist smoke check check-lock lock docs format bench clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
@@ -52,6 +52,7 @@ check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(MAKE) check-lock
+	$(MAKE) docs
 	$(MAKE) test
 
 check-lock: $(UV)
@@ -61,8 +62,12 @@ check-lock: $(UV)
 lock: $(UV)
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile --quiet $(if $(UPGRADE),--upgrade) \
 		--universal --python-version 3.10 --no-python-downloads --only-binary :all: --no-annotate \
-		--extra dev --group build --output-file constraints.txt pyproject.toml
+		--extra dev --group build --group docs --output-file constraints.txt pyproject.toml
 	$(MAKE) check-lock
+
+# The site, in build/site: a broken link or a public name without a docstring fails. It imports nothing of ours.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: .venv/.dev
 	$(BIN)/ruff format .
@@ -94,6 +99,10 @@ $(UV): constraints.txt
 	UV_HTTP_RETRIES=0 $(INSTALL) --torch-backend cpu torch \
 		|| $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(INSTALL) --editable '.[dev]'
+	touch $@
+
+.venv/.docs: $(UV) pyproject.toml
+	$(INSTALL) --group docs
 	touch $@
 
 # What builds kernels and releases, a linker for all platforms included.

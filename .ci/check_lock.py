@@ -2,10 +2,10 @@
 
     .venv/bin/python .ci/check_lock.py [CONSTRAINTS]
 
-Each platform and Python that the lock is for gets a resolution of its own: all that `dev` and the build need,
-under the lock's pins. It fails where a pin contradicts another or what a package wants, where a package has
-no wheel, and where one has no pin. It takes no settings of pip and uv, which may add an index, or a folder of
-wheels that others do not have.
+Each platform and Python that the lock is for gets a resolution of its own: all that `dev`, the build and
+the site need, under the lock's pins. It fails where a pin contradicts another or what a package wants, where
+a package has no wheel, and where one has no pin. It takes no settings of pip and uv, which may add an index,
+or a folder of wheels that others do not have.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def trouble(platform: str, python: str, lock: Path) -> str:
     command = [str(Path(sys.executable).with_name("uv")), "pip", "compile", "--quiet", "--no-config"]
     command += ["--no-python-downloads", "--no-annotate", "--no-header", "--only-binary", ":all:"]
     command += ["--python-platform", platform, "--python-version", python, "--constraint", str(lock)]
-    command += ["pyproject.toml", "--extra", "dev", "--group", "build"]
+    command += ["pyproject.toml", "--extra", "dev", "--group", "build", "--group", "docs"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         return done.stderr.strip()

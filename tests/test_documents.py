@@ -1,5 +1,6 @@
-"""The documents are true: examples run, the README's and the guide's commands print what is shown, links
-lead somewhere, and another reader, written from docs/format.md alone, rebuilds the target."""
+"""The documents are true: examples run, the commands of README and docs/ print what is shown, links lead
+somewhere, every option and public name is there, and another reader, written from docs/format.md alone,
+rebuilds the target."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -21,6 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.core import TyperGroup
 
+import deltaweights
+import deltaweights.torch
 from deltaweights import make_delta
 from deltaweights.cli.commands import app
 from deltaweights.codec import Method, convert
@@ -34,7 +38,10 @@ from .codec.pairs import decayed, fine_tune
 from .conftest import MISSING, Trio
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+#: Read in this order: later ones go on with what earlier ones made.
+GUIDES = ("publish", "use", "platform", "reference/command-line")
+GUIDES_FOR_TORCH = ("train", "serve")
 #: All except the demonstration, which tests/test_demo.py runs with a smaller model.
 EXAMPLES = sorted({*ROOT.glob("examples/*.py")} - {ROOT / "examples" / "demo.py"})
 
@@ -104,28 +111,30 @@ def test_readme_shows_what_happens(tmp_path: Path) -> None:
     check_blocks("README.md", tmp_path)
 
 
-def test_guide_shows_what_happens(tmp_path: Path) -> None:
+def test_guides_show_what_happens(tmp_path: Path) -> None:
     write_pair(tmp_path)
     shutil.copytree(tmp_path / "base", tmp_path / "other")
     shard = tmp_path / "other" / "model-00001-of-00002.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1000] ^= 1
     shard.write_bytes(data)
-    check_blocks("docs/guide.md", tmp_path)
+    for guide in GUIDES:
+        check_blocks(f"docs/{guide}.md", tmp_path)
 
 
 @pytest.mark.skipif(bool(MISSING), reason="needs torch and transformers")
-def test_training_document_runs(tmp_path: Path) -> None:
+def test_guides_for_torch_run(tmp_path: Path) -> None:
     write_pair(tmp_path)
     write_small_model(tmp_path)
-    texts = [text for language, text in blocks("docs/training.md") if language == "python"]
+    found = [block for guide in GUIDES_FOR_TORCH for block in blocks(f"docs/{guide}.md")]
+    texts = [text for language, text in found if language == "python"]
     # One process for all: each would take seconds to import transformers.
     code, output = run([sys.executable, "-c", "".join(f"exec({text!r}, {{}})\n" for text in texts)], tmp_path)
     assert code == 0, output
 
 
 def write_small_model(folder: Path) -> None:
-    """The model, fine-tune and delta of docs/training.md."""
+    """The model, fine-tune and delta of docs/train.md."""
     from .torch.tiny_models import nudge, tiny_qwen2
 
     model = tiny_qwen2()
@@ -153,8 +162,8 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_every_option_is_in_the_guide() -> None:
-    guide = (ROOT / "docs" / "guide.md").read_text()
+def test_every_option_is_in_the_reference() -> None:
+    reference = (ROOT / "docs" / "reference" / "command-line.md").read_text()
     group = typer.main.get_command(app)
     assert isinstance(group, TyperGroup)
     assert len(group.commands) >= 5
@@ -162,9 +171,17 @@ def test_every_option_is_in_the_guide() -> None:
         options = [option for parameter in command.params for option in parameter.opts]
         for option in ["--help", *options]:
             if option.startswith("-"):
-                assert f"`{option}" in guide, f"{command.name} {option}"
+                assert f"`{option}" in reference, f"{command.name} {option}"
     for name in group.commands:
-        assert f"deltaweights {name}" in guide
+        assert f"deltaweights {name}" in reference
+
+
+@pytest.mark.parametrize("module", [deltaweights, deltaweights.torch], ids=lambda module: module.__name__)
+def test_every_public_name_is_in_the_reference(module: ModuleType) -> None:
+    """And no name that is not public. `make docs` fails where one has no docstring."""
+    pages = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+    names = re.findall(rf"^::: {re.escape(module.__name__)}\.(\w+)$", pages, re.MULTILINE)
+    assert sorted(names) == sorted(module.__all__)
 
 
 def test_test_modules_named_in_documents_exist() -> None:

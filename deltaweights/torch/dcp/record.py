@@ -1,7 +1,7 @@
 """The record of a distributed checkpoint, ``deltaweights-dcp.json``: what torch keeps in a pickle, as data.
 
 Frozen dataclasses and their canonical JSON, as for the manifest; everything in a record is untrusted until
-:func:`read_record` returned. docs/training.md describes the files.
+:func:`read_record` returned. docs/format.md describes the files.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
     dcp.load(state, storage_reader=DeltaStorageReader("step-100", base="org/model"))
 
 A shard is coded against the same part of the base's tensor. What has no counterpart in the base (an
-optimizer's state) is coded alone. docs/training.md tells how to use it, and what the files are.
+optimizer's state) is coded alone. docs/train.md tells how to use it, and docs/format.md what the files are.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a weight stream says of itself: its head and its records, as canonical JSON.
 
 A stream is a folder of published states, each a record ``N.json`` with the payloads that lead to it.
-``head.json`` names the newest. docs/training.md gives the meaning of every field. All of it is untrusted
+``head.json`` names the newest. docs/format.md gives the meaning of every field. All of it is untrusted
 until :func:`read_head` or :func:`read_record` returned.
 """
 

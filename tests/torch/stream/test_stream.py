@@ -754,7 +754,7 @@ def test_files_may_be_removed_under_a_reader(tmp_path: Path) -> None:
 
 
 def test_digests_are_the_documents(tmp_path: Path) -> None:
-    """Worked out again, from the words of docs/training.md."""
+    """Worked out again, from the words of docs/format.md."""
     import xxhash
 
     model = Net()
@@ -778,8 +778,8 @@ def test_digests_are_the_documents(tmp_path: Path) -> None:
 
 
 def test_the_document_s_script_runs(tmp_path: Path) -> None:
-    document = Path(__file__).parents[3] / "docs" / "training.md"
-    section = document.read_text().partition("\n## RL weight streams\n")[2].partition("\n## ")[0]
+    document = Path(__file__).parents[3] / "docs" / "train.md"
+    section = document.read_text().partition("\n## Publish weights to engines\n")[2].partition("\n## ")[0]
     (script,) = re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
