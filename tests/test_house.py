@@ -21,6 +21,7 @@ PACKAGE = Path(deltaweights.__file__).parent
 RANKS: dict[str, tuple[str, ...]] = {
     "": (
         "dtypes errors _version workers",
+        "canonical",
         "codec manifest storage",
         "checkpoint",
         "payload",
@@ -35,7 +36,7 @@ RANKS: dict[str, tuple[str, ...]] = {
     "checkpoint": ("header", "checkpoint", "__init__"),
     "cli": ("commands", "__init__"),
     "codec": (
-        "constants convert kernel_arrays opaque processor scratch tables",
+        "constants convert kernel_arrays opaque processor tables working_memory",
         "kernels library",
         "cache",
         "build",
