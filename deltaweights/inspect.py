@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from contextlib import closing
 from typing import Any
 
 import msgspec
@@ -35,7 +34,7 @@ def inspect_delta(delta: Location) -> dict[str, Any]:
 
 def load_manifest(delta: Location) -> Manifest:
     """The manifest of the delta at ``delta``; raises as :func:`inspect_delta` does."""
-    with closing(open_source(delta)) as source:
+    with open_source(delta) as source:
         return read_manifest(source)
 
 
@@ -49,7 +48,7 @@ def inspect_license(delta: Location, *, texts: bool = False) -> dict[str, Any]:
         ManifestError: there is no manifest, or it is damaged.
         DeltaError: a text is not the one in the manifest.
     """
-    with closing(open_source(delta)) as source:
+    with open_source(delta) as source:
         manifest = read_manifest(source)
         records = []
         for record in rules.text_records(manifest):

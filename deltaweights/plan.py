@@ -8,7 +8,7 @@ are read, and the delta's chunk records: 24 bytes for each mebibyte of the targe
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,8 +21,9 @@ from .manifest import MANIFEST_NAME, Manifest, TargetFile
 from .patch import check_base, sample_chunks
 from .storage import HubSource, Location, Readable, Source, Span, local_path, open_source
 from .storage.hub_client import cache_folder
+from .storage.local import free_space
 from .storage.read_ahead import WINDOW_BYTES
-from .storage.source import HEAD_BYTES, free_space
+from .storage.source import HEAD_BYTES
 from .workers import Workers
 
 #: In bits a second: a home, an office, a data centre.
@@ -145,7 +146,7 @@ def plan_apply(
         DeltaError: the delta is incomplete or damaged.
     """
     with ExitStack() as stack:
-        source = stack.enter_context(closing(open_source(delta)))
+        source = stack.enter_context(open_source(delta))
         manifest = read_manifest(source)
         require_whole(source, manifest)
         opened = open_base(manifest, base)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 
 from .delta.target import read_manifest
@@ -80,7 +79,7 @@ def push_delta(
         OutputError: the repository cannot be written to as asked.
     """
     _check_place(repo_id, revision, create_pr)
-    with closing(LocalSource(delta)) as source:
+    with LocalSource(delta) as source:
         manifest = read_manifest(source)
         require_login()
         _check_whole(source, progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -90,7 +90,7 @@ def verify_delta(
         BaseMismatchError: ``base`` is not the right one, or a delta does not follow the one before it.
     """
     with ExitStack() as opened, Workers(threads) as workers:
-        sources = [opened.enter_context(closing(open_source(one))) for one in listed(delta)]
+        sources = [opened.enter_context(open_source(one)) for one in listed(delta)]
         manifests = [read_manifest(source) for source in sources]
         check_continuity(sources, manifests)
         problems, checked, published = [], 0, 0
@@ -103,7 +103,7 @@ def verify_delta(
             published += _count_published(source, manifest.files)
         are_whole, target_repo = not problems, None
         if target is not None:
-            with closing(open_source(target)) as other:
+            with open_source(target) as other:
                 workers.at_stop(other.cancel)
                 problems += _compare("target", other, manifest.target.files, workers, progress)
                 published += _count_published(other, manifest.target.files)
@@ -137,7 +137,7 @@ def _compare(
     extra = set(source.sizes) - set(expected)
     if place == "delta":
         extra -= _UNLISTED
-    elif source.root is None:
+    elif source.is_remote:
         extra -= {_HUBS_OWN}
     problems = [Problem(place, path, "extra", "is not in the manifest") for path in extra]
 

@@ -74,9 +74,9 @@ RANKS: dict[str, tuple[str, ...]] = {
     "match": ("names", "duplicates", "__init__"),
     "payload": ("chunks", "whole", "__init__"),
     "storage": (
-        "hub_errors system",
-        "file_names source",
-        "hub_client output read_ahead",
+        "hub_errors source system",
+        "file_names local read_ahead",
+        "hub_client output",
         "hub hub_upload",
         "location",
         "__init__",

@@ -11,15 +11,14 @@ import os
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BaseMismatchError, CheckpointError, DeltaError
+from ..errors import BaseMismatchError, DeltaError
 from ..manifest import Manifest, TargetFile
 from ..storage import HubId, Location, Readable, ReadableFile, Source, Span, file_blocks, open_source
 from .target import ShardRecipe, Target, TensorRecipe, check_digest, open_base, read_manifest, require_whole
@@ -50,7 +49,7 @@ def open_chain(deltas: Sequence[Readable], base: Readable | None = None) -> Targ
         CheckpointError: the base cannot be found or read.
     """
     with ExitStack() as on_error:
-        sources = [on_error.enter_context(closing(open_source(delta))) for delta in deltas]
+        sources = [on_error.enter_context(open_source(delta)) for delta in deltas]
         manifests = [read_manifest(source) for source in sources]
         for source, manifest in zip(sources, manifests, strict=True):
             require_whole(source, manifest)
@@ -126,7 +125,7 @@ def _check_follows(earlier: Source, made: Manifest, later: Source, manifest: Man
     )
 
 
-class RebuiltSource:
+class RebuiltSource(Source):
     """The files of a target as a :class:`Source`, decoded while they are read. Closing it closes the target.
 
     Every file's SHA-256 counts as published: it is in the manifest, and whatever is rebuilt to other bytes is
@@ -136,12 +135,13 @@ class RebuiltSource:
     def __init__(self, target: Target) -> None:
         self.target = target
         record = target.manifest.target
-        self.where = f"the target of {target.source.where}"
-        self.root: Path | None = None
-        self.hub_id = HubId(record.repo_id, record.revision)
         self._files = {file.path: file for file in record.files}
-        self.sizes: Mapping[str, int] = {path: file.size for path, file in sorted(self._files.items())}
-        self.left_out = record.left_out
+        super().__init__(
+            f"the target of {target.source.where}",
+            {path: file.size for path, file in sorted(self._files.items())},
+            hub_id=HubId(record.repo_id, record.revision),
+            left_out=record.left_out,
+        )
         self._cache = _ChunkCache(_CACHE_BYTES)
         self._opened: dict[str, ReadableFile] = {}
 
@@ -149,6 +149,11 @@ class RebuiltSource:
     def origins(self) -> list[Source]:
         """Where deltas and base come from."""
         return self.target.sources
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether delta or base are."""
+        return self.target.is_remote
 
     def open(self, path: str) -> ReadableFile:
         """The file at ``path``.
@@ -163,13 +168,6 @@ class RebuiltSource:
             else:
                 self._opened[path] = _SequentialFile(self.target, file)
         return self._opened[path]
-
-    def name(self, path: str) -> str:
-        """The file's name for messages."""
-        return f"{path} in {self.where}"
-
-    def full_path(self, path: str) -> None:
-        """None: it lies nowhere."""
 
     def blocks(self, path: str) -> Iterator[bytes]:
         """The file's bytes in order, in blocks of at most 1 MiB.
@@ -229,10 +227,6 @@ class RebuiltSource:
         bases += [recipe.base_span(index) for recipe, index in chunks if recipe.needs_base(index)]
         return payloads, bases
 
-    def keep(self, paths: Iterable[str]) -> Iterator[int]:
-        """Does nothing: the first delta's base is kept, not what is rebuilt from it."""
-        return iter(())
-
     def cancel(self) -> None:
         """End all reads that wait for a network."""
         self.target.cancel()
@@ -248,8 +242,7 @@ class RebuiltShard(ReadableFile):
     """A shard of a target, readable at any position: the chunks that are asked for are decoded."""
 
     def __init__(self, recipe: ShardRecipe, cache: _ChunkCache) -> None:
-        self.path = recipe.file.path
-        self.size = recipe.file.size
+        super().__init__(recipe.file.path, recipe.file.size)
         self._raw_header = np.frombuffer(recipe.header.raw, np.uint8)
         self._recipes = [tensor for tensor in recipe.tensors.values() if tensor.info.nbytes]
         self._starts = [recipe.header.data_start + tensor.info.start for tensor in self._recipes]
@@ -267,18 +260,9 @@ class RebuiltShard(ReadableFile):
                     return
                 yield recipe, index, begin
 
-    def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
-        """Fill ``out`` (uint8) from byte ``offset`` on.
-
-        Raises:
-            CheckpointError: the file is not that long.
-            BaseMismatchError, DeltaError: base or delta are not what the manifest says.
-        """
+    def _read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
+        """Raises BaseMismatchError or DeltaError where base or delta are not what the manifest says."""
         end = offset + out.size
-        if end > self.size:
-            raise CheckpointError(
-                f"{self.path} ends too early", f"It has {self.size} bytes; {end} are needed."
-            )
         # Nothing is written to `out` while anything is still to be decoded: it may be a buffer that the
         # readers below use too (see _Scratch.fill).
         chunks = list(self.chunks(offset, end))
@@ -336,11 +320,10 @@ class _SequentialFile(ReadableFile):
     who means it to be quick reads such a file by position."""
 
     def __init__(self, target: Target, file: TargetFile) -> None:
-        self.path = file.path
-        self.size = file.size
+        super().__init__(file.path, file.size)
         self._blocks: Callable[[], Iterator[bytes]] = lambda: target.blocks(file)
 
-    def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
+    def _read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
         position, end = 0, offset + out.size
         for block in self._blocks():
             first, last = max(position, offset), min(position + len(block), end)
@@ -350,5 +333,3 @@ class _SequentialFile(ReadableFile):
             position += len(block)
             if position >= end:
                 return
-        if end > position:
-            raise CheckpointError(f"{self.path} ends too early", f"{end} bytes are needed.")

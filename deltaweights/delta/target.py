@@ -9,7 +9,7 @@ import base64
 import math
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
@@ -43,7 +43,7 @@ from ..errors import (
 )
 from ..manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, TargetFile, TargetTensor, TensorEntry
 from ..payload import ChunkPlan, check_records
-from ..storage import Readable, Source, Span, cached_sha256, open_hub, open_source, origins, sha256_of
+from ..storage import Readable, Source, Span, cached_sha256, open_hub, open_source, sha256_of
 
 
 def open_target(delta: Readable, base: Readable | None = None) -> Target:
@@ -62,7 +62,7 @@ def open_target(delta: Readable, base: Readable | None = None) -> Target:
         BaseMismatchError: its tensors' names, dtypes or shapes are not those of the delta's base.
     """
     with ExitStack() as on_error:
-        source = on_error.enter_context(closing(open_source(delta)))
+        source = on_error.enter_context(open_source(delta))
         manifest = read_manifest(source)
         require_whole(source, manifest)
         opened = open_base(manifest, base)
@@ -185,12 +185,12 @@ class Target(Mapping[str, TensorView]):
     @property
     def sources(self) -> list[Source]:
         """Where delta and base come from; for a base that is itself rebuilt, what it is rebuilt from."""
-        return [self.source, *(origins(self.base.source) if self.base else [])]
+        return [self.source, *(self.base.source.origins if self.base else [])]
 
     @property
     def is_remote(self) -> bool:
         """Whether any of it has to come over a network."""
-        return any(source.root is None for source in self.sources)
+        return any(source.is_remote for source in self.sources)
 
     def cancel(self) -> None:
         """End all that reads delta or base over a network, in any thread."""
@@ -834,7 +834,7 @@ class TensorRecipe:
                 f"{self.base.shard.path} does not arrive as it is published",
                 f"Bytes {start} to {end} of its tensor {self.base_name!r} came wrong twice.",
                 "Get the deltas before this one again."
-                if origins(base.source) != [base.source]
+                if base.source.origins != [base.source]
                 else "Something on the way changes them: try another network, or --keep-base.",
             )
         return self._target.wrong_base(f"its tensor {self.base_name!r} differs in bytes {start} to {end}")

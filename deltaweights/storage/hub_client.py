@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from .._version import __version__
 from ..errors import CheckpointError
 from .hub_errors import cache_full, explained, http_error
-from .source import free_space
+from .local import free_space
 
 #: Seconds before each further attempt while nothing comes, about two minutes in all. Each is drawn out by up
 #: to a half, so that many connections do not come back at one moment.

@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import CheckpointError, OutputError
 from .hub_client import WE, Repository, find_repository, patiently, without_bars
 from .hub_errors import explained
-from .source import blocks_at
+from .local import blocks_at
 
 #: Files of more bytes than this are sent before the commit, one by one.
 _LARGE_BYTES = 1 << 20

@@ -14,7 +14,8 @@ from ...checkpoint import Header, TensorInfo, parse_header
 from ...checkpoint.header import header_length
 from ...errors import HeaderError, PayloadError
 from ...payload import ChunkPlan, check_records
-from ...storage.source import HEAD_BYTES, LocalFile
+from ...storage.local import LocalFile
+from ...storage.source import HEAD_BYTES
 from .records import StateRecord, damaged, tensor_digest
 from .state import StateTensor, plan_of
 

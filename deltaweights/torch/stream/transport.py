@@ -18,7 +18,7 @@ from typing import Protocol
 from ...errors import CheckpointError, OutputError
 from ...storage import HubSource, Location, OutputFolder, file_blocks, local_path
 from ...storage.hub_upload import Outgoing, find_branch, require_login, upload
-from ...storage.source import LocalFile
+from ...storage.local import LocalFile
 from .records import HEAD_NAME, MAX_HEAD_BYTES, PayloadFile, damaged, number_of
 
 
