@@ -111,6 +111,7 @@ def test_public_names_are_these() -> None:
         "DiskSpaceError",
         "FormatVersionError",
         "HeaderError",
+        "HubError",
         "LicenseNotAcceptedError",
         "Manifest",
         "ManifestError",

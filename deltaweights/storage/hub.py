@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CheckpointError
+from ..errors import HubReadError
 from .hub_client import Downloader, download, find_cached, find_repository, find_snapshot, require_cache_space
 from .local import LocalFile, LocalSource, is_left_out
 from .read_ahead import WINDOW_BYTES, Window, ranges_of
@@ -24,11 +24,11 @@ def open_hub(repo_id: str, revision: str | None = None) -> Source:
     """The files of a repository, from the Hub; where that cannot be asked, its snapshot in the local cache.
 
     Raises:
-        CheckpointError: there is none, or the Hub cannot be reached.
+        HubReadError: there is none, or the Hub cannot be reached.
     """
     try:
         return HubSource(repo_id, revision)
-    except CheckpointError:
+    except HubReadError:
         snapshot = find_snapshot(repo_id, revision)
         if snapshot is None:
             raise
@@ -66,7 +66,7 @@ class HubSource(Source):
         window_bytes: how much memory may hold what is fetched ahead.
 
     Raises:
-        CheckpointError: it cannot be found or read.
+        HubReadError: it cannot be found or read.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class HubSource(Source):
         """The file's bytes in order, in blocks of at most 1 MiB.
 
         Raises:
-            CheckpointError: at the end, where they have another SHA-256 than the Hub publishes.
+            HubReadError: at the end, where they have another SHA-256 than the Hub publishes.
         """
         file = self.open(path)
         sha256 = hashlib.sha256()
@@ -120,10 +120,11 @@ class HubSource(Source):
                 sha256.update(block)
                 yield block
         if self.published_sha256(path) not in (None, sha256.hexdigest()):
-            raise CheckpointError(
+            raise HubReadError(
                 f"{self.name(path)} was damaged on the way",
                 f"Its SHA-256 is {sha256.hexdigest()}, the Hub publishes {self.published_sha256(path)}.",
                 "Run the same command again.",
+                retryable=True,
             )
 
     def published_sha256(self, path: str) -> str | None:
@@ -157,7 +158,7 @@ class HubSource(Source):
             The size of each one when it is here.
 
         Raises:
-            CheckpointError: one cannot be had, or the cache's disk is too small.
+            HubReadError: one cannot be had, or the cache's disk is too small.
         """
         files = [self.open(path) for path in paths]
         missing = [file for file in files if isinstance(file, HubFile) and not file.local]
