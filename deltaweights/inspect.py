@@ -14,10 +14,10 @@ from .delta.target import read_manifest
 from .errors import DeltaError
 from .license import rules
 from .manifest import STATUSES, Manifest, TensorEntry
-from .storage import Location, open_source
+from .storage import Location, Readable, open_source
 
 
-def inspect_delta(delta: Location) -> dict[str, Any]:
+def inspect_delta(delta: Readable) -> dict[str, Any]:
     """Summarise a delta from its manifest alone, ready for JSON.
 
     Returns:
@@ -32,7 +32,7 @@ def inspect_delta(delta: Location) -> dict[str, Any]:
     return summarise(load_manifest(delta))
 
 
-def load_manifest(delta: Location) -> Manifest:
+def load_manifest(delta: Readable) -> Manifest:
     """The manifest of the delta at ``delta``; raises as :func:`inspect_delta` does."""
     with open_source(delta) as source:
         return read_manifest(source)

@@ -69,8 +69,8 @@ def verify_delta(
     """Check a delta against its manifest; writes nothing.
 
     Args:
-        delta: a folder or a Hub id, or several as for :func:`apply_delta`. Their own files are always
-            checked.
+        delta: a folder, a Hub id or an open source, or several, as for :func:`apply_delta`. Their own files
+            are always checked.
         base: if given, the target is rebuilt from it in memory, and every file's SHA-256 compared (of several
             deltas, the last one's target, if all of them are whole). If base or
             delta are on the Hub, and the manifest names the target's repository and commit, what that one

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from ..errors import BaseMismatchError, DeltaError
 from ..manifest import Manifest, TargetFile
-from ..storage import HubId, Location, Readable, ReadableFile, Source, Span, file_blocks, open_source
+from ..storage import HubId, Readable, ReadableFile, Source, Span, file_blocks, open_source
 from .target import ShardRecipe, Target, TensorRecipe, check_digest, open_base, read_manifest, require_whole
 
 #: One delta, or several in the order in which they were made.
-Deltas: TypeAlias = "Location | Sequence[Location]"
+Deltas: TypeAlias = "Readable | Sequence[Readable]"
 
 #: Python's stack ends somewhat beyond: each delta adds a few calls to the reading of a chunk.
 MAX_DELTAS = 100
@@ -59,9 +59,9 @@ def open_chain(deltas: Sequence[Readable], base: Readable | None = None) -> Targ
         return target
 
 
-def listed(deltas: Deltas) -> list[Location]:
+def listed(deltas: Deltas) -> list[Readable]:
     """The deltas as a list, where one stands for itself."""
-    return [deltas] if isinstance(deltas, (str, os.PathLike)) else list(deltas)
+    return [deltas] if isinstance(deltas, (str, os.PathLike, Source)) else list(deltas)
 
 
 def connect(sources: Sequence[Source], manifests: Sequence[Manifest], base: Readable | None) -> Target:
