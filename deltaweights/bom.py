@@ -5,7 +5,6 @@ The room :mod:`.license.bom` has the facts that go into either format, and a wri
 
 from __future__ import annotations
 
-from contextlib import closing
 from datetime import datetime, timezone
 from typing import Literal, TypeAlias
 
@@ -36,7 +35,7 @@ def make_bom(delta: Location, format: Format = "cyclonedx", *, created: datetime
         DeltaWeightsError: the libraries for bills of materials are not installed, or there is too much to
             list.
     """
-    with closing(open_source(delta)) as source:
+    with open_source(delta) as source:
         facts = read_facts(source, read_manifest(source), created)
     return _write(facts, format).encode("ascii")
 

@@ -57,7 +57,6 @@ from .storage import (
     is_same,
     is_within,
     local_path,
-    origins,
 )
 from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches, result_of
 
@@ -241,7 +240,7 @@ def _check_names(new: Checkpoint) -> None:
 
 def _check_apart(root: Path, old: Checkpoint, new: Checkpoint) -> None:
     """The delta must not become part of what it is made from."""
-    for source in (*origins(old.source), *origins(new.source)):
+    for source in (*old.source.origins, *new.source.origins):
         if source.root is None:
             continue
         place = source.root.resolve()
@@ -263,7 +262,7 @@ def _check_vacant(folder: OutputFolder, force: bool) -> None:
         )
     if (folder.root / MANIFEST_NAME).exists():
         folder.claim([MANIFEST_NAME, cards.CARD_NAME])
-        with suppress(DeltaError, CheckpointError), closing(LocalSource(folder.root)) as earlier:
+        with suppress(DeltaError, CheckpointError), LocalSource(folder.root) as earlier:
             folder.claim(file.path for file in read_manifest(earlier).files)
         (folder.root / MANIFEST_NAME).unlink()  # from here on, it is no whole delta
 

@@ -4,15 +4,19 @@
 
     DeltaWeightsError
     ├── CheckpointError         a base or target that cannot be read
-    │   └── HeaderError         a .safetensors header that breaks the format's rules
+    │   ├── HeaderError         a .safetensors header that breaks the format's rules
+    │   └── HubReadError        (also a HubError)
     ├── DeltaError              the delta itself
     │   ├── ManifestError       deltaweights.json is missing, damaged or self-contradictory
     │   │   └── FormatVersionError  written in a format that this version does not know
     │   └── PayloadError        encoded bytes that do not decode to what the manifest promises
     ├── BaseMismatchError       the base given is not the one that the delta was made from
     ├── LicenseNotAcceptedError  a license that is not an open one, and that nobody accepted
-    └── OutputError             the place to write to cannot be used
-        └── DiskSpaceError      it is too small
+    ├── OutputError             the place to write to cannot be used
+    │   ├── DiskSpaceError      it is too small
+    │   └── HubWriteError       (also a HubError)
+    └── HubError                the Hub, or another place far away, does not give or take what it should;
+                                what may pass by itself is ``retryable``, as no other error is
 
 An error says *what* went wrong, *why*, and what to do about it (*fix*), one line each; the command
 line prints just these lines.
@@ -40,6 +44,35 @@ class CheckpointError(DeltaWeightsError):
 
 class HeaderError(CheckpointError):
     """A .safetensors header that breaks the format's rules."""
+
+
+class HubError(DeltaWeightsError):
+    """The Hub, or another place that is read or written over a network, does not do what it is asked for.
+
+    Attributes:
+        retryable: whether the same call may go well later: there was no connection, no answer in time, too
+            many requests, or an error of the server. Else somebody has to act first: log in, ask for access,
+            correct a name. An error of any other kind stays what it is, too.
+
+    Each request to the Hub was made again by then, for up to two minutes. Who can wait longer writes::
+
+        while True:
+            try:
+                report = subscriber.sync(model)
+                break
+            except HubError as error:
+                if not error.retryable:
+                    raise
+                time.sleep(60)
+    """
+
+    def __init__(self, what: str, why: str = "", fix: str = "", *, retryable: bool = False) -> None:
+        super().__init__(what, why, fix)
+        self.retryable = retryable
+
+
+class HubReadError(HubError, CheckpointError):
+    """Files far away that cannot be read."""
 
 
 class DeltaError(DeltaWeightsError):
@@ -72,3 +105,7 @@ class OutputError(DeltaWeightsError):
 
 class DiskSpaceError(OutputError):
     """The output's file system has too little free space."""
+
+
+class HubWriteError(HubError, OutputError):
+    """Files far away that cannot be written."""

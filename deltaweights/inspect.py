@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from contextlib import closing
 from typing import Any
 
 import msgspec
@@ -15,10 +14,10 @@ from .delta.opening import read_manifest
 from .errors import DeltaError
 from .license import rules
 from .manifest import STATUSES, Manifest, TensorEntry
-from .storage import Location, open_source
+from .storage import Location, Readable, open_source
 
 
-def inspect_delta(delta: Location) -> dict[str, Any]:
+def inspect_delta(delta: Readable) -> dict[str, Any]:
     """Summarise a delta from its manifest alone, ready for JSON.
 
     Returns:
@@ -33,9 +32,9 @@ def inspect_delta(delta: Location) -> dict[str, Any]:
     return summarise(load_manifest(delta))
 
 
-def load_manifest(delta: Location) -> Manifest:
+def load_manifest(delta: Readable) -> Manifest:
     """The manifest of the delta at ``delta``; raises as :func:`inspect_delta` does."""
-    with closing(open_source(delta)) as source:
+    with open_source(delta) as source:
         return read_manifest(source)
 
 
@@ -49,7 +48,7 @@ def inspect_license(delta: Location, *, texts: bool = False) -> dict[str, Any]:
         ManifestError: there is no manifest, or it is damaged.
         DeltaError: a text is not the one in the manifest.
     """
-    with closing(open_source(delta)) as source:
+    with open_source(delta) as source:
         manifest = read_manifest(source)
         records = []
         for record in rules.text_records(manifest):

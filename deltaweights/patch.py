@@ -59,8 +59,9 @@ def apply_delta(
     Run again after an interruption, it goes on with the files that are missing.
 
     Args:
-        delta: a folder or a Hub id; or several in the order in which they were made, each from the target of
-            the one before.
+        delta: a folder, a Hub id or a source that is open already (and is closed in the end); or several in
+            the order in which they were made, each from the target of the one before. An open source stays
+            at the commit that was found when it was opened, wherever the branch goes.
         out: the folder to write; new or empty, or an interrupted run's.
         base: a folder, a file or a Hub id; if None, the repository that the (first) manifest names, at its
             commit.

@@ -8,7 +8,7 @@ are read, and the delta's chunk records: 24 bytes for each mebibyte of the targe
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,10 +21,11 @@ from .errors import BaseMismatchError
 from .license.rules import describe, text_records
 from .manifest import MANIFEST_NAME, Manifest, TargetFile
 from .patch import check_base, sample_chunks
-from .storage import HubSource, Location, Readable, Source, Span, local_path, open_source
+from .storage import Location, Readable, Source, Span, local_path, open_source
 from .storage.hub_client import cache_folder
+from .storage.local import free_space
 from .storage.read_ahead import WINDOW_BYTES
-from .storage.source import HEAD_BYTES, free_space
+from .storage.source import HEAD_BYTES
 from .workers import Workers
 
 #: In bits a second: a home, an office, a data centre.
@@ -121,7 +122,7 @@ class Plan:
 
 
 def plan_apply(
-    delta: Location,
+    delta: Readable,
     *,
     base: Readable | None = None,
     keep_base: bool = False,
@@ -134,7 +135,7 @@ def plan_apply(
     Of what is on the Hub, headers are read, chunk records and the manifest; no weights.
 
     Args:
-        delta: a folder or a Hub id.
+        delta: a folder, a Hub id or an open source.
         base: a folder, a file or a Hub id; if None, the repository that the manifest names, at its commit.
         keep_base: as for :func:`apply_delta`.
         out: the folder that would be written; files of the target that stand there with the right size count
@@ -147,7 +148,7 @@ def plan_apply(
         DeltaError: the delta is incomplete or damaged.
     """
     with ExitStack() as stack:
-        source = stack.enter_context(closing(open_source(delta)))
+        source = stack.enter_context(open_source(delta))
         manifest = read_manifest(source)
         require_whole(source, manifest)
         opened = open_base(manifest, base)
@@ -187,12 +188,12 @@ class _Reads:
         self._needed = self._download = 0
         self._in_memory: set[str] = set()
         self._tables: set[TensorRecipe] = set()
-        self._is_here = not isinstance(source, HubSource)
+        self._is_here = not source.is_remote
 
     def sum(self) -> PlannedReads:
         """All that was counted."""
         id, where = self.source.hub_id, self.source.where
-        if isinstance(self.source, HubSource):
+        if self.source.is_remote:
             where = f"{id.repo_id}@{id.revision}"
         return PlannedReads(where, id.repo_id, id.revision, self._needed, self._download)
 
@@ -261,7 +262,7 @@ def _check(target: TargetRecipe, workers: Workers) -> BaseCheck | None:
     """
     if target.base is None:
         return None
-    if not isinstance(target.base.source, HubSource):
+    if not target.base.source.is_remote:
         check_base(target, workers)
         return "sampled"
     for file in target.manifest.target.files:
@@ -325,7 +326,7 @@ def _count_shard(shard: ShardRecipe, delta: _Reads, base: _Reads | None) -> None
 
 def _memory(manifest: Manifest, sources: Iterable[Source], workers: Workers) -> int:
     """About the most that the process takes: itself, chunks, the parsed manifest, and what runs ahead."""
-    remote = sum(isinstance(source, HubSource) for source in sources)
+    remote = sum(source.is_remote for source in sources)
     chunks = 8 * workers.threads * max(workers.batch_bytes, manifest.chunk_bytes)
     process = _PROCESS_BYTES + (0 if prebuilt() else _COMPILER_BYTES)
     return process + chunks + 8 * len(manifest.to_json()) + remote * (WINDOW_BYTES + _REMOTE_BYTES)

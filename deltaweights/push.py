@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 
 from .delta.opening import read_manifest
@@ -46,7 +45,7 @@ class PushReport:
 
 
 def push_delta(
-    delta: Location,
+    delta: Location | LocalSource,
     repo_id: str,
     *,
     private: bool = True,
@@ -62,7 +61,8 @@ def push_delta(
     that are missing; files of an earlier delta that this one does not have are removed, all others stay.
 
     Args:
-        delta: a folder. Its files are checked against its manifest first.
+        delta: a folder, or one that is open already (and is closed in the end). Its files are checked against
+            its manifest first, and as they are sent.
         repo_id: ``org/name``. The repository is made where there is none; an existing one stays private or
             public.
         private: make a private repository, and refuse a public one.
@@ -77,10 +77,10 @@ def push_delta(
         CheckpointError: there is no such folder.
         DeltaError: the delta is incomplete or damaged, holds copies of files of its base, or lacks the text
             of its base's license; or there are conflicts.
-        OutputError: the repository cannot be written to as asked.
+        OutputError: the repository cannot be written to as asked, or a file was changed meanwhile.
     """
     _check_place(repo_id, revision, create_pr)
-    with closing(LocalSource(delta)) as source:
+    with delta if isinstance(delta, LocalSource) else LocalSource(delta) as source:
         manifest = read_manifest(source)
         require_login()
         _check_whole(source, progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -70,8 +70,8 @@ def verify_delta(
     """Check a delta against its manifest; writes nothing.
 
     Args:
-        delta: a folder or a Hub id, or several as for :func:`apply_delta`. Their own files are always
-            checked.
+        delta: a folder, a Hub id or an open source, or several, as for :func:`apply_delta`. Their own files
+            are always checked.
         base: if given, the target is rebuilt from it in memory, and every file's SHA-256 compared (of several
             deltas, the last one's target, if all of them are whole). If base or
             delta are on the Hub, and the manifest names the target's repository and commit, what that one
@@ -91,7 +91,7 @@ def verify_delta(
         BaseMismatchError: ``base`` is not the right one, or a delta does not follow the one before it.
     """
     with ExitStack() as opened, Workers(threads) as workers:
-        sources = [opened.enter_context(closing(open_source(one))) for one in listed(delta)]
+        sources = [opened.enter_context(open_source(one)) for one in listed(delta)]
         manifests = [read_manifest(source) for source in sources]
         check_continuity(sources, manifests)
         problems, checked, published = [], 0, 0
@@ -104,7 +104,7 @@ def verify_delta(
             published += _count_published(source, manifest.files)
         are_whole, target_repo = not problems, None
         if target is not None:
-            with closing(open_source(target)) as other:
+            with open_source(target) as other:
                 workers.at_stop(other.cancel)
                 problems += _compare("target", other, manifest.target.files, workers, progress)
                 published += _count_published(other, manifest.target.files)
@@ -138,7 +138,7 @@ def _compare(
     extra = set(source.sizes) - set(expected)
     if place == "delta":
         extra -= _UNLISTED
-    elif source.root is None:
+    elif source.is_remote:
         extra -= {_HUBS_OWN}
     problems = [Problem(place, path, "extra", "is not in the manifest") for path in extra]
 

@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 from deltaweights import (
     CheckpointError,
     DeltaError,
+    HubError,
     OutputError,
     PushReport,
     apply_delta,
@@ -505,6 +506,8 @@ def test_a_hub_that_cannot_be_reached(writer: HubServer, release: Release) -> No
     with pytest.raises(OutputError, match="Cannot reach the Hub") as caught:
         push_delta(release.delta, REPO)
     assert writer.endpoint in caught.value.why
+    assert isinstance(caught.value, HubError)
+    assert caught.value.retryable
 
 
 # Faults ---------------------------------------------------------------------------------------------------
@@ -615,6 +618,22 @@ def test_a_file_that_goes_away_meanwhile(writer: HubServer, release: Release, tm
             (delta / SHARDS[2]).unlink()
 
     with pytest.raises(OutputError, match="Cannot read"):
+        push_delta(delta, REPO, progress=interfere)
+    assert published(writer) == {}
+
+
+@pytest.mark.parametrize("name", [*SHARDS[:1], "NOTICE"])
+def test_a_file_that_is_changed_after_it_was_checked_is_not_published(
+    writer: HubServer, release: Release, tmp_path: Path, name: str
+) -> None:
+    delta = shutil.copytree(release.delta, tmp_path / "delta")
+
+    def interfere(phase: str, done: int, total: int) -> None:
+        if phase == "upload" and not done:
+            data = (delta / name).read_bytes()
+            (delta / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    with pytest.raises(OutputError, match=f"{name} was changed while it was pushed"):
         push_delta(delta, REPO, progress=interfere)
     assert published(writer) == {}
 

@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from enum import Enum
@@ -28,6 +28,7 @@ from ..errors import DeltaWeightsError, LicenseNotAcceptedError, OutputError
 if TYPE_CHECKING:
     from ..manifest import Manifest
     from ..plan import Plan, PlannedReads, Space
+    from ..storage import Source
     from ..workers import ProgressCallback
 
 app = typer.Typer(
@@ -220,13 +221,16 @@ def apply(
             raise typer.BadParameter("It takes one delta.", param_hint="--dry-run")
         plan(deltas[0], base, keep_base, output, None, threads, as_json, quiet, debug)
         return
-    with _errors_explained(debug, as_json, resumes=True):
-        _settle_license(deltas, accept_license or [], quiet=quiet, may_ask=not (quiet or as_json))
-    with _errors_explained(debug, as_json, resumes=True), _progress(quiet) as progress:
+    with _errors_explained(debug, as_json, resumes=True), ExitStack() as opened:
         from ..patch import apply_delta
+        from ..storage import open_source
 
+        # Opened once: the delta whose license was accepted is the one that is applied.
+        sources = [opened.enter_context(open_source(delta)) for delta in deltas]
+        _settle_license(deltas, sources, accept_license or [], quiet=quiet, may_ask=not (quiet or as_json))
+        progress = opened.enter_context(_progress(quiet))
         report = apply_delta(
-            deltas, output, base=base, keep_base=keep_base, force=force, threads=threads, progress=progress
+            sources, output, base=base, keep_base=keep_base, force=force, threads=threads, progress=progress
         )
     if as_json:
         _print_json(asdict(report))
@@ -506,12 +510,14 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
-def _settle_license(deltas: list[str], accepted: list[str], *, quiet: bool, may_ask: bool) -> None:
+def _settle_license(
+    deltas: list[str], sources: list[Source], accepted: list[str], *, quiet: bool, may_ask: bool
+) -> None:
     """Show bases and licenses. Where somebody has to accept one and nobody has, ask, or raise."""
-    from ..inspect import load_manifest
+    from ..delta.opening import read_manifest
     from ..license.rules import describe, not_accepted, unaccepted
 
-    manifests = [load_manifest(delta) for delta in deltas]
+    manifests = [read_manifest(source) for source in sources]
     if not quiet:
         panels = ("\n".join(_license_panel(describe(manifest))) for manifest in manifests)
         for panel in dict.fromkeys(panels):  # the licenses of a chain are mostly the same ones

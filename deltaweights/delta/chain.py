@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from typing import TypeAlias
 
 from ..errors import BaseMismatchError, DeltaError
@@ -38,7 +39,7 @@ def open_recipe(deltas: Deltas, base: Readable | None = None) -> TargetRecipe:
         CheckpointError: the base cannot be found or read.
     """
     with ExitStack() as on_error:
-        sources = [on_error.enter_context(closing(open_source(delta))) for delta in listed(deltas)]
+        sources = [on_error.enter_context(open_source(delta)) for delta in listed(deltas)]
         manifests = [read_manifest(source) for source in sources]
         for source, manifest in zip(sources, manifests, strict=True):
             require_whole(source, manifest)
@@ -50,7 +51,7 @@ def open_recipe(deltas: Deltas, base: Readable | None = None) -> TargetRecipe:
 
 def listed(deltas: Deltas) -> list[Readable]:
     """The deltas as a list, where one stands for itself."""
-    return list(deltas) if isinstance(deltas, Sequence) and not isinstance(deltas, str) else [deltas]
+    return [deltas] if isinstance(deltas, (str, os.PathLike, Source)) else list(deltas)
 
 
 def connect(sources: Sequence[Source], manifests: Sequence[Manifest], base: Readable | None) -> TargetRecipe:

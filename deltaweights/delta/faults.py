@@ -6,7 +6,7 @@ from ..checkpoint import Checkpoint
 from ..errors import BaseMismatchError, PayloadError
 from ..manifest import Manifest
 from ..payload import Faults
-from ..storage import Source, cached_sha256, origins, sha256_of
+from ..storage import Source, cached_sha256, sha256_of
 
 
 class DeltaFaults(Faults):
@@ -74,6 +74,6 @@ class DeltaFaults(Faults):
     @property
     def remedy(self) -> str:
         """What helps where bytes of a base that is proven come wrong."""
-        if self._base and origins(self._base.source) != [self._base.source]:
+        if self._base and self._base.source.origins != [self._base.source]:
             return "Get the deltas before this one again."
         return "Something on the way changes them: try another network, or --keep-base."

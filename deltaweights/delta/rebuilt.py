@@ -9,14 +9,12 @@ import hashlib
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CheckpointError
 from ..manifest import TargetFile
 from ..storage import HubId, ReadableFile, Source, Span, file_blocks
 from .recipes import ShardRecipe, TensorRecipe
@@ -26,7 +24,7 @@ from .target_recipe import TargetRecipe, check_digest
 _CACHE_BYTES = 16 << 20
 
 
-class RebuiltSource:
+class RebuiltSource(Source):
     """The files of a target as a :class:`Source`, decoded while they are read. Closing it closes the target.
 
     Every file's SHA-256 counts as published: it is in the manifest, and whatever is rebuilt to other bytes is
@@ -36,12 +34,13 @@ class RebuiltSource:
     def __init__(self, target: TargetRecipe) -> None:
         self.target = target
         record = target.manifest.target
-        self.where = f"the target of {target.source.where}"
-        self.root: Path | None = None
-        self.hub_id = HubId(record.repo_id, record.revision)
         self._files = {file.path: file for file in record.files}
-        self.sizes: Mapping[str, int] = {path: file.size for path, file in sorted(self._files.items())}
-        self.left_out = record.left_out
+        super().__init__(
+            f"the target of {target.source.where}",
+            {path: file.size for path, file in sorted(self._files.items())},
+            hub_id=HubId(record.repo_id, record.revision),
+            left_out=record.left_out,
+        )
         self._cache = _ChunkCache(_CACHE_BYTES)
         self._opened: dict[str, ReadableFile] = {}
 
@@ -49,6 +48,11 @@ class RebuiltSource:
     def origins(self) -> list[Source]:
         """Where deltas and base come from."""
         return self.target.sources
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether delta or base are."""
+        return self.target.is_remote
 
     def open(self, path: str) -> ReadableFile:
         """The file at ``path``.
@@ -63,13 +67,6 @@ class RebuiltSource:
             else:
                 self._opened[path] = _SequentialFile(self.target, file)
         return self._opened[path]
-
-    def name(self, path: str) -> str:
-        """The file's name for messages."""
-        return f"{path} in {self.where}"
-
-    def full_path(self, path: str) -> None:
-        """None: it lies nowhere."""
 
     def blocks(self, path: str) -> Iterator[bytes]:
         """The file's bytes in order, in blocks of at most 1 MiB.
@@ -129,10 +126,6 @@ class RebuiltSource:
         bases += [recipe.base_span(index) for recipe, index in chunks if recipe.needs_base(index)]
         return payloads, bases
 
-    def keep(self, paths: Iterable[str]) -> Iterator[int]:
-        """Does nothing: the first delta's base is kept, not what is rebuilt from it."""
-        return iter(())
-
     def cancel(self) -> None:
         """End all reads that wait for a network."""
         self.target.cancel()
@@ -148,8 +141,7 @@ class RebuiltShard(ReadableFile):
     """A shard of a target, readable at any position: the chunks that are asked for are decoded."""
 
     def __init__(self, recipe: ShardRecipe, cache: _ChunkCache) -> None:
-        self.path = recipe.file.path
-        self.size = recipe.file.size
+        super().__init__(recipe.file.path, recipe.file.size)
         self._raw_header = np.frombuffer(recipe.header.raw, np.uint8)
         self._recipes = [tensor for tensor in recipe.tensors.values() if tensor.info.nbytes]
         self._starts = [recipe.header.data_start + tensor.info.start for tensor in self._recipes]
@@ -167,18 +159,9 @@ class RebuiltShard(ReadableFile):
                     return
                 yield recipe, index, begin
 
-    def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
-        """Fill ``out`` (uint8) from byte ``offset`` on.
-
-        Raises:
-            CheckpointError: the file is not that long.
-            BaseMismatchError, DeltaError: base or delta are not what the manifest says.
-        """
+    def _read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
+        """Raises BaseMismatchError or DeltaError where base or delta are not what the manifest says."""
         end = offset + out.size
-        if end > self.size:
-            raise CheckpointError(
-                f"{self.path} ends too early", f"It has {self.size} bytes; {end} are needed."
-            )
         # Nothing is written to `out` while anything is still to be decoded: it may be a buffer that the
         # readers below use too (see PayloadReader).
         chunks = list(self.chunks(offset, end))
@@ -236,11 +219,10 @@ class _SequentialFile(ReadableFile):
     who means it to be quick reads such a file by position."""
 
     def __init__(self, target: TargetRecipe, file: TargetFile) -> None:
-        self.path = file.path
-        self.size = file.size
+        super().__init__(file.path, file.size)
         self._blocks: Callable[[], Iterator[bytes]] = lambda: target.blocks(file)
 
-    def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
+    def _read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
         position, end = 0, offset + out.size
         for block in self._blocks():
             first, last = max(position, offset), min(position + len(block), end)
@@ -250,5 +232,3 @@ class _SequentialFile(ReadableFile):
             position += len(block)
             if position >= end:
                 return
-        if end > position:
-            raise CheckpointError(f"{self.path} ends too early", f"{end} bytes are needed.")

@@ -13,7 +13,7 @@ from .. import codec
 from ..checkpoint import Checkpoint, Tensor
 from ..errors import DeltaError, PayloadError
 from ..manifest import Manifest, TargetFile, TargetTensor, TensorEntry
-from ..storage import Source, origins
+from ..storage import Source
 from .faults import DeltaFaults
 from .recipes import ShardRecipe, TensorRecipe
 from .shards import DeltaShard, contradicts, read_delta_shard
@@ -46,12 +46,12 @@ class TargetRecipe:
     @property
     def sources(self) -> list[Source]:
         """Where delta and base come from; for a base that is itself rebuilt, what it is rebuilt from."""
-        return [self.source, *(origins(self.base.source) if self.base else [])]
+        return [self.source, *(self.base.source.origins if self.base else [])]
 
     @property
     def is_remote(self) -> bool:
         """Whether any of it has to come over a network."""
-        return any(source.root is None for source in self.sources)
+        return any(source.is_remote for source in self.sources)
 
     def cancel(self) -> None:
         """End all that reads delta or base over a network, in any thread."""

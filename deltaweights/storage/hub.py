@@ -6,38 +6,29 @@ Files that lie whole in the local Hub cache are read from there.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CheckpointError
+from ..errors import HubReadError
 from .hub_client import Downloader, download, find_cached, find_repository, find_snapshot, require_cache_space
+from .local import LocalFile, LocalSource, is_left_out
 from .read_ahead import WINDOW_BYTES, Window, ranges_of
-from .source import (
-    HEAD_BYTES,
-    HubId,
-    LocalFile,
-    LocalSource,
-    ReadableFile,
-    Source,
-    Span,
-    file_blocks,
-    is_left_out,
-)
+from .source import HEAD_BYTES, HubId, ReadableFile, Source, Span, file_blocks
 
 
 def open_hub(repo_id: str, revision: str | None = None) -> Source:
     """The files of a repository, from the Hub; where that cannot be asked, its snapshot in the local cache.
 
     Raises:
-        CheckpointError: there is none, or the Hub cannot be reached.
+        HubReadError: there is none, or the Hub cannot be reached.
     """
     try:
         return HubSource(repo_id, revision)
-    except CheckpointError:
+    except HubReadError:
         snapshot = find_snapshot(repo_id, revision)
         if snapshot is None:
             raise
@@ -49,13 +40,12 @@ class HubFile(ReadableFile):
     was downloaded, ``local`` is read instead."""
 
     def __init__(self, path: str, size: int, window: Window) -> None:
-        self.path = path
-        self.size = size
+        super().__init__(path, size)
         self.head = b""
         self.local: LocalFile | None = None
         self._window = window
 
-    def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
+    def _read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
         if self.local:
             self.local.read_into(offset, out)
             return
@@ -67,7 +57,7 @@ class HubFile(ReadableFile):
             self.head = out.tobytes()
 
 
-class HubSource:
+class HubSource(Source):
     """The files of one repository at one commit.
 
     Args:
@@ -76,22 +66,28 @@ class HubSource:
         window_bytes: how much memory may hold what is fetched ahead.
 
     Raises:
-        CheckpointError: it cannot be found or read.
+        HubReadError: it cannot be found or read.
     """
 
     def __init__(
         self, repo_id: str, revision: str | None = None, *, window_bytes: int = WINDOW_BYTES
     ) -> None:
         self._repository = repository = find_repository(repo_id, revision)
-        self.root: Path | None = None
-        self.hub_id = HubId(repository.repo_id, repository.commit)
-        self.where = f"{repository.repo_id}@{repository.commit[:12]}"
         sizes = {path: file.size for path, file in sorted(repository.files.items()) if not is_left_out(path)}
-        self.sizes: Mapping[str, int] = sizes
-        self.left_out = tuple(sorted(set(repository.files) - set(sizes)))
+        super().__init__(
+            f"{repository.repo_id}@{repository.commit[:12]}",
+            sizes,
+            hub_id=HubId(repository.repo_id, repository.commit),
+            left_out=tuple(sorted(set(repository.files) - set(sizes))),
+        )
         self._downloader = Downloader(repository)
         self.window = Window(self._downloader.fetch, nbytes=window_bytes)
         self._opened: dict[str, HubFile | LocalFile] = {}
+
+    @property
+    def is_remote(self) -> bool:
+        """Yes, whatever lies in the cache."""
+        return True
 
     def open(self, path: str) -> HubFile | LocalFile:
         """The file at ``path``: the cache's, if it is there."""
@@ -115,7 +111,7 @@ class HubSource:
         """The file's bytes in order, in blocks of at most 1 MiB.
 
         Raises:
-            CheckpointError: at the end, where they have another SHA-256 than the Hub publishes.
+            HubReadError: at the end, where they have another SHA-256 than the Hub publishes.
         """
         file = self.open(path)
         sha256 = hashlib.sha256()
@@ -124,10 +120,11 @@ class HubSource:
                 sha256.update(block)
                 yield block
         if self.published_sha256(path) not in (None, sha256.hexdigest()):
-            raise CheckpointError(
+            raise HubReadError(
                 f"{self.name(path)} was damaged on the way",
                 f"Its SHA-256 is {sha256.hexdigest()}, the Hub publishes {self.published_sha256(path)}.",
                 "Run the same command again.",
+                retryable=True,
             )
 
     def published_sha256(self, path: str) -> str | None:
@@ -161,7 +158,7 @@ class HubSource:
             The size of each one when it is here.
 
         Raises:
-            CheckpointError: one cannot be had, or the cache's disk is too small.
+            HubReadError: one cannot be had, or the cache's disk is too small.
         """
         files = [self.open(path) for path in paths]
         missing = [file for file in files if isinstance(file, HubFile) and not file.local]

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .._version import __version__
-from ..errors import CheckpointError
-from .hub_errors import cache_full, explained, http_error
-from .source import free_space
+from ..errors import HubReadError
+from .hub_errors import cache_full, explained, may_pass
+from .local import free_space
 
 #: Seconds before each further attempt while nothing comes, about two minutes in all. Each is drawn out by up
 #: to a half, so that many connections do not come back at one moment.
@@ -56,7 +56,7 @@ def find_repository(repo_id: str, revision: str | None) -> Repository:
     """Look up a repository, and which commit a revision is (the main branch, if None).
 
     Raises:
-        CheckpointError: it cannot be found or read.
+        HubReadError: it cannot be found or read.
     """
     with explained(repo_id, revision):
         return patiently(lambda: _ask(repo_id, revision))
@@ -111,7 +111,7 @@ class Downloader:
         """The bytes of the file from ``start`` to ``end``, in pieces.
 
         Raises:
-            CheckpointError: they cannot be had.
+            HubReadError: they cannot be had.
             CancelledError: :meth:`cancel` was called, and there was a pause to be made.
         """
         attempt = 0
@@ -154,7 +154,7 @@ class Downloader:
                 yield piece
 
     def _check(self, path: str, response: Any, start: int, end: int) -> None:
-        """Raise :class:`CheckpointError` where the answer is not the range that was asked for."""
+        """Raise :class:`HubReadError` where the answer is not the range that was asked for."""
         size = self._repository.files[path].size
         asked = f"bytes {start}-{end - 1}/{size}"
         place = re.sub(r"/\*$", f"/{size}", response.headers.get("Content-Range", "nothing"))
@@ -168,9 +168,9 @@ class Downloader:
         if length != str(end - start):
             raise self._odd(path, f"{end - start} bytes were asked for, {length} are announced")
 
-    def _odd(self, path: str, why: str) -> CheckpointError:
+    def _odd(self, path: str, why: str) -> HubReadError:
         repo_id, commit = self._repository.repo_id, self._repository.commit
-        return CheckpointError(
+        return HubReadError(
             f"The answer for {path} of {repo_id} is not what was asked for",
             f"{why[0].upper()}{why[1:]}: the Hub, or a proxy on the way, does not serve ranges of files.",
             f"Get the files another way, and pass their folder: hf download {repo_id} --revision {commit}",
@@ -183,19 +183,12 @@ class _LinkRefused(Exception):  # noqa: N818
 
 def _pause(error: Exception, attempt: int, delays: tuple[float, ...]) -> float:
     """Seconds to wait before the next attempt; raises ``error`` where there should be none."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, _LinkRefused):
         return 0.0
-    wait = 0.0
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        is_passing = status in (408, 429) or status >= 500
-        wait = _asked_to_wait(error.response.headers)
-    else:  # RuntimeError: somebody else in this process closed the connections that we share
-        kinds = (http_error(), ConnectionError, TimeoutError, RuntimeError)
-        is_passing = isinstance(error, kinds) and not isinstance(error, OfflineModeIsEnabled)
-    if not is_passing or attempt >= len(delays) or wait > _LONGEST_WAIT:
+    wait = _asked_to_wait(error.response.headers) if isinstance(error, HfHubHTTPError) else 0.0
+    if not may_pass(error) or attempt >= len(delays) or wait > _LONGEST_WAIT:
         raise error
     return max(wait, delays[attempt] * random.uniform(1, 1.5))  # noqa: S311
 
@@ -240,7 +233,7 @@ def cache_folder() -> Path:
 
 
 def require_cache_space(nbytes: int) -> None:
-    """Raise :class:`CheckpointError` where the cache's disk has less room than this."""
+    """Raise :class:`HubReadError` where the cache's disk has less room than this."""
     free = free_space(cache_folder())
     if nbytes > free:
         raise cache_full(f"{nbytes:,} bytes are needed, {free:,} are free")
@@ -250,7 +243,7 @@ def download(repository: Repository, path: str) -> Path:
     """Bring a file into the local Hub cache.
 
     Raises:
-        CheckpointError: it cannot be had, or the cache's disk is full.
+        HubReadError: it cannot be had, or the cache's disk is full.
     """
     from huggingface_hub import hf_hub_download
 

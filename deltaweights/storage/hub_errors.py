@@ -1,6 +1,6 @@
 """What goes wrong on the way to the Hub, in our own words.
 
-Errors of huggingface_hub and of the HTTP library below it become :class:`CheckpointError`, and go no further.
+Errors of huggingface_hub and of the HTTP library below it become :class:`HubReadError`, and go no further.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 
-from ..errors import CheckpointError, DeltaWeightsError
+from ..errors import DeltaWeightsError, HubReadError
 
 
 @contextmanager
@@ -22,7 +22,25 @@ def explained(repo_id: str, revision: str | None, path: str = "") -> Iterator[No
         raise
     except Exception as error:
         lines = _answer(error, repo_id, revision, path) or _obstacle(error, repo_id, revision)
-        raise CheckpointError(*lines) from error
+        raise HubReadError(*lines, retryable=may_pass(error)) from error
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether another attempt may go better, though nobody does anything."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return False
+    if isinstance(error, errors.HfHubHTTPError):
+        return is_passing_status(error.response.status_code)
+    # RuntimeError: somebody else in this process closed the connections that we share.
+    kinds = (ConnectionError, TimeoutError, RuntimeError, errors.LocalEntryNotFoundError)
+    return isinstance(error, (http_error(), *kinds))
+
+
+def is_passing_status(status: int) -> bool:
+    """Whether an HTTP status says that it may be another one later."""
+    return status in (408, 429) or status >= 500
 
 
 def http_error() -> type[Exception]:
@@ -32,11 +50,11 @@ def http_error() -> type[Exception]:
     return HfHubHTTPError.__mro__[1]
 
 
-def cache_full(why: str) -> CheckpointError:
+def cache_full(why: str) -> HubReadError:
     """The error where the Hub cache's disk is too small."""
     from huggingface_hub import constants
 
-    return CheckpointError(
+    return HubReadError(
         "The disk of the local Hub cache is too small",
         f"{constants.HF_HUB_CACHE}: {why}.",
         "Free some space, set HF_HUB_CACHE to a folder on another disk, or stream: leave out --keep-base.",

@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, OutputError
+from ..errors import CheckpointError, HubError, HubWriteError, OutputError
 from .hub_client import WE, Repository, find_repository, patiently, without_bars
 from .hub_errors import explained
-from .source import blocks_at
+from .local import blocks_at
 
 #: Files of more bytes than this are sent before the commit, one by one.
 _LARGE_BYTES = 1 << 20
@@ -82,11 +82,11 @@ class Commit:
 
 
 def require_login() -> None:
-    """Raise :class:`OutputError` where there is no token of the Hub's."""
+    """Raise :class:`HubWriteError` where there is no token of the Hub's."""
     from huggingface_hub import get_token
 
     if not get_token():
-        raise OutputError(
+        raise HubWriteError(
             "You are not logged in to the Hub",
             "It has to know who pushes.",
             "Log in with a token that may write: hf auth login (or set HF_TOKEN).",
@@ -151,10 +151,13 @@ def upload(
     with _explained(repo_id), _quiet():
         operations: list[Any] = [CommitOperationDelete(path, is_folder=False) for path in removed]
         for file in files:
-            content = file.content
-            if isinstance(content, Path):
-                content.stat()  # of a file that is gone, huggingface_hub says that the argument is wrong
-            operation = CommitOperationAdd(file.path, content)
+            operation = CommitOperationAdd(file.path, _content(file))
+            if operation.upload_info.sha256.hex() != file.sha256:
+                raise OutputError(
+                    f"{file.path} was changed while it was pushed",
+                    f"Its SHA-256 is {operation.upload_info.sha256.hex()}, not {file.sha256}.",
+                    "Run the same command again when nothing else writes to it.",
+                )
             operations.append(operation)
             if file.size > _LARGE_BYTES:
                 patiently(partial(_send, api, branch, operation, create_pr))
@@ -181,6 +184,17 @@ def upload(
         done = commit() if create_pr else patiently(commit)  # a second attempt would be a second request
         sent(sum(file.size for file in files if file.size <= _LARGE_BYTES))
         return done
+
+
+def _content(file: Outgoing) -> bytes | Path:
+    """What huggingface_hub is given of a file: of small ones the bytes, which it would read again when it
+    sends them. (The Hub compares the SHA-256 of large ones.)"""
+    if isinstance(file.content, bytes):
+        return file.content
+    if file.size <= _LARGE_BYTES:
+        return file.content.read_bytes()
+    file.content.stat()  # of a file that is gone, huggingface_hub says that the argument is wrong
+    return file.content
 
 
 def _send(api: Any, branch: Branch, operation: Any, create_pr: bool) -> None:
@@ -230,14 +244,15 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _explained(repo_id: str) -> Iterator[None]:
-    """Within the block, a repository is written to: what goes wrong becomes :class:`OutputError`."""
+    """Within the block, a repository is written to: what goes wrong becomes :class:`HubWriteError`."""
     try:
         with explained(repo_id, None):
             yield
     except CheckpointError as error:
         cause = error.__cause__ or error
         lines = _lines(cause, repo_id) or (error.what, error.why, error.fix)
-        raise OutputError(*lines) from cause
+        retryable = isinstance(error, HubError) and error.retryable
+        raise HubWriteError(*lines, retryable=retryable) from cause
 
 
 def _status(error: BaseException) -> int | None:

@@ -8,7 +8,8 @@ from typing import TypeAlias
 
 from ..errors import CheckpointError
 from .hub import open_hub
-from .source import LocalSource, Source, local_path
+from .local import LocalSource, local_path
+from .source import Source
 
 #: What every verb takes: a folder, one .safetensors file, or a Hub id ``[hf://]org/name[@revision]``. Without
 #: ``hf://``, a file or folder of that name comes first.

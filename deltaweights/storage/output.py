@@ -21,7 +21,8 @@ from typing import IO
 
 from ..errors import DiskSpaceError, OutputError
 from .file_names import alike, same_names, spelling
-from .source import Source, blocks_at, free_space, local_path, sha256_of
+from .local import blocks_at, free_space, local_path
+from .source import Source, sha256_of
 from .system import UNSUPPORTED, flush, flush_folder, is_same, lock, read_bytes_at, write_at
 
 _WORKSPACE = ".deltaweights"

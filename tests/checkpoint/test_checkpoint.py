@@ -13,7 +13,7 @@ import pytest
 
 from deltaweights import CheckpointError, DeltaWeightsError, HeaderError
 from deltaweights.checkpoint import Checkpoint, Tensor, open_checkpoint
-from deltaweights.storage import LocalSource, file_blocks, open_source, sha256_of
+from deltaweights.storage import open_source, sha256_of
 
 from ..checkpoints import Array, random_array, safetensors_bytes, write_safetensors
 
@@ -218,9 +218,7 @@ def test_what_does_not_look_like_a_hub_id_is_a_path(hub_cache: Path, location: s
 
 @pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HF_HOME"])
 def test_the_hubs_own_variables_say_where_the_cache_is(hub_cache: Path, variable: str) -> None:
-    program = (
-        "from deltaweights.checkpoint import open_source; print(open_source('org/name').hub_id.revision)"
-    )
+    program = "from deltaweights.storage import open_source; print(open_source('org/name').hub_id.revision)"
     place = hub_cache if variable == "HF_HUB_CACHE" else hub_cache.parent
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     done = subprocess.run(
@@ -376,38 +374,7 @@ def test_a_file_cut_while_it_is_read_is_found(tmp_path: Path) -> None:
             checkpoint.tensors[0].read_into(0, np.empty(30, np.uint8))
 
 
-# Reading ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3_000_000])
-def test_a_file_comes_in_blocks_of_a_mebibyte(tmp_path: Path, size: int) -> None:
-    content = np.random.default_rng(size).bytes(size)
-    _write(tmp_path, {"x": content})
-    source = LocalSource(tmp_path)
-    blocks = list(file_blocks(source.open("x")))
-    source.close()
-    assert b"".join(blocks) == content
-    assert all(0 < len(block) <= 1 << 20 for block in blocks)
-    assert sha256_of(blocks) == sha256_of([content])
-
-
-def test_reading_past_the_end_allocates_nothing(tmp_path: Path) -> None:
-    _write(tmp_path, {"x": b"abc"})
-    file = LocalSource(tmp_path).open("x")
-    assert file.read(1, 2) == b"bc"
-    for offset, nbytes in ((0, 4), (3, 1), (0, 2**62), (2**62, 1)):
-        with pytest.raises(CheckpointError, match="ends too early"):
-            file.read(offset, nbytes)
-    file.close()
-
-
-def test_a_fingerprint_changes_with_the_file(tmp_path: Path) -> None:
-    _write(tmp_path, {"x": b"abc", "y": b"abc"})
-    source = LocalSource(tmp_path)
-    before = source.fingerprint("x")
-    assert source.fingerprint("x") == before != source.fingerprint("y")
-    os.utime(tmp_path / "x", ns=(1, 1))
-    assert source.fingerprint("x") != before
+# Errors ----------------------------------------------------------------------------------------------
 
 
 def test_every_error_says_what_and_mostly_what_to_do() -> None:

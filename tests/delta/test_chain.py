@@ -12,14 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
 
 from deltaweights import (
     BaseMismatchError,
-    CheckpointError,
     DeltaError,
     Manifest,
     OutputError,
@@ -35,12 +32,13 @@ from deltaweights.delta.rebuilt import RebuiltSource
 from deltaweights.delta.recipes import TensorRecipe
 from deltaweights.manifest import MANIFEST_NAME
 from deltaweights.patch import rebuild_shard
-from deltaweights.storage import Span, sha256_of
+from deltaweights.storage import Source, Span, sha256_of
 from deltaweights.workers import Meter, Workers
 
 from ..checkpoints import Array, bf16, contents, weights, write_pair, write_safetensors
-from ..conftest import CHUNK_BYTES
+from ..conftest import CHUNK_BYTES, Trio
 from ..hub_server import HubServer
+from ..storage.contract import SourceContract, Subject, flipped
 
 ACCEPT = ("--accept-license", "qwen", "--accept-license", "openrail")
 
@@ -115,36 +113,39 @@ def test_the_view_is_the_last_target(chain: Chain, tmp_path: Path, length: int) 
         assert len(links(recipe)) == length
 
 
-@pytest.fixture(scope="module")
-def rebuilt(chain: Chain) -> Iterator[RebuiltSource]:
-    """The last target, as it is rebuilt, as a source."""
-    source = RebuiltSource(open_recipe(chain.deltas, chain.base))
-    yield source
-    source.close()
+class TestRebuiltTarget(SourceContract):
+    """The last target, as it is rebuilt. What is read at one place must not spoil what is read at another."""
+
+    @pytest.fixture
+    def subject(self, chain: Chain, tmp_path: Path) -> Iterator[Subject]:
+        files = contents(chain.last)
+
+        def changed(path: str) -> Source:
+            target = shutil.copytree(chain.last, tmp_path / "changed")
+            (target / path).write_bytes(flipped(files[path]))
+            make_delta(chain.targets[2], target, tmp_path / "delta")
+            return RebuiltSource(open_recipe([*chain.deltas[:3], tmp_path / "delta"], chain.base))
+
+        with RebuiltSource(open_recipe(chain.deltas, chain.base)) as source:
+            yield Subject(source, files, changed)
 
 
-@given(data=st.data())
-def test_any_bytes_of_any_file_are_the_targets(
-    chain: Chain, rebuilt: RebuiltSource, data: st.DataObject
-) -> None:
-    """Whatever the order: what is read at one place must not spoil what is read at another."""
-    path = data.draw(st.sampled_from(sorted(rebuilt.sizes)))
-    expected = (chain.last / path).read_bytes()
-    start = data.draw(st.integers(0, len(expected)))
-    end = data.draw(st.integers(start, len(expected)))
-    assert rebuilt.open(path).read(start, end - start) == expected[start:end]
+@pytest.mark.usefixtures("no_pauses")
+class TestRebuiltTargetFromTheHub(SourceContract):
+    """Delta and base come over a network."""
 
+    @pytest.fixture
+    def subject(self, shelf: HubServer, large: Trio, tmp_path: Path) -> Iterator[Subject]:
+        files = contents(large.target)
 
-def test_a_source_of_the_target_tells_what_a_folder_tells(chain: Chain, rebuilt: RebuiltSource) -> None:
-    files = contents(chain.last)
-    assert dict(rebuilt.sizes) == {path: len(data) for path, data in files.items()}
-    assert {path: b"".join(rebuilt.blocks(path)) for path in files} == files
-    assert rebuilt.published_sha256("no such file") is None
-    for path, data in files.items():
-        with pytest.raises(CheckpointError, match="ends too early"):
-            rebuilt.open(path).read(len(data) - 1, 2)
-        with pytest.raises(CheckpointError, match="ends too early"):
-            rebuilt.open(path).read_into(len(data) - 1, np.empty(2, np.uint8))
+        def changed(path: str) -> Source:
+            target = shutil.copytree(large.target, tmp_path / "changed")
+            (target / path).write_bytes(flipped(files[path]))
+            make_delta("org/base", target, tmp_path / "delta")
+            return RebuiltSource(open_recipe(tmp_path / "delta"))
+
+        with RebuiltSource(open_recipe("org/delta")) as source:
+            yield Subject(source, files, changed)
 
 
 def test_a_delta_is_the_same_from_a_chain_as_from_its_folder(chain: Chain, tmp_path: Path) -> None:

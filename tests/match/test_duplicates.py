@@ -180,10 +180,10 @@ class CountedFile(ReadableFile):
     """A file that adds up what is read of it."""
 
     def __init__(self, file: ReadableFile, counts: dict[str, int]) -> None:
-        self.path, self.size = file.path, file.size
+        super().__init__(file.path, file.size)
         self._file, self._counts = file, counts
 
-    def read_into(self, offset: int, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    def _read_into(self, offset: int, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         self._counts[self.path] = self._counts.get(self.path, 0) + out.size
         self._file.read_into(offset, out)
 

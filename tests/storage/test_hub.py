@@ -21,6 +21,7 @@ from deltaweights import (
     BaseMismatchError,
     CheckpointError,
     DeltaError,
+    HubError,
     apply_delta,
     make_delta,
     open_target,
@@ -31,6 +32,7 @@ from deltaweights.cli.commands import app
 from deltaweights.delta.chain import open_recipe
 from deltaweights.delta.opening import read_manifest
 from deltaweights.delta.target_recipe import TargetRecipe
+from deltaweights.license import rules
 from deltaweights.patch import rebuild_shard
 from deltaweights.storage import HubSource, hub_client, open_hub, open_source
 from deltaweights.workers import Meter, Workers
@@ -441,27 +443,34 @@ def test_a_byte_that_goes_wrong_on_the_way_is_fetched_again(
 # Faults that stay -------------------------------------------------------------------------------------
 
 
-STAYING: dict[str, tuple[dict[str, Any], str]] = {
-    "503": ({"status": 503}, "The Hub refuses to serve org/base\nIt answers 503 Service Unavailable."),
-    "429": ({"status": 429, "retry_after": 0}, "The Hub asks for a pause"),
-    "429 for long": ({"status": 429, "retry_after": 4000}, "The Hub asks for a pause"),
-    "418": ({"status": 418}, "The Hub refuses to serve org/base\nIt answers 418"),
-    "403": ({"status": 403, "on": "resolve"}, "The Hub refuses to serve org/base\nIt answers 403 Forbidden"),
-    "cut": ({"cut_after": 0}, "Cannot reach the Hub"),
-    "ranges ignored": ({"ignore_range": True}, "all of the file comes"),
-    "too much": ({"extra_length": 5}, "65541 are announced"),
-    "too little": ({"extra_length": -5}, "65531 are announced"),
+STAYING: dict[str, tuple[dict[str, Any], str, bool]] = {
+    "503": ({"status": 503}, "The Hub refuses to serve org/base\nIt answers 503 Service Unavailable.", True),
+    "429": ({"status": 429, "retry_after": 0}, "The Hub asks for a pause", True),
+    "429 for long": ({"status": 429, "retry_after": 4000}, "The Hub asks for a pause", True),
+    "418": ({"status": 418}, "The Hub refuses to serve org/base\nIt answers 418", False),
+    "403": (
+        {"status": 403, "on": "resolve"},
+        "The Hub refuses to serve org/base\nIt answers 403 Forbidden",
+        False,
+    ),
+    "no answer": ({"drop": True}, "Cannot reach the Hub", True),
+    "cut": ({"cut_after": 0}, "Cannot reach the Hub", True),
+    "ranges ignored": ({"ignore_range": True}, "all of the file comes", False),
+    "too much": ({"extra_length": 5}, "65541 are announced", False),
+    "too little": ({"extra_length": -5}, "65531 are announced", False),
 }
 
 
 @pytest.mark.parametrize("fault", STAYING)
 def test_a_fault_that_stays_is_a_clear_error(shelf: HubServer, tmp_path: Path, fault: str) -> None:
-    what, message = STAYING[fault]
+    what, message, retryable = STAYING[fault]
     shelf.fail("org/base", **{"on": "content", "times": None, **what})
     with pytest.raises(CheckpointError) as caught:
         apply_delta("org/delta", tmp_path / "out")
     assert message in str(caught.value)
     assert caught.value.fix
+    assert isinstance(caught.value, HubError)
+    assert caught.value.retryable == retryable
     assert not (tmp_path / "out").exists()
 
 
@@ -509,8 +518,9 @@ def test_a_gated_repository_is_told_from_a_missing_one(
     for token in (None, hub.add_user("stranger")):
         if token:
             monkeypatch.setenv("HF_TOKEN", token)
-        with pytest.raises(CheckpointError, match="org/gated is gated") as caught:
+        with pytest.raises(HubError, match="org/gated is gated") as caught:
             open_checkpoint("org/gated")
+        assert not caught.value.retryable
         assert (
             caught.value.fix
             == f"Ask there: {hub.endpoint}/org/gated and log in with that account: hf auth login"
@@ -525,8 +535,9 @@ def test_a_private_or_missing_repository_cannot_be_found(
         if token:
             monkeypatch.setenv("HF_TOKEN", token)
         for name in ("org/private", "org/missing"):
-            with pytest.raises(CheckpointError, match=f"{name} cannot be found") as caught:
+            with pytest.raises(HubError, match=f"{name} cannot be found") as caught:
                 open_checkpoint(name)
+            assert not caught.value.retryable
             assert "hf auth login" in caught.value.fix
 
 
@@ -544,8 +555,9 @@ def test_who_has_access_reads_private_and_gated_repositories(
 def test_a_token_that_is_not_valid(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add_repo("org/base", {"a.safetensors": bytes(10)})
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(CheckpointError, match="does not accept your token") as caught:
+    with pytest.raises(HubError, match="does not accept your token") as caught:
         open_checkpoint("org/base")
+    assert not caught.value.retryable
     assert "hf auth login" in caught.value.fix
 
 
@@ -561,8 +573,9 @@ def test_a_revision_that_is_not_there(shelf: HubServer, tmp_path: Path) -> None:
 
 def test_a_hub_that_cannot_be_reached(hub: HubServer) -> None:
     hub.close()
-    with pytest.raises(CheckpointError, match="Cannot reach the Hub") as caught:
+    with pytest.raises(HubError, match="Cannot reach the Hub") as caught:
         open_checkpoint("org/base")
+    assert caught.value.retryable
     assert hub.endpoint in caught.value.why
 
 
@@ -931,3 +944,31 @@ def test_license_and_bom_read_no_weights(licensed: HubServer) -> None:
         assert "the policy" in done.stdout
         assert licensed.weight_bytes("org/delta") == 0
         assert not licensed.requests("org/base")
+
+
+def test_the_delta_whose_license_was_settled_is_the_one_that_is_applied(
+    shelf: HubServer, large: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its publisher commits another one, under another license, in between."""
+    terms = {"base_license": "llama3.1", "target_license": "llama3.1"}
+    make_delta("org/base", "org/target", tmp_path / "closed", **terms)  # type: ignore[arg-type]
+    settle = rules.unaccepted
+
+    def settle_and_move(*arguments: Any) -> Any:
+        found = settle(*arguments)
+        shelf.commit("org/delta", contents(tmp_path / "closed"))
+        return found
+
+    command = ["apply", "org/delta", "-o", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(rules, "unaccepted", settle_and_move)
+        done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    landed = tmp_path / "out" / ".deltaweights" / "licenses" / "NOTICE"
+    assert not landed.exists() or b"Llama" not in landed.read_bytes()
+    assert contents(tmp_path / "out") == contents(large.target)
+    assert len(shelf.requests("org/delta", kind="api")) == 1
+    shutil.rmtree(tmp_path / "out")
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 3
+    assert "llama3.1" in done.output

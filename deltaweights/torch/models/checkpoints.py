@@ -12,7 +12,6 @@ import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -244,7 +243,7 @@ class DeltaCheckpointer:
         partial = self.folder / _PARTIAL
         shutil.rmtree(partial, ignore_errors=True)
         before = self._source(parent.layout, parent.digests) if parent else self._open_base()
-        with closing(before), closing(self._source(layout)) as source:
+        with before, self._source(layout) as source:
             prints = {path: before.fingerprint(path) for path in before.sizes}
             manifest = make_delta(before, source, partial, **self._options)
         if parent is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ...checkpoint import TensorInfo, build_header
 from ...dtypes import DTYPES
-from ...errors import CheckpointError
-from ...storage import HubId, ReadableFile, Source, Span, file_blocks
+from ...storage import ReadableFile, Source, file_blocks
 from ..tensors import byte_view, code_of, settle, stored_shape
 
 #: The order of tensors in a file that safetensors writes: by dtype in this order, then by name.
@@ -31,20 +30,12 @@ class MemoryFile(ReadableFile):
     """Pieces of memory, one after the other, as a file."""
 
     def __init__(self, path: str, pieces: Iterable[_Piece]) -> None:
-        self.path = path
         self._pieces = [piece for piece in pieces if len(piece)]
-        self._starts: list[int] = []
-        self.size = 0
-        for piece in self._pieces:
-            self._starts.append(self.size)
-            self.size += len(piece)
+        *self._starts, size = accumulate(map(len, self._pieces), initial=0)
+        super().__init__(path, size)
 
-    def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
-        """Fill ``out`` (uint8) from byte ``offset`` on; from another device, only these bytes are copied."""
-        if offset + out.size > self.size:
-            raise CheckpointError(
-                f"{self.path} ends too early", f"It has {self.size} bytes; {offset + out.size} are needed."
-            )
+    def _read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
+        """From another device, only these bytes are copied."""
         done = 0
         while done < out.size:
             number = bisect_right(self._starts, offset + done) - 1
@@ -57,7 +48,7 @@ class MemoryFile(ReadableFile):
             done += len(part)
 
 
-class MemorySource:
+class MemorySource(Source):
     """Files in memory as a :class:`Source`.
 
     The tensors are not copied: what is read is what they hold at that time. So they must not change while a
@@ -77,10 +68,6 @@ class MemorySource:
         others: Source | None = None,
         digests: Mapping[str, str] | None = None,
     ) -> None:
-        self.where = "the state in memory"
-        self.root: Path | None = None
-        self.hub_id = HubId()
-        self.left_out: tuple[str, ...] = ()
         self._digests = dict(digests or {})
         self._mark = uuid.uuid4().hex
         self._files = {
@@ -94,7 +81,12 @@ class MemorySource:
         self._elsewhere -= set(self._files)
         sizes = {path: file.size for path, file in self._files.items()}
         sizes |= {path: others.sizes[path] for path in self._elsewhere} if others else {}
-        self.sizes: Mapping[str, int] = dict(sorted(sizes.items()))
+        super().__init__("the state in memory", dict(sorted(sizes.items())))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the files that are not in memory are."""
+        return bool(self._others and self._others.is_remote)
 
     def _other(self, path: str) -> Source | None:
         """Where the file comes from, if not from memory."""
@@ -128,18 +120,6 @@ class MemorySource:
     def fingerprint(self, path: str) -> str:
         """Another text for every source: nobody could tell whether memory was changed."""
         return f"{path}:{self._mark}"
-
-    def expect(self, spans: Iterable[Span]) -> AbstractContextManager[None]:
-        """Does nothing."""
-        return nullcontext()
-
-    def ranges(self, spans: Iterable[Span]) -> list[Span]:
-        """None."""
-        return []
-
-    def keep(self, paths: Iterable[str]) -> Iterator[int]:
-        """Does nothing."""
-        return iter(())
 
     def cancel(self) -> None:
         """End reads of files that come over a network."""

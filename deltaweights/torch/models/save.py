@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,6 +52,6 @@ def save_delta(
     """
     layout = lay_out(state, max_shard_size)
     with ExitStack() as opened:
-        others = None if files is None else opened.enter_context(closing(open_source(files)))
+        others = None if files is None else opened.enter_context(open_source(files))
         source = MemorySource(layout.shards, layout.files, others)
         return make_delta(base, source, out, **options)

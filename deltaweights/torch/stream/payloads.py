@@ -13,7 +13,7 @@ from ... import codec
 from ...checkpoint import Tensor, read_header
 from ...errors import BaseMismatchError, DeltaError, DeltaWeightsError, HeaderError
 from ...payload import Faults, StoredPayload
-from ...storage.source import LocalFile
+from ...storage.local import LocalFile
 from .records import StateRecord, damaged, tensor_digest
 from .state import StateTensor, plan_of
 

@@ -6,19 +6,22 @@ by a record's name that only one can create, or by a commit that has to follow t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ...errors import CheckpointError, OutputError
+from ...errors import CheckpointError, DeltaWeightsError, HubReadError, HubWriteError, OutputError
 from ...storage import HubSource, Location, OutputFolder, file_blocks, local_path
+from ...storage.hub_errors import is_passing_status
 from ...storage.hub_upload import Outgoing, find_branch, require_login, upload
-from ...storage.source import LocalFile
+from ...storage.local import LocalFile
 from .records import HEAD_NAME, MAX_HEAD_BYTES, StreamFile, damaged, number_of
 
 
@@ -156,6 +159,35 @@ def _temporary_folder() -> Iterator[OutputFolder]:
         yield folder
 
 
+#: What an error of a file system far away has for its number where the server is busy or out of reach.
+_PASSING_NUMBERS = {
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.EIO,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EHOSTUNREACH,
+}
+
+#: What else says so, by the names of Python's own errors, aiohttp's and botocore's: not all are OSErrors.
+_PASSING_NAMES = {
+    "ClientConnectionError",
+    "ClientPayloadError",
+    "ConnectionError",
+    "HTTPClientError",
+    "TimeoutError",
+}
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another attempt may go better: no connection, no answer, a busy or broken server."""
+    status = getattr(error, "status", getattr(error, "code", None))  # aiohttp's, or gcsfs's
+    if isinstance(status, int):
+        return is_passing_status(status)
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & _PASSING_NAMES) or getattr(error, "errno", None) in _PASSING_NUMBERS
+
+
 class UrlTransport:
     """A stream at any URL that fsspec reads and writes."""
 
@@ -174,13 +206,18 @@ class UrlTransport:
 
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:
-        """fsspec has no errors of its own; what its file systems raise are mostly kinds of OSError."""
+        """fsspec has no errors of its own: its file systems raise whatever their libraries do."""
         try:
             yield
+        except (DeltaWeightsError, CancelledError):
+            raise
         except FileNotFoundError as error:
             raise Gone from error
-        except OSError as error:
-            raise CheckpointError(f"Cannot reach {name} in {self.where}", f"{error}.") from error
+        except Exception as error:
+            retryable = _may_pass(error)
+            raise HubReadError(
+                f"Cannot reach {name} in {self.where}", f"{error}.", retryable=retryable
+            ) from error
 
     def head(self) -> bytes | None:
         self._system.invalidate_cache()
@@ -230,8 +267,9 @@ class UrlTransport:
                 self._system.rm_file(self._path(gone))
         except FileExistsError as error:
             raise other_writer(self.where) from error
-        except OSError as error:
-            raise OutputError(f"Cannot write to {self.where}", f"{error}.") from error
+        except Exception as error:
+            retryable = _may_pass(error)
+            raise HubWriteError(f"Cannot write to {self.where}", f"{error}.", retryable=retryable) from error
         finally:
             for payload in new.payloads:
                 (folder.root / payload).unlink(missing_ok=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from huggingface_hub import save_torch_model, save_torch_state_dict
@@ -16,21 +16,23 @@ from safetensors.torch import save, save_file
 from torch import nn
 
 from deltaweights import CheckpointError, apply_delta, make_delta
+from deltaweights.storage import open_source
 from deltaweights.torch import save_delta
 from deltaweights.torch.models.memory import MemorySource
 from deltaweights.torch.tensors import DTYPES, byte_view
 
 from ...checkpoints import contents
 from ...conftest import Trio
+from ...storage.contract import SourceContract, Subject
 from ..tiny_models import Tied, nudge, saved_state, tiny_mixtral, tiny_qwen2
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 SHAPES = st.lists(st.integers(0, 4), max_size=3)
 
 
-@given(st.dictionaries(NAMES, st.tuples(st.sampled_from(sorted(DTYPES)), SHAPES), max_size=12), st.data())
+@given(st.dictionaries(NAMES, st.tuples(st.sampled_from(sorted(DTYPES)), SHAPES), max_size=12))
 def test_files_in_memory_are_those_that_safetensors_writes(
-    described: dict[str, tuple[str, list[int]]], data: st.DataObject
+    described: dict[str, tuple[str, list[int]]],
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = {}
@@ -41,13 +43,36 @@ def test_files_in_memory_are_those_that_safetensors_writes(
     expected = save(tensors, {"format": "pt"})
     source = MemorySource({"m.safetensors": (tensors, {"format": "pt"})}, {})
     assert b"".join(source.blocks("m.safetensors")) == expected
-    start = data.draw(st.integers(0, len(expected)))
-    end = data.draw(st.integers(start, len(expected)))
-    out = np.empty(end - start, np.uint8)
-    source.open("m.safetensors").read_into(start, out)
-    assert out.tobytes() == expected[start:end]
-    with pytest.raises(CheckpointError, match="ends too early"):
-        source.open("m.safetensors").read_into(start + 1, np.empty(len(expected) - start, np.uint8))
+
+
+class TestMemory(SourceContract):
+    """A state's shards, files in memory, and files of a folder beside them."""
+
+    @pytest.fixture
+    def subject(self, tmp_path: Path) -> Iterator[Subject]:
+        (tmp_path / "others").mkdir()
+        (tmp_path / "others" / "vocab.txt").write_bytes(b"words\n" * 1000)
+        generator = torch.Generator().manual_seed(0)
+        values = torch.randn(700, 900, generator=generator)
+        tensors = {"a": values, "b": values[:3].to(torch.bfloat16), "empty": torch.zeros(0)}
+
+        def opened(tensors: dict[str, torch.Tensor]) -> MemorySource:
+            shards = {"m.safetensors": (tensors, {"format": "pt"})}
+            return MemorySource(shards, {"config.json": b"{}"}, open_source(tmp_path / "others"))
+
+        def changed(path: str) -> MemorySource:
+            assert path == "m.safetensors"
+            last = tensors["b"].clone()  # the narrowest elements come last
+            last.view(torch.uint8)[-1, -1] ^= 1
+            return opened(tensors | {"b": last})
+
+        files = {
+            "m.safetensors": save(tensors, {"format": "pt"}),
+            "config.json": b"{}",
+            "vocab.txt": b"words\n" * 1000,
+        }
+        with opened(tensors) as source:
+            yield Subject(source, files, changed)
 
 
 def test_bytes_of_one_element_are_had_whatever_its_stride() -> None:

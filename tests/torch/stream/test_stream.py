@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,12 +14,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 import torch
+from fsspec.exceptions import FSTimeoutError  # type: ignore[import-untyped]
+from fsspec.implementations.memory import MemoryFileSystem  # type: ignore[import-untyped]
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -29,6 +32,7 @@ from deltaweights import (
     CheckpointError,
     DeltaError,
     DeltaWeightsError,
+    HubError,
     OutputError,
     codec,
     payload,
@@ -684,6 +688,123 @@ def test_a_publication_that_came_through_though_its_answer_was_lost_counts(
         publisher.publish(2, model)
     assert DeltaSubscriber("hf://org/stream").sync(engine).step == 2
     assert bits(engine) == bits(model)
+
+
+def sync_patiently(subscriber: DeltaSubscriber, model: State | nn.Module) -> tuple[SyncReport, int]:
+    """As the docstring of :class:`HubError` says, without the pauses; and how often it had to."""
+    attempts = 0
+    while True:
+        try:
+            return subscriber.sync(model), attempts
+        except HubError as error:
+            if not error.retryable:
+                raise
+            attempts += 1
+
+
+FAULTS: list[dict[str, Any]] = [
+    {"on": "api", "status": 503},
+    {"on": "api", "status": 429, "retry_after": 0},
+    {"on": "resolve", "status": 500},
+    {"on": "content", "drop": True},
+    {"on": "content", "cut_after": 0},
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_what_passes_on_the_hub_is_told_from_what_stays(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, fault: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(hub_client, "RETRY_DELAYS", ())
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("org"))
+    model, engine = Net(), Net()
+    with DeltaPublisher("hf://org/stream", model) as publisher:
+        train(model, 1)
+        publisher.publish(1, model)
+    subscriber = DeltaSubscriber("hf://org/stream")
+    hub.fail("org/stream", **fault, times=3)
+    report, attempts = sync_patiently(subscriber, engine)
+    assert (report.step, attempts) == (1, 3)
+    assert bits(engine) == bits(model)
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("stranger"))
+    with pytest.raises(HubError, match="cannot be found"):
+        sync_patiently(subscriber, engine)
+    hub.repos["org/stream"].private, hub.repos["org/stream"].gated = False, "manual"
+    with pytest.raises(CheckpointError, match="is gated"):
+        sync_patiently(subscriber, engine)
+
+
+def test_what_passes_while_a_publisher_writes_is_retryable(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_client, "RETRY_DELAYS", ())
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("org"))
+    model = Net()
+    with DeltaPublisher("hf://org/stream", model) as publisher:
+        train(model, 1)
+        hub.fail("org/stream", path="/commit/main", status=503)
+        with pytest.raises(HubError, match="503") as caught:
+            publisher.publish(1, model)
+        assert caught.value.retryable
+        assert isinstance(caught.value, OutputError)
+        publisher.publish(1, model)
+    monkeypatch.setenv("HF_TOKEN", "")
+    with pytest.raises(HubError, match="not logged in") as caught, DeltaPublisher("hf://org/other", model):
+        pass
+    assert not caught.value.retryable
+
+
+class UnreliableFileSystem(MemoryFileSystem):  # type: ignore[misc]
+    """Memory behind a network that has its days: each error of the list comes once."""
+
+    protocol = "unreliable"
+    store: ClassVar[dict[str, Any]] = {}
+    errors: ClassVar[list[Exception]] = []
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        if self.errors:
+            raise self.errors.pop()
+        data: bytes = super().cat_file(path, start, end, **options)
+        return data
+
+
+class ClientConnectionError(Exception):
+    """As aiohttp calls it."""
+
+
+class HttpError(Exception):
+    """As gcsfs calls it."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"{code}")
+        self.code = code
+
+
+def test_what_passes_at_a_url_is_told_from_what_stays(tmp_path: Path) -> None:
+    fsspec.register_implementation("unreliable", UnreliableFileSystem, clobber=True)
+    place = f"unreliable://{tmp_path.name}"
+    model, engine = Net(), Net()
+    with DeltaPublisher(place, model) as publisher:
+        train(model, 1)
+        publisher.publish(1, model)
+    subscriber = DeltaSubscriber(place)
+    UnreliableFileSystem.errors += [
+        ConnectionResetError("reset"),
+        TimeoutError("late"),
+        FSTimeoutError(),
+        OSError(errno.EBUSY, "SlowDown"),
+        OSError(errno.ENETUNREACH, "no route"),
+        ClientConnectionError("gone"),
+        HttpError(503),
+    ]
+    report, attempts = sync_patiently(subscriber, engine)
+    assert (report.step, attempts) == (1, 7)
+    for error in (PermissionError("no"), OSError(errno.EINVAL, "odd"), HttpError(403), ValueError("odd")):
+        UnreliableFileSystem.errors.append(error)
+        with pytest.raises(HubError, match="Cannot reach head") as caught:
+            sync_patiently(subscriber, engine)
+        assert isinstance(caught.value, CheckpointError)
+        assert caught.value.__cause__ is error
 
 
 _PUBLISH_FOR_EVER = """
