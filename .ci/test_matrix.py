@@ -22,11 +22,10 @@ RESOLUTIONS = ("lowest-direct", "highest")
 #: What meets other libraries. The rest of the suite is about our own code and files, and would take hours
 #: here.
 TESTS = (
-    *("codec/test_chunks.py", "codec/test_compiled.py", "test_bom.py", "test_card.py", "test_checkpoint.py"),
-    *("test_cli.py", "test_convert.py", "test_diff.py", "test_documents.py", "test_fixtures.py"),
-    *("test_header.py", "test_house.py", "test_hub.py", "test_hub_server.py", "test_install.py"),
-    *("test_license.py", "test_manifest.py", "test_plan.py", "test_push.py", "test_roundtrip.py"),
-    *("test_summary.py", "test_target.py"),
+    *("checkpoint", "cli", "codec/test_chunks.py", "codec/test_compiled.py", "codec/test_convert.py"),
+    *("delta/test_target.py", "license", "storage/test_hub.py", "storage/test_hub_server.py"),
+    *("test_diff.py", "test_documents.py", "test_fixtures.py", "test_house.py", "test_inspect.py"),
+    *("test_install.py", "test_manifest.py", "test_plan.py", "test_push.py", "test_roundtrip.py"),
 )
 
 _UV = str(Path(sys.executable).with_name("uv"))

@@ -22,7 +22,6 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .compact import compact_deltas
-    from .delta.chain import open_chain
     from .delta.target import Target, TensorView, open_target
     from .diff import make_delta
     from .manifest import Manifest
@@ -55,7 +54,6 @@ __all__ = [
     "apply_delta",
     "compact_deltas",
     "make_delta",
-    "open_chain",
     "open_target",
     "plan_apply",
     "push_delta",
@@ -75,7 +73,6 @@ _LAZY = {
     "apply_delta": "patch",
     "compact_deltas": "compact",
     "make_delta": "diff",
-    "open_chain": "delta.chain",
     "open_target": "delta.target",
     "plan_apply": "plan",
     "push_delta": "push",

@@ -9,7 +9,7 @@ from contextlib import closing
 from datetime import datetime, timezone
 from typing import Literal, TypeAlias
 
-from .delta.target import read_manifest
+from .delta.opening import read_manifest
 from .errors import DeltaWeightsError
 from .license.bom.facts import Facts, read_facts
 from .storage import Location, open_source

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from .checkpoint import Checkpoint, Tensor
-from .delta.chain import RebuiltSource, links, open_chain
-from .delta.target import Target
+from .delta.chain import links, open_recipe
+from .delta.rebuilt import RebuiltSource
+from .delta.target_recipe import TargetRecipe
 from .diff import CheckpointFacts, check_chunk_bytes, check_place, write_delta
 from .errors import CheckpointError
 from .license import cards
@@ -55,7 +56,7 @@ def compact_deltas(
         ValueError: ``chunk_bytes`` is out of range.
     """
     check_chunk_bytes(chunk_bytes)
-    with open_chain(deltas, base) as target:
+    with open_recipe(deltas, base) as target:
         first = links(target)[0]
         old = first.base
         if old is None:
@@ -86,7 +87,10 @@ def compact_deltas(
 
 
 def _side(
-    side: Literal["base", "target"], record: BaseRecord | TargetRecord, link: Target, checkpoint: Checkpoint
+    side: Literal["base", "target"],
+    record: BaseRecord | TargetRecord,
+    link: TargetRecipe,
+    checkpoint: Checkpoint,
 ) -> CheckpointFacts:
     """What the manifest of ``link`` says of one side, license texts included."""
     wanted = {file.path for file in record.license.files}
@@ -100,7 +104,7 @@ def _side(
     return CheckpointFacts(record.repo_id, record.revision, license, files)
 
 
-def _trace(target: Target, old: Checkpoint, new: Checkpoint) -> list[Match]:
+def _trace(target: TargetRecipe, old: Checkpoint, new: Checkpoint) -> list[Match]:
     """The base tensor of every tensor of the target: the one that the deltas lead to, whatever its name; else
     one of the same name."""
     views = links(target)
@@ -113,7 +117,7 @@ def _trace(target: Target, old: Checkpoint, new: Checkpoint) -> list[Match]:
     return traced
 
 
-def _checksums(target: Target, tensor: Tensor) -> bytes:
+def _checksums(target: TargetRecipe, tensor: Tensor) -> bytes:
     """The checksums of the tensor's chunks, which the last delta holds: what has no duplicate need not be
     decoded to know that. (Equal tensors of which parts are shared may be cut otherwise, and are missed.)"""
     records, _ = target.shard(tensor.shard.path).tensors[tensor.info.name].table

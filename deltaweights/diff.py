@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, pairwise
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from . import codec
 from ._version import __version__
-from .checkpoint import MAX_HEADER_BYTES, Checkpoint, Shard, Tensor, open_checkpoint
-from .delta.target import read_manifest, shard_header, shard_metadata
+from .checkpoint import Checkpoint, Shard, Tensor, open_checkpoint
+from .delta.opening import read_manifest
+from .delta.writer import DeltaWriter
 from .errors import BaseMismatchError, CheckpointError, DeltaError, DeltaWeightsError, OutputError
 from .license import cards, rules
 from .manifest import (
@@ -31,7 +32,6 @@ from .manifest import (
     MAX_CHUNK_BYTES,
     BaseRecord,
     BaseTensor,
-    DeltaLicense,
     FileRecord,
     Manifest,
     RepoId,
@@ -46,30 +46,20 @@ from .manifest import (
 )
 from .match.duplicates import find_duplicates
 from .match.names import Match, RenameRule, match_tensors
-from .payload import CHUNK_BYTES, ChunkPlan
+from .payload import CHUNK_BYTES, ChunkPlan, CodedChunk, WrittenPayload, encode_row
 from .storage import (
     HubId,
     LocalSource,
     Location,
     OutputFolder,
-    PartialFile,
     Readable,
-    Source,
     Span,
     is_same,
     is_within,
     local_path,
     origins,
-    sha256_of,
-    spelling,
 )
-from .workers import Buffers, Meter, ProgressCallback, Workers, batches, result_of
-
-#: Compressing a file pays if it saves this share of it; small ones stay readable on the Hub.
-_WORTH_COMPRESSING = 64 << 10
-_WORTH_SAVING = 0.9
-#: Payloads are written so many bytes at a time, or more: each write has a thread wait for Python's lock.
-_WRITE_BYTES = 1 << 20
+from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches, result_of
 
 
 def make_delta(
@@ -192,12 +182,14 @@ def write_delta(
     with Workers(threads) as workers, OutputFolder(local_path(delta)) as folder:
         for source in (old.source, new.source):
             workers.at_stop(source.cancel)
-        writer = _DeltaWriter(old, new, folder, workers, chunk_bytes, rename, progress)
+        meter = Meter(progress, "diff", sum(new.source.sizes.values()))
+        writer = DeltaWriter(folder, new.source, _inputs(old, new, chunk_bytes, rename), workers, meter)
         texts = [*base.license.texts, *target.license.texts, rules.NOTICE_NAME]
-        folder.require_distinct([cards.CARD_NAME, MANIFEST_NAME, *texts, *writer.names()])
+        folder.require_distinct([cards.CARD_NAME, MANIFEST_NAME, *texts, *writer.names(new.other_files)])
         _check_vacant(folder, force)
         matches = find_duplicates(new, matches, chunk_bytes, workers, glance)
-        base_files, target_files, entries = writer.write_files(matches, base.files)
+        encoder = _Encoder(old, new, writer, workers, chunk_bytes, meter)
+        base_files, target_files, entries = encoder.write_files(matches, base.files)
         base_record = BaseRecord(base.repo_id, base.revision, base.license.license, base_files)
         target_record = TargetRecord(
             target.repo_id, target.revision, target.license.license, target_files, new.source.left_out
@@ -213,6 +205,13 @@ def write_delta(
         )
         writer.write_manifest(manifest)
         return manifest
+
+
+def _inputs(old: Checkpoint, new: Checkpoint, chunk_bytes: int, rename: Sequence[RenameRule]) -> str:
+    """A text that differs whenever a delta would be made from something else, or in another way."""
+    inputs = [source.fingerprint(path) for source in (old.source, new.source) for path in source.sizes]
+    inputs += [__version__, str(chunk_bytes), *(f"{p}={r}" for p, r in rename)]
+    return hashlib.sha256("\n".join(inputs).encode(errors="backslashreplace")).hexdigest()
 
 
 def _revision(found: HubId, repo_id: str | None) -> str | None:
@@ -279,14 +278,6 @@ def _removed(old: Checkpoint, matches: Iterable[Match]) -> list[TensorEntry]:
     ]
 
 
-class _Coded(NamedTuple):
-    """One chunk, encoded: its record, its data, and how many elements changed."""
-
-    record: tuple[int, int, int, int]
-    data: bytes
-    changed: int
-
-
 class _Row(NamedTuple):
     """Chunks ``first`` to ``end - 1`` of a tensor, to be encoded."""
 
@@ -310,62 +301,37 @@ class _Row(NamedTuple):
         """How many of the base's bytes that are."""
         if not self.match.base or not self.has_base:
             return 0
-        return codec.rescale(self.nbytes, self.match.target.info.dtype, self.match.base.info.dtype)
+        return codec.rescale(self.nbytes, self.match.target.dtype, self.match.base.dtype)
 
 
 class _Batch(NamedTuple):
     """Encoded chunks, and the bytes of target and base as they were read."""
 
-    chunks: list[_Coded]
+    chunks: list[CodedChunk]
     target: NDArray[np.uint8]
     base: NDArray[np.uint8]
 
 
-@dataclass(frozen=True, slots=True)
-class _Finished:
-    """A delta shard that is done, for a run after an interruption. ``inputs`` tells what it was made of."""
-
-    inputs: str
-    file: FileRecord
-    target: TargetFile
-    entries: tuple[TensorEntry, ...]
-
-
-class _DeltaWriter:
-    """Writes the parts of one delta and keeps the record of its files."""
+class _Encoder:
+    """Encodes a target's shards into a delta's, and hashes both sides on the way."""
 
     def __init__(
         self,
         old: Checkpoint,
         new: Checkpoint,
-        folder: OutputFolder,
+        writer: DeltaWriter,
         workers: Workers,
         chunk_bytes: int,
-        rename: Sequence[RenameRule],
-        progress: ProgressCallback | None,
+        meter: Meter,
     ) -> None:
-        self.files: list[FileRecord] = []
         self._passing: dict[str, Shard] = {}  # the base's shards that are hashed while shards are written
         self._passed: dict[str, str] = {}  # their SHA-256
         self._old = old
         self._new = new
-        self._folder = folder
+        self._writer = writer
         self._workers = workers
         self._chunk_bytes = chunk_bytes
-        inputs = [source.fingerprint(path) for source in (old.source, new.source) for path in source.sizes]
-        inputs += [__version__, str(chunk_bytes), *(f"{p}={r}" for p, r in rename)]
-        self._inputs = hashlib.sha256("\n".join(inputs).encode(errors="backslashreplace")).hexdigest()
-        self._meter = Meter(progress, "diff", sum(new.source.sizes.values()))
-        self._taken = set[str]()  # the spellings of the target's files, and of their folders
-        for path in map(PurePosixPath, new.source.sizes):
-            self._taken |= {spelling(str(place)) for place in (path, *path.parents)}
-
-    def names(self) -> Iterator[str]:
-        """What the files of the target that are no shards may be called in the delta."""
-        for path in self._new.other_files:
-            yield f"files/{path}"
-            if self._may_be_compressed(path):
-                yield f"files/{path}.zst"
+        self._meter = meter
 
     def write_files(
         self, matches: Sequence[Match], known: Sequence[FileRecord] = ()
@@ -373,11 +339,11 @@ class _DeltaWriter:
         """All but licenses and manifest. Returns the base's files, the target's files, and its tensors.
 
         Args:
-            known: the base's files, if somebody has told.
+            known: the base's files, where they are known from elsewhere.
         """
         by_shard: dict[str, list[Match]] = {path: [] for path in self._new.shards}
         for match in matches:
-            by_shard[match.target.shard.path].append(match)
+            by_shard[match.target.path].append(match)
         self._passing = _read_in_order(by_shard, self._old)
         with ThreadPoolExecutor(1) as aside:
             try:
@@ -386,7 +352,7 @@ class _DeltaWriter:
                 shards, entries = self._write_shards(by_shard)
                 digests = result_of(digesting)
                 base_files = self._base_records(digests, known)
-                others = self._write_other_files(base_files)
+                others = self._writer.write_other_files(self._new.other_files, base_files)
             except BaseException:
                 self._workers.stop()
                 raise
@@ -397,7 +363,7 @@ class _DeltaWriter:
         """The SHA-256 of the base's files, but for those that pass while shards are written."""
         source = self._old.source
         passing = {shard.path for shard in self._passing.values()}
-        return {path: self._digest(source, path) for path in source.sizes if path not in passing}
+        return {path: self._writer.digest(source, path) for path in source.sizes if path not in passing}
 
     def _base_records(
         self, digests: Mapping[str, str], known: Sequence[FileRecord]
@@ -418,15 +384,6 @@ class _DeltaWriter:
             )
         return tuple(known)
 
-    def _digest(self, source: Source, path: str, meter: Meter | None = None) -> str:
-        """The SHA-256 of a file: the one that the Hub publishes, or else that of its bytes."""
-        published = source.published_sha256(path)
-        if published is None:
-            return sha256_of(self._workers.watch(source.blocks(path), meter))
-        if meter:
-            meter.add(source.sizes[path])
-        return published
-
     def _write_shards(
         self, by_shard: Mapping[str, list[Match]]
     ) -> tuple[list[TargetFile], list[TensorEntry]]:
@@ -436,55 +393,38 @@ class _DeltaWriter:
         written = self._workers.each(self._write_shard, zip(by_shard.items(), names, strict=True))
         return [file for file, _ in written], [entry for _, entries in written for entry in entries]
 
-    def _write_shard(self, job: tuple[tuple[str, list[Match]], str]) -> tuple[TargetFile, list[TensorEntry]]:
+    def _write_shard(
+        self, lane: Lane, job: tuple[tuple[str, list[Match]], str]
+    ) -> tuple[TargetFile, list[TensorEntry]]:
         (path, matches), name = job
         base = self._passing.get(path)
-        if done := self._finished_before(name):
-            self.files.append(done.file)
+        if done := self._writer.finished_before(name):
             self._meter.add(done.target.size)
             if base:
-                self._passed[base.path] = self._digest(self._old.source, base.path)
+                self._passed[base.path] = self._writer.digest(self._old.source, base.path)
             return done.target, list(done.entries)
-        shard = self._new.shards[path]
-        digests = _Digests(shard, base, self._workers)
-        with self._folder.create(name) as file:
-            metadata = shard_metadata(shard)
-            room = _header_room(self._plans(matches), metadata)
-            if room > MAX_HEADER_BYTES:
-                raise CheckpointError(
-                    f"{path} cannot be part of a delta",
-                    f"With its header, the delta shard's would have {room} bytes; the format's limit is "
-                    f"{MAX_HEADER_BYTES}.",
-                    "Save the target in smaller shards.",
-                )
-            entries, position = [], 0
-            with self._expect(matches), closing(self._encode_all(matches, digests)) as chunks:
-                for match, plan in zip(matches, self._plans(matches), strict=True):
-                    coded = islice(chunks, plan.count)
-                    length, changed, is_same = 0, 0, False
+        shard, plans, entries = self._new.shards[path], self._plans(matches), []
+        digests = _Digests(shard, base, lane)
+        with self._writer.shard(name, shard, plans) as output:
+            with self._expect(matches), closing(self._encode_all(lane, matches, digests)) as chunks:
+                for match, plan in zip(matches, plans, strict=True):
+                    coded, written = islice(chunks, plan.count), None
                     if match.like:
                         deque(coded, 0)  # a duplicate's bytes are hashed, no more
                     else:
-                        length, changed, is_same = self._write_payload(file, room + position, plan, coded)
-                    entries.append(_entry(match, is_same, changed, length, self._old))
-                    position += length
+                        written = output.payloads.write(plan, coded)
+                    entries.append(_entry(match, written, self._old))
             if self._new.source.published_sha256(path) not in (None, digests.target):
                 raise CheckpointError(
                     f"{self._new.source.name(path)} was damaged on the way",
                     f"What came has SHA-256 {digests.target}, which is not the one that is published.",
                     "Run the same command again.",
                 )
-            header = shard_header(position, metadata, room)
-            assert len(header) == room
-            file.write_at(0, header)
-            stored = self._finish(file)
+            target = output.finish(digests.target, entries)
         self._meter.add(shard.header.data_start)
         if base:
             self._passed[base.path] = digests.base
-        record = TargetFile(path, shard.file.size, digests.target, "tensors", name)
-        finished = _Finished(self._inputs, stored, record, tuple(entries))
-        self._folder.remember(name, msgspec.json.encode(finished))
-        return record, entries
+        return target, entries
 
     @contextmanager
     def _expect(self, matches: Sequence[Match]) -> Iterator[None]:
@@ -493,23 +433,15 @@ class _DeltaWriter:
         with self._old.source.expect(_base_spans(matches)), self._new.source.expect(targets):
             yield
 
-    def _finished_before(self, name: str) -> _Finished | None:
-        """What an interrupted run made of the delta shard ``name``, if it was from the same inputs."""
-        try:
-            done = msgspec.json.decode(self._folder.recall(name), type=_Finished)
-        except msgspec.MsgspecError:
-            return None
-        if done.inputs != self._inputs or not self._folder.is_regular(name):
-            return None
-        return done if sha256_of(self._folder.blocks(name)) == done.file.sha256 else None
-
     def _plans(self, matches: Sequence[Match]) -> list[ChunkPlan]:
         return [ChunkPlan(m.target.info.nbytes, m.shared_bytes, self._chunk_bytes) for m in matches]
 
-    def _encode_all(self, matches: Sequence[Match], digests: _Digests) -> Generator[_Coded, None, None]:
+    def _encode_all(
+        self, lane: Lane, matches: Sequence[Match], digests: _Digests
+    ) -> Generator[CodedChunk, None, None]:
         """The chunks of all tensors, in order: while one tensor is written, the next ones are encoded. What
         was read for them is hashed."""
-        at_once = self._workers.batch_bytes
+        at_once = lane.batch_bytes
         buffers = Buffers(at_once)
         rows = (
             _Row(match, plan, first, end)
@@ -517,123 +449,26 @@ class _DeltaWriter:
             for first, end in plan.rows(at_once)
         )
         encode = partial(_encode, buffers=buffers)
-        for batch in self._workers.map(encode, batches(rows, at_once, lambda row: row.nbytes)):
+        for batch in lane.map(encode, batches(rows, at_once, lambda row: row.nbytes)):
             digests.update(batch, buffers)
             self._meter.add(batch.target.nbytes)
             yield from batch.chunks
-
-    @staticmethod
-    def _write_payload(
-        file: PartialFile, offset: int, plan: ChunkPlan, chunks: Iterable[_Coded]
-    ) -> tuple[int, int, bool]:
-        """Write one tensor's chunks to ``offset``. Returns the payload's length, how many elements changed,
-        and whether all bytes are the base's."""
-        records = np.zeros(plan.count, codec.RECORD)
-        position, changed = records.nbytes, 0
-        unwritten, size = list[bytes](), 0
-        for index, coded in enumerate(chunks):
-            for key, value in zip(("method", "length", "base", "target"), coded.record, strict=True):
-                records[key][index] = value
-            changed += coded.changed
-            unwritten.append(coded.data)
-            size += len(coded.data)
-            if size >= _WRITE_BYTES or index + 1 == plan.count:
-                file.write_at(offset + position, *unwritten)
-                position += size
-                unwritten, size = [], 0
-        file.write_at(offset, records.tobytes())
-        is_same = plan.shared == plan.nbytes and not records["method"].any()
-        return position, changed, is_same
-
-    def _write_other_files(self, base_files: Sequence[FileRecord]) -> list[TargetFile]:
-        """Store every file that is not a shard: by reference where the base has the same bytes."""
-        in_base = {(record.size, record.sha256): record.path for record in reversed(base_files)}
-        written = []
-        for path in self._new.other_files:
-            size = self._new.source.sizes[path]
-            digest = self._digest(self._new.source, path, self._meter)
-            source = in_base.get((size, digest))
-            if source is not None:
-                written.append(TargetFile(path, size, digest, "base", source))
-            else:
-                written.append(self._store(path, size, digest))
-        return written
-
-    def _store(self, path: str, size: int, digest: str) -> TargetFile:
-        """Copy one file into the delta, compressed if that is worth it."""
-        stored = f"files/{path}"
-        if size >= _WORTH_COMPRESSING and self._may_be_compressed(path):
-            level = 9 if size < (64 << 20) else 3
-            blocks = codec.compress_blocks(self._new.source.blocks(path), level)
-            if self._write_blocks(f"{stored}.zst", blocks, limit=int(size * _WORTH_SAVING)):
-                return TargetFile(path, size, digest, "zstd", f"{stored}.zst")
-        self._write_blocks(stored, self._new.source.blocks(path))
-        return TargetFile(path, size, digest, "verbatim", stored)
-
-    def _may_be_compressed(self, path: str) -> bool:
-        """Whether ``path`` with .zst is a name of its own: no other file's or folder's, on any file system,
-        and not too long."""
-        packed = f"{path}.zst"
-        return spelling(packed) not in self._taken and is_safe_path(packed)
-
-    def write_licenses(
-        self, base: BaseRecord, target: TargetRecord, old: cards.LicenseTexts, new: cards.LicenseTexts
-    ) -> DeltaLicense | msgspec.UnsetType:
-        """Copy both sides' license texts into the delta, and write its NOTICE."""
-        for path, content in (old.texts | new.texts).items():
-            self._write_blocks(path, [content])
-        whole = rules.combine(base, target, old.conflicts + new.conflicts, new.base_models)
-        if whole is None:
-            return msgspec.UNSET
-        self._write_blocks(rules.NOTICE_NAME, [rules.notice_text(base, target)])
-        return whole
-
-    def write_manifest(self, manifest: Manifest) -> None:
-        """The model card and, last of all, the manifest: with it the delta is whole."""
-        self._folder.remove_claims(keep=[file.path for file in manifest.files])
-        self._folder.claim([cards.CARD_NAME, MANIFEST_NAME])
-        for path, content in (
-            (cards.CARD_NAME, cards.write_card(manifest)),
-            (MANIFEST_NAME, Manifest.from_json(manifest.to_json()).to_json()),  # checked as a reader would
-        ):
-            with self._folder.create(path) as file:
-                file.write_at(0, content)
-                file.commit()
-
-    def _write_blocks(self, path: str, blocks: Iterable[bytes], limit: float = float("inf")) -> bool:
-        """Write a file of the delta, unless it grows beyond ``limit`` bytes. Returns whether it stands."""
-        with self._folder.create(path) as file:
-            position = 0
-            for block in self._workers.watch(blocks):
-                if position + len(block) > limit:
-                    return False
-                file.write_at(position, block)
-                position += len(block)
-            self._finish(file)
-        return True
-
-    def _finish(self, file: PartialFile) -> FileRecord:
-        record = FileRecord(file.path, *file.digest())
-        self._folder.claim([file.path])
-        file.commit()
-        self.files.append(record)
-        return record
 
 
 class _Digests:
     """SHA-256 of a target's shard, and of the base's shard that is read along with it, if there is one."""
 
-    def __init__(self, shard: Shard, base: Shard | None, workers: Workers) -> None:
+    def __init__(self, shard: Shard, base: Shard | None, lane: Lane) -> None:
         self._target = hashlib.sha256(shard.header.raw)
         self._base = hashlib.sha256(base.header.raw) if base else None
-        self._workers = workers
+        self._lane = lane
         self._unfinished: tuple[Callable[[], None], ...] = ()  # the base's hash is taken meanwhile
 
     def update(self, batch: _Batch, buffers: Buffers) -> None:
         """Take in what was read next, and give its memory to ``buffers``."""
         self._finish()
         if self._base and batch.base.size:
-            hashed = self._workers.aside(partial(self._base.update, batch.base.data))
+            hashed = self._lane.aside(partial(self._base.update, batch.base.data))
             self._unfinished = hashed, partial(buffers.give, batch.base)
         else:
             buffers.give(batch.base)
@@ -685,7 +520,7 @@ def _encode(rows: list[_Row], buffers: Buffers) -> _Batch:
     """Read and encode some rows of chunks."""
     target = buffers.take(sum(row.nbytes for row in rows))
     base = buffers.take(sum(row.base_bytes for row in rows))
-    chunks: list[_Coded] = []
+    chunks: list[CodedChunk] = []
     position = base_position = 0
     for row in rows:
         new = target[position : position + row.nbytes]
@@ -695,40 +530,20 @@ def _encode(rows: list[_Row], buffers: Buffers) -> _Batch:
     return _Batch(chunks, target, base)
 
 
-def _encode_row(row: _Row, target: NDArray[np.uint8], read: NDArray[np.uint8]) -> list[_Coded]:
+def _encode_row(row: _Row, target: NDArray[np.uint8], base: NDArray[np.uint8]) -> list[CodedChunk]:
     """Read a row's bytes of target and base, and encode its chunks; what another tensor stands for is only
     read."""
-    match, dtype = row.match, row.match.target.info.dtype
-    source, origin = dtype, row.plan.span(row.first)[0]
+    match, origin = row.match, row.plan.span(row.first)[0]
+    dtype, source = match.target.dtype, match.base.dtype if match.base else None
     match.target.read_into(origin, target)
     if match.base and row.has_base:
-        source = match.base.info.dtype
-        match.base.read_into(codec.rescale(origin, dtype, source), read)
+        match.base.read_into(codec.rescale(origin, dtype, match.base.dtype), base)
     if match.like:
-        return [_Coded((0, 0, 0, 0), b"", 0)] * (row.end - row.first)
-    spans = [slice(*(place - origin for place in row.plan.span(i))) for i in range(row.first, row.end)]
-    if not row.has_base:
-        return [_encode_alone(target[span], dtype) for span in spans]
-    base = codec.convert(read, source, dtype)
-    compared = codec.compare_row(base, target, dtype, row.plan.chunk_bytes)
-    sums = compared.base.tolist()
-    if source != dtype:
-        ends = [codec.rescale(span.stop, dtype, source) for span in spans]
-        sums = [codec.checksum(part) for part in np.split(read, ends[:-1])]
-    coded = []
-    for span, base_sum, target_sum, changed in zip(spans, sums, *compared[1:], strict=True):
-        method, data = codec.encode_chunk(base[span], target[span], dtype, changed=int(changed))
-        coded.append(_Coded((method, len(data), base_sum, int(target_sum)), data, int(changed)))
-    return coded
+        return [CodedChunk(0, 0, 0, b"", 0)] * (row.end - row.first)
+    return encode_row(target, base if row.has_base else None, dtype, row.plan.chunk_bytes, base_dtype=source)
 
 
-def _encode_alone(target: NDArray[np.uint8], dtype: str) -> _Coded:
-    """Encode a chunk that has no base."""
-    method, data = codec.encode_chunk(None, target, dtype)
-    return _Coded((method, len(data), 0, codec.checksum(target)), data, 0)
-
-
-def _entry(match: Match, is_same: bool, changed: int, payload_bytes: int, old: Checkpoint) -> TensorEntry:
+def _entry(match: Match, written: WrittenPayload | None, old: Checkpoint) -> TensorEntry:
     new = match.target.info
     reference = None
     if match.base and match.shared_bytes:
@@ -740,16 +555,16 @@ def _entry(match: Match, is_same: bool, changed: int, payload_bytes: int, old: C
         file=match.target.shard.path,
         dtype=new.dtype,
         shape=new.shape,
-        status=_status(match, is_same),
+        status=_status(match, written),
         base=reference,
         shared_bytes=match.shared_bytes,
-        changed=changed,
-        payload_bytes=payload_bytes,
+        changed=written.changed if written else 0,
+        payload_bytes=written.nbytes if written else 0,
         like=TargetTensor(match.like.info.name, match.like.shard.path) if match.like else msgspec.UNSET,
     )
 
 
-def _status(match: Match, is_same: bool) -> Status:
+def _status(match: Match, written: WrittenPayload | None) -> Status:
     if match.like:
         return "duplicate"
     if match.base is None:
@@ -760,9 +575,4 @@ def _status(match: Match, is_same: bool) -> Status:
         return "renamed"
     if not match.shared_bytes and match.target.info.nbytes:
         return "changed"  # a dtype without a rule to convert
-    return "same" if is_same else "changed"
-
-
-def _header_room(plans: Iterable[ChunkPlan], metadata: dict[str, str]) -> int:
-    """Bytes that the delta shard's header may need: its payloads' size is known only after it."""
-    return len(shard_header(sum(p.nbytes + p.count * codec.RECORD.itemsize for p in plans), metadata))
+    return "same" if written and written.is_same else "changed"

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from . import codec
-from .delta.target import read_manifest
+from .delta.opening import read_manifest
 from .errors import DeltaError
 from .license import rules
 from .manifest import STATUSES, Manifest, TensorEntry

@@ -7,7 +7,6 @@ meaning of every field; everything in a manifest is untrusted until :meth:`Manif
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,8 @@ from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
-from .errors import FormatVersionError, ManifestError
+from . import canonical
+from .errors import ManifestError
 
 MANIFEST_NAME = "deltaweights.json"
 FORMAT_VERSION = 1
@@ -185,9 +185,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Canonical JSON: UTF-8, keys sorted, no white space, one line feed at the end."""
-        return _encode(
-            replace(self, checksum=hashlib.sha256(_encode(replace(self, checksum=""))).hexdigest())
-        )
+        return canonical.encode(replace(self, checksum=canonical.digest(replace(self, checksum=""))))
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:
@@ -197,41 +195,12 @@ class Manifest:
             FormatVersionError: its format version is not known here.
             ManifestError: it is damaged, not canonical, or contradicts itself.
         """
-        _check_version(data)
-        try:
-            manifest = msgspec.json.decode(data, type=cls)
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-            raise _damaged(f"{error}") from error
-        if manifest.to_json() != data:
-            raise _damaged("Its checksum is wrong, or its JSON is not in canonical form")
+        manifest = canonical.decode(data, cls, _FORMAT, _damaged, cls.to_json)
         _validate(manifest)
         return manifest
 
 
-class _Version(msgspec.Struct):
-    format: str
-    format_version: int
-
-
-def _check_version(data: bytes) -> None:
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise _damaged(f"It has {len(data)} bytes, more than any manifest")
-    try:
-        version = msgspec.json.decode(data, type=_Version)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise _damaged(f"{error}") from error
-    if version.format != "deltaweights":
-        raise _damaged(f"Its format is {version.format!r}")
-    if version.format_version != FORMAT_VERSION:
-        raise FormatVersionError(
-            f"This delta has format version {version.format_version}",
-            f"This version of deltaweights reads version {FORMAT_VERSION}.",
-            "Use a newer version of deltaweights.",
-        )
-
-
-def _encode(manifest: Manifest) -> bytes:
-    return msgspec.json.encode(manifest, order="sorted") + b"\n"
+_FORMAT = canonical.Format("deltaweights", FORMAT_VERSION, "This delta", MAX_MANIFEST_BYTES)
 
 
 def _damaged(why: str) -> ManifestError:

@@ -16,14 +16,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .delta.chain import Deltas, links, listed, open_chain
-from .delta.target import ShardRecipe, Target, TensorRecipe, check_digest
+from .delta.chain import Deltas, links, open_recipe
+from .delta.recipes import ShardRecipe, TensorRecipe
+from .delta.target_recipe import TargetRecipe, check_digest
 from .errors import DeltaError, OutputError
 from .license.rules import landing_place, text_records
 from .manifest import Manifest, TargetFile
 from .payload import ChunkPlan
 from .storage import Location, OutputFolder, Readable, Source, is_within, local_path, sha256_of
-from .workers import Buffers, Meter, ProgressCallback, Workers, batches
+from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches
 
 #: At least so many chunks of the base are compared with the delta before anything is written, and at least
 #: one of every tensor, of at least this part of a whole chunk's length.
@@ -76,7 +77,7 @@ def apply_delta(
         DeltaError: the delta is incomplete or damaged.
         OutputError: ``out`` holds other files, or its disk is too small.
     """
-    with open_chain(listed(delta), base) as target, Workers(threads) as workers:
+    with open_recipe(delta, base) as target, Workers(threads) as workers:
         workers.at_stop(target.cancel)
         root = local_path(out)
         _check_apart(root, target)
@@ -97,7 +98,7 @@ def apply_delta(
     return ApplyReport(str(root), rebuilt, tuple(sorted(kept)), nbytes)
 
 
-def _check_apart(root: Path, target: Target) -> None:
+def _check_apart(root: Path, target: TargetRecipe) -> None:
     """The result must not overwrite what it is made from."""
     for place in filter(None, (source.root for source in target.sources)):
         if place.is_dir() and is_within(root, place):
@@ -108,11 +109,11 @@ def _check_apart(root: Path, target: Target) -> None:
             )
 
 
-def check_licenses(target: Target) -> None:
+def check_licenses(target: TargetRecipe) -> None:
     """The texts that travel with the delta must be the ones that were published with it."""
     for link in links(target):
         for record in text_records(link.manifest):
-            if link.is_damaged(record.path):
+            if link.faults.is_damaged(record.path):
                 raise _damaged(record.path)
 
 
@@ -138,11 +139,11 @@ def _finished(
     there = [file for file in files.values() if os.path.lexists(folder.root / file.path)]
     meter = Meter(progress, "check files there", sum(file.size for file in there)) if there else None
 
-    def is_whole(file: TargetFile) -> bool:
+    def is_whole(lane: Lane, file: TargetFile) -> bool:
         return (
             folder.is_regular(file.path)
             and folder.size(file.path) == file.size
-            and (sha256_of(workers.watch(folder.blocks(file.path), meter)) == file.sha256)
+            and (sha256_of(lane.watch(folder.blocks(file.path), meter)) == file.sha256)
         )
 
     whole = workers.each(is_whole, there)
@@ -159,7 +160,7 @@ def _finished(
 
 
 def check_base(
-    target: Target, workers: Workers, *, keep: bool = False, progress: ProgressCallback | None = None
+    target: TargetRecipe, workers: Workers, *, keep: bool = False, progress: ProgressCallback | None = None
 ) -> None:
     """Make sure that the base is the right one, as far as that is quick: by the SHA-256 that the Hub
     publishes of its files, or else by the delta's checksums of a sample of chunks, some of every tensor.
@@ -176,11 +177,11 @@ def check_base(
     if target.base is None:
         return
     source = target.base.source
-    proven = target.published_base_files()
+    proven = target.check_published()
     _check_chunks(target, proven, workers, progress)
     for file in target.manifest.target.files:
         if file.stored == "base" and file.source not in proven and _is_other(target, file, workers):
-            raise target.wrong_base(f"its file {file.source!r} differs")
+            raise target.faults.wrong_base(f"its file {file.source!r} differs")
     if keep:
         paths = target.base_files()
         meter = Meter(progress, "download base", sum(source.sizes[path] for path in paths))
@@ -188,12 +189,12 @@ def check_base(
             meter.add(nbytes)
 
 
-def _is_other(target: Target, file: TargetFile, workers: Workers) -> bool:
+def _is_other(target: TargetRecipe, file: TargetFile, workers: Workers) -> bool:
     return sha256_of(workers.watch(target.blocks(file))) != file.sha256
 
 
 def _check_chunks(
-    target: Target, proven: Collection[str], workers: Workers, progress: ProgressCallback | None
+    target: TargetRecipe, proven: Collection[str], workers: Workers, progress: ProgressCallback | None
 ) -> None:
     """Compare a sample of the base's chunks with the delta's checksums, but for the files ``proven``."""
     recipes = target.with_base(proven)
@@ -210,12 +211,14 @@ def _check_chunks(
     # Once more: over a network, a chunk may come wrong.
     if not all(recipe.matches_base(index) for recipe, index in differ):
         wrong = {recipe for recipe, _ in differ}
-        for source in sorted({recipe.source for recipe in wrong}):
-            if target.is_damaged(source):
+        for source in sorted({recipe.path for recipe in wrong}):
+            if target.faults.is_damaged(source):
                 raise _damaged(source)
-        names = sorted({recipe.base_name for recipe in wrong})
-        count = len({recipe.base_name for recipe in recipes})
-        raise target.wrong_base(f"of {count} tensors sampled, {len(names)} differ, such as {names[0]!r}")
+        names = sorted({recipe.base.name for recipe in wrong if recipe.base})
+        count = len({recipe.base.name for recipe in recipes if recipe.base})
+        raise target.faults.wrong_base(
+            f"of {count} tensors sampled, {len(names)} differ, such as {names[0]!r}"
+        )
 
 
 def sample_chunks(recipes: list[TensorRecipe]) -> list[tuple[TensorRecipe, int]]:
@@ -234,7 +237,7 @@ def _sample_of(plan: ChunkPlan, most: int, choice: random.Random) -> list[int]:
 
 
 def _write_all(
-    target: Target,
+    target: TargetRecipe,
     files: Iterable[TargetFile],
     folder: OutputFolder,
     workers: Workers,
@@ -245,9 +248,9 @@ def _write_all(
     shards = [file for file in files if file.stored == "tensors"]
     others = [file for file in files if file.stored != "tensors"]
 
-    def write_shard(file: TargetFile) -> None:
+    def write_shard(lane: Lane, file: TargetFile) -> None:
         with folder.create(file.path) as output:
-            check_digest(file, rebuild_shard(target.shard(file.path), workers, meter, output.write_at))
+            check_digest(file, rebuild_shard(target.shard(file.path), lane, meter, output.write_at))
             output.commit()
 
     workers.each(write_shard, shards)
@@ -258,7 +261,7 @@ def _write_all(
             output.commit()
 
 
-def _write_licenses(target: Target, folder: OutputFolder) -> None:
+def _write_licenses(target: TargetRecipe, folder: OutputFolder) -> None:
     """License texts and notices of all deltas, beside the result and no part of it."""
     for source, path, place in _license_places(target):
         with folder.create(place) as output:
@@ -266,7 +269,7 @@ def _write_licenses(target: Target, folder: OutputFolder) -> None:
             output.commit()
 
 
-def _license_places(target: Target) -> Iterator[tuple[Source, str, str]]:
+def _license_places(target: TargetRecipe) -> Iterator[tuple[Source, str, str]]:
     """Every license text and notice: the delta that has it, its path there, and where it goes."""
     for link in links(target):
         for record in text_records(link.manifest):
@@ -275,7 +278,7 @@ def _license_places(target: Target) -> Iterator[tuple[Source, str, str]]:
             yield link.source, record.path, landing_place(path)
 
 
-def rebuild_shard(recipe: ShardRecipe, workers: Workers, meter: Meter, sink: Sink | None = None) -> str:
+def rebuild_shard(recipe: ShardRecipe, lane: Lane, meter: Meter, sink: Sink | None = None) -> str:
     """Rebuild one shard, chunk by chunk.
 
     Args:
@@ -288,7 +291,7 @@ def rebuild_shard(recipe: ShardRecipe, workers: Workers, meter: Meter, sink: Sin
     if sink:
         sink(0, memoryview(recipe.header.raw))
     meter.add(len(recipe.header.raw))
-    at_once = workers.batch_bytes
+    at_once = lane.batch_bytes
     buffers = Buffers(at_once)
 
     def decode(rows: list[tuple[TensorRecipe, int, int]]) -> NDArray[np.uint8]:
@@ -303,7 +306,7 @@ def rebuild_shard(recipe: ShardRecipe, workers: Workers, meter: Meter, sink: Sin
 
     recipe.target.read_tables(recipe.tensors.values())
     with recipe.target.expect(recipe.chunks()):
-        for data in workers.map(
+        for data in lane.map(
             decode, batches(recipe.rows(at_once), at_once, lambda row: row[0].plan.length(*row[1:]))
         ):
             sha256.update(data.data)

@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 from .checkpoint import Shard
 from .codec.library import prebuilt
-from .delta.target import ShardRecipe, Target, TensorRecipe, open_base, read_manifest, require_whole
+from .delta.opening import open_base, read_manifest, require_whole
+from .delta.recipes import ShardRecipe, TensorRecipe
+from .delta.target_recipe import TargetRecipe
 from .errors import BaseMismatchError
 from .license.rules import describe, text_records
 from .manifest import MANIFEST_NAME, Manifest, TargetFile
@@ -156,7 +158,7 @@ def plan_apply(
         workers = stack.enter_context(Workers(threads))
         check, mismatch, kept = None, None, 0
         try:
-            target = Target(source, manifest, opened)
+            target = TargetRecipe(source, manifest, opened)
             workers.at_stop(target.cancel)
             check = _check(target, workers)
             kept = _count(target, missing, *reads, keep_base)
@@ -251,7 +253,7 @@ def _missing(manifest: Manifest, out: Location | None) -> list[TargetFile]:
     return [file for file in manifest.target.files if not is_there(file)]
 
 
-def _check(target: Target, workers: Workers) -> BaseCheck | None:
+def _check(target: TargetRecipe, workers: Workers) -> BaseCheck | None:
     """Compare the base, as far as that takes no weights from a network.
 
     Raises:
@@ -266,11 +268,11 @@ def _check(target: Target, workers: Workers) -> BaseCheck | None:
         if file.stored == "base":
             target.base_source(file)
     shards = set(target.base.shards).intersection(target.base_files())
-    return "published" if shards <= target.published_base_files() else "headers"
+    return "published" if shards <= target.check_published() else "headers"
 
 
 def _count(
-    target: Target, missing: Iterable[TargetFile], delta: _Reads, base: _Reads | None, keep: bool
+    target: TargetRecipe, missing: Iterable[TargetFile], delta: _Reads, base: _Reads | None, keep: bool
 ) -> int:
     """Count all that apply reads, in its order. Returns how many bytes the cache takes, to be kept there."""
     delta.whole(MANIFEST_NAME)
@@ -292,12 +294,12 @@ def _count(
     return kept
 
 
-def _count_base_checks(target: Target, delta: _Reads, base: _Reads) -> None:
+def _count_base_checks(target: TargetRecipe, delta: _Reads, base: _Reads) -> None:
     """What is read to see whether the base is the right one."""
     assert target.base
     for shard in target.base.shards.values():
         base.head(shard)
-    proven = target.published_base_files()
+    proven = target.check_published()
     recipes = target.with_base(proven)
     for recipe in recipes:
         delta.head(recipe.delta_shard)
@@ -316,7 +318,7 @@ def _count_shard(shard: ShardRecipe, delta: _Reads, base: _Reads | None) -> None
         delta.head(recipe.delta_shard)  # another one's, for duplicates of its tensors
     delta.tables(shard.tensors.values())
     shard.target.read_tables(shard.tensors.values())
-    delta.spans(recipe.payload_span(index) for recipe, index in shard.chunks())
+    delta.spans(recipe.data_span(index) for recipe, index in shard.chunks())
     if base:
         base.spans(recipe.base_span(index) for recipe, index in shard.chunks() if recipe.needs_base(index))
 

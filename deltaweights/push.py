@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
-from .delta.target import read_manifest
+from .delta.opening import read_manifest
 from .errors import CheckpointError, DeltaError, ManifestError, OutputError
 from .license.cards import CARD_NAME, LICENSE_FILE
 from .license.rules import describe, recognise, terms_of, text_records

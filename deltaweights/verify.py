@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from .delta.chain import Deltas, check_continuity, connect, listed
-from .delta.target import Target, read_manifest
+from .delta.opening import read_manifest
+from .delta.target_recipe import TargetRecipe
 from .errors import CheckpointError, DeltaWeightsError
 from .license.cards import CARD_NAME
 from .manifest import MANIFEST_NAME, FileRecord, Manifest, TargetFile
 from .patch import check_base, rebuild_shard
 from .storage import HubSource, Location, Readable, Source, open_source, sha256_of
-from .workers import Meter, ProgressCallback, Workers
+from .workers import Lane, Meter, ProgressCallback, Workers
 
 #: What the Hub adds to a repository.
 _HUBS_OWN = ".gitattributes"
@@ -141,7 +142,7 @@ def _compare(
         extra -= {_HUBS_OWN}
     problems = [Problem(place, path, "extra", "is not in the manifest") for path in extra]
 
-    def compare(record: FileRecord | TargetFile) -> Problem | None:
+    def compare(lane: Lane, record: FileRecord | TargetFile) -> Problem | None:
         size = source.sizes.get(record.path)
         if size is None:
             return Problem(place, record.path, "missing", f"{record.size} bytes are expected")
@@ -151,7 +152,7 @@ def _compare(
         if digest:
             meter.add(size)
         else:
-            digest = sha256_of(workers.watch(source.blocks(record.path), meter))
+            digest = sha256_of(lane.watch(source.blocks(record.path), meter))
         if digest != record.sha256:
             detail = f"SHA-256 is {digest}, not {record.sha256}"
             return Problem(place, record.path, "different", detail)
@@ -160,16 +161,18 @@ def _compare(
     return problems + [found for found in workers.each(compare, expected.values()) if found]
 
 
-def _compare_rebuilt(view: Target, workers: Workers, progress: ProgressCallback | None) -> list[Problem]:
+def _compare_rebuilt(
+    view: TargetRecipe, workers: Workers, progress: ProgressCallback | None
+) -> list[Problem]:
     """Every file of the target, rebuilt in memory, against its record."""
     meter = Meter(progress, "rebuild", view.manifest.target_bytes)
 
-    def compare(file: TargetFile) -> Problem | None:
+    def compare(lane: Lane, file: TargetFile) -> Problem | None:
         try:
             if file.stored == "tensors":
-                digest = rebuild_shard(view.shard(file.path), workers, meter)
+                digest = rebuild_shard(view.shard(file.path), lane, meter)
             else:
-                digest = sha256_of(workers.watch(view.blocks(file), meter))
+                digest = sha256_of(lane.watch(view.blocks(file), meter))
         except DeltaWeightsError as error:
             if view.is_remote and isinstance(error, CheckpointError):
                 raise  # it says nothing of the delta

@@ -68,43 +68,42 @@ _FEW_THREADS, _MOST_THREADS = 2, 8
 _SMALL_BATCH_BYTES, _BATCH_BYTES = 2 << 20, 4 << 20
 
 
-class Workers:
-    """Threads to work with, that of the caller being one; a context manager. Any error inside it stops all
-    the work.
+class _Crew:
+    """The threads that lanes share."""
 
-    Args:
-        threads: how many; the number of usable cores, but no more than 8, if None: more would wait for
-            Python's lock, and take memory.
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.lanes = 1  # that are at work
+        self.lock = threading.Lock()
+        self.pool = ThreadPoolExecutor(max(1, threads - 1))  # used only if there are two or more
+        self.stopped = threading.Event()
+        self.at_stop: list[Callable[[], None]] = []
+
+
+class Lane:
+    """One line of work, item after item in order, with its share of the threads.
+
+    While there is a lane for every thread, nothing runs ahead in any of them: one thread does all of an item,
+    and what it just decoded is still in its core's cache when it hashes it.
     """
 
-    def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads or min(usable_cores(), _MOST_THREADS)
-        self._lock = threading.Lock()
-        self._unfinished = 0  # items of each()
-        self._pool = ThreadPoolExecutor(max(1, self.threads - 1))  # used only if there are two or more
-        self._stopped = threading.Event()
-        self._at_stop: list[Callable[[], None]] = []
+    def __init__(self, crew: _Crew) -> None:
+        self._crew = crew
 
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
-        self._pool.shutdown(cancel_futures=True)
+    @property
+    def threads(self) -> int:
+        """How many threads all lanes share."""
+        return self._crew.threads
 
     def stop(self) -> None:
-        """Make all work that goes on end with :class:`Stopped`."""
-        self._stopped.set()
-        for wake in self._at_stop:
+        """Make all work that goes on, in all lanes, end with :class:`Stopped`."""
+        self._crew.stopped.set()
+        for wake in self._crew.at_stop:
             wake()
-
-    def at_stop(self, wake: Callable[[], None]) -> None:
-        """Have :meth:`stop` call ``wake``, perhaps more than once, to end what threads wait for elsewhere."""
-        self._at_stop.append(wake)
 
     def check(self) -> None:
         """Raise :class:`Stopped` where the work is to end."""
-        if self._stopped.is_set():
+        if self._crew.stopped.is_set():
             raise Stopped
 
     def watch(self, blocks: Iterable[bytes], meter: Meter | None = None) -> Iterator[bytes]:
@@ -124,15 +123,16 @@ class Workers:
     @property
     def window(self) -> int:
         """How many items :meth:`map` works on or holds at once: enough for its share of the threads."""
-        return 2 * -(-self.threads // max(1, self._unfinished)) + 2
+        return 2 * -(-self.threads // max(1, self._crew.lanes)) + 2
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether all other threads have work of their own."""
+        return self.threads == 1 or self._crew.lanes >= self.threads
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
         """``function`` of each item, in order, at most ``window`` of them ahead of the consumer, whose thread
-        works as well while it would have to wait.
-
-        While :meth:`each` has an item for every thread, nothing runs ahead: one thread does all of an item,
-        and what it just decoded is still in its core's cache when it hashes it.
-        """
+        works as well while it would have to wait."""
         ahead: deque[_Task[Result]] = deque()
         try:
             for item in items:
@@ -140,7 +140,7 @@ class Workers:
                 if not ahead and self._is_alone:
                     yield function(item)
                     continue
-                ahead.append(_Task(self._pool, partial(function, item)))
+                ahead.append(_Task(self._crew.pool, partial(function, item)))
                 if len(ahead) >= self.window:
                     yield _first(ahead)
             while ahead:
@@ -157,35 +157,55 @@ class Workers:
         if self._is_alone:
             result = call()
             return lambda: result
-        return _Task(self._pool, call).result
+        return _Task(self._crew.pool, call).result
 
-    @property
-    def _is_alone(self) -> bool:
-        """Whether all other threads have work of their own."""
-        return self.threads == 1 or self._unfinished >= self.threads
 
-    def each(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """``function`` of each item, in order, where the function itself uses :meth:`map`: several items
-        at once, so that one core's sequential work (SHA-256 of a shard) does not hold up the others."""
-        items = list(items)
-        self._unfinished = len(items)
+class Workers(Lane):
+    """Threads to work with, that of the caller being one; a context manager, and a lane that has all of them.
+    Any error inside it stops all the work.
+
+    Args:
+        threads: how many; the number of usable cores, but no more than 8, if None: more would wait for
+            Python's lock, and take memory.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        super().__init__(_Crew(threads or min(usable_cores(), _MOST_THREADS)))
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+        self._crew.pool.shutdown(cancel_futures=True)
+
+    def at_stop(self, wake: Callable[[], None]) -> None:
+        """Have :meth:`stop` call ``wake``, perhaps more than once, to end what threads wait for elsewhere."""
+        self._crew.at_stop.append(wake)
+
+    def each(self, function: Callable[[Lane, Item], Result], items: Iterable[Item]) -> list[Result]:
+        """``function`` of a lane and an item, for each item: several at once, each in a lane of its own, so
+        that one core's sequential work (SHA-256 of a shard) does not hold up the others."""
+        items, crew = list(items), self._crew
+        crew.lanes = len(items)
+        lane = Lane(crew)
 
         def run(item: Item) -> Result:
-            self.check()
+            lane.check()
             try:
-                return function(item)
+                return function(lane, item)
             except BaseException:
                 self.stop()  # at once: before another item begins
                 raise
             finally:
-                with self._lock:
-                    self._unfinished -= 1
+                with crew.lock:
+                    crew.lanes -= 1
 
         futures: list[Future[Result]] = []
-        with ThreadPoolExecutor(min(self.threads, max(1, len(items)))) as lanes:
+        with ThreadPoolExecutor(min(self.threads, max(1, len(items)))) as threads:
             try:
                 for item in items:  # one by one: Ctrl-C may come while the first are at work
-                    futures.append(lanes.submit(run, item))
+                    futures.append(threads.submit(run, item))
                 _wait_for(futures)  # not long after an error: it stops the others
                 return [future.result() for future in futures]
             except BaseException:
@@ -193,6 +213,8 @@ class Workers:
                 _cancel(futures)
                 _raise_first(futures)
                 raise
+            finally:
+                crew.lanes = 1
 
 
 def _first(ahead: deque[_Task[Result]]) -> Result:

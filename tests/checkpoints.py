@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaweights.checkpoint import DTYPE_BITS
+from deltaweights.dtypes import DTYPE_BITS
 from deltaweights.manifest import Manifest
 
 

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from deltaweights import CheckpointError, Manifest, OutputError, apply_delta, make_delta, verify_delta
-from deltaweights.checkpoint import DTYPE_BITS, open_checkpoint
+from deltaweights.checkpoint import open_checkpoint
 from deltaweights.codec import RECORD
+from deltaweights.dtypes import DTYPE_BITS
 from deltaweights.manifest import FileRecord, TensorEntry
 from deltaweights.storage import LocalSource
 from deltaweights.workers import Workers

@@ -25,10 +25,11 @@ from typer.core import TyperGroup
 
 import deltaweights
 import deltaweights.torch
-from deltaweights import make_delta, open_target
+from deltaweights import make_delta
 from deltaweights.cli.commands import app
 from deltaweights.codec import Method, convert
-from deltaweights.delta.target import usual_header
+from deltaweights.delta.chain import open_recipe
+from deltaweights.delta.shards import usual_header
 from deltaweights.manifest import FORMAT_VERSION, TensorEntry
 
 from . import independent_reader
@@ -134,7 +135,7 @@ def test_guides_for_torch_run(tmp_path: Path) -> None:
 
 def write_small_model(folder: Path) -> None:
     """The model, fine-tune and delta of docs/train.md."""
-    from .torch.models import nudge, tiny_qwen2
+    from .torch.tiny_models import nudge, tiny_qwen2
 
     model = tiny_qwen2()
     model.save_pretrained(folder / "small-base")
@@ -294,7 +295,7 @@ def test_independent_reader_decodes_every_method(tmp_path: Path) -> None:
     write_safetensors(target / "model.safetensors", new)
     make_delta(base, target, tmp_path / "delta")
     methods: set[int] = set()
-    with open_target(tmp_path / "delta", base) as opened:
+    with open_recipe(tmp_path / "delta", base) as opened:
         for recipe in opened.shard("model.safetensors").tensors.values():
             methods |= set(recipe.table[0]["method"].tolist())
     assert methods == set(Method)

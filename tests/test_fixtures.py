@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from deltaweights import apply_delta, open_target, verify_delta
+from deltaweights import apply_delta, verify_delta
 from deltaweights.codec import RECORD, Method
+from deltaweights.delta.chain import open_recipe
 from deltaweights.manifest import FORMAT_VERSION, STATUSES, Manifest
 
 from . import independent_reader
@@ -44,7 +45,7 @@ def test_the_frozen_deltas_hold_every_status_and_method(version: int) -> None:
         manifest = Manifest.from_json((folder / "delta" / "deltaweights.json").read_bytes())
         statuses |= {entry.status for entry in manifest.tensors}
         stored |= {file.stored for file in manifest.target.files}
-        with open_target(folder / "delta", folder / "base") as target:
+        with open_recipe(folder / "delta", folder / "base") as target:
             shards = [file.path for file in manifest.target.files if file.stored == "tensors"]
             for recipe in (recipe for path in shards for recipe in target.shard(path).tensors.values()):
                 records, _ = recipe.table

@@ -1,10 +1,9 @@
 """What a checkpoint is: headers, shards, tensors."""
 
-from .checkpoint import Checkpoint, Shard, Tensor, open_checkpoint, read_shard
-from .header import DTYPE_BITS, MAX_HEADER_BYTES, Header, TensorInfo, build_header, parse_header
+from .checkpoint import Checkpoint, Shard, Tensor, open_checkpoint, read_header, read_shard
+from .header import MAX_HEADER_BYTES, Header, TensorInfo, build_header, parse_header
 
 __all__ = [
-    "DTYPE_BITS",
     "MAX_HEADER_BYTES",
     "Checkpoint",
     "Header",
@@ -14,5 +13,6 @@ __all__ = [
     "build_header",
     "open_checkpoint",
     "parse_header",
+    "read_header",
     "read_shard",
 ]

@@ -30,6 +30,21 @@ class Tensor:
     info: TensorInfo
     shard: Shard
 
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.info.name
+
+    @property
+    def dtype(self) -> str:
+        """Its dtype's safetensors code."""
+        return self.info.dtype
+
+    @property
+    def path(self) -> str:
+        """The path of its shard."""
+        return self.shard.path
+
     def read_into(self, start: int, out: NDArray[np.uint8]) -> None:
         """Fill ``out`` (uint8) with the tensor's bytes from byte ``start`` of the tensor on."""
         offset = self.shard.header.data_start + self.info.start + start
@@ -109,13 +124,16 @@ def read_shard(source: Source, path: str) -> Shard:
     Raises:
         HeaderError: it breaks the format's rules.
     """
-    file = source.open(path)
-    where = source.name(path)
+    return read_header(source.open(path), source.name(path))
+
+
+def read_header(file: ReadableFile, where: str) -> Shard:
+    """:func:`read_shard` for a file that is open; ``where`` is its name in messages."""
     head = file.read(0, min(HEAD_BYTES, file.size))
     length = header_length(head[:8], file.size, where)
     if length > len(head):
         head += file.read(len(head), length - len(head))
-    return Shard(path, file, parse_header(head[:length], file.size, where))
+    return Shard(file.path, file, parse_header(head[:length], file.size, where))
 
 
 def open_checkpoint(location: Readable) -> Checkpoint:

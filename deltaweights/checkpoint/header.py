@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..dtypes import DTYPE_BITS
 from ..errors import HeaderError
 
 #: The largest header that the safetensors library reads, in bytes.
@@ -19,17 +20,6 @@ MAX_HEADER_BYTES = 100_000_000
 
 #: More dimensions than any framework has (PyTorch and NumPy stop at 64); bounds the arithmetic.
 MAX_RANK = 64
-
-#: Bits per element of each dtype code of safetensors 0.8. Codes that are not listed here are
-#: carried as plain bytes: their tensors' sizes are then known from the offsets alone.
-DTYPE_BITS = {
-    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32,
-    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

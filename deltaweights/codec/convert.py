@@ -10,7 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-_FLOATS = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+from ..dtypes import DTYPES
+
+_FLOATS = {code: DTYPES[code].bits // 8 for code in ("BF16", "F16", "F32", "F64")}
 
 
 def is_convertible(source: str, target: str) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from ..dtypes import DTYPES
 from .compiled import Held, rows
 from .constants import (
     AFTER,
@@ -33,11 +34,10 @@ from .methods.chunk import MAX_CHUNK, check_arrays
 from .methods.floats import aligned
 from .methods.ulp import FORMATS
 from .methods.without_zstd import without_zstd
-from .methods.words import ITEMSIZES
 from .scratch import KEPT, scratch
 from .tables import PRECISION, TOKENS
 
-_ELEMENT_BYTES = ITEMSIZES | {dtype: form.itemsize for dtype, form in FORMATS.items()} | {"C64": 8}
+_ELEMENT_BYTES = {code: dtype.itemsize or 1 for code, dtype in DTYPES.items()}
 
 #: One chunk's record: its method, its data's length in bytes, XXH3-64 of its base bytes (0 where it
 #: has none) and of its target bytes.

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import DTYPE_BITS, Checkpoint, Tensor
+from ..checkpoint import Checkpoint, Tensor
 from ..codec import is_convertible, rescale
+from ..dtypes import DTYPE_BITS
 from ..errors import DeltaWeightsError
 
 _BLOCK_BYTES = 1 << 20

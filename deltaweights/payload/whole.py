@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec import RECORD, checksum, compare_row, decode_chunk, decode_table, encode_chunk
+from .. import codec
 from ..errors import PayloadError
 from .chunks import CHUNK_BYTES, ChunkPlan, check_records
+from .writer import encode_row
 
 
 def encode(
@@ -35,19 +36,11 @@ def encode(
     old = None if base is None else np.frombuffer(base, np.uint8)
     if old is not None and old.size != new.size:
         raise ValueError(f"base has {old.size} bytes, target {new.size}")
-    plan = ChunkPlan(new.size, 0 if old is None else new.size, chunk_bytes)
-    records, chunks = np.zeros(plan.count, RECORD), []
-    compared = None if old is None else compare_row(old, new, dtype, chunk_bytes)
-    for index, (start, end) in enumerate(plan):
-        if compared is None or old is None:
-            method, data = encode_chunk(None, new[start:end], dtype)
-            base_sum, target_sum = 0, checksum(new[start:end])
-        else:
-            base_sum, target_sum, changed = (int(column[index]) for column in compared)
-            method, data = encode_chunk(old[start:end], new[start:end], dtype, changed=changed)
-        records[index] = method, 0, len(data), base_sum, target_sum
-        chunks.append(data)
-    return records.tobytes() + b"".join(chunks)
+    chunks = encode_row(new, old, dtype, chunk_bytes)
+    records = np.zeros(len(chunks), codec.RECORD)
+    for index, chunk in enumerate(chunks):
+        records[index] = chunk.method, 0, len(chunk.data), chunk.base_sum, chunk.target_sum
+    return records.tobytes() + b"".join(chunk.data for chunk in chunks)
 
 
 def decode(
@@ -73,7 +66,7 @@ def decode(
 
     Raises:
         PayloadError: the payload is damaged, or the base is not the one that it was encoded against.
-        ValueError: the tensor's length is not known, or the base's is another.
+        ValueError: the tensor's length is not known, or the base's differs from it.
     """
     old = None if base is None else np.frombuffer(base, np.uint8)
     if out is None:
@@ -84,32 +77,30 @@ def decode(
         raise ValueError(f"base has {old.size} bytes, target {out.size}")
     plan = ChunkPlan(out.size, 0 if old is None else out.size, chunk_bytes)
     data, is_done = np.frombuffer(payload, np.uint8), np.zeros(plan.count, np.bool_)
-    table_bytes = plan.count * RECORD.itemsize
+    table_bytes = plan.count * codec.RECORD.itemsize
     table, coded = data[:table_bytes], data[table_bytes:]
     is_there = plan.count > 0 and len(table) == table_bytes
     if is_there and old is not None and not np.may_share_memory(old, out):
-        is_done, is_whole = decode_table(table, coded, old, dtype, out, chunk_bytes)
+        is_done, is_whole = codec.decode_table(table, coded, old, dtype, out, chunk_bytes)
         if is_whole:
             return out
     records, starts = check_records(table.tobytes(), plan, len(payload))
-    for index in np.flatnonzero(~is_done):
-        start, end = plan.span(int(index))
-        reference, position = None if old is None else old[start:end], int(starts[index])
-        part = data[position : position + int(records["length"][index])]
-        _decode_checked(records[index], part, reference, dtype, out[start:end], f"Bytes {start} to {end}")
+    for index in np.flatnonzero(~is_done).tolist():
+        start, end = plan.span(index)
+        part = data[int(starts[index]) : int(starts[index]) + int(records["length"][index])]
+        _decode_chunk(records[index], part, None if old is None else old[start:end], dtype, out[start:end])
     return out
 
 
-def _decode_checked(
+def _decode_chunk(
     record: np.void,
     data: NDArray[np.uint8],
     base: NDArray[np.uint8] | None,
     dtype: str,
     out: NDArray[np.uint8],
-    what: str,
 ) -> None:
-    if base is not None and checksum(base) != int(record["base"]):
-        raise PayloadError(f"{what} of the base are not those it was coded against")
-    decode_chunk(int(record["method"]), data, base, dtype, out, follows=True)
-    if checksum(out) != int(record["target"]):
-        raise PayloadError(f"{what} do not decode to what was encoded")
+    if base is not None and codec.checksum(base) != int(record["base"]):
+        raise PayloadError("Bytes of the base are not those that the payload was coded against")
+    codec.decode_chunk(int(record["method"]), data, base, dtype, out, follows=True)
+    if codec.checksum(out) != int(record["target"]):
+        raise PayloadError("A chunk does not decode to what was encoded")

@@ -7,22 +7,15 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from .. import dtypes
 from ..errors import CheckpointError
 
 #: torch's dtype for each code. Those that this version of torch does not have are left out.
 DTYPES: dict[str, torch.dtype] = {
-    code: getattr(torch, name)
-    for code, name in {
-        "BOOL": "bool",
-        "U8": "uint8", "I8": "int8",
-        "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32", "I64": "int64", "U64": "uint64",
-        "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
-        "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-        "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-        "F4": "float4_e2m1fn_x2",
-    }.items()
-    if hasattr(torch, name)
-}  # fmt: skip
+    code: getattr(torch, dtype.torch)
+    for code, dtype in dtypes.DTYPES.items()
+    if dtype.torch and hasattr(torch, dtype.torch)
+}
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 

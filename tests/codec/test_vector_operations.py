@@ -13,7 +13,7 @@ llvm = pytest.importorskip("llvmlite.binding", reason="kernels are built with Nu
 from llvmlite import ir  # noqa: E402
 
 from deltaweights.codec.build.machine_code import initialize  # noqa: E402
-from deltaweights.codec.build.targets import Target, host  # noqa: E402
+from deltaweights.codec.build.targets import CompileTarget, host  # noqa: E402
 from deltaweights.codec.build.vector_operations import define  # noqa: E402
 from deltaweights.codec.kernels import vectors  # noqa: E402
 from deltaweights.codec.kernels.vectors import OPERATION, Vec, compress, compress_before, expand_load  # noqa: E402
@@ -24,7 +24,7 @@ _engines = []  # code lives as long as its engine
 
 
 @pytest.fixture(params=["usual", "shuffles", "neither"])
-def target(request: pytest.FixtureRequest) -> Target:
+def target(request: pytest.FixtureRequest) -> CompileTarget:
     """This processor; one like it without AVX-512; one that has no shuffle either."""
     here = host()
     if request.param == "usual":
@@ -34,7 +34,7 @@ def target(request: pytest.FixtureRequest) -> Target:
     return here._replace(features=features, triple=here.triple if request.param == "shuffles" else "x86_64")
 
 
-def _compiled(target: Target, lanes: int, bits: int, body):
+def _compiled(target: CompileTarget, lanes: int, bits: int, body):
     """`f(source, bits of the mask, out)`; `body(builder, kind, source, mask, out)` emits it."""
     initialize()
     module, pointer, long = ir.Module(), ir.PointerType(), ir.IntType(64)
@@ -66,7 +66,7 @@ def _cases(lanes: int, bits: int):
 
 
 @pytest.mark.parametrize(("lanes", "bits"), KINDS)
-def test_expanding_puts_a_row_into_the_set_lanes(target: Target, lanes: int, bits: int) -> None:
+def test_expanding_puts_a_row_into_the_set_lanes(target: CompileTarget, lanes: int, bits: int) -> None:
     def body(builder, kind, source, mask, out):
         found = expand_load(builder, source, kind, mask)
         builder.store(found, vectors.address(builder, out, _FIRST, kind.element), align=1)
@@ -80,7 +80,7 @@ def test_expanding_puts_a_row_into_the_set_lanes(target: Target, lanes: int, bit
 
 
 @pytest.mark.parametrize(("lanes", "bits"), KINDS)
-def test_compressing_puts_the_set_lanes_in_a_row(target: Target, lanes: int, bits: int) -> None:
+def test_compressing_puts_the_set_lanes_in_a_row(target: CompileTarget, lanes: int, bits: int) -> None:
     def body(builder, kind, source, mask, out):
         where = vectors.address(builder, source, _FIRST, kind.element)
         vector = builder.load(where, typ=kind, align=1)
@@ -95,7 +95,7 @@ def test_compressing_puts_the_set_lanes_in_a_row(target: Target, lanes: int, bit
         assert not out[lanes:].any()  # no more than a vector is written
 
 
-def test_compressing_before_leaves_alone_what_is_behind(target: Target) -> None:
+def test_compressing_before_leaves_alone_what_is_behind(target: CompileTarget) -> None:
     end = 24
 
     def body(builder, kind, source, mask, out):
@@ -114,7 +114,7 @@ def test_compressing_before_leaves_alone_what_is_behind(target: Target) -> None:
 
 def test_neon_shuffles_bytes() -> None:
     """Not run here: that LLVM makes instructions of it."""
-    neon = Target("aarch64-unknown-linux-gnu", "neoverse-n1", "+neon")
+    neon = CompileTarget("aarch64-unknown-linux-gnu", "neoverse-n1", "+neon")
     initialize()
     names = [f"{OPERATION}expand_load.v16i16", f"{OPERATION}compress.v16i16"]
     machine = llvm.Target.from_triple(neon.triple).create_target_machine(neon.processor)

@@ -11,7 +11,7 @@ import torch
 from deltaweights import make_delta
 
 from ..conftest import Trio
-from .models import nudge, tiny_qwen2
+from .tiny_models import nudge, tiny_qwen2
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

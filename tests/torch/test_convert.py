@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaweights.checkpoint import DTYPE_BITS
+from deltaweights.dtypes import DTYPE_BITS
 
-from ..test_convert import FLOATS, NAN, PAIRS, Bits, converted, patterns
+from ..codec.test_convert import FLOATS, NAN, PAIRS, Bits, converted, patterns
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 

@@ -27,7 +27,7 @@ from deltaweights.torch.tensors import DTYPES
 
 from ..checkpoints import contents
 from ..conftest import Trio
-from .models import Tied, nudge, raw_state, saved_state, tiny_qwen2
+from .tiny_models import Tied, nudge, raw_state, saved_state, tiny_qwen2
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 

@@ -12,8 +12,8 @@ from deltaweights import OutputError
 from deltaweights.torch import DeltaCheckpointer, DeltaPublisher, DeltaSubscriber
 
 from ..conftest import Trio
-from ..test_systems import LOCKLESS, raises
-from .test_stream import Net, bits, train
+from ..storage.test_systems import LOCKLESS, raises
+from .stream.test_stream import Net, bits, train
 
 
 @pytest.mark.usefixtures("elsewhere")

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...dtypes import DTYPES
+
 Unsigned = NDArray[np.unsignedinteger[Any]]
 
 
@@ -29,14 +31,11 @@ class FloatFormat:
 
 
 FORMATS = {
-    "BF16": FloatFormat(2, 7, 0xFF),
-    "F16": FloatFormat(2, 10, 0x1F),
-    "F32": FloatFormat(4, 23, 0xFF),
-    "C64": FloatFormat(4, 23, 0xFF),  # pairs of F32
-    "F64": FloatFormat(8, 52, 0x7FF),
-    "F8_E4M3": FloatFormat(1, 3, 0x0F),
-    "F8_E5M2": FloatFormat(1, 2, 0x1F),
+    code: FloatFormat(dtype.bits // 8, dtype.mantissa, (1 << dtype.exponent) - 1)
+    for code, dtype in DTYPES.items()
+    if dtype.exponent
 }
+FORMATS["C64"] = FORMATS["F32"]  # pairs
 
 
 def numeric_order(bits: Unsigned) -> Unsigned:

@@ -17,6 +17,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from ...dtypes import DTYPES
 from ...errors import PayloadError
 from .planes import get_planes, put_plane
 from .ulp import Unsigned
@@ -24,7 +25,8 @@ from .ulp import Unsigned
 Bytes = NDArray[np.uint8]
 _SAMPLE = 1 << 16  # bytes on which transforms are compared
 
-ITEMSIZES = {"I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}
+#: Bytes of an element of each integer type that is split into planes; all other types are bytes.
+ITEMSIZES = {code: dtype.bits // 8 for code, dtype in DTYPES.items() if dtype.is_integer}
 
 
 class Transform(IntEnum):

@@ -96,25 +96,36 @@ class CheckpointBase:
 
 @dataclass(frozen=True, slots=True)
 class BasePart:
-    """The part ``box`` of a base tensor, which a shard of dtype ``dtype`` (a code) is coded against."""
+    """The part ``box`` of a base tensor, which a part of a state's tensor is coded against."""
 
     tensors: BaseTensors
-    base: DcpBaseTensor
+    tensor: DcpBaseTensor
     box: Box
-    dtype: str
 
-    def read(self, start: int, end: int) -> NDArray[np.uint8]:
-        """The base's bytes, in its own dtype, for the shard's bytes ``start`` to ``end``."""
+    @property
+    def name(self) -> str:
+        """The base tensor's name."""
+        return self.tensor.name
+
+    @property
+    def path(self) -> str:
+        """Where the base is."""
+        return self.tensors.where
+
+    @property
+    def dtype(self) -> str:
+        """The base tensor's dtype."""
+        return self.tensor.dtype
+
+    def read_into(self, start: int, out: NDArray[np.uint8]) -> None:
+        """Fill ``out`` (uint8) with the part's bytes, in row-major order, from byte ``start`` on."""
         itemsize = _ITEMSIZES[self.dtype]
-        return self.tensors.read(self.base.name, self.box, start // itemsize, end // itemsize)
+        first, end = start // itemsize, (start + out.size) // itemsize
+        out[:] = self.tensors.read(self.tensor.name, self.box, first, end)
 
     def expect(self) -> AbstractContextManager[None]:
         """Within the block, all of it will be read, about in order."""
-        return self.tensors.expect([(self.base.name, self.box)])
-
-    def convert(self, data: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """What :meth:`read` gave, in the shard's dtype."""
-        return codec.convert(data, self.base.dtype, self.dtype)
+        return self.tensors.expect([(self.tensor.name, self.box)])
 
 
 def find_counterpart(

@@ -6,7 +6,6 @@ Frozen dataclasses and their canonical JSON, as for the manifest; everything in 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,8 @@ from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
-from ...errors import DeltaError, FormatVersionError, ManifestError
+from ... import canonical, dtypes
+from ...errors import DeltaError, ManifestError
 from ...manifest import FileRecord, RepoId, Revision, Sha256, Shape, Size, Tool, is_safe_path
 from ...storage import Source
 from .boxes import Box, fill
@@ -34,15 +34,10 @@ PathStep: TypeAlias = str | Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)]
 
 #: torch's dtypes, by their names there: the code that safetensors and the codec use, and bytes an element.
 #: The codec takes codes that it does not know as bytes.
-DTYPES = {
-    "float64": ("F64", 8), "float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2),
-    "float8_e4m3fn": ("F8_E4M3", 1), "float8_e5m2": ("F8_E5M2", 1), "float8_e8m0fnu": ("F8_E8M0", 1),
-    "float8_e4m3fnuz": ("F8_E4M3FNUZ", 1), "float8_e5m2fnuz": ("F8_E5M2FNUZ", 1),
-    "float4_e2m1fn_x2": ("F4X2", 1), "complex64": ("C64", 8), "complex128": ("C128", 16),
-    "int64": ("I64", 8), "int32": ("I32", 4), "int16": ("I16", 2), "int8": ("I8", 1),
-    "uint64": ("U64", 8), "uint32": ("U32", 4), "uint16": ("U16", 2), "uint8": ("U8", 1),
-    "bool": ("BOOL", 1),
-}  # fmt: skip
+DTYPES = {dtype.torch: (code, dtype.bits // 8) for code, dtype in dtypes.DTYPES.items() if dtype.torch} | {
+    "float4_e2m1fn_x2": ("F4X2", 1),
+    "complex128": ("C128", 16),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +108,11 @@ class CheckpointRecord:
 
     def sealed(self) -> CheckpointRecord:
         """The record with its checksum."""
-        bare = replace(self, checksum="")
-        return replace(self, checksum=hashlib.sha256(_encode(bare)).hexdigest())
+        return replace(self, checksum=canonical.digest(replace(self, checksum="")))
 
     def to_json(self) -> bytes:
         """Canonical JSON: UTF-8, keys sorted, no white space, one line feed at the end."""
-        return _encode(self.sealed())
-
-
-def _encode(record: CheckpointRecord) -> bytes:
-    return msgspec.json.encode(record, order="sorted") + b"\n"
+        return canonical.encode(self.sealed())
 
 
 def payload_name(name: str, offsets: Iterable[int] | None) -> str:
@@ -158,26 +148,12 @@ def read_record(source: Source) -> CheckpointRecord:
     return record
 
 
-class _Version(msgspec.Struct):
-    format: str
-    format_version: int
+_FORMAT = canonical.Format("deltaweights-dcp", FORMAT_VERSION, "This checkpoint", MAX_RECORD_BYTES)
 
 
 def parse_record(data: bytes) -> CheckpointRecord:
     """The checked record that ``data`` is the JSON of; raises as :func:`read_record` does."""
-    try:
-        version = msgspec.json.decode(data, type=_Version)
-        if version.format == "deltaweights-dcp" and version.format_version != FORMAT_VERSION:
-            raise FormatVersionError(
-                f"This checkpoint has format version {version.format_version}",
-                f"This version of deltaweights reads version {FORMAT_VERSION}.",
-                "Use a newer version of deltaweights.",
-            )
-        record = msgspec.json.decode(data, type=CheckpointRecord)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise _damaged(f"{error}") from error
-    if record.to_json() != data:
-        raise _damaged("Its checksum is wrong, or its JSON is not in canonical form")
+    record = canonical.decode(data, CheckpointRecord, _FORMAT, _damaged, CheckpointRecord.to_json)
     validate(record)
     return record
 

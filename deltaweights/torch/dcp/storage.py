@@ -47,7 +47,7 @@ from ...storage import Location, Readable, is_same, local_path, open_source
 from ...workers import Workers
 from .base import BaseTensors
 from .boxes import Box
-from .folder import DeltaFolder, StoredShard, open_base
+from .folder import DeltaFolder, StoredPart, open_base
 from .record import RECORD_NAME, CheckpointRecord, parse_record
 from .write import create_file, first_line, load_value, make_record, require_storable, write_items
 
@@ -265,7 +265,7 @@ class DeltaStorageReader(StorageReader):
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         return plans
 
-    def _shard(self, item: ReadItem) -> StoredShard:
+    def _shard(self, item: ReadItem) -> StoredPart:
         assert self._folder is not None
         assert item.storage_index.offset is not None
         return self._folder.shard(item.storage_index.fqn, tuple(item.storage_index.offset))
@@ -319,7 +319,7 @@ class _Wanted:
     """The part ``box`` of a shard, which lies in these chunks of it."""
 
     item: ReadItem
-    shard: StoredShard
+    shard: StoredPart
     box: Box
     chunks: list[int]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import math
 import secrets
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from ... import codec
 from ..._version import __version__
-from ...checkpoint import TensorInfo, build_header
 from ...errors import OutputError
 from ...manifest import FileRecord, Tool
 from ...match.names import CompiledRule
-from ...payload import ChunkPlan
+from ...payload import ChunkPlan, CodedChunk, PayloadFile, encode_row
 from ...storage import PartialFile
 from ...workers import Workers
 from .base import BasePart, BaseTensors, find_counterpart
@@ -75,7 +74,7 @@ class _Part:
     code: str
     box: Box | None = None
     dtype: str | None = None
-    reference: BasePart | None = None
+    base: BasePart | None = None
 
 
 def create_file(folder: Path, name: str) -> PartialFile:
@@ -120,26 +119,24 @@ def write_items(
         CheckpointError, DeltaError: the base cannot be read.
     """
     values = {item.index.fqn: _value(item, planner) for item in items if item.tensor_data is None}
-    room = len(build_header(_largest(items, values), _METADATA))
-    infos: list[TensorInfo] = []
     done: list[Item] = []
-    position = 0
     # No two saves share a file's name: an earlier checkpoint in this folder stays whole until this one is.
     name = f"delta-{rank:05d}-{secrets.token_hex(8)}.safetensors"
     with Workers(threads) as workers, create_file(folder, name) as file:
+        payloads = PayloadFile(file, _largest(items, values), _METADATA)
         for item in items:
             fqn = item.index.fqn
             if item.tensor_data is None:
                 part = _Part(np.frombuffer(values[fqn], np.uint8), "U8")
             else:
                 part = _resolve(item, item.tensor_data, planner, base, rules)
-            length = _write_payload(file, room + position, part, workers)
             key = payload_name(fqn, part.box.offsets if part.box else None)
-            infos.append(TensorInfo(key, "U8", (length,), position, position + length))
-            counterpart = part.reference.base if part.reference else None
+            plan = ChunkPlan(part.data.size, part.data.size if part.base else 0)
+            with closing(_encoded(part, plan, workers)) as chunks:
+                payloads.write(key, plan, chunks)
+            counterpart = part.base.tensor if part.base else None
             done.append(Item(part.data.nbytes, part.box, part.dtype, counterpart))
-            position += length
-        file.write_at(0, build_header(infos, _METADATA, room))
+        infos = payloads.finish()
         record = FileRecord(name, *file.digest())
         file.commit()
     identity = base.identity if base else None
@@ -149,20 +146,16 @@ def write_items(
     ]
 
 
-def _largest(items: Sequence[WriteItem], values: dict[str, bytes]) -> list[TensorInfo]:
-    """The payloads as long as they can get: how long they are is known only when the header's place is."""
-    infos, position = [], 0
+def _largest(items: Sequence[WriteItem], values: dict[str, bytes]) -> dict[str, int]:
+    """The most bytes that each payload may code, by its name."""
+    found = {}
     for item in items:
         if item.tensor_data is None:
-            nbytes, offsets = len(values[item.index.fqn]), None
+            found[payload_name(item.index.fqn, None)] = len(values[item.index.fqn])
         else:
             chunk = item.tensor_data.chunk
-            nbytes, offsets = math.prod(chunk.sizes) * _ELEMENT_BYTES, chunk.offsets
-        nbytes += ChunkPlan(nbytes, 0).count * codec.RECORD.itemsize
-        key = payload_name(item.index.fqn, offsets)
-        infos.append(TensorInfo(key, "U8", (nbytes,), position, position + nbytes))
-        position += nbytes
-    return infos
+            found[payload_name(item.index.fqn, chunk.offsets)] = math.prod(chunk.sizes) * _ELEMENT_BYTES
+    return found
 
 
 def _value(item: WriteItem, planner: SavePlanner) -> bytes:
@@ -222,34 +215,26 @@ def _resolve(
     box, code, reference = Box(tuple(chunk.offsets), tuple(chunk.sizes)), DTYPES[dtype][0], None
     counterpart = find_counterpart(base, fqn, code, tuple(planned.size), rules) if base else None
     if base and counterpart:
-        reference = BasePart(base, counterpart, box, code)
+        reference = BasePart(base, counterpart, box)
     return _Part(data, code, box, dtype, reference)
 
 
-def _write_payload(file: PartialFile, offset: int, part: _Part, workers: Workers) -> int:
-    """Encode a part to ``offset``. Returns the payload's length."""
-    data, reference = part.data, part.reference
-    plan = ChunkPlan(data.size, data.size if reference else 0)
-    records = np.zeros(plan.count, codec.RECORD)
-    position = records.nbytes
+def _encoded(part: _Part, plan: ChunkPlan, workers: Workers) -> Generator[CodedChunk, None, None]:
+    """A part's chunks, in order."""
 
-    def encode(index: int) -> tuple[int, int, int, bytes]:
-        start, end = plan.span(index)
-        base, base_sum = None, 0
-        if reference:
-            raw = reference.read(start, end)
-            base, base_sum = reference.convert(raw), codec.checksum(raw)
-        method, coded = codec.encode_chunk(base, data[start:end], part.code)
-        return method, base_sum, codec.checksum(data[start:end]), coded
+    def encode(row: tuple[int, int]) -> list[CodedChunk]:
+        start, end = plan.bounds(*row)
+        base, dtype = None, None
+        if part.base:
+            dtype = part.base.dtype
+            first, stop = (codec.rescale(place, part.code, dtype) for place in (start, end))
+            base = np.empty(stop - first, np.uint8)
+            part.base.read_into(first, base)
+        return encode_row(part.data[start:end], base, part.code, plan.chunk_bytes, base_dtype=dtype)
 
-    with reference.expect() if reference else nullcontext():
-        chunks = workers.map(encode, range(plan.count))
-        for index, (method, base_sum, target_sum, coded) in enumerate(chunks):
-            file.write_at(offset + position, coded)
-            records[index] = (method, (0, 0, 0), len(coded), base_sum, target_sum)
-            position += len(coded)
-    file.write_at(offset, records.tobytes())
-    return position
+    with part.base.expect() if part.base else nullcontext():
+        for row in workers.map(encode, plan.rows(workers.batch_bytes)):
+            yield from row
 
 
 def make_record(metadata: Metadata, results: Sequence[WriteResult]) -> CheckpointRecord:

@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...delta.chain import Deltas, links, listed, open_chain
-from ...delta.target import Target, TensorRecipe, check_digest
+from ...delta.chain import Deltas, links, open_recipe
+from ...delta.recipes import TensorRecipe
+from ...delta.target_recipe import TargetRecipe, check_digest
 from ...errors import CheckpointError
 from ...storage import Location, OutputFolder, Readable
-from ...workers import Meter, ProgressCallback, Workers, batches
+from ...workers import Lane, Meter, ProgressCallback, Workers, batches
 from ..tensors import byte_view, dtype_of, settle, torch_shape
 
 #: Bytes that a thread takes at once.
@@ -82,9 +83,9 @@ def load_state_dict(
             raise CheckpointError(f"Tensor {name!r} cannot be loaded", f"{why}.") from error
         return tensors[name]
 
-    with open_chain(listed(delta), base) as target:
+    with open_recipe(delta, base) as target:
         found = _tensors_by_shard(target, shards)
-        links(target)[0].published_base_files()  # finds a wrong base on the Hub before it is fetched
+        links(target)[0].check_published()  # finds a wrong base on the Hub before it is fetched
         _fill(target, found, take, sha256, threads, progress)
     return {name: tensors[name] for names in found.values() for name in names}
 
@@ -126,7 +127,7 @@ def load_into(
         BaseMismatchError, DeltaError: as for :func:`load_state_dict`; some of the model's weights may be new
             ones by then, so do not go on with it.
     """
-    with open_chain(listed(delta), base) as target:
+    with open_recipe(delta, base) as target:
         found = _tensors_by_shard(target, shards)
         state = {
             name: tensor
@@ -136,7 +137,7 @@ def load_into(
         names = dict.fromkeys(name for shard in found.values() for name in shard)
         report = _compare(model, state, names, strict)
         _check_shapes(target, {name: state[name] for name in names if name in state})
-        links(target)[0].published_base_files()  # finds a wrong base on the Hub before it is fetched
+        links(target)[0].check_published()  # finds a wrong base on the Hub before it is fetched
         chosen = _one_of_each(state, set(names))
         wanted = {path: [name for name in shard if name in chosen] for path, shard in found.items()}
         _leave_meta(model, {id(state[name]) for name in chosen}, torch.device(device))
@@ -156,7 +157,7 @@ def write_files(delta: Deltas, out: Location, base: Readable | None = None) -> l
         DeltaError: the delta is incomplete or damaged.
         OutputError: ``out`` cannot be written to.
     """
-    with open_chain(listed(delta), base) as target, OutputFolder(out) as folder:
+    with open_recipe(delta, base) as target, OutputFolder(out) as folder:
         files = [
             file
             for file in target.manifest.target.files
@@ -172,7 +173,7 @@ def write_files(delta: Deltas, out: Location, base: Readable | None = None) -> l
     return sorted(file.path for file in files)
 
 
-def _tensors_by_shard(target: Target, shards: str) -> dict[str, list[str]]:
+def _tensors_by_shard(target: TargetRecipe, shards: str) -> dict[str, list[str]]:
     """The names to load from each shard: of tensors with one name, the first shard's."""
     found: dict[str, list[str]] = {}
     seen: set[str] = set()
@@ -228,8 +229,9 @@ def _memory(tensor: Tensor) -> tuple[object, ...]:
     return tensor.device, tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _check_shapes(target: Target, state: Mapping[str, Tensor]) -> None:
+def _check_shapes(target: TargetRecipe, state: Mapping[str, Tensor]) -> None:
     """Raise :class:`CheckpointError` where the model's tensor cannot hold the target's of that name."""
+    entries = {entry.name: entry for entry in reversed(target.manifest.tensors) if entry.file is not None}
     for name, tensor in state.items():
         if hasattr(tensor, "full_tensor"):
             raise CheckpointError(
@@ -237,7 +239,7 @@ def _check_shapes(target: Target, state: Mapping[str, Tensor]) -> None:
                 f"{name!r} is sharded over several processes (a DTensor).",
                 "Load it before it is sharded, or use distributed checkpoints.",
             )
-        shape = torch_shape(name, target.dtype(name), target.shape(name))
+        shape = torch_shape(name, entries[name].dtype, entries[name].shape)
         if shape != tuple(tensor.shape):
             raise CheckpointError(
                 "The target does not fit the model",
@@ -271,7 +273,7 @@ def _leave_meta(model: nn.Module, wanted: set[int], device: torch.device) -> Non
 
 
 def _fill(
-    target: Target,
+    target: TargetRecipe,
     names: Mapping[str, Sequence[str]],
     take: Callable[[TensorRecipe], Tensor],
     sha256: bool,
@@ -284,7 +286,7 @@ def _fill(
     with Workers(threads) as workers, torch.no_grad():
         workers.at_stop(target.cancel)
 
-        def fill_shard(path: str) -> None:
+        def fill_shard(lane: Lane, path: str) -> None:
             recipe = target.shard(path)
             wanted = set(names[path])
             chosen = [tensor for name, tensor in recipe.tensors.items() if name in wanted]
@@ -294,10 +296,10 @@ def _fill(
             is_whole = len(chosen) == len(recipe.tensors) and all(slot.direct is not None for slot in slots)
             digest = hashlib.sha256(recipe.header.raw) if sha256 and is_whole else None
             with target.expect((slot.recipe, i) for slot in slots for i in range(slot.recipe.plan.count)):
-                rows = chain.from_iterable(slot.rows(workers.batch_bytes) for slot in slots)
+                rows = chain.from_iterable(slot.rows(lane.batch_bytes) for slot in slots)
                 # To hand over each row alone takes as long as to decode it.
                 some = batches(rows, _BATCH_BYTES, lambda row: row[0].recipe.plan.length(*row[1:]))
-                for batch in workers.map(_decode, some):
+                for batch in lane.map(_decode, some):
                     for slot, first, stop in batch:
                         start, end = slot.recipe.plan.bounds(first, stop)
                         if digest and slot.direct is not None:

@@ -15,16 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...checkpoint import TensorInfo, build_header
+from ...dtypes import DTYPES
 from ...errors import CheckpointError
 from ...storage import HubId, ReadableFile, Source, Span, file_blocks
 from ..tensors import byte_view, code_of, settle, stored_shape
 
-#: The order of tensors in a file that safetensors writes: by dtype in this order, then by name. It is the
-#: reverse of how that library lists its dtypes, so that wide elements come first and all are aligned.
-_ORDER = (
-    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ",
-    "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
-)  # fmt: skip
+#: The order of tensors in a file that safetensors writes: by dtype in this order, then by name.
+_ORDER = tuple(DTYPES)
 
 #: A file's bytes: in the CPU's memory as an array, elsewhere as a uint8 tensor.
 _Piece: TypeAlias = "NDArray[np.uint8] | Tensor"

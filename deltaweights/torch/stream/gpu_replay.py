@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,8 +13,7 @@ from ...errors import PayloadError
 from ...workers import Workers
 from ..tensors import settle
 from . import gpu
-from .payloads import Chunk, Payload
-from .records import CHUNK_BYTES
+from .payloads import Chunk, StreamPayload
 from .state import StateTensor, plan_of
 
 #: Chunks in a row that are patched at once.
@@ -39,12 +37,11 @@ class GpuPatches:
 
     def __init__(self) -> None:
         self._overwritten: list[gpu.Elements] = []
-        self._room = np.empty(CHUNK_BYTES, np.uint8)
 
     def apply(
         self,
         state: Mapping[str, StateTensor],
-        steps_of: Callable[[Chunk], Iterable[Payload]],
+        steps_of: Callable[[Chunk], Iterable[StreamPayload]],
         workers: Workers,
     ) -> list[Chunk]:
         """Take all chunks that can be through their steps, and check them.
@@ -71,7 +68,7 @@ class GpuPatches:
     def _patch_all(
         self,
         groups: Sequence[_Group],
-        steps_of: Callable[[Chunk], Iterable[Payload]],
+        steps_of: Callable[[Chunk], Iterable[StreamPayload]],
         workers: Workers,
     ) -> list[Chunk]:
         """See :meth:`apply`. By one thread: two would spend more time on Python's lock than they save."""
@@ -95,7 +92,7 @@ class GpuPatches:
         tensor: StateTensor,
         memory: Tensor,
         chunks: Sequence[Chunk],
-        steps_of: Callable[[Chunk], Iterable[Payload]],
+        steps_of: Callable[[Chunk], Iterable[StreamPayload]],
     ) -> tuple[list[Chunk], list[_Patched]]:
         """Take chunks in a row of one tensor through their steps: (those that cannot be, the others)."""
         plan = plan_of(tensor)
@@ -115,22 +112,22 @@ class GpuPatches:
                 patches.append((start, found))
                 patched.chunks.append(chunk)
                 patched.spans.append(gpu.addresses(memory, start, end))
-                patched.expected.append(int(steps[-1].records["target"][chunk[1]]))
+                patched.expected.append(int(steps[-1].table[0]["target"][chunk[1]]))
         for step in range(max((len(found) for _, found in patches), default=0)):
             some = [(start, found[step]) for start, found in patches if step < len(found)]
             self._overwritten.append(gpu.patch(memory, some))
         return left, [patched] if patches else []
 
     def _read(
-        self, steps: Sequence[Payload], index: int, nbytes: int, dtype: str
+        self, steps: Sequence[StreamPayload], index: int, nbytes: int, dtype: str
     ) -> list[codec.Patch] | None:
         """What changes in a chunk at each step; None where one of them is no patch."""
         found = []
-        if any(payload.records["method"][index] != codec.Method.SPARSE for payload in steps):
+        if any(payload.method(index) != codec.Method.SPARSE for payload in steps):
             return None  # without reading it
         for payload in steps:
             try:
-                patch = codec.read_patch(*payload.data(index, self._room), nbytes, dtype)
+                patch = codec.read_patch(*payload.chunk(index), nbytes, dtype)
             except PayloadError:  # whoever decodes it otherwise says what is wrong
                 return None
             if patch is None:

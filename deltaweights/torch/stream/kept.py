@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import closing
+from itertools import chain, islice
 
 import numpy as np
 import torch
 
 from ... import codec
-from ...checkpoint import MAX_HEADER_BYTES, TensorInfo, build_header
-from ...errors import OutputError
-from ...payload import ChunkPlan
+from ...payload import CodedChunk, PayloadFile, encode_row
 from ...storage import PartialFile
 from ...workers import Workers
-from .records import StreamTensor, tensor_digest
+from .records import CHUNK_BYTES, StreamTensor, tensor_digest
 from .state import StateTensor, owners, plan_of
 
 _METADATA = {"format": "deltaweights-stream"}
@@ -30,14 +29,6 @@ def layout_of(state: Mapping[str, StateTensor]) -> StateLayout:
         (name, tensor.code, tensor.shape, None if first[name] == name else first[name])
         for name, tensor in state.items()
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class _Coded:
-    """One chunk, encoded: its record and its data."""
-
-    record: tuple[int, int, int, int]
-    data: bytes
 
 
 class KeptState:
@@ -92,15 +83,13 @@ class KeptState:
             The names of the tensors that changed.
         """
 
-        def encode(name: str, index: int) -> _Coded:
+        def encode(name: str, index: int) -> list[CodedChunk]:
             start, end = self._plans[name].span(index)
             old, new = self._bytes[name][start:end], state[name].read(start, end)
-            method, data = codec.encode_chunk(old, new, self._codes[name], quick=True)
-            before = int(self._sums[name][index])
-            if method == codec.Method.SAME:
-                return _Coded((method, 0, before, before), b"")
-            old[:] = new
-            return _Coded((method, len(data), before, codec.checksum(old)), data)
+            coded = encode_row(new, old, self._codes[name], CHUNK_BYTES, quick=True)
+            if coded[0].changed:
+                old[:] = new
+            return coded
 
         # To leave out tensors that did not change keeps the header short. Where a look takes a copy, it is
         # not worth it; of those that did change, it ends at the first difference.
@@ -116,10 +105,9 @@ class KeptState:
     def write_anchor(self, file: PartialFile, workers: Workers) -> None:
         """Write the state that is kept, by itself."""
 
-        def encode(name: str, index: int) -> _Coded:
+        def encode(name: str, index: int) -> list[CodedChunk]:
             start, end = self._plans[name].span(index)
-            method, data = codec.encode_chunk(None, self._bytes[name][start:end], self._codes[name])
-            return _Coded((method, len(data), 0, int(self._sums[name][index])), data)
+            return encode_row(self._bytes[name][start:end], None, self._codes[name], CHUNK_BYTES)
 
         self._write(file, list(self._plans), encode, workers, is_anchor=True)
 
@@ -127,52 +115,18 @@ class KeptState:
         self,
         file: PartialFile,
         names: Iterable[str],
-        encode: Callable[[str, int], _Coded],
+        encode: Callable[[str, int], list[CodedChunk]],
         workers: Workers,
         *,
         is_anchor: bool = False,
     ) -> list[str]:
-        """A safetensors file of payloads, but for tensors that are the same. Returns the others' names."""
+        """A safetensors file of payloads, except for tensors that are the same. Returns the others' names."""
         plans = {name: self._plans[name] for name in names}
-        room = _header_room(plans)
+        payloads = PayloadFile(file, {name: plan.nbytes for name, plan in plans.items()}, _METADATA)
         jobs = ((name, index) for name, plan in plans.items() for index in range(plan.count))
-        coded = workers.map(lambda job: encode(*job), jobs)
-        infos, position = [], 0
-        for name, plan in plans.items():
-            records = np.zeros(plan.count, codec.RECORD)
-            end = position + records.nbytes
-            for index in range(plan.count):
-                chunk = next(coded)
-                file.write_at(room + end, chunk.data)
-                end += len(chunk.data)
-                for key, value in zip(("method", "length", "base", "target"), chunk.record, strict=True):
-                    records[key][index] = value
-            if not is_anchor and not records["method"].any():
-                continue
-            self._sums[name] = records["target"].astype("<u8")
-            file.write_at(room + position, records.tobytes())
-            infos.append(TensorInfo(name, "U8", (end - position,), position, end))
-            position = end
-        file.write_at(0, build_header(infos, _METADATA, room))
-        return [info.name for info in infos]
-
-
-def _header_room(plans: Mapping[str, ChunkPlan]) -> int:
-    """Bytes that the header may need: the payloads' sizes are known only after them.
-
-    Raises:
-        OutputError: more than safetensors allows.
-    """
-    largest, position = [], 0
-    for name, plan in plans.items():
-        length = plan.nbytes + plan.count * codec.RECORD.itemsize
-        largest.append(TensorInfo(name, "U8", (length,), position, position + length))
-        position += length
-    room = len(build_header(largest, _METADATA))
-    if room > MAX_HEADER_BYTES:
-        raise OutputError(
-            "The state has too many tensors for one update",
-            f"Its header would have {room} bytes; safetensors allows {MAX_HEADER_BYTES}.",
-            "Publish a part of the tensors.",
-        )
-    return room
+        with closing(workers.map(lambda job: encode(*job), jobs)) as coded:
+            chunks = chain.from_iterable(coded)
+            for name, plan in plans.items():
+                written = payloads.write(name, plan, islice(chunks, plan.count), skip_same=not is_anchor)
+                self._sums[name] = written.records["target"].astype("<u8")
+        return [info.name for info in payloads.finish()]

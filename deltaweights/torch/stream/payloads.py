@@ -10,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ... import codec
-from ...checkpoint import Header, TensorInfo, parse_header
-from ...checkpoint.header import header_length
-from ...errors import HeaderError, PayloadError
-from ...payload import ChunkPlan, check_records
-from ...storage.source import HEAD_BYTES, LocalFile
+from ...checkpoint import Tensor, read_header
+from ...errors import BaseMismatchError, DeltaError, DeltaWeightsError, HeaderError
+from ...payload import Faults, StoredPayload
+from ...storage.source import LocalFile
 from .records import StateRecord, damaged, tensor_digest
 from .state import StateTensor, plan_of
 
@@ -32,65 +31,66 @@ class StreamStep:
     is_anchor: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Payload:
-    """One tensor's payload: its chunk records (:data:`codec.RECORD`), and where their data is in the file."""
+class _StreamFaults(Faults):
+    """The faults of a weight stream's file. Its SHA-256 was compared when it was fetched, and what it is
+    applied to is in memory: nothing of it can come wrong."""
 
-    file: LocalFile
-    records: NDArray[np.void]
-    starts: NDArray[np.int64]
+    def damaged(self, path: str, why: str) -> DeltaError:
+        """The error to raise where the file at ``path`` is not what was published."""
+        return damaged(path, why)
 
-    def data(self, index: int, room: NDArray[np.uint8]) -> tuple[int, NDArray[np.uint8]]:
-        """How a chunk is coded, and its data, which is read into ``room``."""
-        length = int(self.records["length"][index])
-        if length > len(room):
-            raise damaged(self.file.path, f"A chunk is coded in {length} bytes")
-        self.file.read_into(int(self.starts[index]), room[:length])
-        return int(self.records["method"][index]), room[:length]
+    def is_damaged(self, path: str) -> bool:
+        """Never."""
+        return False
+
+    def wrong_base(self, why: str) -> BaseMismatchError:
+        """The error to raise where the model is not as it was left."""
+        return BaseMismatchError(
+            "The model is not in the state that it was left in",
+            f"{why[0].upper()}{why[1:]}.",
+            "Nothing but sync may write to it; load the base again, or let the publisher write an anchor.",
+        )
+
+
+_FAULTS = _StreamFaults()
+
+
+class StreamPayload(StoredPayload):
+    """One tensor's payload in a file of a stream."""
+
+    def chunk(self, index: int) -> tuple[int, NDArray[np.uint8]]:
+        """How a chunk is coded, and its data, valid until this thread reads more."""
+        return self.method(index), self.read_data(index, index + 1)
 
     def follows(self, digest: str | None) -> bool:
         """Whether it is made against a tensor of this digest, and keeps the chunks that it calls the same."""
-        same = self.records["method"] == codec.Method.SAME
-        is_same = (self.records["base"] == self.records["target"])[same].all()
-        return bool(is_same) and tensor_digest(self.records["base"].tobytes()) == digest
+        records, _ = self.table
+        same = records["method"] == codec.Method.SAME
+        is_same = (records["base"] == records["target"])[same].all()
+        return bool(is_same) and tensor_digest(records["base"].tobytes()) == digest
 
-    def leads_to(self, index: int, chunk: NDArray[np.uint8]) -> bool:
-        """Whether the chunk is what was encoded."""
-        return codec.checksum(chunk) == int(self.records["target"][index])
+    def fault(self, index: int, base: NDArray[np.uint8] | None, why: str) -> DeltaWeightsError:
+        """The error where ``base`` and a chunk's data do not make its target: one of the two is wrong."""
+        if base is not None and not self.is_from(index, base):
+            return self.faults.wrong_base(f"its tensor {self.name!r} was changed by somebody else")
+        return self.damaged(f"Chunk {index}: {why}")
 
 
-def read_payloads(step: StreamStep, state: Mapping[str, StateTensor]) -> dict[str, Payload]:
+def read_payloads(step: StreamStep, state: Mapping[str, StateTensor]) -> dict[str, StreamPayload]:
     """The file's payloads by the names of their tensors, checked against the record."""
     own = {tensor.name: tensor for tensor in step.record.tensors if tensor.like is None}
+    where = step.file.path
     try:
-        header = _read_header(step.file)
+        shard = read_header(step.file, where)
     except HeaderError as error:
-        raise damaged(step.file.path, error.why.rstrip(".")) from error
+        raise damaged(where, error.why.rstrip(".")) from error
     found = {}
-    for info in header.tensors:
+    for info in shard.header.tensors:
         if info.name not in own:
-            raise damaged(
-                step.file.path, f"It has a payload for {info.name!r}, which its record does not have"
-            )
-        found[info.name] = _read_payload(step.file, header, info, plan_of(state[info.name]))
-        if tensor_digest(found[info.name].records["target"].tobytes()) != own[info.name].digest:
-            raise damaged(step.file.path, f"It does not lead to tensor {info.name!r} of its record")
+            raise damaged(where, f"It has a payload for {info.name!r}, which its record does not have")
+        tensor = state[info.name]
+        payload = StreamPayload(info.name, tensor.code, plan_of(tensor), Tensor(info, shard), _FAULTS)
+        if tensor_digest(payload.table[0]["target"].tobytes()) != own[info.name].digest:
+            raise damaged(where, f"It does not lead to tensor {info.name!r} of its record")
+        found[info.name] = payload
     return found
-
-
-def _read_header(file: LocalFile) -> Header:
-    head = file.read(0, min(HEAD_BYTES, file.size))
-    length = header_length(head[:8], file.size, file.path)
-    if length > len(head):
-        head += file.read(len(head), length - len(head))
-    return parse_header(head[:length], file.size, file.path)
-
-
-def _read_payload(file: LocalFile, header: Header, info: TensorInfo, plan: ChunkPlan) -> Payload:
-    offset = header.data_start + info.start
-    table = file.read(offset, min(plan.count * codec.RECORD.itemsize, info.nbytes))
-    try:
-        records, starts = check_records(table, plan, info.nbytes)
-    except PayloadError as error:
-        raise damaged(file.path, f"Tensor {info.name!r}: {error.what}") from error
-    return Payload(file, records, starts + offset)

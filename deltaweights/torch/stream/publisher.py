@@ -17,9 +17,9 @@ from .kept import KeptState, StateLayout, layout_of
 from .records import (
     MAX_RECORD_BYTES,
     Head,
-    PayloadFile,
     StateRecord,
     StateReference,
+    StreamFile,
     number_of,
     payload_name,
     read_head,
@@ -215,19 +215,19 @@ class DeltaPublisher:
         """Publish ``state`` as an update; if None, the state that is kept, without one."""
         _check_at_least(0, step=step)
         self._number += 1
-        payloads: dict[str, PayloadFile] = {}
+        payloads: dict[str, StreamFile] = {}
         changed: list[str] = []
         if state is not None:
             name = payload_name(self._number, self._writer, "update")
             with self._folder.create(name) as file:
                 changed = self._kept.write_update(file, state, workers)
-                payloads[name] = PayloadFile(*file.digest())
+                payloads[name] = StreamFile(*file.digest())
                 file.commit()
         if with_anchor:
             name = payload_name(self._number, self._writer, "anchor")
             with self._folder.create(name) as file:
                 self._kept.write_anchor(file, workers)
-                payloads[name] = PayloadFile(*file.digest())
+                payloads[name] = StreamFile(*file.digest())
                 file.commit()
         record = self._record(step, payloads)
         self._announce(record, payloads)
@@ -237,10 +237,10 @@ class DeltaPublisher:
             step, record.number, record.state, tuple(changed), update_bytes, anchor_bytes, nbytes
         )
 
-    def _record(self, step: int, payloads: Mapping[str, PayloadFile]) -> StateRecord:
+    def _record(self, step: int, payloads: Mapping[str, StreamFile]) -> StateRecord:
         """The record of the state that is kept."""
 
-        def payload(kind: Literal["update", "anchor"]) -> PayloadFile | None:
+        def payload(kind: Literal["update", "anchor"]) -> StreamFile | None:
             return payloads.get(payload_name(self._number, self._writer, kind))
 
         tensors = self._kept.tensors()
@@ -256,7 +256,7 @@ class DeltaPublisher:
             writer=self._writer,
         )
 
-    def _announce(self, record: StateRecord, payloads: Mapping[str, PayloadFile]) -> None:
+    def _announce(self, record: StateRecord, payloads: Mapping[str, StreamFile]) -> None:
         """Make the record the newest, and remove what no chain needs any more."""
         reference = _reference(record)
         anchors = [*self._anchors, reference] if record.anchor else self._anchors

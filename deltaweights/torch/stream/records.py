@@ -11,11 +11,13 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias, TypeVar
+from functools import partial
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
-from ...errors import DeltaError, FormatVersionError
+from ... import canonical
+from ...errors import DeltaError
 from ...manifest import Sha256, Shape, Size
 
 HEAD_NAME = "head.json"
@@ -71,7 +73,7 @@ class StreamTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class PayloadFile:
+class StreamFile:
     """A safetensors file of payloads: its size in bytes, its SHA-256."""
 
     size: Size
@@ -93,8 +95,8 @@ class StateRecord:
     state: Sha256
     tensors: tuple[StreamTensor, ...]
     previous: StateReference | None
-    update: PayloadFile | None
-    anchor: PayloadFile | None
+    update: StreamFile | None
+    anchor: StreamFile | None
     last_anchor: StateReference | None
     writer: Writer
     format: Literal["deltaweights-stream"] = "deltaweights-stream"
@@ -130,41 +132,16 @@ def state_digest(tensors: Iterable[StreamTensor]) -> str:
     """The digest of a state: SHA-256 (hex) of the canonical JSON of ``[name, dtype, shape, digest]`` of every
     tensor, sorted by name."""
     rows = sorted((tensor.name, tensor.dtype, tensor.shape, tensor.digest) for tensor in tensors)
-    return hashlib.sha256(_encode(rows)).hexdigest()
+    return canonical.digest(rows)
 
 
 def write_json(value: Head | StateRecord) -> bytes:
     """Canonical JSON: UTF-8, keys sorted, no white space, one line feed at the end."""
-    return _encode(value)
+    return canonical.encode(value)
 
 
-def _encode(value: object) -> bytes:
-    return msgspec.json.encode(value, order="sorted") + b"\n"
-
-
-Json = TypeVar("Json", Head, StateRecord)
-
-
-def _read(data: bytes, kind: type[Json], where: str) -> Json:
-    try:
-        version = msgspec.json.decode(data, type=_Version)
-        if version.format == "deltaweights-stream" and version.format_version != FORMAT_VERSION:
-            raise FormatVersionError(
-                f"{where} has format version {version.format_version}",
-                f"This version of deltaweights reads version {FORMAT_VERSION} of weight streams.",
-                "Use a newer version of deltaweights.",
-            )
-        value = msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise damaged(where, f"{error}") from error
-    if _encode(value) != data:
-        raise damaged(where, "Its JSON is not in canonical form")
-    return value
-
-
-class _Version(msgspec.Struct):
-    format: str
-    format_version: int
+_HEADS = canonical.Format("deltaweights-stream", FORMAT_VERSION, "This weight stream", MAX_HEAD_BYTES)
+_RECORDS = _HEADS._replace(most_bytes=MAX_RECORD_BYTES)
 
 
 def read_head(data: bytes, where: str) -> Head:
@@ -177,14 +154,14 @@ def read_head(data: bytes, where: str) -> Head:
         FormatVersionError: its format version is not known here.
         DeltaError: it is damaged.
     """
-    return _read(data, Head, where)
+    return canonical.decode(data, Head, _HEADS, partial(damaged, where))
 
 
 def read_record(data: bytes, reference: StateReference, where: str) -> StateRecord:
     """Read and check the record that ``reference`` names; raises as :func:`read_head` does."""
     if hashlib.sha256(data).hexdigest() != reference.record:
         raise damaged(where, "Its SHA-256 is not the one that was published")
-    record = _read(data, StateRecord, where)
+    record = canonical.decode(data, StateRecord, _RECORDS, partial(damaged, where))
     if (record.number, record.state) != (reference.number, reference.state):
         raise damaged(where, "It is the record of another state")
     _validate(record, where)

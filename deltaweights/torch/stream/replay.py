@@ -1,4 +1,4 @@
-"""Payload files of a weight stream, one after the other, onto the tensors of a model."""
+"""StreamPayload files of a weight stream, one after the other, onto the tensors of a model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ... import codec
-from ...errors import BaseMismatchError, CheckpointError, DeltaWeightsError, PayloadError
+from ...errors import CheckpointError, PayloadError
 from ...workers import Workers
 from .gpu_replay import GpuPatches
-from .payloads import Chunk, Payload, StreamStep, read_payloads
+from .payloads import Chunk, StreamPayload, StreamStep, read_payloads
 from .records import CHUNK_BYTES, damaged
 from .state import StateTensor, owners, plan_of
 
@@ -25,10 +25,9 @@ _WRONG = "it does not decode to what was encoded"
 
 
 class _Buffers(threading.local):
-    """Each thread's memory for coded data, and two chunks to decode from one to the other."""
+    """Each thread's memory for two chunks, to decode from one to the other."""
 
     def __init__(self) -> None:
-        self.data = np.empty(CHUNK_BYTES, np.uint8)
         self.pair = [np.empty(CHUNK_BYTES, np.uint8) for _ in range(2)]
 
 
@@ -50,7 +49,7 @@ class Replay:
     ) -> None:
         self._state = state
         self._starts_anew = steps[0].is_anchor
-        self._payloads: dict[str, list[Payload]] = {}
+        self._payloads: dict[str, list[StreamPayload]] = {}
         # Tied tensors are one and the same memory here, whatever they are at the publisher's.
         first = owners(state)
         own = set(first.values())
@@ -192,19 +191,19 @@ class Replay:
         memory, done, is_done = self._read(chunk), list[codec.Overwritten](), False
         try:
             for payload in steps:
-                method, data = payload.data(index, self._buffers.data)
+                method, data = payload.chunk(index)
                 overwritten = codec.patch_chunk(method, data, memory, tensor.code)
                 if overwritten is None:
                     return None
                 done.append(overwritten)
                 if not payload.leads_to(index, memory):
                     done.pop().put_back(memory)
-                    raise _fault(payload, chunk, memory, _WRONG)
+                    raise payload.fault(index, memory, _WRONG)
             self._give_back(chunk, memory)
             is_done = True
             return done
         except PayloadError as error:
-            raise _fault(payload, chunk, memory, error.what) from error
+            raise payload.fault(index, memory, error.what) from error
         finally:
             if not is_done:
                 _put_back(memory, done)
@@ -226,37 +225,25 @@ class Replay:
             buffers = self._buffers.pair
             buffers.reverse()
             out = buffers[0][: end - start] if into is None or number < len(steps) else into
-            method, data = payload.data(chunk[1], self._buffers.data)
+            method, data = payload.chunk(chunk[1])
             try:
                 codec.decode_chunk(method, data, now, tensor.code, out)
             except PayloadError as error:
-                raise _fault(payload, chunk, now, error.what) from error
+                raise payload.fault(chunk[1], now, error.what) from error
             if check and not payload.leads_to(chunk[1], out):
-                raise _fault(payload, chunk, now, _WRONG)
+                raise payload.fault(chunk[1], now, _WRONG)
             now = found = out
         return found
 
-    def _steps(self, chunk: Chunk) -> Iterator[Payload]:
+    def _steps(self, chunk: Chunk) -> Iterator[StreamPayload]:
         """The payloads that change the chunk."""
         name, index = chunk
         for number, payload in enumerate(self._payloads[name]):
             is_first_anchor = self._starts_anew and number == 0
-            if is_first_anchor or payload.records["method"][index] != codec.Method.SAME:
+            if is_first_anchor or payload.method(index) != codec.Method.SAME:
                 yield payload
 
 
 def _put_back(memory: NDArray[np.uint8], steps: list[codec.Overwritten]) -> None:
     while steps:
         steps.pop().put_back(memory)
-
-
-def _fault(payload: Payload, chunk: Chunk, base: NDArray[np.uint8] | None, why: str) -> DeltaWeightsError:
-    """The error where a chunk's base and payload do not make its target: one of the two is wrong."""
-    name, index = chunk
-    if base is not None and codec.checksum(base) != int(payload.records["base"][index]):
-        return BaseMismatchError(
-            "The model is not in the state that it was left in",
-            f"Its tensor {name!r} was changed by somebody else.",
-            "Nothing but sync may write to it; load the base again, or let the publisher write an anchor.",
-        )
-    return damaged(payload.file.path, f"Chunk {index} of tensor {name!r}: {why}")

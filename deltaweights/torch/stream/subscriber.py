@@ -15,9 +15,9 @@ from ...workers import Workers
 from .payloads import StreamStep
 from .records import (
     MAX_RECORD_BYTES,
-    PayloadFile,
     StateRecord,
     StateReference,
+    StreamFile,
     StreamTensor,
     read_head,
     read_record,
@@ -216,7 +216,7 @@ class DeltaSubscriber:
         )
 
 
-def _payload(record: StateRecord, kind: Literal["update", "anchor"]) -> PayloadFile:
+def _payload(record: StateRecord, kind: Literal["update", "anchor"]) -> StreamFile:
     file = record.update if kind == "update" else record.anchor
     assert file is not None
     return file

@@ -19,7 +19,7 @@ from ...errors import CheckpointError, OutputError
 from ...storage import HubSource, Location, OutputFolder, file_blocks, local_path
 from ...storage.hub_upload import Outgoing, find_branch, require_login, upload
 from ...storage.source import LocalFile
-from .records import HEAD_NAME, MAX_HEAD_BYTES, PayloadFile, damaged, number_of
+from .records import HEAD_NAME, MAX_HEAD_BYTES, StreamFile, damaged, number_of
 
 
 class Gone(Exception):  # noqa: N818
@@ -31,7 +31,7 @@ class Publication:
     """What a writer adds: payload files, which lie in its folder; the record; the head; and files to remove.
     ``expected`` is the head that has to be there before, None for none."""
 
-    payloads: Mapping[str, PayloadFile]
+    payloads: Mapping[str, StreamFile]
     record: tuple[str, bytes]
     head: bytes
     expected: bytes | None
@@ -50,7 +50,7 @@ class Transport(Protocol):
     def read(self, name: str, limit: int) -> bytes:
         """A small file of at most ``limit`` bytes. Raises :class:`Gone` where it is not there."""
 
-    def fetch(self, name: str, file: PayloadFile, folder: Path) -> LocalFile:
+    def fetch(self, name: str, file: StreamFile, folder: Path) -> LocalFile:
         """A payload file with the SHA-256 that its record says, brought into ``folder`` if it is far away.
 
         Raises:
@@ -89,7 +89,7 @@ def other_writer(where: str) -> OutputError:
     )
 
 
-def _checked(path: Path, name: str, file: PayloadFile, where: str) -> LocalFile:
+def _checked(path: Path, name: str, file: StreamFile, where: str) -> LocalFile:
     """The local file, if it is the one in the record."""
     opened = LocalFile(name, path)
     sha256 = hashlib.sha256()
@@ -126,7 +126,7 @@ class FolderTransport:
         except OSError as error:
             raise CheckpointError(f"Cannot read {path}", f"{error.strerror}.") from error
 
-    def fetch(self, name: str, file: PayloadFile, folder: Path) -> LocalFile:
+    def fetch(self, name: str, file: StreamFile, folder: Path) -> LocalFile:
         if not (self._root / name).exists():
             raise Gone
         return _checked(self._root / name, name, file, self.where)
@@ -196,7 +196,7 @@ class UrlTransport:
             raise damaged(f"{name} in {self.where}", "It is too long")
         return data
 
-    def fetch(self, name: str, file: PayloadFile, folder: Path) -> LocalFile:
+    def fetch(self, name: str, file: StreamFile, folder: Path) -> LocalFile:
         with self._explained(name):
             if self._system.size(self._path(name)) != file.size:
                 raise damaged(f"{name} in {self.where}", "Its size is not the one in its record")
@@ -269,7 +269,7 @@ class HubTransport:
             raise damaged(f"{name} in {self.where}", "It is too long")
         return self._source().open(name).read(0, size)
 
-    def fetch(self, name: str, file: PayloadFile, folder: Path) -> LocalFile:
+    def fetch(self, name: str, file: StreamFile, folder: Path) -> LocalFile:
         size = self._source().sizes.get(name)
         if size is None:
             raise Gone

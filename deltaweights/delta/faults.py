@@ -1,0 +1,79 @@
+"""What a delta says where bytes are wrong: that its base is the wrong one, or the delta damaged."""
+
+from __future__ import annotations
+
+from ..checkpoint import Checkpoint
+from ..errors import BaseMismatchError, PayloadError
+from ..manifest import Manifest
+from ..payload import Faults
+from ..storage import Source, cached_sha256, origins, sha256_of
+
+
+class DeltaFaults(Faults):
+    """The faults of the delta at ``source``, with the base that it is read with."""
+
+    def __init__(self, source: Source, manifest: Manifest, base: Checkpoint | None) -> None:
+        self._source = source
+        self._manifest = manifest
+        self._base = base
+
+    def damaged(self, path: str, why: str) -> PayloadError:
+        """The error to raise where the delta's file at ``path`` is not what was published."""
+        return PayloadError(f"{path} in the delta is damaged", f"{why}.", "Get the delta again.")
+
+    def is_damaged(self, path: str) -> bool:
+        """Whether the delta's own file at ``path`` has a SHA-256 other than the manifest's."""
+        record = next(record for record in self._manifest.files if record.path == path)
+        found = self._source.published_sha256(path) or sha256_of(self._source.blocks(path))
+        return found != record.sha256
+
+    def wrong_base(self, why: str) -> BaseMismatchError:
+        """The error to raise where the base is not the right one."""
+        record = self._manifest.base
+        revision = f"@{record.revision}" if record.revision else ""
+        fix = (
+            f"The right one is on the Hub: --base {record.repo_id}{revision}"
+            if record.repo_id
+            else "`deltaweights inspect --json` lists the files of the right one, with their SHA-256."
+        )
+        where = self._base.source.where if self._base else "Nothing"
+        return BaseMismatchError(
+            f"{where} is not the base that this delta was made from", f"{why[0].upper()}{why[1:]}.", fix
+        )
+
+    def is_proven(self, path: str) -> bool:
+        """Whether the base's file at ``path`` is published with the manifest's SHA-256."""
+        published = self._base.source.published_sha256(path) if self._base else None
+        return published is not None and published == self._recorded.get(path)
+
+    @property
+    def _recorded(self) -> dict[str, str]:
+        return {record.path: record.sha256 for record in self._manifest.base.files}
+
+    def check_published(self, paths: list[str]) -> set[str]:
+        """Which of these files of the base are known to be right without reading them.
+
+        Raises:
+            BaseMismatchError: a SHA-256 that is published, or that names the file in the Hub cache, differs
+                from the manifest's. (Where shards have other names than those of the manifest's base, the
+                base is sharded differently, and theirs say nothing.)
+        """
+        if self._base is None:
+            return set()
+        records = self._recorded
+        is_alike = {path for path in records if path.endswith(".safetensors")} == set(self._base.shards)
+        for path in paths:
+            source = self._base.source
+            told = source.published_sha256(path) or cached_sha256(source.full_path(path))
+            if told is None or path not in records:
+                continue
+            if told != records[path] and (is_alike or path not in self._base.shards):
+                raise self.wrong_base(f"its file {path!r} has SHA-256 {told}, not {records[path]}")
+        return {path for path in paths if self.is_proven(path)}
+
+    @property
+    def remedy(self) -> str:
+        """What helps where bytes of a base that is proven come wrong."""
+        if self._base and origins(self._base.source) != [self._base.source]:
+            return "Get the deltas before this one again."
+        return "Something on the way changes them: try another network, or --keep-base."

@@ -1,0 +1,79 @@
+"""A delta opened: its manifest read and checked, all of it there, and its base found."""
+
+from __future__ import annotations
+
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..errors import CheckpointError, DeltaError, ManifestError
+from ..manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from ..storage import Readable, Source, open_hub
+
+
+def read_manifest(source: Source) -> Manifest:
+    """Read and check the manifest of the delta at ``source``.
+
+    Raises:
+        ManifestError: there is none, or it is damaged.
+    """
+    size = source.sizes.get(MANIFEST_NAME)
+    if size is None:
+        raise ManifestError(
+            f"{source.where} is not a delta",
+            f"It has no {MANIFEST_NAME}: something else, or a diff that was interrupted.",
+            "Check the path, or run the diff again.",
+        )
+    if size > MAX_MANIFEST_BYTES:
+        raise ManifestError(
+            f"{MANIFEST_NAME} is damaged",
+            f"It has {size} bytes, more than any manifest.",
+            "Get the delta again.",
+        )
+    return Manifest.from_json(source.open(MANIFEST_NAME).read(0, size))
+
+
+def require_whole(source: Source, manifest: Manifest) -> None:
+    """Raise :class:`DeltaError` where a file of the delta is missing or cut (a broken download)."""
+    wrong = [file.path for file in manifest.files if source.sizes.get(file.path) != file.size]
+    if wrong:
+        raise DeltaError(
+            f"{source.where} is not a whole delta",
+            f"{_some(wrong)} missing or not of the size in the manifest.",
+            "Get the delta again.",
+        )
+    other = [f.path for f in manifest.files if source.published_sha256(f.path) not in (None, f.sha256)]
+    if other:
+        raise DeltaError(
+            f"{source.where} is not the delta that its manifest describes",
+            f"{_some(other)} published with another SHA-256.",
+            "Tell its publisher; an earlier revision may be whole.",
+        )
+
+
+def open_base(manifest: Manifest, base: Readable | None) -> Checkpoint | None:
+    """The base given, or the one that the manifest names; None where the delta needs none.
+
+    Raises:
+        CheckpointError: it cannot be found or read.
+    """
+    needs_base = any(entry.shared_bytes for entry in manifest.tensors) or any(
+        file.stored == "base" for file in manifest.target.files
+    )
+    if base is not None:
+        return open_checkpoint(base)
+    if needs_base and manifest.base.repo_id:  # never a path: a manifest must not name our folders
+        return Checkpoint(open_hub(manifest.base.repo_id, manifest.base.revision))
+    if needs_base:
+        raise CheckpointError(
+            "This delta needs its base",
+            "The delta does not say where on the Hub it is.",
+            "Pass it: --base PATH or --base ORG/NAME",
+        )
+    return None
+
+
+def _some(names: list[str]) -> str:
+    """The first name, and how many more there are."""
+    return (
+        repr(names[0])
+        + (f" and {len(names) - 1} more" if names[1:] else "")
+        + (" are" if names[1:] else " is")
+    )

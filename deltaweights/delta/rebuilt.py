@@ -1,0 +1,254 @@
+"""A target readable like a folder, though none of it is on disk: what it is asked for is decoded.
+
+So ``apply``, ``verify`` and ``diff`` hardly know of chains: the base of the last delta is such a source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CheckpointError
+from ..manifest import TargetFile
+from ..storage import HubId, ReadableFile, Source, Span, file_blocks
+from .recipes import ShardRecipe, TensorRecipe
+from .target_recipe import TargetRecipe, check_digest
+
+#: Memory for chunks that readers ask for in parts.
+_CACHE_BYTES = 16 << 20
+
+
+class RebuiltSource:
+    """The files of a target as a :class:`Source`, decoded while they are read. Closing it closes the target.
+
+    Every file's SHA-256 counts as published: it is in the manifest, and whatever is rebuilt to other bytes is
+    refused. Chunks are checked as they are decoded, whole files at the end of :meth:`blocks`.
+    """
+
+    def __init__(self, target: TargetRecipe) -> None:
+        self.target = target
+        record = target.manifest.target
+        self.where = f"the target of {target.source.where}"
+        self.root: Path | None = None
+        self.hub_id = HubId(record.repo_id, record.revision)
+        self._files = {file.path: file for file in record.files}
+        self.sizes: Mapping[str, int] = {path: file.size for path, file in sorted(self._files.items())}
+        self.left_out = record.left_out
+        self._cache = _ChunkCache(_CACHE_BYTES)
+        self._opened: dict[str, ReadableFile] = {}
+
+    @property
+    def origins(self) -> list[Source]:
+        """Where deltas and base come from."""
+        return self.target.sources
+
+    def open(self, path: str) -> ReadableFile:
+        """The file at ``path``.
+
+        Raises:
+            DeltaError: the delta is damaged.
+        """
+        if path not in self._opened:
+            file = self._files[path]
+            if file.stored == "tensors":
+                self._opened[path] = RebuiltShard(self.target.shard(path), self._cache)
+            else:
+                self._opened[path] = _SequentialFile(self.target, file)
+        return self._opened[path]
+
+    def name(self, path: str) -> str:
+        """The file's name for messages."""
+        return f"{path} in {self.where}"
+
+    def full_path(self, path: str) -> None:
+        """None: it lies nowhere."""
+
+    def blocks(self, path: str) -> Iterator[bytes]:
+        """The file's bytes in order, in blocks of at most 1 MiB.
+
+        Raises:
+            DeltaError: at the end, where they do not have the SHA-256 in the manifest.
+        """
+        file = self._files[path]
+        is_shard = file.stored == "tensors"
+        sha256 = hashlib.sha256()
+        with self.expect([Span(path, 0, file.size)]):
+            for block in file_blocks(self.open(path)) if is_shard else self.target.blocks(file):
+                sha256.update(block)
+                yield block
+        check_digest(file, sha256.hexdigest())
+
+    def published_sha256(self, path: str) -> str | None:
+        """The SHA-256 in the manifest."""
+        return self._files[path].sha256 if path in self._files else None
+
+    def fingerprint(self, path: str) -> str:
+        """Path and SHA-256."""
+        return f"{path}:{self._files[path].sha256}"
+
+    @contextmanager
+    def expect(self, spans: Iterable[Span]) -> Iterator[None]:
+        """Fetch ahead what the chunks that ``spans`` touch are decoded from."""
+        with ExitStack() as expected:
+            if self.target.is_remote:
+                payloads, bases = self._needed(spans)
+                expected.enter_context(self.target.source.expect(payloads))
+                if self.target.base:
+                    expected.enter_context(self.target.base.source.expect(bases))
+            yield
+
+    def ranges(self, spans: Iterable[Span]) -> list[Span]:
+        """What has to come over a network for these spans, of delta and base."""
+        payloads, bases = self._needed(spans)
+        base = self.target.base
+        return self.target.source.ranges(payloads) + (base.source.ranges(bases) if base else [])
+
+    def _needed(self, spans: Iterable[Span]) -> tuple[list[Span], list[Span]]:
+        """The spans of delta and base from which these spans are decoded."""
+        chunks: dict[tuple[TensorRecipe, int], None] = {}
+        payloads, bases = [], []
+        for path, start, end in spans:
+            file = self._files[path]
+            opened = self.open(path)
+            if isinstance(opened, RebuiltShard):
+                chunks |= {(recipe, index): None for recipe, index, _ in opened.chunks(start, end)}
+            elif file.stored == "base":
+                bases.append(Span(file.source, start, end))
+            else:
+                payloads.append(Span(file.source, 0, self.target.source.sizes[file.source]))
+        self.target.read_tables(dict.fromkeys(recipe for recipe, _ in chunks))
+        payloads += [recipe.data_span(index) for recipe, index in chunks]
+        bases += [recipe.base_span(index) for recipe, index in chunks if recipe.needs_base(index)]
+        return payloads, bases
+
+    def keep(self, paths: Iterable[str]) -> Iterator[int]:
+        """Does nothing: the first delta's base is kept, not what is rebuilt from it."""
+        return iter(())
+
+    def cancel(self) -> None:
+        """End all reads that wait for a network."""
+        self.target.cancel()
+
+    def close(self) -> None:
+        """Close deltas and base."""
+        self._opened.clear()
+        self._cache.clear()
+        self.target.close()
+
+
+class RebuiltShard(ReadableFile):
+    """A shard of a target, readable at any position: the chunks that are asked for are decoded."""
+
+    def __init__(self, recipe: ShardRecipe, cache: _ChunkCache) -> None:
+        self.path = recipe.file.path
+        self.size = recipe.file.size
+        self._raw_header = np.frombuffer(recipe.header.raw, np.uint8)
+        self._recipes = [tensor for tensor in recipe.tensors.values() if tensor.info.nbytes]
+        self._starts = [recipe.header.data_start + tensor.info.start for tensor in self._recipes]
+        self._cache = cache
+
+    def chunks(self, start: int, end: int) -> Iterator[tuple[TensorRecipe, int, int]]:
+        """The chunks that bytes ``start`` to ``end`` of the file lie in: recipe, index, and the chunk's first
+        byte in the file."""
+        for k in range(max(0, bisect_right(self._starts, start) - 1), len(self._starts)):
+            recipe, place = self._recipes[k], self._starts[k]
+            first = recipe.plan.index_at(min(max(start - place, 0), recipe.info.nbytes - 1))
+            for index in range(first, recipe.plan.count):
+                begin = place + recipe.plan.span(index)[0]
+                if begin >= end:
+                    return
+                yield recipe, index, begin
+
+    def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
+        """Fill ``out`` (uint8) from byte ``offset`` on.
+
+        Raises:
+            CheckpointError: the file is not that long.
+            BaseMismatchError, DeltaError: base or delta are not what the manifest says.
+        """
+        end = offset + out.size
+        if end > self.size:
+            raise CheckpointError(
+                f"{self.path} ends too early", f"It has {self.size} bytes; {end} are needed."
+            )
+        # Nothing is written to `out` while anything is still to be decoded: it may be a buffer that the
+        # readers below use too (see PayloadReader).
+        chunks = list(self.chunks(offset, end))
+        if chunks and _is_row(chunks, offset, end):
+            recipe, first, _ = chunks[0]
+            recipe.decode(first, first + len(chunks), out)
+            return
+        pieces = [(place, self._cache.get(recipe, index)) for recipe, index, place in chunks]
+        for place, piece in [(0, self._raw_header), *pieces]:
+            first, last = max(place, offset), min(place + piece.size, end)
+            if first < last:
+                out[first - offset : last - offset] = piece[first - place : last - place]
+
+
+def _is_row(chunks: Sequence[tuple[TensorRecipe, int, int]], start: int, end: int) -> bool:
+    """Whether these chunks can be decoded at once, and are bytes ``start`` to ``end`` of their file."""
+    (recipe, first, begin), (last_recipe, last, last_begin) = chunks[0], chunks[-1]
+    is_alike = recipe is last_recipe and recipe.plan.has_base(first) == recipe.plan.has_base(last)
+    return is_alike and begin == start and last_begin + recipe.plan.length(last, last + 1) == end
+
+
+class _ChunkCache:
+    """The chunks decoded last, for readers that cut a file elsewhere than its delta does."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._room = nbytes
+        self._chunks: OrderedDict[tuple[TensorRecipe, int], NDArray[np.uint8]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, recipe: TensorRecipe, index: int) -> NDArray[np.uint8]:
+        """A chunk, decoded now or before; not to be written to."""
+        key = recipe, index
+        with self._lock:
+            if key in self._chunks:
+                self._chunks.move_to_end(key)
+                return self._chunks[key]
+        chunk = np.empty(recipe.plan.length(index, index + 1), np.uint8)
+        recipe.decode(index, index + 1, chunk)  # without the lock: two readers may do it twice, none waits
+        with self._lock:
+            if key not in self._chunks:
+                self._chunks[key] = chunk
+                self._room -= chunk.size
+            while self._room < 0 and len(self._chunks) > 1:
+                self._room += self._chunks.popitem(last=False)[1].size
+        return chunk
+
+    def clear(self) -> None:
+        with self._lock:
+            self._room += sum(chunk.size for chunk in self._chunks.values())
+            self._chunks.clear()
+
+
+class _SequentialFile(ReadableFile):
+    """A file that is no shard of tensors: read from its start each time, since it may be compressed. Nobody
+    who means it to be quick reads such a file by position."""
+
+    def __init__(self, target: TargetRecipe, file: TargetFile) -> None:
+        self.path = file.path
+        self.size = file.size
+        self._blocks: Callable[[], Iterator[bytes]] = lambda: target.blocks(file)
+
+    def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
+        position, end = 0, offset + out.size
+        for block in self._blocks():
+            first, last = max(position, offset), min(position + len(block), end)
+            if first < last:
+                piece = block[first - position : last - position]
+                out[first - offset : last - offset] = np.frombuffer(piece, np.uint8)
+            position += len(block)
+            if position >= end:
+                return
+        if end > position:
+            raise CheckpointError(f"{self.path} ends too early", f"{end} bytes are needed.")

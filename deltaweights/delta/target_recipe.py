@@ -1,0 +1,256 @@
+"""How a whole target is rebuilt from a delta and its base: what patch.py, verify.py and plan.py read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import codec
+from ..checkpoint import Checkpoint, Tensor
+from ..errors import DeltaError, PayloadError
+from ..manifest import Manifest, TargetFile, TargetTensor, TensorEntry
+from ..storage import Source, origins
+from .faults import DeltaFaults
+from .recipes import ShardRecipe, TensorRecipe
+from .shards import DeltaShard, contradicts, read_delta_shard
+
+
+class TargetRecipe:
+    """How to rebuild a target from a delta and its base, which it holds open: a context manager."""
+
+    def __init__(self, source: Source, manifest: Manifest, base: Checkpoint | None) -> None:
+        self.source = source
+        self.manifest = manifest
+        self.base = base
+        self.faults = DeltaFaults(source, manifest, base)
+        self._files = {file.path: file for file in manifest.target.files if file.stored == "tensors"}
+        self._entries: dict[str, dict[str, TensorEntry]] = {path: {} for path in self._files}
+        self._shards: dict[str, ShardRecipe] = {}
+        self._delta_shards: dict[str, DeltaShard] = {}
+        self._locks = {path: threading.Lock() for path in self._files}
+        for entry in manifest.tensors:
+            if entry.file is not None:
+                self._entries[entry.file][entry.name] = entry
+        self._bases = self._find_bases()
+
+    def __enter__(self) -> TargetRecipe:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def sources(self) -> list[Source]:
+        """Where delta and base come from; for a base that is itself rebuilt, what it is rebuilt from."""
+        return [self.source, *(origins(self.base.source) if self.base else [])]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether any of it has to come over a network."""
+        return any(source.root is None for source in self.sources)
+
+    def cancel(self) -> None:
+        """End all that reads delta or base over a network, in any thread."""
+        for source in self.sources:
+            source.cancel()
+
+    def close(self) -> None:
+        """Close the files of delta and base."""
+        for source in self.sources:
+            source.close()
+
+    def shard(self, path: str) -> ShardRecipe:
+        """How to rebuild the target shard at ``path``; its headers are read and checked once.
+
+        Raises:
+            DeltaError: the delta shard contradicts the manifest.
+        """
+        if path not in self._shards:
+            self._shards[path] = self._read_shard(self._files[path])
+        return self._shards[path]
+
+    def _read_shard(self, file: TargetFile) -> ShardRecipe:
+        own = self._delta_shard(file.path)
+        entries = self._entries[file.path]
+        tensors = {}
+        for info in own.header.tensors:
+            entry = entries.get(info.name)
+            if not entry or (entry.dtype, entry.shape) != (info.dtype, info.shape):
+                raise contradicts(file, f"They describe tensor {info.name!r} differently")
+            own.payload(entry)  # a duplicate's is empty
+            coded = self._coded(entry)
+            assert coded.file is not None
+            payload = self._delta_shard(coded.file).payload(coded)
+            base = self._bases.get((coded.file, coded.name))
+            tensors[info.name] = TensorRecipe(
+                info, coded, payload, base, self.manifest.chunk_bytes, self.faults
+            )
+        if len(tensors) != len(entries):
+            raise contradicts(file, f"{len(entries)} tensors are promised, {len(tensors)} are there")
+        return ShardRecipe(file, own.header, tensors, own.shard, self)
+
+    def _delta_shard(self, path: str) -> DeltaShard:
+        """The delta shard of the target shard at ``path``. It is read once, whoever wants to know: the shards
+        that are rebuilt side by side may hold duplicates of each other's tensors."""
+        with self._locks[path]:
+            if path not in self._delta_shards:
+                entries = self._entries[path].values()
+                self._delta_shards[path] = read_delta_shard(self.source, self._files[path], entries)
+            return self._delta_shards[path]
+
+    def _coded(self, entry: TensorEntry) -> TensorEntry:
+        """The entry whose payload and base give this one's bytes: its own, or that of what it is like."""
+        like = entry.like
+        return self._entries[like.file][like.name] if isinstance(like, TargetTensor) else entry
+
+    def _find_bases(self) -> dict[tuple[str, str], Tensor]:
+        """The base tensor of every entry that has one.
+
+        Raises:
+            BaseMismatchError: the base lacks it, or it has another dtype or shape.
+        """
+        found, wrong = {}, []
+        for entry in self.manifest.tensors:
+            if not entry.base or not entry.shared_bytes or entry.file is None:
+                continue
+            reference = entry.base
+            tensor = self.base and self.base.find(reference.name, reference.file or entry.file)
+            if not tensor:
+                wrong.append(f"it has no tensor {reference.name!r}")
+            elif (tensor.info.dtype, tensor.info.shape) != (reference.dtype, reference.shape):
+                wrong.append(
+                    f"tensor {reference.name!r} is {tensor.info.dtype} {list(tensor.info.shape)}, "
+                    f"not {reference.dtype} {list(reference.shape)}"
+                )
+            else:
+                found[entry.file, entry.name] = tensor
+        if wrong:
+            more = f" ({len(wrong) - 1} more tensors are missing or differ)" if wrong[1:] else ""
+            raise self.faults.wrong_base(wrong[0] + more)
+        return found
+
+    def base_of(self, path: str, name: str) -> Tensor | None:
+        """The base tensor against which tensor ``name`` of the shard at ``path`` is coded, if any. For a
+        duplicate, the base tensor of its name; or else that of the tensor that it is like."""
+        entry = self._entries[path][name]
+        coded = self._coded(entry)
+        own = self.base.find(name, path) if self.base and coded is not entry else None
+        return own or self._bases.get((coded.file or path, coded.name))
+
+    def base_files(self) -> list[str]:
+        """The base's files that the target needs, by path."""
+        shards = {tensor.shard.path for tensor in self._bases.values()}
+        others = {file.source for file in self.manifest.target.files if file.stored == "base"}
+        return sorted(shards | others)
+
+    def check_published(self) -> set[str]:
+        """Which of the base's files are known to be right without reading them; raises as
+        :meth:`DeltaFaults.check_published`."""
+        return self.faults.check_published(self.base_files())
+
+    def with_base(self, skipped: Collection[str] = ()) -> list[TensorRecipe]:
+        """How to rebuild the tensors that have a base, but for bases in these of the base's files."""
+        return [
+            self.shard(path).tensors[name]
+            for (path, name), tensor in self._bases.items()
+            if tensor.shard.path not in skipped
+        ]
+
+    def read_tables(self, recipes: Iterable[TensorRecipe]) -> None:
+        """Read the chunk records of several tensors, side by side where the delta is far away; those that
+        were read before are not announced, so not fetched, once more."""
+        recipes = [recipe for recipe in recipes if not recipe.is_read]
+        with self.source.expect(recipe.table_span for recipe in recipes):
+            for recipe in recipes:
+                recipe.table  # noqa: B018
+
+    @contextmanager
+    def expect(self, chunks: Iterable[tuple[TensorRecipe, int]]) -> Iterator[None]:
+        """Within the block, ``chunks`` will be decoded, about in this order: what they need is fetched ahead.
+        Their tensors' chunk records must have been read."""
+        chunks = list(chunks) if self.is_remote else []
+        payloads = (recipe.data_span(index) for recipe, index in chunks)
+        with self.source.expect(payloads), self.expect_base(c for c in chunks if c[0].needs_base(c[1])):
+            yield
+
+    def expect_base(self, chunks: Iterable[tuple[TensorRecipe, int]]) -> AbstractContextManager[None]:
+        """:meth:`expect` where only the base's bytes will be read."""
+        if self.base is None:
+            return nullcontext()
+        return self.base.source.expect(recipe.base_span(index) for recipe, index in chunks)
+
+    def read(self, recipe: TensorRecipe, start: int = 0, end: int | None = None) -> NDArray[np.uint8]:
+        """A tensor's bytes from ``start`` to ``end``; all of them by default.
+
+        Raises:
+            BaseMismatchError, DeltaError: base or delta are not what the manifest says.
+        """
+        recipe.table  # noqa: B018  # a payload that long must exist before so much memory is taken
+        plan, end = recipe.plan, recipe.info.nbytes if end is None else end
+        data = np.empty(end - start, np.uint8)
+        wanted = range(plan.index_at(start), plan.index_at(end - 1) + 1) if end > start else range(0)
+        with self.expect((recipe, index) for index in wanted):
+            for index in wanted:
+                first, stop = plan.span(index)
+                if start <= first and stop <= end:
+                    recipe.decode(index, index + 1, data[first - start : stop - start])
+                    continue
+                chunk = np.empty(stop - first, np.uint8)
+                recipe.decode(index, index + 1, chunk)
+                low, high = max(first, start), min(stop, end)
+                data[low - start : high - start] = chunk[low - first : high - first]
+        return data
+
+    def base_source(self, file: TargetFile) -> Source:
+        """Where a file comes from that the target has in common with its base.
+
+        Raises:
+            BaseMismatchError: the base does not have it, or not of its size.
+        """
+        if not self.base or file.source not in self.base.source.sizes:
+            raise self.faults.wrong_base(
+                f"it lacks {file.source!r}, a file that the target has in common with it"
+            )
+        if self.base.source.sizes[file.source] != file.size:
+            raise self.faults.wrong_base(f"its file {file.source!r} has another size")
+        return self.base.source
+
+    def blocks(self, file: TargetFile) -> Iterator[bytes]:
+        """The bytes of a file that is not a shard, in blocks of at most 1 MiB.
+
+        Raises:
+            BaseMismatchError: it comes from the base, and the base does not have it.
+            PayloadError: it does not decompress, or to more than the manifest says.
+        """
+        if file.stored == "base":
+            yield from self.base_source(file).blocks(file.source)
+            return
+        blocks = self.source.blocks(file.source)
+        if file.stored == "zstd":
+            blocks = codec.decompress_blocks(blocks)
+        left = file.size
+        why = f"It does not hold the {file.size} bytes of {file.path}."
+        try:
+            for block in blocks:
+                left -= len(block)
+                if left < 0:
+                    break
+                yield block
+        except PayloadError as error:
+            left, why = -1, f"{error.what}."
+        if left:
+            raise PayloadError(f"{file.source} in the delta is damaged", why, "Get the delta again.")
+
+
+def check_digest(file: TargetFile, sha256: str) -> None:
+    """Raise :class:`DeltaError` where a rebuilt file is not the one that the manifest promises."""
+    if sha256 != file.sha256:
+        raise DeltaError(
+            f"{file.path} was not rebuilt as it was published",
+            f"Its SHA-256 is {sha256}, not {file.sha256}: the delta is damaged.",
+            "Get the delta again.",
+        )

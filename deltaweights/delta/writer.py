@@ -1,0 +1,225 @@
+"""A delta's folder, written: its shards, the target's other files, license texts, and last the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import msgspec
+
+from ..checkpoint import MAX_HEADER_BYTES, Shard
+from ..codec import RECORD, compress_blocks
+from ..errors import CheckpointError
+from ..license import cards, rules
+from ..manifest import (
+    MANIFEST_NAME,
+    BaseRecord,
+    DeltaLicense,
+    FileRecord,
+    Manifest,
+    TargetFile,
+    TargetRecord,
+    TensorEntry,
+    is_safe_path,
+)
+from ..payload import ChunkPlan, PayloadWriter
+from ..storage import OutputFolder, PartialFile, Source, sha256_of, spelling
+from ..workers import Meter, Workers
+from .shards import shard_header, shard_metadata
+
+#: Compressing a file pays if it saves this share of it; small ones stay readable on the Hub.
+_WORTH_COMPRESSING = 64 << 10
+_WORTH_SAVING = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedShard:
+    """A delta shard that is done, for a run after an interruption. ``inputs`` tells what it was made of."""
+
+    inputs: str
+    file: FileRecord
+    target: TargetFile
+    entries: tuple[TensorEntry, ...]
+
+
+class DeltaWriter:
+    """Writes the files of one delta and keeps the record of them.
+
+    Args:
+        folder: where they go.
+        target: the source of the target's files.
+        inputs: a text that differs whenever the delta is made from something else.
+        meter: counts bytes of the target.
+    """
+
+    def __init__(
+        self, folder: OutputFolder, target: Source, inputs: str, workers: Workers, meter: Meter
+    ) -> None:
+        self.files: list[FileRecord] = []
+        self._folder = folder
+        self._target = target
+        self._inputs = inputs
+        self._workers = workers
+        self._meter = meter
+        self._taken = set[str]()  # the spellings of the target's files, and of their folders
+        for path in map(PurePosixPath, target.sizes):
+            self._taken |= {spelling(str(place)) for place in (path, *path.parents)}
+
+    def names(self, others: Iterable[str]) -> Iterator[str]:
+        """What the files ``others`` of the target, which are no shards, may be called in the delta."""
+        for path in others:
+            yield f"files/{path}"
+            if self._may_be_compressed(path):
+                yield f"files/{path}.zst"
+
+    def digest(self, source: Source, path: str, meter: Meter | None = None) -> str:
+        """The SHA-256 of a file: the one that the Hub publishes, or else that of its bytes."""
+        published = source.published_sha256(path)
+        if published is None:
+            return sha256_of(self._workers.watch(source.blocks(path), meter))
+        if meter:
+            meter.add(source.sizes[path])
+        return published
+
+    @contextmanager
+    def shard(self, name: str, shard: Shard, plans: Iterable[ChunkPlan]) -> Iterator[DeltaShardWriter]:
+        """Write the delta shard ``name`` for a shard of the target, whose tensors are cut by ``plans``.
+
+        Raises:
+            CheckpointError: its header would be longer than the format allows.
+        """
+        with self._folder.create(name) as file:
+            yield DeltaShardWriter(self, file, shard, plans)
+
+    def finish_shard(self, file: PartialFile, target: TargetFile, entries: Sequence[TensorEntry]) -> None:
+        """Give a delta shard its name, and remember that it is done."""
+        stored = self._finish(file)
+        done = FinishedShard(self._inputs, stored, target, tuple(entries))
+        self._folder.remember(file.path, msgspec.json.encode(done))
+
+    def finished_before(self, name: str) -> FinishedShard | None:
+        """What an interrupted run made of the delta shard ``name``, if it was from the same inputs."""
+        try:
+            done = msgspec.json.decode(self._folder.recall(name), type=FinishedShard)
+        except msgspec.MsgspecError:
+            return None
+        if done.inputs != self._inputs or not self._folder.is_regular(name):
+            return None
+        if sha256_of(self._folder.blocks(name)) != done.file.sha256:
+            return None
+        self.files.append(done.file)
+        return done
+
+    def write_other_files(self, paths: Iterable[str], base_files: Sequence[FileRecord]) -> list[TargetFile]:
+        """Store the target's files that are no shards: by reference where the base has the same bytes."""
+        in_base = {(record.size, record.sha256): record.path for record in reversed(base_files)}
+        written = []
+        for path in paths:
+            size = self._target.sizes[path]
+            digest = self.digest(self._target, path, self._meter)
+            source = in_base.get((size, digest))
+            if source is not None:
+                written.append(TargetFile(path, size, digest, "base", source))
+            else:
+                written.append(self._store(path, size, digest))
+        return written
+
+    def _store(self, path: str, size: int, digest: str) -> TargetFile:
+        """Copy one file into the delta, compressed if that is worth it."""
+        stored = f"files/{path}"
+        if size >= _WORTH_COMPRESSING and self._may_be_compressed(path):
+            level = 9 if size < (64 << 20) else 3
+            blocks = compress_blocks(self._target.blocks(path), level)
+            if self._write_blocks(f"{stored}.zst", blocks, limit=int(size * _WORTH_SAVING)):
+                return TargetFile(path, size, digest, "zstd", f"{stored}.zst")
+        self._write_blocks(stored, self._target.blocks(path))
+        return TargetFile(path, size, digest, "verbatim", stored)
+
+    def _may_be_compressed(self, path: str) -> bool:
+        """Whether ``path`` with .zst is a name of its own: no other file's or folder's, on any file system,
+        and not too long."""
+        packed = f"{path}.zst"
+        return spelling(packed) not in self._taken and is_safe_path(packed)
+
+    def write_licenses(
+        self, base: BaseRecord, target: TargetRecord, old: cards.LicenseTexts, new: cards.LicenseTexts
+    ) -> DeltaLicense | msgspec.UnsetType:
+        """Copy both sides' license texts into the delta, and write its NOTICE."""
+        for path, content in (old.texts | new.texts).items():
+            self._write_blocks(path, [content])
+        whole = rules.combine(base, target, old.conflicts + new.conflicts, new.base_models)
+        if whole is None:
+            return msgspec.UNSET
+        self._write_blocks(rules.NOTICE_NAME, [rules.notice_text(base, target)])
+        return whole
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """The model card and, last of all, the manifest: with it the delta is whole."""
+        self._folder.remove_claims(keep=[file.path for file in manifest.files])
+        self._folder.claim([cards.CARD_NAME, MANIFEST_NAME])
+        for path, content in (
+            (cards.CARD_NAME, cards.write_card(manifest)),
+            (MANIFEST_NAME, Manifest.from_json(manifest.to_json()).to_json()),  # checked as a reader would
+        ):
+            with self._folder.create(path) as file:
+                file.write_at(0, content)
+                file.commit()
+
+    def _write_blocks(self, path: str, blocks: Iterable[bytes], limit: float = float("inf")) -> bool:
+        """Write a file of the delta, unless it grows beyond ``limit`` bytes. Returns whether it stands."""
+        with self._folder.create(path) as file:
+            position = 0
+            for block in self._workers.watch(blocks):
+                if position + len(block) > limit:
+                    return False
+                file.write_at(position, block)
+                position += len(block)
+            self._finish(file)
+        return True
+
+    def _finish(self, file: PartialFile) -> FileRecord:
+        record = FileRecord(file.path, *file.digest())
+        self._folder.claim([file.path])
+        file.commit()
+        self.files.append(record)
+        return record
+
+
+class DeltaShardWriter:
+    """Writes one delta shard: ``payloads`` in the manifest's order, then the header, into room that is kept
+    for it."""
+
+    def __init__(
+        self, delta: DeltaWriter, file: PartialFile, shard: Shard, plans: Iterable[ChunkPlan]
+    ) -> None:
+        self._delta = delta
+        self._file = file
+        self._shard = shard
+        self._metadata = shard_metadata(shard)
+        # How long the payloads are is known only after them.
+        most = sum(plan.nbytes + plan.count * RECORD.itemsize for plan in plans)
+        self._room = len(shard_header(most, self._metadata))
+        if self._room > MAX_HEADER_BYTES:
+            raise CheckpointError(
+                f"{shard.path} cannot be part of a delta",
+                f"With its header, the delta shard's would have {self._room} bytes; the format's limit is "
+                f"{MAX_HEADER_BYTES}.",
+                "Save the target in smaller shards.",
+            )
+        self.payloads = PayloadWriter(file, self._room)
+
+    def finish(self, sha256: str, entries: Sequence[TensorEntry]) -> TargetFile:
+        """Write the header, and give the shard its name.
+
+        Args:
+            sha256: that of the target's shard.
+            entries: its tensors.
+        """
+        header = shard_header(self.payloads.nbytes, self._metadata, self._room)
+        assert len(header) == self._room
+        self._file.write_at(0, header)
+        target = TargetFile(self._shard.path, self._shard.file.size, sha256, "tensors", self._file.path)
+        self._delta.finish_shard(self._file, target, entries)
+        return target

@@ -1,0 +1,304 @@
+"""Payloads read: one tensor's chunks, decoded from the payload and the base by rows, and checked.
+
+:class:`StoredPayload` is a payload where it lies. :class:`PayloadReader` rebuilds the tensor from it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import cached_property, partial
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import codec
+from ..checkpoint import Tensor
+from ..errors import DeltaError, DeltaWeightsError, PayloadError
+from ..storage import Span
+from .chunks import ChunkPlan, check_records
+from .faults import BaseBytes, Faults
+
+
+class _ThreadMemory(threading.local):
+    """Buffers of each thread, used again for every chunk: memory that is given back to the system and
+    asked for again costs a page fault for each 4 KiB."""
+
+    def __init__(self) -> None:
+        self._payload = np.empty(0, np.uint8)
+        self._bases = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
+        self._depth = 0
+
+    def payload(self, nbytes: int) -> NDArray[np.uint8]:
+        """``nbytes`` bytes, valid until this thread asks again."""
+        if self._payload.size < nbytes:
+            self._payload = np.empty(nbytes, np.uint8)
+        return self._payload[:nbytes]
+
+    def base(self, nbytes: int, read: Callable[[NDArray[np.uint8]], None]) -> NDArray[np.uint8]:
+        """A base's bytes, which ``read`` puts into a buffer; valid until this thread reads others.
+
+        A base that is itself rebuilt reads its own base meanwhile. Two buffers serve any depth: nobody writes
+        to the one that it was given before all that lies below is read.
+        """
+        side = self._depth % 2
+        if self._bases[side].size < nbytes:
+            self._bases[side] = np.empty(nbytes, np.uint8)
+        data = self._bases[side][:nbytes]
+        self._depth += 1
+        try:
+            read(data)
+        finally:
+            self._depth -= 1
+        return data
+
+
+_memory = _ThreadMemory()
+
+
+class _WrongBase(Exception):  # noqa: N818
+    """Bytes of the base do not have their checksum."""
+
+
+class StoredPayload:
+    """A tensor's payload where it lies.
+
+    Args:
+        name, dtype: the tensor's; ``name`` is for messages, ``dtype`` a safetensors code.
+        plan: how the tensor is cut.
+        stored: where the payload's bytes are.
+        faults: the errors to raise.
+    """
+
+    def __init__(self, name: str, dtype: str, plan: ChunkPlan, stored: Tensor, faults: Faults) -> None:
+        self.name = name
+        self.dtype = dtype
+        self.plan = plan
+        self.stored = stored
+        self.faults = faults
+
+    @property
+    def path(self) -> str:
+        """The file that holds it."""
+        return self.stored.shard.path
+
+    @cached_property
+    def table(self) -> tuple[NDArray[np.void], NDArray[np.int64]]:
+        """The chunk records (:data:`codec.RECORD`), and where each chunk's data starts in the payload.
+
+        Raises:
+            DeltaError: they do not add up.
+        """
+        there = self.stored.info.nbytes
+        if self._table_bytes > there:
+            raise self.damaged(f"Its payload of {there} bytes is too short")
+        table = np.empty(self._table_bytes, np.uint8)
+        self.stored.read_into(0, table)
+        try:
+            return check_records(table.tobytes(), self.plan, there)
+        except PayloadError as error:
+            raise self.damaged(error.what) from error
+
+    @property
+    def _table_bytes(self) -> int:
+        return self.plan.count * codec.RECORD.itemsize
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the chunk records were read before."""
+        return "table" in vars(self)
+
+    @property
+    def table_span(self) -> Span:
+        """Where the chunk records lie."""
+        return self.stored.span(0, min(self._table_bytes, self.stored.info.nbytes))
+
+    def data_span(self, index: int) -> Span:
+        """Where the data of chunk ``index`` lies."""
+        records, starts = self.table
+        start = int(starts[index])
+        return self.stored.span(start, start + int(records["length"][index]))
+
+    def method(self, index: int) -> int:
+        """How chunk ``index`` is coded: a :class:`codec.Method`, or a number that none has."""
+        return int(self.table[0]["method"][index])
+
+    def read_data(self, first: int, end: int) -> NDArray[np.uint8]:
+        """The data of chunks ``first`` to ``end - 1``, one behind the other; valid until this thread reads
+        more.
+
+        Raises:
+            DeltaError: that of a chunk is longer than the chunk.
+        """
+        records, starts = self.table
+        lengths = records["length"][first:end].tolist()
+        for index, length in enumerate(lengths, first):
+            begin, stop = self.plan.span(index)
+            if length > stop - begin:
+                raise self.damaged(f"A chunk of {stop - begin} bytes is coded in {length}")
+        data = _memory.payload(sum(lengths))
+        self.stored.read_into(int(starts[first]), data)
+        return data
+
+    def decode_chunk(
+        self, index: int, data: NDArray[np.uint8], base: NDArray[np.uint8] | None, out: NDArray[np.uint8]
+    ) -> None:
+        """Decode one chunk from its data, and check the result.
+
+        Raises:
+            DeltaError: the data is damaged, or ``base`` is not what it was coded against.
+        """
+        try:
+            codec.decode_chunk(self.method(index), data, base, self.dtype, out)
+        except PayloadError as error:
+            raise self.damaged(error.what) from error
+        if not self.leads_to(index, out):
+            raise self.damaged(f"Chunk {index} does not decode to what was encoded")
+
+    def leads_to(self, index: int, chunk: NDArray[np.uint8]) -> bool:
+        """Whether ``chunk`` is what was encoded."""
+        return codec.checksum(chunk) == int(self.table[0]["target"][index])
+
+    def is_from(self, index: int, base: NDArray[np.uint8]) -> bool:
+        """Whether ``base``, in the base's dtype, is what the chunk was encoded against."""
+        return codec.checksum(base) == int(self.table[0]["base"][index])
+
+    def damaged(self, why: str) -> DeltaError:
+        """The error to raise where the payload is not what was written."""
+        return self.faults.in_tensor(self.path, self.name, why)
+
+
+class PayloadReader(StoredPayload):
+    """Rebuilds a tensor from its payload and its base, by rows of chunks, in any number of threads.
+
+    Args:
+        name, dtype, plan, stored, faults: as for :class:`StoredPayload`.
+        base: what it is coded against, if anything.
+    """
+
+    def __init__(
+        self, name: str, dtype: str, plan: ChunkPlan, stored: Tensor, base: BaseBytes | None, faults: Faults
+    ) -> None:
+        super().__init__(name, dtype, plan, stored, faults)
+        self.base = base
+
+    def needs_base(self, index: int) -> bool:
+        """Whether chunk ``index`` is decoded from the base's bytes."""
+        return self.plan.has_base(index) and self.method(index) not in codec.STANDALONE
+
+    def base_bounds(self, first: int, end: int) -> tuple[int, int]:
+        """First byte and end of what the base has for chunks ``first`` to ``end - 1``."""
+        assert self.base is not None
+        start, stop = self.plan.bounds(first, end)
+        dtypes = self.dtype, self.base.dtype
+        return codec.rescale(start, *dtypes), codec.rescale(stop, *dtypes)
+
+    def _read_base(self, first: int, end: int) -> NDArray[np.uint8]:
+        """The base's bytes for these chunks, in its own dtype; valid until this thread reads more."""
+        assert self.base is not None
+        start, stop = self.base_bounds(first, end)
+        return _memory.base(stop - start, partial(self.base.read_into, start))
+
+    def matches_base(self, index: int) -> bool:
+        """Whether the base's bytes for chunk ``index`` are those that it was encoded against."""
+        return self.is_from(index, self._read_base(index, index + 1))
+
+    def require_base(self, index: int) -> None:
+        """Raise as :meth:`decode` does unless :meth:`matches_base`, now or when it is read once more."""
+        if not self.matches_base(index) and not self.matches_base(index):
+            raise self._wrong_base(index)
+
+    def decode(self, first: int, end: int, out: NDArray[np.uint8]) -> None:
+        """Rebuild chunks ``first`` to ``end - 1``, one of :meth:`ChunkPlan.rows`, into ``out`` (uint8, their
+        length).
+
+        What does not have its checksum is read once more before that is an error: a bit that went wrong on
+        the way from the Hub must not end a run of hours.
+
+        Raises:
+            BaseMismatchError: the base's bytes are not those that the payload was made from.
+            DeltaError: the payload is damaged.
+        """
+        runs = [list(run) for _, run in groupby(range(first, end), self.needs_base)]
+        # What is read for another run, or once more, may pass through the memory that `out` is.
+        whole, origin = out if len(runs) == 1 else np.empty_like(out), self.plan.span(first)[0]
+
+        def part(first: int, end: int) -> NDArray[np.uint8]:
+            start, stop = self.plan.bounds(first, end)
+            return whole[start - origin : stop - origin]
+
+        wrong = [k for run in runs for k in self._decode_run(run[0], run[-1] + 1, part(run[0], run[-1] + 1))]
+        if wrong and whole is out:
+            whole = out.copy()
+        for index in wrong:
+            self._decode_anew(index, part(index, index + 1))
+        if whole is not out:
+            out[:] = whole
+
+    def _decode_run(self, first: int, end: int, out: NDArray[np.uint8]) -> list[int]:
+        """:meth:`decode` of chunks that all need the base, or all do not. Returns which come out wrong."""
+        base = self._read_base(first, end) if self.needs_base(first) else None
+        data = self.read_data(first, end)
+        origin, wrong = self.plan.span(first)[0], []
+        for index in self._decode_at_once(first, end, data, base, out):
+            start, stop = (place - origin for place in self.plan.span(index))
+            try:
+                coded = self._data_of(index, first, data)
+                self.decode_chunk(index, coded, self._converted(index, base, origin), out[start:stop])
+            except (DeltaError, _WrongBase):
+                wrong.append(index)
+        return wrong
+
+    def _data_of(self, index: int, first: int, data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The data of chunk ``index``, out of that from chunk ``first`` on."""
+        records, starts = self.table
+        begin = int(starts[index] - starts[first])
+        return data[begin : begin + int(records["length"][index])]
+
+    def _decode_at_once(
+        self,
+        first: int,
+        end: int,
+        data: NDArray[np.uint8],
+        base: NDArray[np.uint8] | None,
+        out: NDArray[np.uint8],
+    ) -> list[int]:
+        """Decode and check what can be in one call. Returns which chunks are left."""
+        if base is None or self.base is None or self.base.dtype != self.dtype:
+            return list(range(first, end))
+        is_right = codec.decode_row(
+            self.table[0][first:end], data, base, self.dtype, out, self.plan.chunk_bytes
+        )
+        return [first + int(k) for k in np.flatnonzero(~is_right)]
+
+    def _converted(self, index: int, base: NDArray[np.uint8] | None, origin: int) -> NDArray[np.uint8] | None:
+        """The base's bytes for chunk ``index``, checked and in the tensor's dtype, of those from byte
+        ``origin`` of the tensor on, if there are any."""
+        if base is None:
+            return None
+        assert self.base is not None
+        start, stop = (
+            codec.rescale(place - origin, self.dtype, self.base.dtype) for place in self.plan.span(index)
+        )
+        if not self.is_from(index, base[start:stop]):
+            raise _WrongBase
+        return codec.convert(base[start:stop], self.base.dtype, self.dtype)
+
+    def _decode_anew(self, index: int, out: NDArray[np.uint8]) -> None:
+        """Read and decode a chunk that came out wrong."""
+        base = self._read_base(index, index + 1) if self.needs_base(index) else None
+        try:
+            converted = self._converted(index, base, self.plan.span(index)[0])
+        except _WrongBase:
+            raise self._wrong_base(index) from None
+        self.decode_chunk(index, self.read_data(index, index + 1), converted, out)
+
+    def _wrong_base(self, index: int) -> DeltaWeightsError:
+        assert self.base is not None
+        return self.faults.of_base(self.path, self.name, self.base, self.place_of(index))
+
+    def place_of(self, index: int) -> str:
+        """Where chunk ``index`` is in the tensor, in words."""
+        start, end = self.plan.span(index)
+        return f"bytes {start} to {end}"

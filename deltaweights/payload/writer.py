@@ -1,0 +1,171 @@
+"""Payloads written: rows of chunks encoded, and put one after the other into a file with their records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import codec
+from ..checkpoint import MAX_HEADER_BYTES, TensorInfo, build_header
+from ..errors import OutputError
+from ..storage import PartialFile
+from .chunks import ChunkPlan
+
+#: Payloads are written so many bytes at a time, or more: each write has a thread wait for Python's lock.
+_WRITE_BYTES = 1 << 20
+
+
+class CodedChunk(NamedTuple):
+    """One chunk, encoded: how, :func:`codec.checksum` of the base's and the target's bytes, its data, and how
+    many elements changed."""
+
+    method: int
+    base_sum: int
+    target_sum: int
+    data: bytes
+    changed: int
+
+
+class WrittenPayload(NamedTuple):
+    """A payload in a file: where it begins, how long it is, how many elements changed, its chunk records
+    (:data:`codec.RECORD`), and whether all of the target's bytes are the base's."""
+
+    start: int
+    nbytes: int
+    changed: int
+    records: NDArray[np.void]
+    is_same: bool
+
+
+def encode_row(
+    target: NDArray[np.uint8],
+    base: NDArray[np.uint8] | None,
+    dtype: str,
+    chunk_bytes: int,
+    *,
+    base_dtype: str | None = None,
+    quick: bool = False,
+) -> list[CodedChunk]:
+    """Encode chunks next to each other.
+
+    Args:
+        target: their bytes (uint8).
+        base: the base's bytes for them, in its own dtype, or None.
+        dtype: the target's dtype.
+        chunk_bytes: how long all chunks but the last are.
+        base_dtype: the base's dtype, where it differs.
+        quick: as for :func:`codec.encode_chunk`.
+    """
+    spans = [slice(start, start + chunk_bytes) for start in range(0, target.size, chunk_bytes)]
+    if base is None:
+        return [_encode_alone(target[span], dtype) for span in spans]
+    source = base_dtype or dtype
+    converted = codec.convert(base, source, dtype)
+    compared = codec.compare_row(converted, target, dtype, chunk_bytes)
+    sums = compared.base.tolist()
+    if source != dtype:
+        ends = [codec.rescale(min(span.stop, target.size), dtype, source) for span in spans]
+        sums = [codec.checksum(part) for part in np.split(base, ends[:-1])]
+    coded = []
+    for span, base_sum, target_sum, changed in zip(spans, sums, *compared[1:], strict=True):
+        method, data = codec.encode_chunk(
+            converted[span], target[span], dtype, quick=quick, changed=int(changed)
+        )
+        coded.append(CodedChunk(method, base_sum, int(target_sum), data, int(changed)))
+    return coded
+
+
+def _encode_alone(target: NDArray[np.uint8], dtype: str) -> CodedChunk:
+    method, data = codec.encode_chunk(None, target, dtype)
+    return CodedChunk(method, 0, codec.checksum(target), data, 0)
+
+
+class PayloadWriter:
+    """Writes payloads into ``file``, one after the other from byte ``start`` on."""
+
+    def __init__(self, file: PartialFile, start: int) -> None:
+        self._file = file
+        self._start = self._end = start
+
+    @property
+    def nbytes(self) -> int:
+        """How long all payloads are together."""
+        return self._end - self._start
+
+    def write(self, plan: ChunkPlan, chunks: Iterable[CodedChunk]) -> WrittenPayload:
+        """Write one payload: all chunks of ``plan``, in order."""
+        records = np.zeros(plan.count, codec.RECORD)
+        start, end, changed = self._end, self._end + records.nbytes, 0
+        unwritten, size = list[bytes](), 0
+        for index, chunk in enumerate(chunks):
+            record = chunk.method, len(chunk.data), chunk.base_sum, chunk.target_sum
+            for key, value in zip(("method", "length", "base", "target"), record, strict=True):
+                records[key][index] = value
+            changed += chunk.changed
+            unwritten.append(chunk.data)
+            size += len(chunk.data)
+            if size >= _WRITE_BYTES or index + 1 == plan.count:
+                self._file.write_at(end, *unwritten)
+                end += size
+                unwritten, size = [], 0
+        self._file.write_at(start, records.tobytes())
+        self._end = end
+        is_same = plan.shared == plan.nbytes and not records["method"].any()
+        return WrittenPayload(start - self._start, end - start, changed, records, is_same)
+
+    def take_back(self, written: WrittenPayload) -> None:
+        """Leave out the payload that was written last: the next one is written over it."""
+        assert self._end == self._start + written.start + written.nbytes
+        self._end -= written.nbytes
+
+
+class PayloadFile:
+    """A safetensors file with one payload for each name, as a U8 tensor. Its header comes last, into room
+    that is kept for it: how long payloads are is known only when they are written.
+
+    Args:
+        file: where to write it.
+        largest: the most bytes of tensor that each payload may code, by name.
+        metadata: the header's.
+
+    Raises:
+        OutputError: the header may become longer than safetensors allows.
+    """
+
+    def __init__(self, file: PartialFile, largest: Mapping[str, int], metadata: dict[str, str]) -> None:
+        infos, position = [], 0
+        for name, nbytes in largest.items():
+            length = nbytes + ChunkPlan(nbytes, 0).count * codec.RECORD.itemsize
+            infos.append(TensorInfo(name, "U8", (length,), position, position + length))
+            position += length
+        self._room = len(build_header(infos, metadata))
+        if self._room > MAX_HEADER_BYTES:
+            raise OutputError(
+                "There are too many tensors for one file",
+                f"Its header would have {self._room} bytes; safetensors allows {MAX_HEADER_BYTES}.",
+                "Save a part of the tensors.",
+            )
+        self._file = file
+        self._metadata = metadata
+        self._writer = PayloadWriter(file, self._room)
+        self._infos: list[TensorInfo] = []
+
+    def write(
+        self, name: str, plan: ChunkPlan, chunks: Iterable[CodedChunk], *, skip_same: bool = False
+    ) -> WrittenPayload:
+        """Write the payload ``name``; with ``skip_same``, it is left out where nothing differs."""
+        written = self._writer.write(plan, chunks)
+        if skip_same and written.is_same:
+            self._writer.take_back(written)
+        else:
+            end = written.start + written.nbytes
+            self._infos.append(TensorInfo(name, "U8", (written.nbytes,), written.start, end))
+        return written
+
+    def finish(self) -> list[TensorInfo]:
+        """Write the header; returns the payloads that are in the file."""
+        self._file.write_at(0, build_header(self._infos, self._metadata, self._room))
+        return self._infos

@@ -1,0 +1,203 @@
+"""The command line: verbs, output, exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from deltaweights import Manifest, __version__, make_delta
+from deltaweights.cli.commands import app
+from deltaweights.codec import jit
+
+from ..checkpoints import contents
+from ..conftest import Trio
+
+#: The base of ``trio`` is not under an open license.
+ACCEPT = ("--accept-license", "qwen")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def parsed(result: Result) -> dict[str, Any]:
+    """What ``--json`` printed: exactly one object."""
+    value = json.loads(result.stdout)
+    assert isinstance(value, dict)
+    return value
+
+
+def test_the_whole_way(trio: Trio, tmp_path: Path) -> None:
+    delta, out = tmp_path / "delta", tmp_path / "out"
+    assert run("diff", trio.base, trio.target, "-o", delta).exit_code == 0
+    assert run("apply", delta, "-o", out, "--base", trio.base, *ACCEPT).exit_code == 0
+    assert contents(out) == contents(trio.target)
+    assert run("verify", delta, "--base", trio.base, "--target", out).exit_code == 0
+    assert run("inspect", delta).exit_code == 0
+
+
+def test_the_module_runs_as_a_program(trio: Trio, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "deltaweights", "apply", str(trio.delta)]
+    command += ["-o", str(tmp_path / "out"), "--base", str(trio.base), *ACCEPT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "files rebuilt and checked" in done.stdout
+    assert "license: qwen" in done.stderr
+    assert contents(tmp_path / "out") == contents(trio.target)
+
+
+def test_apply_again_says_that_all_is_there(trio: Trio, tmp_path: Path) -> None:
+    for kept in (0, len(contents(trio.target))):
+        result = run("apply", trio.delta, "-o", tmp_path / "out", "--base", trio.base, "--json", *ACCEPT)
+        report = parsed(result)
+        assert len(report["kept"]) == kept
+
+
+def test_inspect_shows_every_status_and_the_licenses(trio: Trio) -> None:
+    shown = run("inspect", trio.delta, "--tensors").stdout
+    for text in (
+        "same",
+        "changed",
+        "added",
+        "removed",
+        "renamed",
+        "resized",
+        "duplicate of model.layers.1.weight",
+        "qwen",
+        "model.layers.3.weight",
+    ):
+        assert text in shown
+
+
+def test_inspect_shows_the_ten_largest_payloads_first(trio: Trio) -> None:
+    shown = run("inspect", trio.delta).stdout
+    heading, *listed = shown.partition("largest payloads")[2].split("\n", 1)[1].splitlines()
+    assert heading.split() == ["tensor", "dtype", "shape", "status", "changed", "payload"]
+    assert len(listed) == 10
+    assert listed[0].split()[0].startswith("model.layers")
+
+
+def test_json_is_one_object_on_stdout(trio: Trio, tmp_path: Path) -> None:
+    summary = parsed(run("diff", trio.base, trio.target, "-o", tmp_path / "delta", "--json"))
+    assert summary["counts"] == parsed(run("inspect", trio.delta, "--json"))["counts"]
+    assert set(summary) >= {"base", "target", "license", "size", "tensors"}
+    assert set(summary["size"]) == {"target_bytes", "delta_bytes", "ratio"}
+    assert parsed(run("verify", trio.delta, "--json"))["ok"] is True
+
+
+def test_quiet_prints_nothing(trio: Trio, tmp_path: Path) -> None:
+    for arguments in (
+        ("diff", trio.base, trio.target, "-o", tmp_path / "delta"),
+        ("apply", trio.delta, "-o", tmp_path / "out", "--base", trio.base, *ACCEPT),
+        ("verify", trio.delta, "--base", trio.base),
+        ("inspect", trio.delta),
+    ):
+        result = run(*arguments, "-q")
+        assert (result.exit_code, result.output) == (0, "")
+
+
+def test_quiet_says_nothing_of_compiling_either(
+    trio: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compile_then_diff(*arguments: object, **options: object) -> Manifest:
+        jit._announce.__wrapped__()
+        return make_delta(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("deltaweights.diff.make_delta", compile_then_diff)
+    for out, options in ("loud", []), ("quiet", ["-q"]):
+        caplog.clear()
+        command = ["diff", str(trio.base), str(trio.target), "-o", str(tmp_path / out), *options]
+        assert CliRunner().invoke(app, command).exit_code == 0
+        assert len(caplog.records) == (not options)
+
+
+def test_verify_lists_every_problem_and_exits_1(trio: Trio, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(trio.target, target)
+    (target / "config.json").write_text("{}")
+    (target / "notes.txt").unlink()
+    (target / "extra.txt").write_text("x")
+    result = run("verify", trio.delta, "--target", target)
+    assert result.exit_code == 1
+    for line in (
+        "target: config.json: different",
+        "target: notes.txt: missing",
+        "target: extra.txt: extra",
+        "3 problems",
+    ):
+        assert line in result.stdout
+    report = parsed(run("verify", trio.delta, "--target", target, "--json"))
+    assert [problem["path"] for problem in report["problems"]] == ["config.json", "extra.txt", "notes.txt"]
+
+
+def test_an_error_is_what_why_and_fix_without_a_traceback(trio: Trio, tmp_path: Path) -> None:
+    result = run("apply", trio.delta, "-o", tmp_path / "out", "--base", trio.target, *ACCEPT)
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+    lines = result.stderr.splitlines()
+    start = next(k for k, line in enumerate(lines) if line.startswith("error: "))
+    assert "is not the base that this delta was made from" in lines[start]
+    assert len(lines) - start == 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_is_an_object_with_json(tmp_path: Path) -> None:
+    result = run("inspect", tmp_path / "nothing", "--json")
+    assert result.exit_code == 1
+    assert "no file or folder" in parsed(result)["error"]["what"]
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "deltaweights", "inspect", str(tmp_path / "nothing"), "--debug"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("diff", "base"),
+        ("apply", "delta"),
+        ("nonsense",),
+        ("diff", "base", "target", "-o", "delta", "--rename", "no equals sign"),
+        ("apply", "delta", "-o", "out", "--threads", "0"),
+    ],
+)
+def test_wrong_usage_exits_2(arguments: tuple[str, ...]) -> None:
+    assert run(*arguments).exit_code == 2
+
+
+def test_rename_rules_from_the_command_line(trio: Trio, tmp_path: Path) -> None:
+    delta = tmp_path / "delta"
+    rule = r"^tower\.a\.weight$=vision.a.weight"
+    assert run("diff", trio.base, trio.target, "-o", delta, "--rename", rule).exit_code == 0
+    tensors = {tensor["name"]: tensor for tensor in parsed(run("inspect", delta, "--json"))["tensors"]}
+    assert tensors["tower.a.weight"]["status"] == "renamed"
+    assert tensors["tower.a.weight"]["base"]["name"] == "vision.a.weight"
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"deltaweights {__version__}\n"
+
+
+@pytest.mark.parametrize("verb", ["diff", "push", "apply", "plan", "verify", "inspect", "license", "bom"])
+def test_every_verb_has_help(verb: str) -> None:
+    shown = run(verb, "--help")
+    assert shown.exit_code == 0
+    assert re.search(r"Usage: .*" + verb, shown.stdout)
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(trio: Trio, tmp_path: Path) -> None:
+    result = run("apply", trio.delta, "-o", tmp_path / "out", "--base", trio.base, *ACCEPT)
+    lines = [line for line in result.stderr.splitlines() if "%" in line]
+    assert lines[0].startswith("check base: ")
+    assert len(lines) <= 6

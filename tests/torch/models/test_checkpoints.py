@@ -1,0 +1,304 @@
+"""Checkpoints as deltas: whole or not there, and back bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltaweights import CheckpointError, DeltaWeightsError, Manifest, OutputError, apply_delta
+from deltaweights.torch import DeltaCheckpointer, list_checkpoints, load_state_dict
+
+from ...checkpoints import contents
+from ...conftest import Trio
+from ..tiny_models import nudge, raw_state, saved_state, tiny_qwen2
+
+
+def train(checkpointer: DeltaCheckpointer, steps: range) -> dict[int, dict[str, object]]:
+    """Save a model at every step; returns what it was then, bit for bit."""
+    model = tiny_qwen2()
+    states: dict[int, dict[str, object]] = {}
+    for step in steps:
+        nudge(model, seed=step)
+        checkpointer.save(step, model)
+        states[step] = dict(raw_state(model.state_dict()))  # while it is written
+    checkpointer.wait()
+    return states
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoints"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def check_restored(folder: Path, base: Path, states: dict[int, dict[str, object]]) -> None:
+    """Every checkpoint that is there is what was saved."""
+    chains = list_checkpoints(folder)
+    with DeltaCheckpointer(folder, base) as checkpointer:
+        assert checkpointer.steps == list(chains)
+        for step in chains:
+            model = tiny_qwen2(seed=99)
+            assert checkpointer.load_into(model, step) == step
+            assert raw_state(model.state_dict()) == states[step]
+
+
+def test_checkpoints_against_the_base(qwen2: Trio, folder: Path) -> None:
+    with DeltaCheckpointer(folder, qwen2.base) as checkpointer:
+        states = train(checkpointer, range(100, 400, 100))
+    assert names(folder) == ["step-00000100", "step-00000200", "step-00000300"]
+    check_restored(folder, qwen2.base, states)
+
+
+def test_checkpoints_against_each_other(qwen2: Trio, folder: Path) -> None:
+    with DeltaCheckpointer(folder, qwen2.base, anchor_every=3, max_shard_size="100KB") as checkpointer:
+        states = train(checkpointer, range(5))
+    assert names(folder) == [
+        "step-00000000", "step-00000001-on-00000000", "step-00000002-on-00000001",
+        "step-00000003", "step-00000004-on-00000003",
+    ]  # fmt: skip
+    assert [path.name for path in list_checkpoints(folder)[2]] == names(folder)[:3]
+    check_restored(folder, qwen2.base, states)
+
+
+def test_a_checkpoint_is_what_save_pretrained_writes(qwen2: Trio, tmp_path: Path, folder: Path) -> None:
+    """Config and files of a folder too; so apply_delta makes a folder for anybody."""
+    (tmp_path / "extras").mkdir()
+    (tmp_path / "extras" / "tokenizer.json").write_text("{}")
+    model = tiny_qwen2()
+    with DeltaCheckpointer(folder, qwen2.base, anchor_every=2, files=tmp_path / "extras") as checkpointer:
+        for step in (1, 2):
+            nudge(model, seed=step)
+            checkpointer.save(step, model)
+    model.save_pretrained(tmp_path / "saved")
+    shutil.copy(tmp_path / "extras" / "tokenizer.json", tmp_path / "saved")
+    apply_delta(list_checkpoints(folder)[2], tmp_path / "out", base=qwen2.base)
+    assert contents(tmp_path / "out") == contents(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("anchor_every", "keep", "left"),
+    [(1, 2, [6, 7]), (3, 1, [6, 7]), (3, 3, [3, 4, 5, 6, 7]), (4, 1, [4, 5, 6, 7]), (100, 1, list(range(8)))],
+)
+def test_pruning_never_breaks_a_chain(
+    qwen2: Trio, folder: Path, anchor_every: int, keep: int, left: list[int]
+) -> None:
+    with DeltaCheckpointer(folder, qwen2.base, anchor_every=anchor_every, keep=keep) as checkpointer:
+        states = train(checkpointer, range(8))
+    assert list(list_checkpoints(folder)) == left
+    check_restored(folder, qwen2.base, states)
+
+
+def test_training_does_not_wait_and_may_change_the_weights(qwen2: Trio, folder: Path) -> None:
+    """The checkpoint is what was saved, though the weights change while it is written."""
+    state = saved_state(qwen2.target)
+    expected = raw_state(state)
+    with DeltaCheckpointer(folder, qwen2.base) as checkpointer:
+        checkpointer.save(1, state)
+        for tensor in state.values():
+            tensor.zero_()
+        checkpointer.wait()
+        assert raw_state(load_state_dict(list_checkpoints(folder)[1], qwen2.base)) == expected
+
+
+def test_memory_of_copies_is_used_again(qwen2: Trio, folder: Path) -> None:
+    """Two copies at most, in the same memory; also when a tensor changes its shape."""
+    state = saved_state(qwen2.target)
+    state["more"] = torch.zeros(3)
+    places: list[set[int]] = []
+    with DeltaCheckpointer(folder, qwen2.base, anchor_every=3) as checkpointer:
+        for step in range(4):
+            checkpointer.save(step, state)
+            places.append({t.data_ptr() for copy in checkpointer._snapshots for t in copy.values()})
+        assert places[1] == places[2] == places[3]
+        assert len(places[1]) == 2 * len(state)
+        state["more"] = torch.ones(5)
+        checkpointer.save(4, state)
+        checkpointer.wait()
+        assert load_state_dict(list_checkpoints(folder)[4], qwen2.base)["more"].tolist() == [1] * 5
+
+
+def test_steps_go_up_unless_later_ones_are_discarded(qwen2: Trio, folder: Path) -> None:
+    with DeltaCheckpointer(folder, qwen2.base, anchor_every=4) as checkpointer:
+        states = train(checkpointer, range(1, 5))
+        with pytest.raises(OutputError, match="It holds one of step 4"):
+            checkpointer.save(3, tiny_qwen2())
+        with pytest.raises(ValueError, match="not at least 0"):
+            checkpointer.save(-1, tiny_qwen2())
+        checkpointer.discard_after(2)
+        assert checkpointer.steps == [1, 2]
+        states |= train(checkpointer, range(3, 5))
+    assert names(folder)[2:] == ["step-00000003", "step-00000004-on-00000003"]
+    check_restored(folder, qwen2.base, states)
+
+
+def test_a_new_process_begins_with_an_anchor(qwen2: Trio, folder: Path) -> None:
+    states: dict[int, dict[str, object]] = {}
+    for steps in (range(2), range(2, 4)):
+        with DeltaCheckpointer(folder, qwen2.base, anchor_every=10) as checkpointer:
+            states |= train(checkpointer, steps)
+    assert names(folder)[2] == "step-00000002"
+    check_restored(folder, qwen2.base, states)
+
+
+def test_a_chain_with_a_gap_is_left_out(qwen2: Trio, folder: Path) -> None:
+    with DeltaCheckpointer(folder, qwen2.base, anchor_every=3) as checkpointer:
+        train(checkpointer, range(4))
+        shutil.rmtree(folder / "step-00000001-on-00000000")
+        assert checkpointer.steps == [0, 3]
+        with pytest.raises(CheckpointError, match="has no checkpoint 2"):
+            checkpointer.load_into(tiny_qwen2(), 2)
+
+
+def test_a_folder_without_checkpoints(qwen2: Trio, folder: Path) -> None:
+    assert list_checkpoints(folder) == {}
+    with DeltaCheckpointer(folder, qwen2.base) as checkpointer:
+        assert checkpointer.steps == []
+        with pytest.raises(CheckpointError, match="holds no checkpoint"):
+            checkpointer.load_into(tiny_qwen2())
+
+
+def test_one_writer_at_a_time(qwen2: Trio, folder: Path) -> None:
+    with (
+        DeltaCheckpointer(folder, qwen2.base),
+        pytest.raises(OutputError, match="being written to by another process"),
+    ):
+        DeltaCheckpointer(folder, qwen2.base)
+    DeltaCheckpointer(folder, qwen2.base).close()
+
+
+def test_an_error_in_the_background_is_raised_by_the_next_call(qwen2: Trio, folder: Path) -> None:
+    checkpointer = DeltaCheckpointer(folder, folder / "nowhere")
+    checkpointer.save(1, saved_state(qwen2.target))
+    with pytest.raises(CheckpointError, match="nowhere"):
+        checkpointer.save(2, saved_state(qwen2.target))
+    checkpointer.save(3, saved_state(qwen2.target))
+    with pytest.raises(CheckpointError, match="nowhere"):
+        checkpointer.close()
+    DeltaCheckpointer(folder, qwen2.base).close()
+    assert names(folder) == []
+
+
+def test_an_error_of_the_training_is_not_hidden(qwen2: Trio, folder: Path) -> None:
+    def train_and_fail() -> None:
+        with DeltaCheckpointer(folder, folder / "nowhere") as checkpointer:
+            checkpointer.save(1, saved_state(qwen2.target))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train_and_fail()
+
+
+@pytest.mark.parametrize("options", [{"anchor_every": 0}, {"anchor_every": 101}, {"keep": 0}])
+def test_numbers_out_of_range(qwen2: Trio, folder: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="is "):
+        DeltaCheckpointer(folder, qwen2.base, **options)
+    assert not folder.exists()
+
+
+def test_a_folder_that_cannot_be_made(qwen2: Trio, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="Cannot write to"):
+        DeltaCheckpointer(tmp_path / "file" / "folder", qwen2.base)
+
+
+def test_the_base_is_hashed_once_unless_it_changes(qwen2: Trio, folder: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(qwen2.base, base)
+
+    def recorded(step: int) -> dict[str, str]:
+        text = (list_checkpoints(folder)[step][0] / "deltaweights.json").read_bytes()
+        return {file.path: file.sha256 for file in Manifest.from_json(text).base.files}
+
+    with DeltaCheckpointer(folder, base) as checkpointer:
+        train(checkpointer, range(1, 3))
+        assert recorded(1) == recorded(2)
+        known = dict(checkpointer._known)
+        assert set(known.values()) == set(recorded(2).values())
+        (base / "notes.txt").write_text("new")
+        (base / "config.json").write_text("{}")
+        train(checkpointer, range(3, 4))
+    changed = recorded(3)
+    assert {path for path in changed if changed[path] != recorded(2).get(path)} == {
+        "notes.txt",
+        "config.json",
+    }
+
+
+_WRITER = """
+import sys, torch
+from deltaweights.torch import DeltaCheckpointer
+folder, base = sys.argv[1:]
+with DeltaCheckpointer(folder, base, anchor_every=3, keep=4) as checkpointer:
+    first = max(checkpointer.steps, default=-1) + 1
+    print("first", first, flush=True)
+    for step in range(first, 10_000):
+        generator = torch.Generator().manual_seed(step)
+        checkpointer.save(step, {f"w{k}": torch.randn(128, 128, generator=generator) for k in range(8)})
+"""
+
+
+def state_of(step: int) -> dict[str, Tensor]:
+    """What the process above saves at a step."""
+    generator = torch.Generator().manual_seed(step)
+    return {f"w{k}": torch.randn(128, 128, generator=generator) for k in range(8)}
+
+
+def moments(folder: Path) -> Iterator[bool]:
+    """Whether a checkpoint is half made, looked at again and again for a minute."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        yield any((folder / ".partial").glob("*"))
+        time.sleep(0.001)
+    raise AssertionError("no checkpoint was written in a minute")
+
+
+def test_a_kill_loses_one_checkpoint_at_most(tmp_path: Path, folder: Path) -> None:
+    """A real process, killed twice in the middle of a save; the second goes on from what the first left."""
+    from safetensors.torch import save_file
+
+    (tmp_path / "base").mkdir()
+    save_file(state_of(0), tmp_path / "base" / "model.safetensors")
+    last = -1
+    for _ in range(2):
+        command = [sys.executable, "-c", _WRITER, str(folder), str(tmp_path / "base")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdout
+            assert writer.stdout.readline() == f"first {last + 1}\n"
+            begun = last
+            for half_made in moments(folder):
+                begun = max([begun, *list_checkpoints(folder)])
+                if half_made and begun >= last + 5:
+                    break
+            writer.send_signal(signal.SIGKILL)
+        chains = list_checkpoints(folder)
+        assert max(chains) >= begun
+        assert len(chains) >= 4
+        for step, chain in chains.items():
+            assert raw_state(load_state_dict(chain, tmp_path / "base")) == raw_state(state_of(step))
+        last = max(chains)
+    with DeltaCheckpointer(folder, tmp_path / "base") as checkpointer:
+        assert not (folder / ".partial").exists()
+        assert checkpointer.steps[-1] == last
+
+
+def test_errors_are_ours(qwen2: Trio, folder: Path) -> None:
+    """A folder that vanishes under the process."""
+    checkpointer = DeltaCheckpointer(folder, qwen2.base)
+    shutil.rmtree(folder)
+    folder.write_text("in the way")
+    checkpointer.save(1, saved_state(qwen2.target))
+    with pytest.raises(DeltaWeightsError):
+        checkpointer.close()

@@ -1,0 +1,399 @@
+"""Base and delta into a model's memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from deltaweights import (
+    BaseMismatchError,
+    CheckpointError,
+    DeltaError,
+    DeltaWeightsError,
+    Manifest,
+    make_delta,
+)
+from deltaweights.torch import LoadReport, load_into, load_state_dict, save_delta, write_files
+
+from ...checkpoints import Array, contents, write_safetensors
+from ...conftest import Trio
+from ..tiny_models import Tied, nudge, raw, raw_state, saved_state, tiny_mixtral, tiny_qwen2
+
+
+@pytest.fixture
+def tied(tmp_path: Path) -> Trio:
+    """A base and a target of :class:`Tied`: the tied weight under one name only, chunks of 4 KiB."""
+    model = Tied()
+    for side, std in (("base", 0.02), ("target", 1e-3)):
+        nudge(model, std=std)
+        state = {k: v.contiguous() for k, v in model.state_dict().items() if k != "head.weight"}
+        (tmp_path / side).mkdir()
+        save_file(state, tmp_path / side / "model.safetensors")
+    make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta", chunk_bytes=4096)
+    return Trio(tmp_path / "base", tmp_path / "target", tmp_path / "delta")
+
+
+def test_state_dict_is_the_target(trio: Trio) -> None:
+    """Every status; dtypes and shapes too."""
+    seen: list[tuple[str, int, int]] = []
+    state = load_state_dict(trio.delta, trio.base, progress=lambda *args: seen.append(args))
+    assert raw_state(state) == raw_state(saved_state(trio.target))
+    assert seen[-1] == ("load", seen[-1][2], seen[-1][2])
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+        ),
+        "nonsense",
+    ],
+)
+def test_there_may_be_no_such_device(trio: Trio, device: str) -> None:
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_state_dict(trio.delta, trio.base, device=device)
+
+
+def test_state_dict_is_the_target_for_every_dtype(tmp_path: Path) -> None:
+    from deltaweights.torch.tensors import DTYPES
+
+    assert len(DTYPES) >= 18
+    generator = torch.Generator().manual_seed(0)
+    for side in ("base", "target"):
+        bits = torch.randint(0, 256, (3, 4 * 4096), dtype=torch.uint8, generator=generator)
+        state = {
+            code: (bits & 1).bool() if code == "BOOL" else bits.view(dtype) for code, dtype in DTYPES.items()
+        }
+        (tmp_path / side).mkdir()
+        save_file({k: v.clone() for k, v in state.items()}, tmp_path / side / "model.safetensors")
+    make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta", chunk_bytes=4096)
+    loaded = load_state_dict(tmp_path / "delta", tmp_path / "base")
+    assert raw_state(loaded) == raw_state(saved_state(tmp_path / "target"))
+    assert loaded["F4"].shape == state["F4"].shape
+
+
+def test_conversion_is_torch_s(trio: Trio) -> None:
+    state = load_state_dict(trio.delta, trio.base, dtype=torch.float32)
+    expected = {name: tensor.float() for name, tensor in saved_state(trio.target).items()}
+    assert raw_state(state) == raw_state(expected)
+
+
+def test_integers_are_not_converted(tied: Trio) -> None:
+    state = load_state_dict(tied.delta, tied.base, dtype=torch.bfloat16)
+    assert state["norm.num_batches_tracked"].dtype == torch.int64
+    assert state["embed.weight"].dtype == torch.bfloat16
+
+
+def test_shards_are_chosen_by_pattern(qwen2: Trio) -> None:
+    state = load_state_dict(qwen2.delta, qwen2.base, shards="*-00001-of-*")
+    index = json.loads((qwen2.target / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(state) == {name for name, path in index.items() if "-00001-of-" in path}
+    assert 0 < len(state) < len(index)
+
+
+@pytest.fixture
+def twice(tmp_path: Path) -> Trio:
+    """As `tied`, but the tied weight is saved twice, in two shards: the first holds a duplicate."""
+    model = Tied()
+    for side, std in (("base", 0.02), ("target", 1e-3)):
+        nudge(model, std=std)
+        state = {name: tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
+        head = state.pop("head.weight")
+        (tmp_path / side).mkdir()
+        if side == "target":
+            save_file({"head.weight": head}, tmp_path / side / "model-1.safetensors")
+        save_file(state, tmp_path / side / "model-2.safetensors")
+    manifest = make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta", chunk_bytes=4096)
+    assert [e.file for e in manifest.tensors if e.status == "duplicate"] == ["model-1.safetensors"]
+    return Trio(tmp_path / "base", tmp_path / "target", tmp_path / "delta")
+
+
+@pytest.mark.parametrize("sha256", [False, True])
+def test_duplicates_are_loaded_as_their_own(twice: Trio, sha256: bool) -> None:
+    expected = saved_state(twice.target)
+    state = load_state_dict(twice.delta, twice.base, sha256=sha256)
+    assert raw_state(state) == raw_state(expected)
+    model = Tied()
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    load_into(model, twice.delta, twice.base, sha256=sha256)
+    assert raw_state(model.state_dict()) == raw_state(expected)
+    tied = Tied()
+    load_into(tied, twice.delta, twice.base, sha256=sha256)
+    assert raw_state(tied.state_dict()) == raw_state(expected)
+
+
+def test_a_duplicate_is_loaded_without_the_shard_of_what_it_is_like(twice: Trio) -> None:
+    state = load_state_dict(twice.delta, twice.base, shards="model-1*")
+    assert raw_state(state) == {
+        name: data for name, data in raw_state(saved_state(twice.target)).items() if name == "head.weight"
+    }
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_model_gets_the_target_s_bytes(tied: Trio, device: str) -> None:
+    with torch.device(device):
+        model = Tied()
+    embed = model.embed.weight
+    assert load_into(model, tied.delta, tied.base, threads=2) == LoadReport([], [])
+    assert model.head.weight is model.embed.weight
+    assert (model.embed.weight is embed) == (device == "cpu")
+    assert not model.fixed.requires_grad
+    assert model.turned.requires_grad
+    state = raw_state(model.state_dict())
+    assert state.pop("head.weight") == state["embed.weight"]
+    assert state == raw_state(saved_state(tied.target))
+
+
+def test_other_dtypes_are_converted_as_load_state_dict_does(tied: Trio) -> None:
+    model, reference = Tied().double(), Tied().double()
+    load_into(model, tied.delta, tied.base)
+    reference.load_state_dict(saved_state(tied.target), strict=False)
+    assert raw_state(model.state_dict()) == raw_state(reference.state_dict())
+
+
+@pytest.mark.parametrize("is_contiguous", [True, False])
+def test_floats_of_8_bits_become_integers_by_their_values(tmp_path: Path, is_contiguous: bool) -> None:
+    values = torch.arange(64, dtype=torch.float32).view(8, 8)
+    for side, shift in (("base", 0), ("target", 1)):
+        (tmp_path / side).mkdir()
+        save_file({"w": (values + shift).to(torch.float8_e4m3fn)}, tmp_path / side / "model.safetensors")
+    make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta")
+    model, stored = nn.Module(), (values + 1).to(torch.float8_e4m3fn)
+    memory = torch.zeros(8, 8, dtype=torch.uint8)
+    model.register_buffer("w", memory if is_contiguous else memory.t())
+    load_into(model, tmp_path / "delta", tmp_path / "base")
+    expected = torch.empty(8, 8, dtype=torch.uint8).copy_(stored)
+    assert raw_state(model.state_dict()) == raw_state({"w": expected})
+
+
+def test_of_two_values_for_one_weight_the_last_counts(tied: Trio) -> None:
+    """As with ``load_state_dict``."""
+    state = saved_state(tied.target)
+    state["head.weight"] = state["embed.weight"] + 1
+    save_file(state, tied.target / "model.safetensors")
+    shutil.rmtree(tied.delta)
+    make_delta(tied.base, tied.target, tied.delta)
+    model, reference = Tied(), Tied()
+    load_into(model, tied.delta, tied.base)
+    reference.load_state_dict(state)
+    assert raw(model.embed.weight) == raw(state["head.weight"]) == raw(reference.embed.weight)
+
+
+class Wrong(Tied):
+    """Has a parameter more, and lacks one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = nn.Parameter(torch.zeros(2))
+        del self.fixed
+
+
+def test_names_that_do_not_fit_are_an_error_and_nothing_is_loaded(tied: Trio) -> None:
+    model = Wrong()
+    before = raw_state(model.state_dict())
+    with pytest.raises(CheckpointError, match="lacks 'more'; the model lacks 'fixed'"):
+        load_into(model, tied.delta, tied.base)
+    assert raw_state(model.state_dict()) == before
+    assert load_into(model, tied.delta, tied.base, strict=False) == LoadReport(["more"], ["fixed"])
+    loaded = raw_state(model.state_dict())
+    assert loaded["embed.weight"] == raw_state(saved_state(tied.target))["embed.weight"]
+    assert loaded["more"] == before["more"]
+
+
+def test_shapes_that_do_not_fit_are_an_error_and_nothing_is_loaded(tied: Trio) -> None:
+    model = Tied()
+    model.fixed = nn.Parameter(torch.zeros(8))
+    before = raw_state(model.state_dict())
+    with pytest.raises(CheckpointError, match=r"'fixed' is \[7\] in the target, \[8\] in the model"):
+        load_into(model, tied.delta, tied.base, strict=False)
+    assert raw_state(model.state_dict()) == before
+
+
+def test_buffers_that_no_checkpoint_holds_are_found_before_loading(qwen2: Trio) -> None:
+    config = AutoConfig.from_pretrained(qwen2.base)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    with pytest.raises(CheckpointError, match="inv_freq"):
+        load_into(model, qwen2.delta, qwen2.base)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_outputs_are_those_of_the_rebuilt_folder(qwen2: Trio, tmp_path: Path) -> None:
+    """Other files first; then a model without memory for its parameters; then the weights."""
+    written = write_files(qwen2.delta, tmp_path / "files", qwen2.base)
+    assert written == ["config.json", "generation_config.json"]
+    assert contents(tmp_path / "files").items() <= contents(qwen2.target).items()
+    config = AutoConfig.from_pretrained(tmp_path / "files")
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model.tie_weights()
+    assert all(parameter.is_meta for parameter in model.parameters())
+    load_into(model, qwen2.delta, qwen2.base)
+    reference = AutoModelForCausalLM.from_pretrained(qwen2.target)
+    assert raw_state(model.state_dict()) == raw_state(reference.state_dict())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    tokens = torch.arange(48).reshape(2, 24)
+    with torch.no_grad():
+        assert raw(model.eval()(tokens).logits) == raw(reference(tokens).logits)
+
+
+def test_transformers_fuses_the_tensors_that_it_is_given(tmp_path: Path) -> None:
+    """The way for models whose names in memory are not those of the checkpoint."""
+    model = tiny_mixtral()
+    model.save_pretrained(tmp_path / "base")
+    nudge(model)
+    model.save_pretrained(tmp_path / "target")
+    make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta")
+    with pytest.raises(CheckpointError, match=r"mlp\.experts\.gate_up_proj"):
+        load_into(model, tmp_path / "delta", tmp_path / "base")
+    state = load_state_dict(tmp_path / "delta", tmp_path / "base")
+    loaded = type(model).from_pretrained(None, config=model.config, state_dict=state)
+    assert raw_state(loaded.state_dict()) == raw_state(model.state_dict())
+
+
+def test_chains_are_loaded(qwen2: Trio, tmp_path: Path) -> None:
+    model = tiny_qwen2()
+    load_into(model, qwen2.delta, qwen2.base)
+    nudge(model, seed=2)
+    model.save_pretrained(tmp_path / "next", max_shard_size="100KB")
+    make_delta(qwen2.target, tmp_path / "next", tmp_path / "second")
+    loaded = tiny_qwen2(seed=3)
+    load_into(loaded, [qwen2.delta, tmp_path / "second"], qwen2.base, sha256=True)
+    assert raw_state(loaded.state_dict()) == raw_state(model.state_dict())
+
+
+def test_wrong_base_is_an_error(qwen2: Trio, tmp_path: Path) -> None:
+    other = tiny_qwen2(seed=5)
+    other.save_pretrained(tmp_path)
+    with pytest.raises(BaseMismatchError):
+        load_state_dict(qwen2.delta, tmp_path)
+
+
+def test_damage_is_an_error(qwen2: Trio, tmp_path: Path) -> None:
+    shutil.copytree(qwen2.delta, tmp_path / "delta")
+    path = next((tmp_path / "delta").glob("delta-00001-*"))
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DeltaError):
+        load_into(tiny_qwen2(), tmp_path / "delta", qwen2.base)
+
+
+def edit_manifest(source: Path, folder: Path, **changes: Any) -> Path:
+    """A copy of a delta with another manifest, whole by its own checksum."""
+    shutil.copytree(source, folder)
+    path = folder / "deltaweights.json"
+    manifest = Manifest.from_json(path.read_bytes())
+    path.write_bytes(replace(manifest, **changes).to_json())
+    return folder
+
+
+def test_sha256_finds_what_checksums_cannot(qwen2: Trio, tmp_path: Path) -> None:
+    """A manifest that promises another file, though every chunk is as its record says."""
+    record = Manifest.from_json((qwen2.delta / "deltaweights.json").read_bytes()).target
+    files = tuple(replace(f, sha256="0" * 64) if f.stored == "tensors" else f for f in record.files)
+    delta = edit_manifest(qwen2.delta, tmp_path / "delta", target=replace(record, files=files))
+    assert load_state_dict(delta, qwen2.base)
+    with pytest.raises(DeltaError, match="was not rebuilt as it was published"):
+        load_state_dict(delta, qwen2.base, sha256=True)
+    assert load_state_dict(qwen2.delta, qwen2.base, sha256=True)
+
+
+def test_chunks_that_cut_elements_are_no_crash(qwen2: Trio, tmp_path: Path) -> None:
+    entries = Manifest.from_json((qwen2.delta / "deltaweights.json").read_bytes()).tensors
+    cut = tuple(replace(e, shared_bytes=max(0, e.shared_bytes - 1)) for e in entries)
+    delta = edit_manifest(qwen2.delta, tmp_path / "delta", tensors=cut)
+    with pytest.raises(DeltaError):
+        load_state_dict(delta, qwen2.base, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("array", "why"),
+    [
+        (Array("F6_E2M3", (4,), b"abc"), "F6_E2M3, for which torch"),
+        (Array("F4", (2, 3), b"abc"), "pairs along the last dimension"),
+        (Array("F32", (2**63, 0), b""), r"\[9223372036854775808, 0\] of torch.float32"),
+    ],
+    ids=["dtype", "pairs", "shape"],
+)
+def test_what_torch_cannot_hold_is_an_error(tmp_path: Path, array: Array, why: str) -> None:
+    for side in ("base", "target"):
+        write_safetensors(tmp_path / side / "m.safetensors", {"x": array})
+    make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta")
+    with pytest.raises(CheckpointError, match=why):
+        load_state_dict(tmp_path / "delta", tmp_path / "base")
+
+
+def test_sharded_tensors_are_refused(qwen2: Trio, tmp_path: Path) -> None:
+    """They are distributed checkpoints' business: here, each process has only a part."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    store = (tmp_path / "store").as_uri()
+    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        model = tiny_qwen2()
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = distribute_tensor(model.model.norm.weight.detach(), mesh)
+        model.model.norm.weight = nn.Parameter(sharded)
+        with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' is sharded"):
+            load_into(model, qwen2.delta, qwen2.base)
+        with pytest.raises(CheckpointError, match="sharded over several processes"):
+            save_delta(model, qwen2.base, tmp_path / "delta")
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_other_files_are_checked(qwen2: Trio, tmp_path: Path) -> None:
+    shutil.copytree(qwen2.base, tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    config.write_bytes(config.read_bytes().replace(b"64", b"46"))
+    with pytest.raises(DeltaWeightsError):
+        write_files(qwen2.delta, tmp_path / "files", tmp_path / "base")
+    assert not (tmp_path / "files" / "config.json").exists()
+
+
+_MEMORY = """
+import re, sys, torch
+from pathlib import Path
+from torch import nn
+from deltaweights.torch import load_into, load_state_dict
+delta, base = sys.argv[1:]
+def peak(): return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+small = nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16)
+load_into(small, delta + "-small", base + "-small")  # everything is imported and compiled
+before = peak()
+model = nn.Linear(8192, 8192, bias=False, dtype=torch.bfloat16, device="meta")
+load_into(model, delta, base, threads=2)
+print(peak() - before)
+"""
+
+
+def test_memory_is_the_model_and_a_window(tmp_path: Path) -> None:
+    """A tensor of 128 MiB, base and delta included: no second copy, not even for a moment."""
+    nbytes = 2 * 8192 * 8192
+    for size, suffix in ((1024, "-small"), (8192, "")):
+        weight = torch.zeros(size, size, dtype=torch.bfloat16)
+        for side, value in (("base", 0.5), ("target", 0.51)):
+            (tmp_path / f"{side}{suffix}").mkdir()
+            save_file({"weight": weight + value}, tmp_path / f"{side}{suffix}" / "model.safetensors")
+        make_delta(
+            tmp_path / f"base{suffix}", tmp_path / f"target{suffix}", tmp_path / f"delta{suffix}", threads=2
+        )
+    command = [sys.executable, "-c", _MEMORY, str(tmp_path / "delta"), str(tmp_path / "base")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert nbytes <= int(done.stdout) < nbytes + (64 << 20)

@@ -1,0 +1,189 @@
+"""Live weights to a delta: the bytes are those of the saved folder's delta."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import save_torch_model, save_torch_state_dict
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save, save_file
+from torch import nn
+
+from deltaweights import CheckpointError, apply_delta, make_delta
+from deltaweights.torch import save_delta
+from deltaweights.torch.models.memory import MemorySource
+from deltaweights.torch.tensors import DTYPES, byte_view
+
+from ...checkpoints import contents
+from ...conftest import Trio
+from ..tiny_models import Tied, nudge, saved_state, tiny_mixtral, tiny_qwen2
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+SHAPES = st.lists(st.integers(0, 4), max_size=3)
+
+
+@given(st.dictionaries(NAMES, st.tuples(st.sampled_from(sorted(DTYPES)), SHAPES), max_size=12), st.data())
+def test_files_in_memory_are_those_that_safetensors_writes(
+    described: dict[str, tuple[str, list[int]]], data: st.DataObject
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, (code, shape) in described.items():
+        dims = shape or [1] * (code == "F4")  # safetensors has no pair of F4 without a dimension
+        bits = torch.randint(0, 2, [*dims, DTYPES[code].itemsize], dtype=torch.uint8, generator=generator)
+        tensors[name] = bits.view(DTYPES[code]).reshape(dims)
+    expected = save(tensors, {"format": "pt"})
+    source = MemorySource({"m.safetensors": (tensors, {"format": "pt"})}, {})
+    assert b"".join(source.blocks("m.safetensors")) == expected
+    start = data.draw(st.integers(0, len(expected)))
+    end = data.draw(st.integers(start, len(expected)))
+    out = np.empty(end - start, np.uint8)
+    source.open("m.safetensors").read_into(start, out)
+    assert out.tobytes() == expected[start:end]
+    with pytest.raises(CheckpointError, match="ends too early"):
+        source.open("m.safetensors").read_into(start + 1, np.empty(len(expected) - start, np.uint8))
+
+
+def test_bytes_of_one_element_are_had_whatever_its_stride() -> None:
+    tensor = torch.arange(6, dtype=torch.int16)[3::2][:1]
+    assert tensor.stride() == (2,)
+    assert byte_view(tensor).tolist() == [3, 0]
+    assert byte_view(torch.zeros(0, 7)).numel() == 0
+    assert byte_view(torch.tensor(258, dtype=torch.int16)).tolist() == [2, 1]
+
+
+def check_equal(folder: Path, base: Path, state: Any, **options: Any) -> None:
+    """The delta from memory is the one of the target in ``folder / "target"``, and makes it again."""
+    make_delta(base, folder / "target", folder / "expected")
+    save_delta(state, base, folder / "found", **options)
+    assert contents(folder / "found") == contents(folder / "expected")
+    apply_delta(folder / "found", folder / "rebuilt", base=base)
+    assert contents(folder / "rebuilt") == contents(folder / "target")
+
+
+@pytest.mark.parametrize("size", [None, "100KB"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_pretrained_models_are_saved_as_save_pretrained_does(
+    tmp_path: Path, tied: bool, size: str | None
+) -> None:
+    model = tiny_qwen2(tied=tied)
+    model.save_pretrained(tmp_path / "base")
+    nudge(model)
+    options: dict[str, Any] = {} if size is None else {"max_shard_size": size}
+    model.save_pretrained(tmp_path / "target", **options)
+    assert len(list((tmp_path / "target").glob("*.safetensors"))) == (1 if size is None else 2 + (not tied))
+    check_equal(tmp_path, tmp_path / "base", model, **options)
+
+
+def test_tensors_that_transformers_fuses_are_saved_apart(tmp_path: Path) -> None:
+    model = tiny_mixtral()
+    model.save_pretrained(tmp_path / "base")
+    nudge(model)
+    model.save_pretrained(tmp_path / "target")
+    saved = saved_state(tmp_path / "target")
+    assert not set(saved) <= set(model.state_dict())
+    check_equal(tmp_path, tmp_path / "base", model)
+
+
+def test_files_of_a_folder_belong_to_the_target(qwen2: Trio, tmp_path: Path) -> None:
+    """All but weights and their index; the model's own config counts more."""
+    model = tiny_qwen2()
+    nudge(model)
+    model.save_pretrained(tmp_path / "target")
+    extras = tmp_path / "extras"
+    shutil.copytree(qwen2.target, extras)
+    (extras / "tokenizer").mkdir()
+    (extras / "tokenizer" / "vocab.json").write_text('{"a": 0}')
+    (extras / "README.md").write_text("---\nlicense: mit\n---\n")
+    shutil.copytree(extras / "tokenizer", tmp_path / "target" / "tokenizer")
+    shutil.copy(extras / "README.md", tmp_path / "target")
+    (extras / "config.json").write_text("{}")
+    check_equal(tmp_path, qwen2.base, model, files=extras)
+
+
+@pytest.mark.parametrize("size", ["5GB", "2KB"])
+def test_other_models_are_saved_as_huggingface_hub_does(tmp_path: Path, size: str) -> None:
+    model = Tied()
+    for side in ("base", "target"):
+        nudge(model)
+        (tmp_path / side).mkdir()
+        save_torch_model(model, tmp_path / side, max_shard_size=size)
+    shards = sorted((tmp_path / "target").glob("*.safetensors"))
+    assert len(shards) == (1 if size == "5GB" else 2)
+    sorted_metadata = b'{"__metadata__":{"format":"pt"' + b',"head.weight":"embed.weight"' * (
+        len(shards) == 1
+    )
+    for _ in range(100):  # safetensors writes metadata in an order that is another one each time
+        if shards[0].read_bytes()[8:].startswith(sorted_metadata):
+            break
+        save_torch_model(model, tmp_path / "target", max_shard_size=size)
+    check_equal(tmp_path, tmp_path / "base", model, max_shard_size=size)
+
+
+def test_slices_of_one_storage_are_saved_apart(tmp_path: Path) -> None:
+    whole = torch.arange(64, dtype=torch.float32)
+    state = {"low": whole[:32], "high": whole[32:], "turned": torch.ones(3, 4).t(), "empty": whole[:0]}
+    for side in ("base", "target"):
+        whole += 1
+        (tmp_path / side).mkdir()
+        copies = {name: tensor.clone().contiguous() for name, tensor in state.items()}
+        save_file(copies, tmp_path / side / "model.safetensors", {"format": "pt"})
+    check_equal(tmp_path, tmp_path / "base", state)
+
+
+def test_conjugates_are_saved_by_value(tmp_path: Path) -> None:
+    value = torch.tensor([1 + 2j, 3 - 4j])
+    (tmp_path / "base").mkdir()
+    save_torch_state_dict({"x": value}, tmp_path / "base")
+    save_delta({"x": value.conj()}, tmp_path / "base", tmp_path / "delta")
+    apply_delta(tmp_path / "delta", tmp_path / "target", base=tmp_path / "base")
+    assert saved_state(tmp_path / "target")["x"].tolist() == [1 - 2j, 3 + 4j]
+
+
+def test_a_model_without_tensors_is_one_empty_shard(qwen2: Trio, tmp_path: Path) -> None:
+    manifest = save_delta(nn.ReLU(), qwen2.base, tmp_path / "delta")
+    assert [file.path for file in manifest.target.files] == ["model.safetensors"]
+    assert {entry.status for entry in manifest.tensors} == {"removed"}
+
+
+_STORAGE = torch.zeros(6)
+
+
+@pytest.mark.parametrize(
+    ("state", "why"),
+    [
+        ({"x": torch.zeros(2, device="meta")}, "meta device"),
+        ({"x": torch.zeros(2).to_sparse()}, "not dense"),
+        ({"x": "text"}, "a str, not a tensor"),
+        ({"x": torch.zeros(2, dtype=torch.complex128)}, "no torch.complex128"),
+        ({"x": torch.zeros((1,), dtype=torch.uint8).view(torch.float4_e2m1fn_x2)[0]}, "has no dimension"),
+        ({"x": _STORAGE[:4], "y": _STORAGE[2:]}, "none covers all of it"),
+    ],
+    ids=["meta", "sparse", "text", "dtype", "pair", "overlap"],
+)
+def test_what_cannot_be_saved_is_an_error(qwen2: Trio, tmp_path: Path, state: Any, why: str) -> None:
+    with pytest.raises(CheckpointError, match=why):
+        save_delta(state, qwen2.base, tmp_path / "delta")
+    assert not (tmp_path / "delta").exists()
+
+
+def test_models_with_adapters_are_refused(qwen2: Trio, tmp_path: Path) -> None:
+    model = tiny_qwen2()
+    model._hf_peft_config_loaded = True
+    with pytest.raises(CheckpointError, match="adapters that are not merged"):
+        save_delta(model, qwen2.base, tmp_path / "delta")
+
+
+def test_weights_that_are_tied_against_the_config_are_refused(qwen2: Trio, tmp_path: Path) -> None:
+    """As by save_pretrained."""
+    model = tiny_qwen2(tied=False)
+    layers = model.model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    with pytest.raises(CheckpointError, match="Tied weights cannot be saved"):
+        save_delta(model, qwen2.base, tmp_path / "delta")
