@@ -37,7 +37,7 @@ RANKS: dict[str, tuple[str, ...]] = {
     "checkpoint": ("header", "checkpoint", "__init__"),
     "cli": ("commands", "__init__"),
     "codec": (
-        "constants convert kernel_arrays opaque processor scratch tables",
+        "constants convert kernel_arrays opaque processor tables working_memory",
         "kernels library",
         "cache",
         "build",

@@ -11,6 +11,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..dtypes import DTYPES
+from . import working_memory
 from .compiled import Held, rows
 from .constants import (
     AFTER,
@@ -34,7 +35,6 @@ from .methods.chunk import MAX_CHUNK, check_arrays
 from .methods.floats import aligned
 from .methods.ulp import FORMATS
 from .methods.without_zstd import without_zstd
-from .scratch import KEPT, scratch
 from .tables import PRECISION, TOKENS
 
 _ELEMENT_BYTES = {code: dtype.itemsize or 1 for code, dtype in DTYPES.items()}
@@ -191,23 +191,23 @@ def _row_space(count: int, dtype: np.dtype[Any]) -> Held[RowSpace]:
     segments, is_wide = count // UNIT + 1, dtype.itemsize == 4
     space = Held(
         RowSpace(
-            frequencies=scratch("row frequencies", 64 * TOKENS, np.uint32).reshape(-1, TOKENS),
-            slots=scratch("slots", 64 << PRECISION, np.uint32),
-            words=scratch("words", count * dtype.itemsize // 2 + GUARD, np.uint16),
+            frequencies=working_memory.ROW_FREQUENCIES.take(64 * TOKENS).reshape(-1, TOKENS),
+            slots=working_memory.SLOTS.take(64 << PRECISION),
+            words=working_memory.WORDS.take(count * dtype.itemsize // 2 + GUARD),
             layout=np.empty(4, np.int64),
-            planes=scratch("row planes", is_wide * WIDE_PLANES * count + SPARE, np.uint8),
+            planes=working_memory.ROW_PLANES.take(is_wide * WIDE_PLANES * count + SPARE),
             starts=np.zeros(8, np.int64),
-            scales=scratch("scales", segments, np.int64),
-            above=scratch("above", segments, np.uint32),
-            marks=scratch("marks", count // SUBSET_UNIT // 8 + 1, np.uint8),
-            active=scratch("active", -(-count // SUBSET_UNIT), np.uint8),
-            places=scratch("places", count // SPARSE_SHARE, np.uint32),
-            values=scratch("values", count // SPARSE_SHARE, np.uint32),
-            chosen=scratch("chosen", count + SUBSET_SPARE, dtype),
-            changed=scratch("changed", count + SUBSET_SPARE, dtype),
-            shifts=scratch("shifts", is_wide << MOST_SHIFTS_LOG, np.uint32),
+            scales=working_memory.SCALES.take(segments),
+            above=working_memory.ABOVE.take(segments),
+            marks=working_memory.MARKS.take(count // SUBSET_UNIT // 8 + 1),
+            active=working_memory.ACTIVE.take(-(-count // SUBSET_UNIT)),
+            places=working_memory.ROW_PLACES.take(count // SPARSE_SHARE),
+            values=working_memory.ROW_VALUES.take(count // SPARSE_SHARE),
+            chosen=working_memory.CHOSEN.take(count + SUBSET_SPARE, dtype),
+            changed=working_memory.CHANGED.take(count + SUBSET_SPARE, dtype),
+            shifts=working_memory.SHIFTS.take(is_wide << MOST_SHIFTS_LOG),
         )
     )
-    if count * dtype.itemsize <= KEPT // 2:  # the longest is little longer
+    if count * dtype.itemsize <= working_memory.KEPT // 2:  # the longest is little longer
         _kept.__dict__[dtype.str] = space, count
     return space

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import PayloadError
+from .. import working_memory
 from ..compiled import difference
 from ..constants import DRIFT_HEAD, MOST_SHIFTS_LOG
-from ..scratch import scratch
 from . import entropy, floats, ulp
 from .ulp import FloatFormat
 
@@ -75,7 +75,7 @@ def _fit(before: NDArray[Any], after: NDArray[Any], form: FloatFormat, log: int)
 def drifted(base: Bytes, shifts: Shifts, form: FloatFormat) -> Bytes:
     """The base's chunk, drifted; in this thread's working memory."""
     before = floats.elements(base, form)
-    moved = scratch("drifted", len(before), np.uint32)
+    moved = working_memory.DRIFTED.take(len(before))
     difference.drift(before, shifts, form.shift, form.mask, moved)
     return moved.view(np.uint8)
 

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import PayloadError
+from .. import working_memory
 from ..compiled import runs
 from ..constants import APART, BAD, FIRST, GUARD, MAX_ROWS, WAYS, WORDS_SPARE
 from ..kernel_arrays import RunSpace
 from ..library import prebuilt
-from ..scratch import scratch
 from ..tables import DIRECT_BITS, SCALES, TOKENS, laplace_family
 
 Bytes = NDArray[np.uint8]
@@ -38,14 +38,14 @@ def family() -> NDArray[np.uint32]:
 def run_space(count: int, contexts: int, more: int = 0) -> RunSpace:
     """For runs of so many values and contexts, at most, whose head may follow ``more`` other bytes."""
     return RunSpace(
-        leading=scratch("part", count, np.uint32),
-        keys=scratch("keys", count, np.uint16),
-        counters=scratch("counters", WAYS * ((MAX_ROWS << 7) + APART), np.uint32),
-        tables=scratch("rows", MAX_ROWS * TOKENS, np.uint32).reshape(MAX_ROWS, TOKENS),
-        explicit=scratch("explicit", MAX_ROWS, np.uint8),
-        encoder=scratch("encoder table", contexts << 8, np.uint32),
-        words=scratch("words", 3 * count + WORDS_SPARE, np.uint16),
-        head=scratch("head", head_bytes(contexts) + more, np.uint8),
+        leading=working_memory.LEADING.take(count),
+        keys=working_memory.KEYS.take(count),
+        counters=working_memory.COUNTERS.take(WAYS * ((MAX_ROWS << 7) + APART)),
+        tables=working_memory.TABLES.take(MAX_ROWS * TOKENS).reshape(MAX_ROWS, TOKENS),
+        explicit=working_memory.EXPLICIT.take(MAX_ROWS),
+        encoder=working_memory.ENCODER.take(contexts << 8),
+        words=working_memory.WORDS.take(3 * count + WORDS_SPARE),
+        head=working_memory.HEAD.take(head_bytes(contexts) + more),
         found=np.empty(2, np.int64),
     )
 
@@ -63,7 +63,7 @@ def head_bytes(contexts: int) -> int:
 def encode_list(values: Values, direct_bits: int = DIRECT_BITS, tail: int = 0) -> bytes:
     """Numbers as a run of one context, the `tail` low bits of each of them as they are."""
     space = run_space(len(values), 1)
-    contexts = scratch("contexts", len(values), np.uint8)
+    contexts = working_memory.CONTEXTS.take(len(values))
     contexts[:] = 0
     end = runs.encode_run(contexts, values, _lone_member, family(), direct_bits, 32, tail, np.inf, space, 0)
     return written(space, end)
@@ -71,8 +71,8 @@ def encode_list(values: Values, direct_bits: int = DIRECT_BITS, tail: int = 0) -
 
 def room_to_read(data: Bytes, contexts: int) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
     """(frequencies, words) for a kernel that reads a run of so many contexts: a thread's working memory."""
-    frequencies = scratch("frequencies", contexts * TOKENS, np.uint32).reshape(-1, TOKENS)
-    return frequencies, scratch("words", len(data) // 2 + GUARD, np.uint16)
+    frequencies = working_memory.FREQUENCIES.take(contexts * TOKENS).reshape(-1, TOKENS)
+    return frequencies, working_memory.WORDS.take(len(data) // 2 + GUARD)
 
 
 def decode_list(

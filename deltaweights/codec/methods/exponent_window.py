@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import PayloadError
+from .. import working_memory
 from ..compiled import standalone
-from ..scratch import scratch
 from ..tables import BYTE_BITS
 from . import entropy, floats
 from .planes import put_plane
@@ -39,7 +39,7 @@ _GLANCE = 1 << 15  # elements looked at to place the window and to foresee the s
 def encode_window(target: Bytes, form: FloatFormat) -> bytes:
     """The target by itself; elements have two bytes or more."""
     patterns = floats.elements(target, form)
-    words, values = scratch("words", len(patterns), np.uint32), scratch("values", len(patterns), np.uint32)
+    words, values = working_memory.UPPER_WORDS.take(len(patterns)), working_memory.VALUES.take(len(patterns))
     standalone.upper_words(patterns, words)
     bias = _bias(words)
     parts = [bias.to_bytes(2, "little")]
@@ -48,7 +48,7 @@ def encode_window(target: Bytes, form: FloatFormat) -> bytes:
     parts.append(floats.sized(entropy.encode_list(values, BYTE_BITS, TAIL)))
     if others:
         parts.append(floats.sized(others))
-    plane = scratch("planes", len(patterns), np.uint8)
+    plane = working_memory.PLANES.take(len(patterns))
     for p in range(form.itemsize - 2):
         standalone.rotated_byte(patterns, p, plane)
         parts.append(put_plane(plane))
@@ -90,7 +90,7 @@ def decode_window(data: Bytes, form: FloatFormat, out: Bytes) -> None:
     result = floats.elements(out, form)
     bias = int.from_bytes(data[:2].tobytes(), "little")
     section, data = floats.take_section(data[2:])
-    values = scratch("values", len(result), np.uint32)
+    values = working_memory.VALUES.take(len(result))
     entropy.decode_list(section, values, BYTE_BITS, TAIL)
     places = np.flatnonzero(values == 0)
     outside = np.empty(len(places), np.uint32)

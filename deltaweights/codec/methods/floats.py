@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import PayloadError
+from .. import working_memory
 from ..compiled import Held, difference, standalone
 from ..constants import (
     BAD,
@@ -48,7 +49,6 @@ from ..constants import (
     WIDE_PLANES,
 )
 from ..kernel_arrays import ChunkSpace, OpenDelta
-from ..scratch import KEPT, scratch
 from ..tables import BYTE_BITS, PRECISION
 from . import entropy
 from .planes import get_planes, put_plane
@@ -116,23 +116,23 @@ def _chunk_space(count: int, rows: int, form: FloatFormat) -> Held[ChunkSpace]:
     if kept and kept[1] == key:  # most chunks are as long as the one before
         return kept[0]
     segments, sampled = count // UNIT + 1, min(count, MAX_SAMPLE)
-    one_context = scratch("one context", segments, np.uint8)
+    one_context = working_memory.ONE_CONTEXT.take(segments)
     one_context[:] = 0
     space = ChunkSpace(
-        some=scratch("some", sampled, form.dtype),
-        there=scratch("there", sampled, form.dtype),
-        values=scratch("values", count, np.uint32),
-        contexts=scratch("contexts", count, np.uint8),
-        planes=scratch("planes", rows * (count + SPARE), np.uint8).reshape(rows, -1 if rows else 0),
+        some=working_memory.SOME.take(sampled, form.dtype),
+        there=working_memory.THERE.take(sampled, form.dtype),
+        values=working_memory.VALUES.take(count),
+        contexts=working_memory.CONTEXTS.take(count),
+        planes=working_memory.PLANES.take(rows * (count + SPARE)).reshape(rows, -1 if rows else 0),
         sizes=np.zeros(7, np.int64),
-        sums=scratch("sums", segments, np.float32),
-        scales=scratch("scales", segments, np.int64),
-        above=scratch("above", segments, np.uint32),
+        sums=working_memory.SUMS.take(segments),
+        scales=working_memory.SCALES.take(segments),
+        above=working_memory.ABOVE.take(segments),
         one_context=one_context,
         run=entropy.run_space(count, MAX_TABLES, HEAD + 8 + entropy.head_bytes(1) + 6 * segments),
     )
     held = Held(space)
-    if space.run.words.nbytes <= KEPT:  # the longest
+    if space.run.words.nbytes <= working_memory.KEPT:  # the longest
         _kept.space = held, key
     return held
 
@@ -172,7 +172,7 @@ def open_delta(data: Bytes, count: int, form: FloatFormat, ahead: int = 0) -> Op
         planes = get_planes(behind, rows, count)
         starts[1 : rows + 1] = np.cumsum([len(plane) for plane in planes])
         starts[rows + 1 :] = starts[rows]
-        joined = scratch("planes", int(starts[rows]) + SPARE, np.uint8)
+        joined = working_memory.PLANES.take(int(starts[rows]) + SPARE)
         np.concatenate(planes, out=joined[: int(starts[rows])])
     tables, segments = int(layout[TABLES]), count // UNIT + 1
     frequencies, words = entropy.room_to_read(max(data, listed, key=len), tables)
@@ -189,9 +189,9 @@ def open_delta(data: Bytes, count: int, form: FloatFormat, ahead: int = 0) -> Op
         tweak=tweak,
         planes=joined,
         starts=starts,
-        scales=scratch("scales", segments, np.int64),
-        above=scratch("above", segments, np.uint32),
-        slots=scratch("slots", tables << PRECISION, np.uint32),
+        scales=working_memory.SCALES.take(segments),
+        above=working_memory.ABOVE.take(segments),
+        slots=working_memory.SLOTS.take(tables << PRECISION),
         frequencies=frequencies,
         words=words,
     )
@@ -224,8 +224,8 @@ def deliver(result: NDArray[Any], out: Bytes) -> None:
 def encode_alone(target: Bytes, form: FloatFormat) -> bytes:
     """The target by itself."""
     patterns = elements(target, form)
-    leading = scratch("values", len(patterns), np.uint32)
-    planes = scratch("planes", (form.itemsize - 1) * len(patterns), np.uint8)
+    leading = working_memory.VALUES.take(len(patterns))
+    planes = working_memory.PLANES.take((form.itemsize - 1) * len(patterns))
     planes = planes.reshape(form.itemsize - 1, len(patterns))
     standalone.rotated_byte(patterns, form.itemsize - 1, leading)
     for p, plane in enumerate(planes):
@@ -251,7 +251,7 @@ def stack_planes(data: Bytes, rows: int, count: int) -> NDArray[np.uint8]:
     planes = get_planes(data, rows, count)
     if any(len(plane) != count for plane in planes):
         raise PayloadError("a plane of a standalone chunk has the wrong length")
-    stacked = scratch("planes", rows * count, np.uint8).reshape(rows, count)
+    stacked = working_memory.PLANES.take(rows * count).reshape(rows, count)
     for row, plane in zip(stacked, planes, strict=True):
         row[:] = plane
     return stacked

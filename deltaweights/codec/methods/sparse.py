@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import PayloadError
+from .. import working_memory
 from ..compiled import subset
 from ..constants import BAD, SPARSE_SHARE, SUBSET_SPARE, SUBSET_UNIT
-from ..scratch import scratch
+from ..working_memory import ThreadArray
 from . import entropy, floats, ulp
 from .planes import put_plane, take_plane
 from .ulp import FloatFormat
@@ -64,10 +65,10 @@ def encode_sparse(
     if active.mean() > _ACTIVE:
         active[:] = 1
     cutoff = _cutoff(before, changes, form)
-    chosen = _chosen("chosen", before, before, cutoff, active, form)
+    chosen = _chosen(working_memory.CHOSEN, before, before, cutoff, active, form)
     if len(chosen) > _MOST * len(before):
         return None
-    wanted = _chosen("wanted", before, after, cutoff, active, form)
+    wanted = _chosen(working_memory.WANTED, before, after, cutoff, active, form)
     delta = b""
     if not np.array_equal(chosen, wanted):
         found = floats.encode_delta(chosen.view(np.uint8), wanted.view(np.uint8), form)
@@ -109,7 +110,7 @@ def _find_changes(before: NDArray[Any], after: NDArray[Any], form: FloatFormat) 
         moved += np.bincount(ulp.exponent(before[places], form), minlength=len(moved)).astype(np.uint32)
         gaps = (np.diff(places, prepend=-1) - 1).astype(np.uint32)
         return _Changes(gaps, ulp.distance(before[places], after[places]), active, moved)
-    found = scratch("gaps", most, np.uint32), scratch("distances", most, np.uint32)
+    found = working_memory.GAPS.take(most), working_memory.DISTANCES.take(most)
     count = subset.find_changes(before, after, form.shift, form.mask, *found, active, moved)
     return None if count == BAD else _Changes(found[0][:count], found[1][:count], active, moved)
 
@@ -152,10 +153,15 @@ def _place_bits(moved: NDArray[Any], among: NDArray[Any]) -> NDArray[np.float64]
 
 
 def _chosen(
-    name: str, before: NDArray[Any], source: NDArray[Any], cutoff: int, active: Bytes, form: FloatFormat
+    memory: ThreadArray,
+    before: NDArray[Any],
+    source: NDArray[Any],
+    cutoff: int,
+    active: Bytes,
+    form: FloatFormat,
 ) -> NDArray[Any]:
-    """The chosen elements of source in a row, in this thread's working memory of that name."""
-    row = scratch(name, len(before) + SUBSET_SPARE, form.dtype)
+    """The chosen elements of source in a row, in this thread's ``memory``."""
+    row = memory.take(len(before) + SUBSET_SPARE, form.dtype)
     count = subset.choose(before, source, form.shift, form.mask, cutoff, active, row)
     return row[:count]
 
@@ -179,7 +185,8 @@ def decode_sparse(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> No
         restored = _restored_at(before, parts)  # before the base is overwritten
         active = np.unpackbits(parts.marks, count=-(-len(before) // SUBSET_UNIT), bitorder="little")
         chosen, changed = (
-            scratch(name, len(before) + SUBSET_SPARE, form.dtype) for name in ("chosen", "changed")
+            memory.take(len(before) + SUBSET_SPARE, form.dtype)
+            for memory in (working_memory.CHOSEN, working_memory.CHANGED)
         )
         opened = floats.open_delta(parts.delta, len(before), form)
         floats.check_decoded(
