@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -188,6 +189,16 @@ def test_the_table_of_ranks_is_the_house() -> None:
         rooms = {path.name for path in folder.iterdir() if any(path.glob("*.py"))}
         ranked = " ".join(RANKS[folder.relative_to(PACKAGE).as_posix().removeprefix(".")]).split()
         assert sorted(ranked) == sorted((files if folder == PACKAGE else files | {"__init__"}) | rooms)
+
+
+def test_the_design_document_names_rooms_and_modules_that_exist() -> None:
+    text = (PACKAGE.parent / "docs" / "design.md").read_text()
+    house = text.partition("## The house\n")[2].partition("```\n")[2].partition("```\n")[0]
+    named = set(re.findall(r"\b([a-z_]+(?:\.py|/))", house)) - {"deltaweights/"}
+    rooms = {f"{path.parent.name}/" for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE}
+    modules = {path.name for path in PACKAGE.rglob("*.py")}
+    assert named <= rooms | modules
+    assert rooms <= named
 
 
 def test_no_two_public_classes_share_a_name() -> None:
