@@ -578,13 +578,13 @@ class _DeltaWriter:
 
     def write_licenses(
         self, base: BaseRecord, target: TargetRecord, old: cards.LicenseTexts, new: cards.LicenseTexts
-    ) -> DeltaLicense | msgspec.UnsetType:
+    ) -> DeltaLicense | None:
         """Copy both sides' license texts into the delta, and write its NOTICE."""
         for path, content in (old.texts | new.texts).items():
             self._write_blocks(path, [content])
         whole = rules.combine(base, target, old.conflicts + new.conflicts, new.base_models)
         if whole is None:
-            return msgspec.UNSET
+            return None
         self._write_blocks(rules.NOTICE_NAME, [rules.notice_text(base, target)])
         return whole
 
@@ -745,7 +745,7 @@ def _entry(match: Match, is_same: bool, changed: int, payload_bytes: int, old: C
         shared_bytes=match.shared_bytes,
         changed=changed,
         payload_bytes=payload_bytes,
-        like=TargetTensor(match.like.info.name, match.like.shard.path) if match.like else msgspec.UNSET,
+        like=TargetTensor(match.like.info.name, match.like.shard.path) if match.like else None,
     )
 
 

@@ -15,12 +15,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, get_args
 
-import msgspec
 import pytest
 import spdx_python_model
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
-from deltaweights.bom import Format, make_bom
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from license_expression import get_spdx_licensing
@@ -28,6 +26,7 @@ from spdx_python_model import v3_0_1 as spdx
 from typer.testing import CliRunner
 
 from deltaweights import DeltaError, DeltaWeightsError, Manifest, make_delta
+from deltaweights.bom import Format, make_bom
 from deltaweights.cli.commands import app
 from deltaweights.license.bom.facts import MAX_ENTRIES, MAX_LICENSES, MAX_TEXT_BYTES
 from deltaweights.manifest import (
@@ -402,7 +401,7 @@ def hostile(draw: st.DrawFn) -> tuple[Manifest, dict[str, bytes]]:
         own |= texts
         id, name, link, expression = (draw(optional_words) for _ in range(4))
         obligations = tuple(draw(st.lists(words, max_size=2)))
-        license = License(id, name, link, records(texts), obligations, expression or msgspec.UNSET)
+        license = License(id, name, link, records(texts), obligations, expression or None)
         licenses.append(license)
     base_files = draw(
         st.lists(st.builds(FileRecord, words, sizes, shas), max_size=3, unique_by=lambda file: file.path)
@@ -502,7 +501,7 @@ def test_a_huge_license_text_is_refused_unread(published: Trio, tmp_path: Path) 
 def test_a_missing_library_is_named(
     published: Trio, monkeypatch: pytest.MonkeyPatch, format: Format, library: str
 ) -> None:
-    monkeypatch.delitem(sys.modules, f"deltaweights.bom.{format}", raising=False)
+    monkeypatch.delitem(sys.modules, f"deltaweights.license.bom.{format}", raising=False)
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(DeltaWeightsError, match=r"pip install cyclonedx-python-lib"):
         make_bom(published.delta, format)

@@ -65,7 +65,7 @@ def expression_of(*licenses: License) -> str | None:
 
 
 def _terms_of(license: License) -> Iterable[Terms]:
-    if isinstance(license.expression, str):
+    if license.expression is not None:
         return map(find_terms, license.expression.split(" AND "))
     return _stated(license)
 
@@ -146,7 +146,7 @@ def resolve(side: str, stated: License, texts: Mapping[str, bytes]) -> tuple[Lic
                 f"{_expression(_once(known))}."
             )
     obligations = [text if len(every) == 1 else f"{o.name}: {text}" for o in every for text in o.obligations]
-    expression = _expression(every) or msgspec.UNSET
+    expression = _expression(every)
     return replace(stated, expression=expression, obligations=tuple(obligations)), tuple(conflicts)
 
 
@@ -239,7 +239,7 @@ def _list(heading: str, lines: Iterable[str]) -> str:
 def text_records(manifest: Manifest) -> tuple[FileRecord, ...]:
     """The delta's files that are license texts and notices, each once; but for what is too long to be one."""
     paths = {file.path for side in (manifest.base, manifest.target) for file in side.license.files}
-    if isinstance(manifest.license, DeltaLicense):
+    if manifest.license:
         paths.add(manifest.license.notice or "")
     sizes = itertools.accumulate(file.size if file.path in paths else 0 for file in manifest.files)
     within = [file for file, size in zip(manifest.files, sizes, strict=True) if size <= 3 * MAX_TEXT_BYTES]
