@@ -260,7 +260,7 @@ def _check_vacant(folder: OutputFolder, force: bool) -> None:
         raise OutputError(
             f"{folder.root} is not empty",
             f"It holds {others[0]}{f' and {len(others) - 1} more' if others[1:] else ''}.",
-            "Choose a new folder, or pass --force to write there; an earlier delta is replaced.",
+            "Choose a new folder, or pass force=True to write there; an earlier delta is replaced.",
         )
     if (folder.root / MANIFEST_NAME).exists():
         folder.claim([MANIFEST_NAME, cards.CARD_NAME])

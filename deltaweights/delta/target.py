@@ -130,7 +130,7 @@ def open_base(manifest: Manifest, base: Readable | None) -> Checkpoint | None:
         raise CheckpointError(
             "This delta needs its base",
             "The delta does not say where on the Hub it is.",
-            "Pass it: --base PATH or --base ORG/NAME",
+            "Pass it: base=PATH or base=ORG/NAME",
         )
     return None
 
@@ -375,9 +375,9 @@ class Target(Mapping[str, TensorView]):
         record = self.manifest.base
         revision = f"@{record.revision}" if record.revision else ""
         fix = (
-            f"The right one is on the Hub: --base {record.repo_id}{revision}"
+            f"The right one is on the Hub: base={record.repo_id}{revision}"
             if record.repo_id
-            else "`deltaweights inspect --json` lists the files of the right one, with their SHA-256."
+            else "`inspect_delta` lists the files of the right one, with their SHA-256."
         )
         where = self.base.source.where if self.base else "Nothing"
         return BaseMismatchError(
@@ -835,7 +835,7 @@ class TensorRecipe:
                 f"Bytes {start} to {end} of its tensor {self.base_name!r} came wrong twice.",
                 "Get the deltas before this one again."
                 if origins(base.source) != [base.source]
-                else "Something on the way changes them: try another network, or --keep-base.",
+                else "Something on the way changes them: try another network, or keep_base=True.",
             )
         return self._target.wrong_base(f"its tensor {self.base_name!r} differs in bytes {start} to {end}")
 
