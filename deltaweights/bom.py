@@ -19,7 +19,7 @@ Format: TypeAlias = Literal["cyclonedx", "spdx"]
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
-def make_bom(delta: Location, format: Format = "cyclonedx", *, created: datetime = EPOCH) -> bytes:
+def bom_of(delta: Location, format: Format = "cyclonedx", *, created: datetime = EPOCH) -> bytes:
     """Describe the target, its base and the delta between them. Reads the manifest and license texts only.
 
     Args:

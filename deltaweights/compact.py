@@ -63,7 +63,7 @@ def compact_deltas(
             raise CheckpointError(
                 "The base is needed",
                 "The first delta can do without, but the new one is made from it.",
-                "Pass it: --base PATH or --base ORG/NAME",
+                "Pass it: base=PATH or base=ORG/NAME",
             )
         new = Checkpoint(RebuiltSource(target))
         check_place(delta, old, new)

@@ -258,7 +258,7 @@ def _check_vacant(folder: OutputFolder, force: bool) -> None:
         raise OutputError(
             f"{folder.root} is not empty",
             f"It holds {others[0]}{f' and {len(others) - 1} more' if others[1:] else ''}.",
-            "Choose a new folder, or pass --force to write there; an earlier delta is replaced.",
+            "Choose a new folder, or pass force=True to write there; an earlier delta is replaced.",
         )
     if (folder.root / MANIFEST_NAME).exists():
         folder.claim([MANIFEST_NAME, cards.CARD_NAME])
@@ -559,7 +559,7 @@ def _entry(match: Match, written: WrittenPayload | None, old: Checkpoint) -> Ten
         shared_bytes=match.shared_bytes,
         changed=written.changed if written else 0,
         payload_bytes=written.nbytes if written else 0,
-        like=TargetTensor(match.like.info.name, match.like.shard.path) if match.like else msgspec.UNSET,
+        like=TargetTensor(match.like.info.name, match.like.shard.path) if match.like else None,
     )
 
 

@@ -1,11 +1,10 @@
-"""What ``inspect`` tells of a delta, as plain data."""
+"""What a delta says of itself: its summary, and its licenses."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
 import msgspec
 
@@ -13,20 +12,70 @@ from . import codec
 from .delta.opening import read_manifest
 from .errors import DeltaError
 from .license import rules
-from .manifest import STATUSES, Manifest, TensorEntry
-from .storage import Location, Readable, open_source
+from .license.rules import LicenseReport, LicenseText
+from .manifest import STATUSES, BaseRecord, FileRecord, Manifest, Status, TargetRecord, TensorEntry, Tool
+from .storage import Readable, Source, open_source
 
 
-def inspect_delta(delta: Readable) -> dict[str, Any]:
-    """Summarise a delta from its manifest alone, ready for JSON.
+@dataclass(frozen=True, slots=True)
+class DeltaSize:
+    """How big a delta is: bytes of its target, its own bytes (without the model card), and their ratio."""
 
-    Returns:
-        ``base`` and ``target`` (repo_id, revision, files), ``license`` (what :func:`rules.describe` tells),
-        ``size`` (target_bytes, delta_bytes, ratio), ``counts`` (tensors by status), ``tensors`` (one object
-        each, with ``changed_fraction`` of the elements that have a base; None where none has),
-        ``format_version`` and ``tool``.
+    target_bytes: int
+    delta_bytes: int
+    ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSummary(TensorEntry):
+    """A tensor's entry in the manifest, and what part of its elements changed: of those that have a base,
+    0 to 1; None where none has."""
+
+    changed_fraction: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaSummary:
+    """What :func:`inspect_delta` tells.
+
+    Attributes:
+        base, target: Hub ids and commits, where they are known, and files.
+        license: both sides' licenses, and what follows for the delta.
+        size: of target and delta, in bytes.
+        counts: how many tensors have each status; those that none has are absent.
+        tensors: every tensor of the target, and those that only the base has.
+        format_version: of the delta's format.
+        tool: the program that wrote the delta.
+    """
+
+    base: BaseRecord
+    target: TargetRecord
+    license: LicenseReport
+    size: DeltaSize
+    counts: dict[Status, int]
+    tensors: tuple[TensorSummary, ...]
+    format_version: int
+    tool: Tool
+
+    def to_dict(self) -> dict[str, object]:
+        """The same, ready for JSON: licenses stand in ``license`` only, and ``like`` where there is one."""
+        found = msgspec.to_builtins(self)
+        for side in ("base", "target"):
+            del found[side]["license"]
+        for tensor in found["tensors"]:
+            if tensor["like"] is None:
+                del tensor["like"]
+        return {**found, "license": self.license.to_dict()}
+
+
+def inspect_delta(delta: Readable) -> DeltaSummary:
+    """Summarise a delta from its manifest alone.
+
+    Args:
+        delta: a folder or a Hub id.
 
     Raises:
+        CheckpointError: there is nothing at ``delta``, or it cannot be read.
         ManifestError: there is no manifest, or it is damaged.
     """
     return summarise(load_manifest(delta))
@@ -38,66 +87,55 @@ def load_manifest(delta: Readable) -> Manifest:
         return read_manifest(source)
 
 
-def inspect_license(delta: Location, *, texts: bool = False) -> dict[str, Any]:
-    """What :func:`rules.describe` tells, and ``texts``: path, size and sha256 of each license text.
+def license_of(delta: Readable, *, texts: bool = False) -> LicenseReport:
+    """The licenses of base and target, what they ask, and what does not fit together.
 
     Args:
-        texts: also read them; each then has its ``text``.
+        delta: a folder or a Hub id.
+        texts: also read the license texts and notices; each of ``texts`` then has its ``text``.
 
     Raises:
+        CheckpointError: there is nothing at ``delta``, or it cannot be read.
         ManifestError: there is no manifest, or it is damaged.
         DeltaError: a text is not the one in the manifest.
     """
     with open_source(delta) as source:
         manifest = read_manifest(source)
-        records = []
-        for record in rules.text_records(manifest):
-            fields = msgspec.to_builtins(record)
-            if texts:
-                content = b"".join(source.blocks(record.path))
-                if hashlib.sha256(content).hexdigest() != record.sha256:
-                    raise DeltaError(
-                        f"{record.path} in the delta is damaged",
-                        "Its SHA-256 is not the manifest's.",
-                        "Get the delta again.",
-                    )
-                fields["text"] = content.decode("utf-8", "replace")
-            records.append(fields)
-    return rules.describe(manifest) | {"texts": records}
+        found = (
+            LicenseText(record.path, record.size, record.sha256, _text(source, record) if texts else None)
+            for record in rules.text_records(manifest)
+        )
+        return replace(rules.describe(manifest), texts=tuple(found))
 
 
-def summarise(manifest: Manifest) -> dict[str, Any]:
+def _text(source: Source, record: FileRecord) -> str:
+    content = b"".join(source.blocks(record.path))
+    if hashlib.sha256(content).hexdigest() != record.sha256:
+        raise DeltaError(
+            f"{record.path} in the delta is damaged",
+            "Its SHA-256 is not the manifest's.",
+            "Get the delta again.",
+        )
+    return content.decode("utf-8", "replace")
+
+
+def summarise(manifest: Manifest) -> DeltaSummary:
     """:func:`inspect_delta` for a manifest in memory."""
-    fields = msgspec.to_builtins(manifest)
-    for side in ("base", "target"):
-        del fields[side]["license"]
     counts = Counter(entry.status for entry in manifest.tensors)
-    delta_bytes = manifest.delta_bytes
-    return {
-        "base": fields["base"],
-        "target": fields["target"],
-        "license": rules.describe(manifest),
-        "size": {
-            "target_bytes": manifest.target_bytes,
-            "delta_bytes": delta_bytes,
-            "ratio": delta_bytes / max(1, manifest.target_bytes),
-        },
-        "counts": {status: counts[status] for status in STATUSES if counts[status]},
-        "tensors": [
-            entry | {"changed_fraction": _changed_fraction(record)}
-            for entry, record in zip(fields["tensors"], manifest.tensors, strict=True)
-        ],
-        "format_version": manifest.format_version,
-        "tool": fields["tool"],
-    }
+    target_bytes, delta_bytes = manifest.target_bytes, manifest.delta_bytes
+    return DeltaSummary(
+        base=manifest.base,
+        target=manifest.target,
+        license=rules.describe(manifest),
+        size=DeltaSize(target_bytes, delta_bytes, delta_bytes / max(1, target_bytes)),
+        counts={status: counts[status] for status in STATUSES if counts[status]},
+        tensors=tuple(map(_summary_of, manifest.tensors)),
+        format_version=manifest.format_version,
+        tool=manifest.tool,
+    )
 
 
-def _changed_fraction(entry: TensorEntry) -> float | None:
+def _summary_of(entry: TensorEntry) -> TensorSummary:
     elements = entry.shared_bytes // codec.element_bytes(entry.dtype, entry.shared_bytes)
-    return entry.changed / elements if elements else None
-
-
-def display_name(record: dict[str, Any], fallback: str) -> str:
-    """A base or target for people: its Hub id and the start of its commit."""
-    name = record["repo_id"] or fallback
-    return f"{name}@{record['revision'][:12]}" if record["revision"] else os.fspath(name)
+    own = (getattr(entry, field.name) for field in fields(entry))
+    return TensorSummary(*own, entry.changed / elements if elements else None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
@@ -75,7 +75,7 @@ class License:
     link: str | None = None
     files: tuple[FileRecord, ...] = ()
     obligations: tuple[str, ...] = ()
-    expression: str | msgspec.UnsetType = msgspec.UNSET
+    expression: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ class TensorEntry:
     shared_bytes: Size
     changed: Size
     payload_bytes: Size
-    like: TargetTensor | msgspec.UnsetType = msgspec.UNSET
+    like: TargetTensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,12 +170,13 @@ class Manifest:
     chunk_bytes: ChunkBytes
     format: Literal["deltaweights"] = "deltaweights"
     format_version: int = FORMAT_VERSION
-    license: DeltaLicense | msgspec.UnsetType = msgspec.UNSET
+    license: DeltaLicense | None = None
     #: SHA-256 of the canonical JSON in which this value is empty; filled in by ``to_json``.
     checksum: str = field(default="", compare=False)
 
     @property
     def target_bytes(self) -> int:
+        """Size of the target: all its files."""
         return sum(file.size for file in self.target.files)
 
     @property
@@ -185,7 +186,8 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Canonical JSON: UTF-8, keys sorted, no white space, one line feed at the end."""
-        return canonical.encode(replace(self, checksum=canonical.digest(replace(self, checksum=""))))
+        fields = _fields(replace(self, checksum=""))
+        return canonical.encode(fields | {"checksum": canonical.digest(fields)})
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:
@@ -201,6 +203,17 @@ class Manifest:
 
 
 _FORMAT = canonical.Format("deltaweights", FORMAT_VERSION, "This delta", MAX_MANIFEST_BYTES)
+
+
+def _fields(manifest: Manifest) -> dict[str, Any]:
+    """What stands in the JSON. Three fields came after the first manifests: they are absent, never null."""
+    fields: dict[str, Any] = msgspec.to_builtins(manifest)
+    licenses = (fields["base"]["license"], fields["target"]["license"])
+    for name, records in (("license", [fields]), ("expression", licenses), ("like", fields["tensors"])):
+        for record in records:
+            if record[name] is None:
+                del record[name]
+    return fields
 
 
 def _damaged(why: str) -> ManifestError:
@@ -250,7 +263,7 @@ def _validate(manifest: Manifest) -> None:
     for license in (manifest.base.license, manifest.target.license):
         if not {file.path for file in license.files} <= own:
             raise _damaged("A license text is missing from the delta's files")
-    if isinstance(manifest.license, DeltaLicense) and manifest.license.notice not in {None, *own}:
+    if manifest.license and manifest.license.notice not in {None, *own}:
         raise _damaged("Its notice is missing from the delta's files")
     shards = {file.path for file in manifest.target.files if file.stored == "tensors"}
     seen: dict[tuple[str | None, str], TensorEntry] = {}
@@ -260,7 +273,7 @@ def _validate(manifest: Manifest) -> None:
             raise _damaged(f"It names tensor {entry.name!r} of {entry.file!r} twice")
         seen[entry.file, entry.name] = entry
     for entry in manifest.tensors:
-        if isinstance(entry.like, TargetTensor):
+        if entry.like:
             _validate_duplicate(entry, seen.get((entry.like.file, entry.like.name)))
 
 
@@ -283,7 +296,7 @@ def _validate_entry(entry: TensorEntry, shards: Collection[str]) -> None:
         raise _damaged(f"Tensor {entry.name!r} has more changed elements than shared bytes")
     if entry.shared_bytes and not entry.base:
         raise _damaged(f"Tensor {entry.name!r} shares bytes with no base tensor")
-    if (entry.status == "duplicate") != isinstance(entry.like, TargetTensor):
+    if (entry.status == "duplicate") != bool(entry.like):
         raise _damaged(f"Tensor {entry.name!r} is {entry.status}, which does not go with what it is like")
 
 
@@ -294,7 +307,7 @@ def _validate_duplicate(entry: TensorEntry, other: TensorEntry | None) -> None:
         raise _damaged(f"Tensor {entry.name!r} is a duplicate, but has a base or a payload")
     if other is None:
         raise _damaged(f"Tensor {entry.name!r} is like one that the target does not have")
-    if isinstance(other.like, TargetTensor):
+    if other.like:
         raise _damaged(f"Tensor {entry.name!r} is like {other.name!r}, which is a duplicate itself")
     if (entry.dtype, entry.shape) != (other.dtype, other.shape):
         raise _damaged(f"Tensor {entry.name!r} is like {other.name!r}, which has another dtype or shape")

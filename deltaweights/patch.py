@@ -155,7 +155,7 @@ def _finished(
         raise OutputError(
             f"{folder.root} holds other files",
             f"{others[0]!r} is not the target's{more}.",
-            "Choose a new folder, or pass --force to write there; files of other names stay as they are.",
+            "Choose a new folder, or pass force=True to write there; files of other names stay as they are.",
         )
     return kept
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 from .checkpoint import Shard
 from .codec.library import prebuilt
@@ -18,7 +18,7 @@ from .delta.opening import open_base, read_manifest, require_whole
 from .delta.recipes import ShardRecipe, TensorRecipe
 from .delta.target_recipe import TargetRecipe
 from .errors import BaseMismatchError
-from .license.rules import describe, text_records
+from .license.rules import LicenseReport, describe, text_records
 from .manifest import MANIFEST_NAME, Manifest, TargetFile
 from .patch import check_base, sample_chunks
 from .storage import Location, Readable, Source, Span, local_path, open_source
@@ -88,7 +88,7 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What :func:`apply_delta` would do. ``dataclasses.asdict`` makes JSON of it.
+    """What :func:`apply_delta` would do.
 
     Attributes:
         delta: where it is, what of it is needed and downloaded.
@@ -102,8 +102,7 @@ class Plan:
         memory: about the most bytes of memory that the process takes.
         disk: where space is needed, and how much.
         transfers: how long the download takes at each bandwidth that was asked for.
-        license: what :func:`deltaweights.license.describe` tells; ``to_accept`` lists the licenses that apply
-            wants to be accepted.
+        license: both sides' licenses; ``to_accept`` lists those that apply wants to be accepted.
     """
 
     delta: PlannedReads
@@ -113,12 +112,16 @@ class Plan:
     memory: int
     disk: tuple[Space, ...]
     transfers: tuple[Transfer, ...]
-    license: dict[str, Any]
+    license: LicenseReport
 
     @property
     def download(self) -> int:
         """Bytes that come over the network, all together."""
         return self.delta.download + (self.base.download if self.base else 0)
+
+    def to_dict(self) -> dict[str, object]:
+        """The same, ready for JSON."""
+        return {**asdict(self), "license": self.license.to_dict()}
 
 
 def plan_apply(

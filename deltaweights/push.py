@@ -86,7 +86,7 @@ def push_delta(
         _check_whole(source, progress)
         _check_copies(manifest)
         _check_license_text(source, manifest)
-        conflicts = tuple(describe(manifest)["conflicts"])
+        conflicts = describe(manifest).conflicts
         if conflicts and not private and not accept_conflicts:
             raise _unsettled(conflicts)
         files = list(_files(source, manifest))
@@ -126,7 +126,7 @@ def _check_whole(source: Source, progress: ProgressCallback | None) -> None:
         raise DeltaError(
             f"{source.where} is not a whole delta",
             f"{first.path}: {first.kind}: {first.detail}{more}",
-            "Run the diff again; `deltaweights verify` lists all that is wrong.",
+            "Run the diff again; `verify_delta` lists all that is wrong.",
         )
     if CARD_NAME not in source.sizes:
         raise DeltaError(
@@ -155,7 +155,7 @@ def _check_copies(manifest: Manifest) -> None:
         raise DeltaError(
             "The delta holds a copy of files of its base",
             f"{first} is one" + (f", and {len(more)} more are." if more else "."),
-            "Make it with `deltaweights diff`, which refers to the base's files instead.",
+            "Make it with `make_delta`, which refers to the base's files instead.",
         )
 
 
@@ -181,7 +181,7 @@ def _unsettled(conflicts: tuple[str, ...]) -> DeltaError:
     return DeltaError(
         "The licenses do not fit together",
         " ".join(conflicts),
-        "Settle that, or pass --accept-conflicts if you have; or push privately: leave out --public.",
+        "Settle that, or pass accept_conflicts=True if you have; or push privately: leave out private=False.",
     )
 
 

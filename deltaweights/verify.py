@@ -176,7 +176,7 @@ def _compare_rebuilt(
         except DeltaWeightsError as error:
             if view.is_remote and isinstance(error, CheckpointError):
                 raise  # it says nothing of the delta
-            return Problem("rebuilt", file.path, "different", " ".join(str(error).splitlines()[:2]))
+            return Problem("rebuilt", file.path, "different", " ".join(filter(None, (error.what, error.why))))
         if digest != file.sha256:
             return Problem("rebuilt", file.path, "different", f"SHA-256 is {digest}, not {file.sha256}")
         return None

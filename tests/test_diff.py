@@ -599,7 +599,7 @@ def test_a_folder_that_holds_files_is_refused_and_left_as_it_was(trio: Trio, tmp
         with pytest.raises(OutputError, match="is not empty") as caught:
             make_delta(trio.base, trio.target, tmp_path)
         assert "mine.txt" in caught.value.why
-        assert "--force" in caught.value.fix
+        assert "force=True" in caught.value.fix
         assert os.listdir(tmp_path) == ["mine.txt"]
 
 

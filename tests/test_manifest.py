@@ -12,7 +12,6 @@ from dataclasses import FrozenInstanceError, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,7 +42,7 @@ sizes = st.integers(0, 2**62 - 1)
 shas = st.binary(min_size=32, max_size=32).map(bytes.hex)
 shapes = st.lists(st.integers(0, 2**63), max_size=4).map(tuple)
 optional_texts = st.none() | texts
-expressions: st.SearchStrategy[str | msgspec.UnsetType] = st.just(msgspec.UNSET) | texts
+expressions: st.SearchStrategy[str | None] = st.none() | texts
 repo_ids = st.none() | st.sampled_from(["org/name", "gpt2", "a-b_c.d/E.5-f", "_x/9"])
 revisions = st.none() | st.sampled_from(["main", "v1.0", "refs/pr/1", "a" * 40, "feature-x/y"])
 stored_in_delta: st.SearchStrategy[Literal["tensors", "verbatim", "zstd"]] = st.sampled_from(
@@ -154,7 +153,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         files=own,
         tool=Tool(draw(texts), draw(texts)),
         chunk_bytes=draw(st.integers(1, 1024)) * 4096,
-        license=draw(st.just(msgspec.UNSET) | delta_licenses(own)),
+        license=draw(st.none() | delta_licenses(own)),
     )
 
 
@@ -457,11 +456,8 @@ RULES: dict[str, tuple[Callable[[Json], None], str]] = {
         "notice is missing",
     ),
     "a license without all its fields": (_set("license", {"conflicts": []}), "damaged|canonical"),
-    "an optional field that is null": (_set("license", None), "Expected `object`"),
-    "an optional field of a license that is null": (
-        _set("base", "license", "expression", None),
-        "Expected `str`",
-    ),
+    "an optional field that is null": (_set("license", None), "canonical"),
+    "an optional field of a license that is null": (_set("base", "license", "expression", None), "canonical"),
     "a removed tensor in a file": (_set("tensors", 0, "status", "removed"), "is removed but in file"),
     "a tensor in no file": (_set("tensors", 1, "status", "added"), "is added but in file None"),
     "a tensor in a file that is no shard": (
@@ -474,7 +470,7 @@ RULES: dict[str, tuple[Callable[[Json], None], str]] = {
     "a revision of no characters": (_set("base", "revision", ""), "revision"),
     "more changed than shared": (_set("tensors", 0, "changed", 9), "more changed elements"),
     "bytes shared with nothing": (_set("tensors", 0, "base", None), "shares bytes with no base"),
-    "a duplicate of nothing": (_copy(like=None), "Expected `object`"),
+    "a duplicate of nothing": (_copy(like=None), "canonical"),
     "a tensor like another that is no duplicate": (_copy(status="added"), "is added, which does not go with"),
     "a duplicate that does not say of what": (_set("tensors", 0, "status", "duplicate"), "does not go with"),
     "a removed tensor like another": (

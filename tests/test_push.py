@@ -149,7 +149,7 @@ def test_a_public_repository_is_refused_unless_asked_for(writer: HubServer, rele
     writer.add_repo(REPO, {"README.md": b"mine"})
     with pytest.raises(OutputError, match=f"{REPO} is public") as caught:
         push_delta(release.delta, REPO)
-    assert "--public" in caught.value.fix
+    assert "private=False" in caught.value.fix
     assert published(writer) == {"README.md": b"mine"}
     assert not writer.requests(kind="upload")
     push_delta(release.delta, REPO, private=False)
@@ -439,7 +439,7 @@ def test_what_does_not_fit_together_is_not_made_public(writer: HubServer, trio: 
     with pytest.raises(DeltaError, match="licenses do not fit together") as caught:
         push_delta(tmp_path / "delta", REPO, private=False)
     assert "but its base is under LicenseRef-scancode-qwen-2024" in caught.value.why
-    assert "--accept-conflicts" in caught.value.fix
+    assert "accept_conflicts=True" in caught.value.fix
     assert not writer.repos
     report = push_delta(tmp_path / "delta", REPO)
     assert (report.private, len(report.conflicts)) == (True, 1)

@@ -32,9 +32,9 @@ class DeltaFaults(Faults):
         record = self._manifest.base
         revision = f"@{record.revision}" if record.revision else ""
         fix = (
-            f"The right one is on the Hub: --base {record.repo_id}{revision}"
+            f"The right one is on the Hub: base={record.repo_id}{revision}"
             if record.repo_id
-            else "`deltaweights inspect --json` lists the files of the right one, with their SHA-256."
+            else "`inspect_delta` lists the files of the right one, with their SHA-256."
         )
         where = self._base.source.where if self._base else "Nothing"
         return BaseMismatchError(
@@ -76,4 +76,4 @@ class DeltaFaults(Faults):
         """What helps where bytes of a base that is proven come wrong."""
         if self._base and self._base.source.origins != [self._base.source]:
             return "Get the deltas before this one again."
-        return "Something on the way changes them: try another network, or --keep-base."
+        return "Something on the way changes them: try another network, or keep_base=True."

@@ -65,7 +65,7 @@ def open_base(manifest: Manifest, base: Readable | None) -> Checkpoint | None:
         raise CheckpointError(
             "This delta needs its base",
             "The delta does not say where on the Hub it is.",
-            "Pass it: --base PATH or --base ORG/NAME",
+            "Pass it: base=PATH or base=ORG/NAME",
         )
     return None
 

@@ -145,13 +145,13 @@ class DeltaWriter:
 
     def write_licenses(
         self, base: BaseRecord, target: TargetRecord, old: cards.LicenseTexts, new: cards.LicenseTexts
-    ) -> DeltaLicense | msgspec.UnsetType:
+    ) -> DeltaLicense | None:
         """Copy both sides' license texts into the delta, and write its NOTICE."""
         for path, content in (old.texts | new.texts).items():
             self._write_blocks(path, [content])
         whole = rules.combine(base, target, old.conflicts + new.conflicts, new.base_models)
         if whole is None:
-            return msgspec.UNSET
+            return None
         self._write_blocks(rules.NOTICE_NAME, [rules.notice_text(base, target)])
         return whole
 

@@ -1,7 +1,7 @@
 """Which license each side is under, what it asks, and whether it was accepted.
 
 Pure functions of texts and records: they read no file and ask nobody. What is known of licenses is in
-license_table.py; nothing here is legal advice.
+table.py; nothing here is legal advice.
 """
 
 from __future__ import annotations
@@ -10,12 +10,10 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 import msgspec
 
-from ..errors import LicenseNotAcceptedError
 from ..manifest import BaseRecord, DeltaLicense, FileRecord, License, Manifest, TargetRecord
 from .table import KNOWN, LISTED, UNKNOWN, Terms
 
@@ -65,7 +63,7 @@ def expression_of(*licenses: License) -> str | None:
 
 
 def _terms_of(license: License) -> Iterable[Terms]:
-    if isinstance(license.expression, str):
+    if license.expression is not None:
         return map(find_terms, license.expression.split(" AND "))
     return _stated(license)
 
@@ -146,7 +144,7 @@ def resolve(side: str, stated: License, texts: Mapping[str, bytes]) -> tuple[Lic
                 f"{_expression(_once(known))}."
             )
     obligations = [text if len(every) == 1 else f"{o.name}: {text}" for o in every for text in o.obligations]
-    expression = _expression(every) or msgspec.UNSET
+    expression = _expression(every)
     return replace(stated, expression=expression, obligations=tuple(obligations)), tuple(conflicts)
 
 
@@ -239,7 +237,7 @@ def _list(heading: str, lines: Iterable[str]) -> str:
 def text_records(manifest: Manifest) -> tuple[FileRecord, ...]:
     """The delta's files that are license texts and notices, each once; but for what is too long to be one."""
     paths = {file.path for side in (manifest.base, manifest.target) for file in side.license.files}
-    if isinstance(manifest.license, DeltaLicense):
+    if manifest.license:
         paths.add(manifest.license.notice or "")
     sizes = itertools.accumulate(file.size if file.path in paths else 0 for file in manifest.files)
     within = [file for file, size in zip(manifest.files, sizes, strict=True) if size <= 3 * MAX_TEXT_BYTES]
@@ -269,51 +267,117 @@ def _names(terms: Terms) -> set[str]:
     return {name.casefold() for name in (terms.spdx, terms.hub, terms.name, *terms.aliases) if name}
 
 
-def not_accepted(missing: Sequence[Terms], delta: str) -> LicenseNotAcceptedError:
-    """The error for licenses that nobody accepted: it says exactly what to pass."""
-    options = " ".join(f"--accept-license {terms.spdx}" for terms in missing)
-    return LicenseNotAcceptedError(
-        f"The license was not accepted: {', '.join(terms.name for terms in missing)}",
-        "It is not an open license, or not known to be one. No weights were read, nothing was written.",
-        f"Read it (deltaweights license {delta} --texts), then pass {options} or set "
-        f"DELTAWEIGHTS_ACCEPT_LICENSE={' '.join(terms.spdx for terms in missing)!r}.",
+@dataclass(frozen=True, slots=True)
+class StatedLicense:
+    """One license of a side.
+
+    Attributes:
+        id: its SPDX id, or ``LicenseRef-`` and a name where SPDX has none.
+        name: what people call it.
+        open: whether it needs no acceptance.
+        dated: the date of this version; empty where it has none.
+        source: where its text is published; empty where that is not known.
+    """
+
+    id: str
+    name: str
+    open: bool
+    dated: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class SideLicense:
+    """The license of the base or of the target.
+
+    Attributes:
+        repo_id, revision: the side's Hub id and commit, where they are known.
+        id, name, link: the words of its model card.
+        expression: card and texts together, as an SPDX expression; None if nothing is stated.
+        licenses: each license of the expression.
+        obligations: what they ask, for people to read.
+        files: the license texts that lie in the delta.
+    """
+
+    repo_id: str | None
+    revision: str | None
+    id: str | None
+    name: str | None
+    link: str | None
+    expression: str | None
+    licenses: tuple[StatedLicense, ...]
+    obligations: tuple[str, ...]
+    files: tuple[FileRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LicenseText:
+    """A license text or notice in a delta: path, size in bytes and SHA-256 in hex; its ``text`` if it was
+    asked for, else None."""
+
+    path: str
+    size: int
+    sha256: str
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LicenseReport:
+    """What a delta says of licenses.
+
+    Attributes:
+        base, target: each side's license.
+        expression: both together, as an SPDX expression; None if nothing is stated.
+        conflicts: what does not fit together, for people to read.
+        notice: the path of the delta's NOTICE file; None if it has none.
+        to_accept: SPDX ids of the licenses that somebody has to accept before using the delta.
+        texts: the license texts in the delta; None where nobody asked for them (:func:`license_of` does).
+    """
+
+    base: SideLicense
+    target: SideLicense
+    expression: str | None
+    conflicts: tuple[str, ...]
+    notice: str | None
+    to_accept: tuple[str, ...]
+    texts: tuple[LicenseText, ...] | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        """The same, ready for JSON. What was not asked for is absent."""
+        fields: dict[str, object] = msgspec.to_builtins(replace(self, texts=None))
+        del fields["texts"]
+        if self.texts is not None:
+            texts = [asdict(text) for text in self.texts]
+            fields["texts"] = [{k: v for k, v in text.items() if v is not None} for text in texts]
+        return fields
+
+
+def describe(manifest: Manifest) -> LicenseReport:
+    """All that the manifest says of licenses."""
+    whole = manifest.license or DeltaLicense()
+    return LicenseReport(
+        base=_describe_side(manifest.base),
+        target=_describe_side(manifest.target),
+        expression=expression_of(manifest.target.license, manifest.base.license),
+        conflicts=whole.conflicts,
+        notice=whole.notice,
+        to_accept=tuple(terms.spdx for terms in unaccepted(manifest)),
     )
 
 
-def describe(manifest: Manifest) -> dict[str, Any]:
-    """All of it as plain data, ready for JSON.
-
-    Returns:
-        ``base`` and ``target`` (each: repo_id, revision, id, name, link, expression, licenses, obligations,
-        files), ``expression``, ``conflicts``, ``notice``, and ``to_accept``, the ids to be accepted.
-    """
-    whole = manifest.license if isinstance(manifest.license, DeltaLicense) else DeltaLicense()
-    return {
-        "base": _describe_side(manifest.base),
-        "target": _describe_side(manifest.target),
-        "expression": expression_of(manifest.target.license, manifest.base.license),
-        "conflicts": list(whole.conflicts),
-        "notice": whole.notice,
-        "to_accept": [terms.spdx for terms in unaccepted(manifest)],
-    }
-
-
-def _describe_side(side: BaseRecord | TargetRecord) -> dict[str, Any]:
+def _describe_side(side: BaseRecord | TargetRecord) -> SideLicense:
     license = side.license
     every = terms_of(license)
-    known = [
-        {"id": one.spdx, "name": one.name, "open": one.is_open, "dated": one.dated, "source": one.source}
-        for one in every
-    ]
-    obligations = license.obligations or [text for one in every for text in one.obligations]
-    return {
-        "repo_id": side.repo_id,
-        "revision": side.revision,
-        "id": license.id,
-        "name": license.name,
-        "link": license.link,
-        "expression": _expression(every),
-        "licenses": known,
-        "obligations": list(obligations),
-        "files": [msgspec.to_builtins(file) for file in license.files],
-    }
+    return SideLicense(
+        repo_id=side.repo_id,
+        revision=side.revision,
+        id=license.id,
+        name=license.name,
+        link=license.link,
+        expression=_expression(every),
+        licenses=tuple(
+            StatedLicense(one.spdx, one.name, one.is_open, one.dated, one.source) for one in every
+        ),
+        obligations=license.obligations or tuple(text for one in every for text in one.obligations),
+        files=license.files,
+    )

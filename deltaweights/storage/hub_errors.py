@@ -57,7 +57,7 @@ def cache_full(why: str) -> HubReadError:
     return HubReadError(
         "The disk of the local Hub cache is too small",
         f"{constants.HF_HUB_CACHE}: {why}.",
-        "Free some space, set HF_HUB_CACHE to a folder on another disk, or stream: leave out --keep-base.",
+        "Free some space, set HF_HUB_CACHE to a folder on another disk, or stream: leave out keep_base=True.",
     )
 
 

@@ -119,7 +119,7 @@ def find_branch(repo_id: str, name: str | None, *, private: bool) -> Branch:
             raise OutputError(
                 f"{info.id} is public",
                 "Whoever likes could read what is pushed there.",
-                "If that is what you want, pass --public; else choose another repository.",
+                "If that is what you want, pass private=False; else choose another repository.",
             )
         if name:
             patiently(lambda: api.create_branch(info.id, branch=name, exist_ok=True))

@@ -258,9 +258,9 @@ def _more(*extra: FileRecord | TargetFile | TensorEntry) -> Callable[[Manifest],
 
 def _reversed(manifest: Manifest, coded: str, copy: str) -> Manifest:
     """``coded`` is said to be like ``copy``, and not the other way round."""
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         coded: {"status": "duplicate", "payload_bytes": 0, "like": TargetTensor(copy, "model.safetensors")},
-        copy: {"status": "added", "like": msgspec.UNSET},
+        copy: {"status": "added", "like": None},
     }
     for name, fields in changes.items():
         manifest = _entry(name, **fields)(manifest)
@@ -330,11 +330,11 @@ _MANIFESTS: dict[str, tuple[type[DeltaError], Callable[[Manifest], Manifest]]] =
     ),
     "duplicate with a payload": (ManifestError, _entry("copy", payload_bytes=24)),
     "duplicate with a base": (ManifestError, _entry("copy", base=_EMBED)),
-    "duplicate of nothing at all": (ManifestError, _entry("copy", like=msgspec.UNSET)),
+    "duplicate of nothing at all": (ManifestError, _entry("copy", like=None)),
     "like, but no duplicate": (ManifestError, _entry("copy", status="added")),
     "a copy without a payload that is no duplicate": (
         PayloadError,
-        _entry("copy", status="added", like=msgspec.UNSET),
+        _entry("copy", status="added", like=None),
     ),
     "a payload of a duplicate": (PayloadError, lambda m: _reversed(m, "added", "copy")),
     "shares less": (DeltaError, _entry(shared_bytes=4096)),

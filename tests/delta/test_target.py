@@ -197,7 +197,7 @@ def test_of_chunks_in_a_row_only_those_are_read_of_the_base_that_need_it(
 def test_a_base_that_is_needed_must_be_given(trio: Trio) -> None:
     with pytest.raises(CheckpointError, match="needs its base") as caught:
         open_target(trio.delta)
-    assert "--base" in caught.value.fix
+    assert "base=" in caught.value.fix
 
 
 def test_a_base_without_the_tensors_is_refused_and_named(trio: Trio, tmp_path: Path) -> None:

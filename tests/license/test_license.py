@@ -324,7 +324,7 @@ def test_card_and_texts_are_put_together(
 ) -> None:
     encoded = {name: text.encode() if isinstance(text, str) else text for name, text in texts.items()}
     license, conflicts = resolve("base", card, encoded)
-    assert license.expression == (msgspec.UNSET if expression is None else expression)
+    assert license.expression == expression
     assert (license.id, license.name) == (card.id, card.name), "the card's words stay as they are"
     assert [text for terms in terms_of(license) for text in terms.obligations] == [
         text.partition(": ")[2] if len(terms_of(license)) > 1 else text for text in license.obligations
@@ -494,7 +494,7 @@ def test_what_is_too_long_to_be_a_license_text_is_none() -> None:
     huge = FileRecord("licenses/b", 4 * MAX_TEXT_BYTES, "0" * 64)
     license = License("mit", files=(text, huge))
     manifest = replace(
-        manifest, files=(text, huge), base=replace(manifest.base, license=license), license=msgspec.UNSET
+        manifest, files=(text, huge), base=replace(manifest.base, license=license), license=None
     )
     assert text_records(manifest) == (text,)
 
@@ -545,7 +545,7 @@ def test_a_pair_that_states_nothing_gives_a_delta_without_a_notice(tmp_path: Pat
     for side in ("base", "target"):
         _write(tmp_path / side, {"config.json": b"{}"})
     manifest = make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta")
-    assert manifest.license is msgspec.UNSET
+    assert manifest.license is None
     assert not (tmp_path / "delta" / "NOTICE").exists()
     assert (
         _run("apply", tmp_path / "delta", "-o", tmp_path / "out", "--base", tmp_path / "base").exit_code == 0

@@ -107,7 +107,7 @@ def read_facts(source: Source, manifest: Manifest, created: datetime) -> Facts:
         DeltaError: they are damaged, missing, or too long to be license texts.
         DeltaWeightsError: there are more than :data:`MAX_ENTRIES` entries or :data:`MAX_LICENSES` licenses.
     """
-    more = manifest.license if isinstance(manifest.license, DeltaLicense) else DeltaLicense()
+    more = manifest.license or DeltaLicense()
     _require_few("entries", _count(manifest) + len(more.conflicts), MAX_ENTRIES)
     base_texts, target_texts = (_texts(side.license, source) for side in (manifest.base, manifest.target))
     base = _license(manifest.base.license, base_texts)

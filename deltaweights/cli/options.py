@@ -1,0 +1,71 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Base = Annotated[str, typer.Argument(metavar="BASE", help="The checkpoint it was fine-tuned from.")]
+Delta = Annotated[str, typer.Argument(metavar="DELTA", help="The delta.")]
+Deltas = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="DELTA...", help="The delta; or several, each made from the target of the one before."
+    ),
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option("--base", metavar="BASE", help="Base checkpoint; overrides the one that the delta names."),
+]
+KeepBase = Annotated[
+    bool,
+    typer.Option("--keep-base", help="Download a base on the Hub into the Hub cache, and leave it there."),
+]
+DeltaOut = Annotated[Path, typer.Option("--output", "-o", metavar="DELTA", help="The folder to write.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
+Force = Annotated[bool, typer.Option("--force", help="Write there even if it holds other files.")]
+AcceptLicense = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ID",
+        envvar="DELTAWEIGHTS_ACCEPT_LICENSE",
+        help="Accept this license, instead of being asked. May be given several times.",
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="How many threads; all cores, at most 8, by default.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+class BomFormat(str, Enum):
+    """The formats of ``bom``."""
+
+    cyclonedx = "cyclonedx"
+    spdx = "spdx"
+
+
+def rename_rules(texts: Iterable[str]) -> list[tuple[str, str]]:
+    """Rename rules, as in ``REGEX=REPLACEMENT``."""
+    rules = []
+    for text in texts:
+        pattern, equals, replacement = text.rpartition("=")  # lookaheads have one too
+        if not equals:
+            raise typer.BadParameter(f"{text!r} has no '='.", param_hint="--rename")
+        rules.append((pattern, replacement))
+    return rules
+
+
+def bits(text: str) -> float:
+    """Bits a second, as in ``100M``."""
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)([kKMGT]?)", text, re.ASCII)
+    rate = float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ") if match else 0
+    if not rate:
+        raise typer.BadParameter(f"{text!r} is not a number of bits, such as 100M.", param_hint="--bandwidth")
+    return rate

@@ -1,0 +1,243 @@
+"""Reports as lines of text. Nothing here prints.
+
+Every name that comes from a file is made harmless (:func:`plain`): none may control the terminal.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..inspect import DeltaSummary, TensorSummary
+    from ..license.rules import LicenseReport, SideLicense
+    from ..manifest import BaseRecord, TargetRecord
+    from ..patch import ApplyReport
+    from ..plan import Plan, PlannedReads, Space
+    from ..push import PushReport
+    from ..verify import VerifyReport
+
+
+def plain(text: str) -> str:
+    """The text without control characters: these are shown as ``\\x1b``."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def size(nbytes: int) -> str:
+    """Bytes, as in ``4.2 MB``."""
+    return _scaled(nbytes, ("bytes", "KB", "MB", "GB", "TB"))
+
+
+def rate(bits: float) -> str:
+    """Bits a second, as in ``100 Mbit/s``."""
+    return _scaled(bits, ("bit/s", "kbit/s", "Mbit/s", "Gbit/s", "Tbit/s"))
+
+
+def duration(seconds: float) -> str:
+    """Seconds, as in ``6 s``, ``5 min`` or ``7 h 20 min``."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 1 else "less than 1 s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+def _scaled(number: float, units: Sequence[str]) -> str:
+    """Three figures, in the unit (each a thousand of the one before) that suits them."""
+    *smaller, largest = units
+    for unit in smaller:
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == units[0] else f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} {largest}"
+
+
+def display_name(side: BaseRecord | TargetRecord | SideLicense, fallback: str) -> str:
+    """A base or target for people: its Hub id, or ``fallback``, and the start of its commit."""
+    name = side.repo_id or fallback
+    return f"{name}@{side.revision[:12]}" if side.revision else name
+
+
+# What a verb did -----------------------------------------------------------------------------------------
+
+
+def written_lines(place: object, summary: DeltaSummary) -> Iterator[str]:
+    """A delta that was just written to ``place``."""
+    counts = ", ".join(f"{count} {status}" for status, count in summary.counts.items())
+    yield f"{place}: {_size_line(summary)}; tensors: {counts or 'none'}"
+    if summary.target.left_out:
+        yield plain(f"Left out: {', '.join(summary.target.left_out)}")
+    yield from _conflict_lines(summary.license.conflicts)
+
+
+def push_lines(report: PushReport) -> Iterator[str]:
+    """What ``push`` did."""
+    sent = f"{len(report.uploaded)} files, {size(report.nbytes)}"
+    done = sent if report.uploaded else "all was there"
+    removed = f", {len(report.removed)} removed" if report.removed else ""
+    who = "private" if report.private else "public"
+    yield plain(f"{report.url}: {done}{removed}, commit {report.commit[:12]}, {who}")
+    yield from _conflict_lines(report.conflicts)
+
+
+def apply_lines(place: object, report: ApplyReport) -> Iterator[str]:
+    """What ``apply`` did."""
+    kept = f", {len(report.kept)} were already there" if report.kept else ""
+    yield f"{place}: {len(report.rebuilt)} files rebuilt and checked, {size(report.nbytes)}{kept}"
+
+
+def verify_lines(report: VerifyReport, *, quiet: bool) -> Iterator[str]:
+    """Every problem that ``verify`` found, and, unless ``quiet``, its verdict."""
+    for problem in report.problems:
+        yield plain(f"{problem.place}: {problem.path}: {problem.kind}: {problem.detail}")
+    if quiet:
+        return
+    verdict = f"{len(report.problems)} problems" if report.problems else "all as published"
+    if report.published:
+        verdict += f" ({report.published} of them by the SHA-256 that the Hub publishes, not read)"
+    if report.target_repo:
+        verdict += f"; compared with {plain(report.target_repo)} too"
+    yield f"{report.checked} files checked: {verdict}"
+
+
+def _conflict_lines(conflicts: Sequence[str]) -> Iterator[str]:
+    return (plain(f"License: {conflict}") for conflict in conflicts)
+
+
+# inspect -------------------------------------------------------------------------------------------------
+
+
+def summary_lines(summary: DeltaSummary, *, every_tensor: bool) -> Iterator[str]:
+    """All that ``inspect`` shows: facts, then a table of tensors, the ten largest payloads or every one."""
+    from rich.console import Console
+    from rich.table import Table
+
+    facts = Table.grid(padding=(0, 2))
+    for name, fact in _facts(summary):
+        facts.add_row(name, fact)
+    tensors: Sequence[TensorSummary] = summary.tensors
+    if not every_tensor:
+        tensors = sorted(tensors, key=lambda tensor: -tensor.payload_bytes)[:10]
+    table = Table(title=None if every_tensor else "largest payloads", title_justify="left", box=None)
+    for heading in ("tensor", "dtype", "shape", "status", "changed", "payload"):
+        table.add_column(heading, justify="right" if heading in ("changed", "payload") else "left")
+    for tensor in tensors:
+        table.add_row(*_tensor_row(tensor))
+    # In a pipe or a log, long names are worth more than 80 columns.
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    with console.capture() as shown:
+        console.print(facts)
+        console.print()
+        console.print(table)
+    yield from shown.get().splitlines()
+
+
+def _facts(summary: DeltaSummary) -> Iterator[tuple[str, str]]:
+    for side, record in (("base", summary.base), ("target", summary.target)):
+        yield side, f"{plain(display_name(record, '(a local folder)'))}, {len(record.files)} files"
+    for side, license in (("base", summary.license.base), ("target", summary.license.target)):
+        yield f"{side} license", _license_line(license)
+    yield "delta", _size_line(summary)
+    yield "tensors", ", ".join(f"{count} {status}" for status, count in summary.counts.items())
+
+
+def _tensor_row(tensor: TensorSummary) -> tuple[str, ...]:
+    changed = tensor.changed_fraction
+    return (
+        plain(tensor.name),
+        plain(tensor.dtype),
+        " x ".join(map(str, tensor.shape)) or "scalar",
+        f"{tensor.status} of {plain(tensor.like.name)}" if tensor.like else tensor.status,
+        "" if changed is None else f"{changed:.1%}",
+        size(tensor.payload_bytes),
+    )
+
+
+def _size_line(summary: DeltaSummary) -> str:
+    delta, target = size(summary.size.delta_bytes), size(summary.size.target_bytes)
+    return f"{delta}, {summary.size.ratio:.2%} of the target's {target}"
+
+
+# plan ----------------------------------------------------------------------------------------------------
+
+
+def plan_lines(plan: Plan) -> Iterator[str]:
+    """One fact in each line, however long."""
+    is_right = plan.mismatch is None
+    facts = {"delta": _side_line(plan.delta) if is_right else plan.delta.where}
+    if plan.base:
+        facts["base"] = _side_line(plan.base) if is_right else plan.base.where
+        facts["base check"] = {
+            "published": "the SHA-256 that the Hub publishes are those of the right base",
+            "sampled": "a sample of its chunks is right",
+            "headers": "names, dtypes and shapes are right; a sample of chunks will be compared first",
+            None: "it is the wrong one",
+        }[plan.base_check]
+    if is_right:
+        times = (f"{duration(one.seconds)} at {rate(one.bandwidth)}" for one in plan.transfers)
+        facts["download"] = f"{size(plan.download)}: {', '.join(times)}" if plan.download else "nothing"
+        facts |= {f"disk, {space.use}": _space_line(space) for space in plan.disk}
+        facts["memory"] = f"about {size(plan.memory)}"
+    facts["license"] = plan.license.expression or "not stated"
+    facts["to accept"] = " ".join(f"--accept-license {id}" for id in plan.license.to_accept) or "nothing"
+    return (f"{name:14}{plain(fact)}" for name, fact in facts.items())
+
+
+def _space_line(space: Space) -> str:
+    line = size(space.needed) + (f" in {space.folder}" if space.folder else "")
+    free = "" if space.free is None else f", {size(space.free)} are free"
+    return line + free + ("" if space.is_enough else ": TOO LITTLE")
+
+
+def _side_line(side: PlannedReads) -> str:
+    here = f"{size(side.download)} to download" if side.download else "nothing to download"
+    return f"{side.where}, {size(side.needed)} needed, {here}"
+
+
+# Licenses ------------------------------------------------------------------------------------------------
+
+
+def license_panel(report: LicenseReport) -> Iterator[str]:
+    """The base, its license, and what base and target ask, unless that is an open license."""
+    name = display_name(report.base, "a local folder")
+    yield plain(f"Base: {name}, license: {_license_line(report.base)}")
+    if report.expression:
+        yield plain(f"Together with the target's: {report.expression}")
+    for side, license in (("base", report.base), ("target", report.target)):
+        if not all(one.open for one in license.licenses):
+            yield f"The {side}'s license asks (listed, not legal advice):"
+            yield from (plain(f"- {text}") for text in license.obligations)
+
+
+def license_lines(report: LicenseReport) -> Iterator[str]:
+    """All that ``license`` shows."""
+    sides = (("base", report.base), ("target", report.target))
+    for side, license in sides:
+        name = display_name(license, "a local folder")
+        yield f"{side}: {plain(name)}, license: {_license_line(license)}"
+        for one in license.licenses:
+            source = ", ".join(filter(None, (one.source, one.dated)))
+            yield plain(f"  {one.id}: {one.name}{f' ({source})' if source else ''}")
+    yield f"together: {plain(report.expression or 'not stated')}"
+    yield f"to accept: {plain(' '.join(report.to_accept)) or 'nothing'}"
+    for side, license in sides:
+        yield from _list(f"What the {side}'s license asks (listed, not legal advice)", license.obligations)
+    yield from _list("What does not fit together", report.conflicts)
+    texts = report.texts or ()
+    yield from _list("Texts", [f"{text.path}, {text.size} bytes, {text.sha256}" for text in texts])
+    for text in texts:
+        if text.text is not None:
+            yield from ("", f"--- {plain(text.path)}")
+            yield from map(plain, text.text.expandtabs().splitlines())
+
+
+def _list(heading: str, items: Sequence[str]) -> Iterator[str]:
+    if items:
+        yield from ("", heading)
+        yield from (plain(f"- {item}") for item in items)
+
+
+def _license_line(license: SideLicense) -> str:
+    known = [license.name or license.id or license.expression or "not stated", license.link]
+    return plain(", ".join(filter(None, known)))
