@@ -1,6 +1,7 @@
-"""Canonical JSON: what a delta, a distributed checkpoint and a weight stream say of themselves.
+"""Canonical JSON, for the documents of deltas, distributed checkpoints and weight streams.
 
-UTF-8, keys sorted, no white space, one line feed at the end: a value has one text, and a text one value.
+It is UTF-8 with sorted keys, no white space, and one line feed at the end, so each value has exactly one
+text.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ Value = TypeVar("Value")
 
 
 class Format(NamedTuple):
-    """A format of documents: its name and version in them, what messages call one, and how many bytes one may
-    have."""
+    """A format of documents: its name and version, the word for a document in messages (``what``), and the
+    most bytes that a document may have."""
 
     name: str
     version: int
@@ -32,7 +33,7 @@ class _Version(msgspec.Struct):
 
 
 def encode(value: object) -> bytes:
-    """The value as canonical JSON."""
+    """Encode a value as canonical JSON."""
     return msgspec.json.encode(value, order="sorted") + b"\n"
 
 
@@ -48,18 +49,18 @@ def decode(
     damaged: Callable[[str], DeltaWeightsError],
     encode: Callable[[Value], bytes] = encode,
 ) -> Value:
-    """The value whose canonical JSON ``data`` is.
+    """Decode the value that has the canonical JSON ``data``.
 
     Args:
         kind: its type: a dataclass with the fields ``format`` and ``format_version``.
-        damaged: makes the error to raise where ``data`` is anything else.
-        encode: the inverse, where that is more than :func:`encode` (it fills in a checksum, say).
+        damaged: makes the error to raise if ``data`` is anything else.
+        encode: the inverse, if that does more than :func:`encode` (such as filling in a checksum).
 
     Raises:
-        FormatVersionError: the format version is not known here.
+        FormatVersionError: this version of deltaweights does not know the format version.
     """
     if len(data) > format.most_bytes:
-        raise damaged(f"It has {len(data)} bytes, more than any of its kind")
+        raise damaged(f"It has {len(data)} bytes, more than such a document may have")
     try:
         version = msgspec.json.decode(data, type=_Version)
         if version.format != format.name:

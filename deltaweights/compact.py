@@ -1,4 +1,4 @@
-"""Several deltas to one that does the same: a diff of two checkpoints of which the target is not on disk."""
+"""Merges a chain of deltas into one, by a diff whose target is never written to disk."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ def compact_deltas(
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Manifest:
-    """Write to the folder ``delta`` one delta, from the first one's base to the last one's target.
+    """Write one delta, from the first one's base to the last one's target, to the folder ``delta``.
 
-    Chunks are decoded through the whole chain and coded against the base, one after the other: no target is
-    written to disk, and memory does not grow with any of them.
+    Each chunk is decoded through the whole chain and coded against the base. No target is written to disk,
+    and memory does not grow with their sizes.
 
     Args:
         deltas: folders or Hub ids, in the order in which they were made.
         delta: the folder to write; new or empty, or an interrupted run's.
         base: the first delta's base; if None, the repository that its manifest names, at its commit.
         chunk_bytes, force, threads: as for :func:`make_delta`.
-        progress: called with a phase, what is done, what there is to do: "check base" (in chunks) and "diff"
-            (in bytes).
+        progress: called with a phase, the amount done and the total: "check base" (in chunks) and "diff" (in
+            bytes).
 
     Returns:
-        The manifest that was written. Its base is the first manifest's and its target the last one's, with
-        their Hub ids, commits, licenses and license texts.
+        The manifest that was written. It takes the base from the first manifest and the target from the last
+        one, with Hub ids, commits, licenses and license texts.
 
     Raises:
         BaseMismatchError: a delta does not follow the one before it, or ``base`` is the wrong one.
@@ -62,7 +62,7 @@ def compact_deltas(
         if old is None:
             raise CheckpointError(
                 "The base is needed",
-                "The first delta can do without, but the new one is made from it.",
+                "The first delta needs none, but the new delta is made from it.",
                 "Pass it: base=PATH or base=ORG/NAME",
             )
         new = Checkpoint(RebuiltSource(target))
@@ -92,7 +92,7 @@ def _side(
     link: TargetRecipe,
     checkpoint: Checkpoint,
 ) -> CheckpointFacts:
-    """What the manifest of ``link`` says of one side, license texts included."""
+    """The facts about one side in the manifest of ``link``, license texts included."""
     wanted = {file.path for file in record.license.files}
     texts = {
         file.path: b"".join(link.source.blocks(file.path))
@@ -105,8 +105,8 @@ def _side(
 
 
 def _trace(target: TargetRecipe, old: Checkpoint, new: Checkpoint) -> list[Match]:
-    """The base tensor of every tensor of the target: the one that the deltas lead to, whatever its name; else
-    one of the same name."""
+    """The base tensor of every target tensor: the one that the deltas lead to, whatever its name, or else one
+    of the same name."""
     views = links(target)
     traced = []
     for tensor in new.tensors:
@@ -118,7 +118,7 @@ def _trace(target: TargetRecipe, old: Checkpoint, new: Checkpoint) -> list[Match
 
 
 def _checksums(target: TargetRecipe, tensor: Tensor) -> bytes:
-    """The checksums of the tensor's chunks, which the last delta holds: what has no duplicate need not be
-    decoded to know that. (Equal tensors of which parts are shared may be cut otherwise, and are missed.)"""
+    """The checksums of the tensor's chunks in the last delta. They rule out most duplicates without decoding.
+    (Equal tensors that share different parts with their bases may be cut differently, and are missed.)"""
     records, _ = target.shard(tensor.shard.path).tensors[tensor.info.name].table
     return records["target"].tobytes()

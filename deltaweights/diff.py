@@ -1,6 +1,7 @@
 """Base and target to a delta: the mirror image of patch.py.
 
-checkpoint → codec → delta, shard by shard, chunk by chunk, so memory does not grow with either checkpoint.
+Data flows checkpoint → codec → delta, shard by shard and chunk by chunk, so memory does not grow with either
+checkpoint.
 """
 
 from __future__ import annotations
@@ -77,21 +78,22 @@ def make_delta(
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Manifest:
-    """Write to the folder ``delta`` what ``target`` adds to ``base``.
+    """Write a delta, which holds what ``target`` adds to ``base``, to the folder ``delta``.
 
     Args:
-        base, target: a folder, one .safetensors file, or a Hub id; what is on the Hub streams through memory.
+        base, target: a folder, one .safetensors file, or a Hub id. Checkpoints on the Hub stream through
+            memory.
         delta: the folder to write; new or empty, or an interrupted run's.
-        rename: pairs (regular expression, replacement) that turn target tensor names into base tensor
-            names, for what automatic matching does not find.
-        base_repo, base_revision: the base's Hub id and commit; if None, those of a base that is on the Hub or
-            in the Hub cache.
+        rename: pairs (regular expression, replacement) that turn target tensor names into base tensor names,
+            where automatic matching finds none.
+        base_repo, base_revision: the base's Hub id and commit. If None, they are taken from the Hub or the
+            Hub cache, if the base is there.
         base_license, target_license: license ids; taken from the model cards if None.
         target_repo: the Hub id that the target is or will be published under.
-        chunk_bytes: bytes of a tensor that are coded independently; a multiple of 4096.
+        chunk_bytes: bytes of target tensor in a chunk; a multiple of 4096.
         force: write even if ``delta`` holds other files; the delta's own files are replaced.
-        threads: how many; the number of usable cores, at most 8, if None.
-        progress: called with a phase ("diff"), bytes done, bytes in all.
+        threads: number of threads; if None, the number of usable cores, at most 8.
+        progress: called with a phase ("diff"), bytes done and total bytes.
 
     Returns:
         The manifest that was written.
@@ -140,8 +142,8 @@ def check_chunk_bytes(chunk_bytes: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFacts:
-    """What a manifest says of base or target: Hub id and commit, license, and its files where they are known
-    beforehand."""
+    """A manifest's facts about base or target: Hub id and commit, license, and its files if they are known in
+    advance."""
 
     repo_id: str | None
     revision: str | None
@@ -150,7 +152,8 @@ class CheckpointFacts:
 
 
 def check_place(delta: Location, old: Checkpoint, new: Checkpoint) -> None:
-    """Raise :class:`DeltaWeightsError` where the delta of these two cannot be written to ``delta``."""
+    """Raise :class:`DeltaWeightsError` if the delta of these two checkpoints cannot be written to
+    ``delta``."""
     _check_names(new)
     _check_apart(local_path(delta), old, new)
 
@@ -170,13 +173,13 @@ def write_delta(
     threads: int | None,
     progress: ProgressCallback | None,
 ) -> Manifest:
-    """:func:`make_delta` for checkpoints that are open, tensors that are matched and sides that are known.
+    """:func:`make_delta` for open checkpoints with known facts, whose tensors are matched already.
 
     Args:
         glance: as for :func:`find_duplicates`.
 
     Raises:
-        BaseMismatchError: the base's shards have the names in ``base.files``, but another SHA-256.
+        BaseMismatchError: the base's shards have the names in ``base.files``, but a different SHA-256.
     """
     with Workers(threads) as workers, OutputFolder(local_path(delta)) as folder:
         for source in (old.source, new.source):
@@ -207,14 +210,14 @@ def write_delta(
 
 
 def _inputs(old: Checkpoint, new: Checkpoint, chunk_bytes: int, rename: Sequence[RenameRule]) -> str:
-    """A text that differs whenever a delta would be made from something else, or in another way."""
+    """A text that changes with the inputs and settings that a delta is made from."""
     inputs = [source.fingerprint(path) for source in (old.source, new.source) for path in source.sizes]
     inputs += [__version__, str(chunk_bytes), *(f"{p}={r}" for p, r in rename)]
     return hashlib.sha256("\n".join(inputs).encode(errors="backslashreplace")).hexdigest()
 
 
 def _revision(found: HubId, repo_id: str | None) -> str | None:
-    """The commit that was read, unless somebody calls the repository by another name."""
+    """The commit that was read, unless the user gives the repository a different name."""
     return found.revision if repo_id in (None, found.repo_id) else None
 
 
@@ -239,7 +242,7 @@ def _check_names(new: Checkpoint) -> None:
 
 
 def _check_apart(root: Path, old: Checkpoint, new: Checkpoint) -> None:
-    """The delta must not become part of what it is made from."""
+    """The delta must not become part of its base or target."""
     for source in (*old.source.origins, *new.source.origins):
         if source.root is None:
             continue
@@ -247,7 +250,7 @@ def _check_apart(root: Path, old: Checkpoint, new: Checkpoint) -> None:
         if is_same(root, place.parent) if place.is_file() else is_within(root, place):
             raise OutputError(
                 f"The delta cannot be written to {root}",
-                f"That is inside {source.where}, which it is made from.",
+                f"That folder is inside {source.where}, which the delta is made from.",
                 "Choose a folder outside the base and the target.",
             )
 
@@ -264,7 +267,7 @@ def _check_vacant(folder: OutputFolder, force: bool) -> None:
         folder.claim([MANIFEST_NAME, cards.CARD_NAME])
         with suppress(DeltaError, CheckpointError), LocalSource(folder.root) as earlier:
             folder.claim(file.path for file in read_manifest(earlier).files)
-        (folder.root / MANIFEST_NAME).unlink()  # from here on, it is no whole delta
+        (folder.root / MANIFEST_NAME).unlink()  # from here on, the delta is incomplete
 
 
 def _removed(old: Checkpoint, matches: Iterable[Match]) -> list[TensorEntry]:
@@ -287,17 +290,17 @@ class _Row(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """How many of the target's bytes they are."""
+        """Their length in bytes of the target."""
         return self.plan.length(self.first, self.end)
 
     @property
     def has_base(self) -> bool:
-        """Whether they are coded against the base."""
+        """Whether these chunks are coded against the base."""
         return self.plan.has_base(self.first)
 
     @property
     def base_bytes(self) -> int:
-        """How many of the base's bytes that are."""
+        """Their length in bytes of the base."""
         if not self.match.base or not self.has_base:
             return 0
         return codec.rescale(self.nbytes, self.match.target.dtype, self.match.base.dtype)
@@ -335,10 +338,11 @@ class _Encoder:
     def write_files(
         self, matches: Sequence[Match], known: Sequence[FileRecord] = ()
     ) -> tuple[tuple[FileRecord, ...], tuple[TargetFile, ...], list[TensorEntry]]:
-        """All but licenses and manifest. Returns the base's files, the target's files, and its tensors.
+        """Write everything except licenses and manifest. Returns the base's files, the target's files and its
+        tensors.
 
         Args:
-            known: the base's files, where they are known from elsewhere.
+            known: the base's files, if they are known already.
         """
         by_shard: dict[str, list[Match]] = {path: [] for path in self._new.shards}
         for match in matches:
@@ -367,7 +371,7 @@ class _Encoder:
     def _base_records(
         self, digests: Mapping[str, str], known: Sequence[FileRecord]
     ) -> tuple[FileRecord, ...]:
-        """The base's files as they are; or as they are ``known``, where it is sharded like that."""
+        """The base's files as they are, or the ``known`` ones if the base is sharded in the same way."""
         source = self._old.source
         digests = {**digests, **self._passed}
         found = tuple(FileRecord(path, size, digests[path]) for path, size in source.sizes.items())
@@ -409,7 +413,7 @@ class _Encoder:
                 for match, plan in zip(matches, plans, strict=True):
                     coded, written = islice(chunks, plan.count), None
                     if match.like:
-                        deque(coded, 0)  # a duplicate's bytes are hashed, no more
+                        deque(coded, 0)  # a duplicate's bytes are only hashed
                     else:
                         written = output.payloads.write(plan, coded)
                     entries.append(_entry(match, written, self._old))
@@ -438,8 +442,8 @@ class _Encoder:
     def _encode_all(
         self, lane: Lane, matches: Sequence[Match], digests: _Digests
     ) -> Generator[CodedChunk, None, None]:
-        """The chunks of all tensors, in order: while one tensor is written, the next ones are encoded. What
-        was read for them is hashed."""
+        """The chunks of all tensors, in order. While one tensor is written, the next ones are encoded and
+        their input is hashed."""
         at_once = lane.batch_bytes
         buffers = Buffers(at_once)
         rows = (
@@ -461,10 +465,10 @@ class _Digests:
         self._target = hashlib.sha256(shard.header.raw)
         self._base = hashlib.sha256(base.header.raw) if base else None
         self._lane = lane
-        self._unfinished: tuple[Callable[[], None], ...] = ()  # the base's hash is taken meanwhile
+        self._unfinished: tuple[Callable[[], None], ...] = ()  # the base is hashed at the same time
 
     def update(self, batch: _Batch, buffers: Buffers) -> None:
-        """Take in what was read next, and give its memory to ``buffers``."""
+        """Hash the next batch, and give its memory back to ``buffers``."""
         self._finish()
         if self._base and batch.base.size:
             hashed = self._lane.aside(partial(self._base.update, batch.base.data))
@@ -475,7 +479,7 @@ class _Digests:
         buffers.give(batch.target)
 
     def _finish(self) -> None:
-        """Wait until all of the base was taken in."""
+        """Wait until all of the base is hashed."""
         for call in self._unfinished:
             call()
         self._unfinished = ()
@@ -492,8 +496,8 @@ class _Digests:
 
 
 def _read_in_order(by_shard: Mapping[str, Sequence[Match]], old: Checkpoint) -> dict[str, Shard]:
-    """The base's shards that are read from the first byte to the last while a target's shard is coded, by
-    that one's path: they need not be read once more to be hashed."""
+    """The base's shards that are read in full, in order, while a target's shard is coded, by the path of the
+    target's shard. They need not be read again to be hashed."""
     found: dict[str, Shard] = {}
     for path, matches in by_shard.items():
         spans = _base_spans(matches)
@@ -507,7 +511,7 @@ def _read_in_order(by_shard: Mapping[str, Sequence[Match]], old: Checkpoint) -> 
 
 
 def _base_spans(matches: Iterable[Match]) -> list[Span]:
-    """What the matches are compared with, in the base's files."""
+    """The bytes of the base's files that the matches are compared with."""
     return [
         m.base.span(0, codec.rescale(m.shared_bytes, m.target.info.dtype, m.base.info.dtype))
         for m in matches
@@ -530,8 +534,7 @@ def _encode(rows: list[_Row], buffers: Buffers) -> _Batch:
 
 
 def _encode_row(row: _Row, target: NDArray[np.uint8], base: NDArray[np.uint8]) -> list[CodedChunk]:
-    """Read a row's bytes of target and base, and encode its chunks; what another tensor stands for is only
-    read."""
+    """Read a row's bytes of target and base, and encode its chunks. A duplicate's bytes are only read."""
     match, origin = row.match, row.plan.span(row.first)[0]
     dtype, source = match.target.dtype, match.base.dtype if match.base else None
     match.target.read_into(origin, target)

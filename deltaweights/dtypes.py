@@ -1,4 +1,4 @@
-"""The dtypes of safetensors: the one table of their sizes, layouts and names elsewhere."""
+"""The dtypes of safetensors: one table of their sizes, layouts, and names in NumPy and torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ class Dtype(NamedTuple):
     """A dtype.
 
     Attributes:
-        bits: of an element.
+        bits: the size of an element.
         numpy: NumPy's name for it (little-endian), if it has one.
-        torch: the name in torch, if any version has it.
-        exponent, mantissa: for floats with a sign, how many bits each has; zeros for others.
+        torch: torch's name for it, if any version has it.
+        exponent, mantissa: their bits, for floats with a sign; 0 for others.
     """
 
     bits: int
@@ -23,18 +23,18 @@ class Dtype(NamedTuple):
 
     @property
     def is_integer(self) -> bool:
-        """Whether it is an integer of more than a byte."""
+        """Whether it is an integer dtype wider than a byte."""
         return self.bits > 8 and self.numpy is not None and self.numpy[1] in "iu"
 
     @property
     def itemsize(self) -> int | None:
-        """Bytes of an element; None where elements do not fill bytes."""
+        """Bytes of an element; None if elements do not fill bytes."""
         return None if self.bits % 8 else self.bits // 8
 
 
-#: By safetensors' codes, in the order in which its writer puts the tensors of a file: wide elements first,
-#: so that all are aligned. A dtype that is not listed is carried as plain bytes: its tensors' sizes follow
-#: from their offsets.
+#: By safetensors codes, in the order in which safetensors writes the tensors of a file: wide elements first,
+#: so that all are aligned. Unlisted dtypes are treated as plain bytes, and their tensors' sizes follow from
+#: the offsets.
 DTYPES = {
     "U64": Dtype(64, "<u8", "uint64"),
     "I64": Dtype(64, "<i8", "int64"),

@@ -1,7 +1,7 @@
 """Delta and base to target, in streaming shards: the mirror image of diff.py.
 
-delta → codec → checkpoint. A shard is rebuilt chunk by chunk under a temporary name, and gets its own when
-its SHA-256 is the manifest's.
+Data flows delta → codec → checkpoint. A shard is rebuilt chunk by chunk under a temporary name. It gets its
+own name once its SHA-256 equals the manifest's.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .payload import ChunkPlan
 from .storage import Location, OutputFolder, Readable, Source, is_within, local_path, sha256_of
 from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches
 
-#: At least so many chunks of the base are compared with the delta before anything is written, and at least
-#: one of every tensor, of at least this part of a whole chunk's length.
+#: Before anything is written, at least _SAMPLED_CHUNKS chunks of the base are compared with the delta, and at
+#: least one of every tensor. A sampled chunk has at least 1/_ENOUGH of the full length.
 _SAMPLED_CHUNKS, _ENOUGH = 128, 16
 
 #: Where a chunk's bytes go: its offset in the shard, the bytes.
@@ -36,7 +36,7 @@ Sink = Callable[[int, memoryview], None]
 
 @dataclass(frozen=True, slots=True)
 class ApplyReport:
-    """What :func:`apply_delta` did: files rebuilt now, files found whole from an earlier run."""
+    """The result of :func:`apply_delta`: files rebuilt now, and intact files kept from an earlier run."""
 
     out: str
     rebuilt: tuple[str, ...]
@@ -56,25 +56,26 @@ def apply_delta(
 ) -> ApplyReport:
     """Rebuild the target in the folder ``out``, byte for byte.
 
-    Run again after an interruption, it goes on with the files that are missing.
+    After an interruption, run it again: it resumes with the missing files.
 
     Args:
-        delta: a folder, a Hub id or a source that is open already (and is closed in the end); or several in
-            the order in which they were made, each from the target of the one before. An open source stays
-            at the commit that was found when it was opened, wherever the branch goes.
+        delta: a folder, a Hub id or an open source (closed at the end); or several, oldest first, each made
+            from the target of the one before. An open source stays at the commit found when it was opened,
+            even if the branch moves.
         out: the folder to write; new or empty, or an interrupted run's.
         base: a folder, a file or a Hub id; if None, the repository that the (first) manifest names, at its
             commit.
-        keep_base: download what is needed of a base on the Hub into the local Hub cache, and leave it there;
-            else it streams through memory.
-        force: write even if ``out`` holds other files. They stay, unless the target has a file of that name.
-        threads: how many; the number of usable cores, at most 8, if None.
-        progress: called with a phase, what is done, what there is to do: "check base" (in chunks),
-            "download base", "check files there" and "apply" (in bytes).
+        keep_base: download the needed files of a base on the Hub into the local Hub cache and keep them
+            there. If False, the base streams through memory.
+        force: write even if ``out`` holds other files. They stay, unless the target has a file of the same
+            name.
+        threads: number of threads; if None, the number of usable cores, at most 8.
+        progress: called with a phase, the amount done and the total: "check base" (in chunks), "download
+            base", "check files there" and "apply" (in bytes).
 
     Raises:
         CheckpointError: the base or the delta cannot be found, read or downloaded.
-        BaseMismatchError: the base is not the right one. Nothing was written, or no file got its name.
+        BaseMismatchError: the base is the wrong one. Nothing was written, or no file got its final name.
         DeltaError: the delta is incomplete or damaged.
         OutputError: ``out`` holds other files, or its disk is too small.
     """
@@ -100,18 +101,18 @@ def apply_delta(
 
 
 def _check_apart(root: Path, target: TargetRecipe) -> None:
-    """The result must not overwrite what it is made from."""
+    """The target must not overwrite the files that it is made from."""
     for place in filter(None, (source.root for source in target.sources)):
         if place.is_dir() and is_within(root, place):
             raise OutputError(
                 f"The target cannot be written to {root}",
-                f"That is in {place}, which it is made from.",
+                f"That folder is inside {place}, which the target is made from.",
                 "Choose another folder.",
             )
 
 
 def check_licenses(target: TargetRecipe) -> None:
-    """The texts that travel with the delta must be the ones that were published with it."""
+    """The license texts in the delta must be the ones that were published with it."""
     for link in links(target):
         for record in text_records(link.manifest):
             if link.faults.is_damaged(record.path):
@@ -131,10 +132,11 @@ def _finished(
     force: bool,
     progress: ProgressCallback | None,
 ) -> set[str]:
-    """The target's files that already stand in the folder, whole.
+    """The target's files that are already in the folder, intact.
 
     Raises:
-        OutputError: there are other files, or files of the right name and other content, without ``force``.
+        OutputError: without ``force``, the folder holds other files, or files of the right name with
+            different content.
     """
     files = {file.path: file for file in manifest.target.files}
     there = [file for file in files.values() if os.path.lexists(folder.root / file.path)]
@@ -163,16 +165,16 @@ def _finished(
 def check_base(
     target: TargetRecipe, workers: Workers, *, keep: bool = False, progress: ProgressCallback | None = None
 ) -> None:
-    """Make sure that the base is the right one, as far as that is quick: by the SHA-256 that the Hub
-    publishes of its files, or else by the delta's checksums of a sample of chunks, some of every tensor.
+    """Check quickly that the base is the right one: by the SHA-256 that the Hub publishes for its files, or
+    else by the delta's checksums of a sample of chunks, some of every tensor.
 
-    Of a chain, that is the first delta's base: the others' are known by the SHA-256 in the manifests.
+    In a chain, only the first delta's base is checked: the SHA-256 in the manifests identify the others.
 
     Args:
-        keep: if it is, download what is needed of it into the local Hub cache.
+        keep: if the base is the right one, download its needed files into the local Hub cache.
 
     Raises:
-        BaseMismatchError: a published SHA-256 differs, or a chunk, or a file that is taken from the base.
+        BaseMismatchError: a published SHA-256, a chunk, or a file taken from the base differs.
     """
     target = links(target)[0]
     if target.base is None:
@@ -197,7 +199,7 @@ def _is_other(target: TargetRecipe, file: TargetFile, workers: Workers) -> bool:
 def _check_chunks(
     target: TargetRecipe, proven: Collection[str], workers: Workers, progress: ProgressCallback | None
 ) -> None:
-    """Compare a sample of the base's chunks with the delta's checksums, but for the files ``proven``."""
+    """Compare a sample of the base's chunks with the delta's checksums, except in the files ``proven``."""
     recipes = target.with_base(proven)
     target.read_tables(recipes)
     sample = sample_chunks(recipes)
@@ -209,7 +211,7 @@ def _check_chunks(
             meter.add(1)
             if not matches:
                 differ.append(chunk)
-    # Once more: over a network, a chunk may come wrong.
+    # Try again: a chunk may arrive damaged over a network.
     if not all(recipe.matches_base(index) for recipe, index in differ):
         wrong = {recipe for recipe, _ in differ}
         for source in sorted({recipe.path for recipe in wrong}):
@@ -223,8 +225,8 @@ def _check_chunks(
 
 
 def sample_chunks(recipes: list[TensorRecipe]) -> list[tuple[TensorRecipe, int]]:
-    """Chunks of every tensor, chosen at random, the same ones each time. Where one is enough it is the last,
-    the shortest, unless that is so short that it might be alike in many a checkpoint."""
+    """Chunks of every tensor, chosen at random, the same ones each time. If one is enough, it is the last and
+    shortest, unless that is so short that many checkpoints might share it."""
     per_tensor = max(1, -(-_SAMPLED_CHUNKS // max(1, len(recipes))))
     choice = random.Random(0)  # noqa: S311
     return [(recipe, index) for recipe in recipes for index in _sample_of(recipe.plan, per_tensor, choice)]
@@ -244,7 +246,7 @@ def _write_all(
     workers: Workers,
     meter: Meter,
 ) -> None:
-    """Shards first; then the small files; an index last, since with it the folder is a checkpoint."""
+    """Write shards first, then small files, and an index last, since it makes the folder a checkpoint."""
     files = list(files)
     shards = [file for file in files if file.stored == "tensors"]
     others = [file for file in files if file.stored != "tensors"]
@@ -263,7 +265,7 @@ def _write_all(
 
 
 def _write_licenses(target: TargetRecipe, folder: OutputFolder) -> None:
-    """License texts and notices of all deltas, beside the result and no part of it."""
+    """Write license texts and notices of all deltas beside the target."""
     for source, path, place in _license_places(target):
         with folder.create(place) as output:
             output.write_blocks(source.blocks(path))
@@ -271,7 +273,7 @@ def _write_licenses(target: TargetRecipe, folder: OutputFolder) -> None:
 
 
 def _license_places(target: TargetRecipe) -> Iterator[tuple[Source, str, str]]:
-    """Every license text and notice: the delta that has it, its path there, and where it goes."""
+    """Every license text and notice: its delta, its path there, and its place in the output."""
     for link in links(target):
         for record in text_records(link.manifest):
             is_whole_name = link is target or record.path.startswith("licenses/")
@@ -283,7 +285,7 @@ def rebuild_shard(recipe: ShardRecipe, lane: Lane, meter: Meter, sink: Sink | No
     """Rebuild one shard, chunk by chunk.
 
     Args:
-        sink: where the bytes go, called from several threads and in no particular order; None: nowhere.
+        sink: receives the bytes, from several threads and in no particular order; None discards them.
 
     Returns:
         The shard's SHA-256, in hex.
@@ -317,7 +319,7 @@ def rebuild_shard(recipe: ShardRecipe, lane: Lane, meter: Meter, sink: Sink | No
 
 
 def _bounds(row: tuple[TensorRecipe, int, int]) -> tuple[int, int]:
-    """First byte and end of a row of chunks, in the shard behind its header."""
+    """First byte and end of a row of chunks, counted from the end of the shard's header."""
     recipe, first, end = row
     start, stop = recipe.plan.bounds(first, end)
     return recipe.info.start + start, recipe.info.start + stop

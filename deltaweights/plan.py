@@ -1,8 +1,9 @@
-"""What ``apply`` would do: what it downloads, from where, how much disk and memory it takes, and whether the
+"""Tells before ``apply`` runs what it will download, how much disk and memory it will take, and whether the
 base is the right one.
 
-The bytes are those of the very spans that apply reads (:meth:`Source.ranges`). So headers of delta and base
-are read, and the delta's chunk records: 24 bytes for each mebibyte of the target. No weights are downloaded.
+Bytes are counted over the same spans that apply reads (:meth:`Source.ranges`). This takes the headers of
+delta and base and the delta's chunk records, 24 bytes for each mebibyte of the target. No weights are
+downloaded.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from .storage.read_ahead import WINDOW_BYTES
 from .storage.source import HEAD_BYTES
 from .workers import Workers
 
-#: In bits a second: a home, an office, a data centre.
+#: In bits per second: a home, an office, a data centre.
 BANDWIDTHS = (100_000_000, 1_000_000_000, 10_000_000_000)
 
-#: The process itself: 75 MiB measured (docs/benchmarks.md), and a third as much again, since processors and
-#: versions of the libraries differ; and what compiling its kernels takes besides, where none are prebuilt.
+#: The process itself: 75 MiB measured (docs/benchmarks.md), plus a third, since processors and library
+#: versions differ. Compiling kernels takes more, where none are prebuilt.
 _PROCESS_BYTES, _COMPILER_BYTES = 100 << 20, 170 << 20
 
-#: What each repository that is read takes beyond its window: connections, TLS, lists of files.
+#: Memory for each repository beyond its window: connections, TLS, lists of files.
 _REMOTE_BYTES = 48 << 20
 
-#: How the base was compared: see :class:`Plan`.
+#: How the base was checked: see :class:`Plan`.
 BaseCheck = Literal["published", "sampled", "headers"]
 
 
@@ -47,12 +48,12 @@ class PlannedReads:
     """The delta or the base in a :class:`Plan`.
 
     Attributes:
-        where: the folder or file; or repository and commit, where it is on the Hub.
-        repo_id: the repository on the Hub; None for a folder that does not say from which it is.
+        where: the folder or file; on the Hub, the repository and commit.
+        repo_id: the repository on the Hub; None for a folder of unknown origin.
         revision: its commit.
-        needed: bytes that the result is made from, once for each tensor that is made from them.
-        download: bytes that come over the network: what is on disk or in the Hub cache does not; headers and
-            what has to be compared first does.
+        needed: bytes that the target is made from, counted once for each tensor that uses them.
+        download: bytes that come over the network, including headers and the bytes compared in advance, but
+            not files on disk or in the Hub cache.
     """
 
     where: str
@@ -64,8 +65,8 @@ class PlannedReads:
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """Disk for the ``result``, or for the ``cache`` where the base is kept: bytes that are needed, and free
-    (None where it is not said where the result goes)."""
+    """Disk space for the ``result``, or for the ``cache`` that keeps the base: bytes needed and bytes free
+    (None if no output folder is given)."""
 
     use: Literal["result", "cache"]
     folder: str | None
@@ -74,13 +75,13 @@ class Space:
 
     @property
     def is_enough(self) -> bool:
-        """Whether it fits, as far as is known."""
+        """Whether it fits; True if the free space is unknown."""
         return self.free is None or self.needed <= self.free
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """How many seconds the download alone takes at so many bits a second."""
+    """The ``seconds`` that the download alone takes at a ``bandwidth`` in bits per second."""
 
     bandwidth: float
     seconds: float
@@ -88,21 +89,21 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What :func:`apply_delta` would do.
+    """The work that :func:`apply_delta` would do.
 
     Attributes:
-        delta: where it is, what of it is needed and downloaded.
-        base: likewise; None where the delta needs none.
-        base_check: how the base was compared. ``published``: the Hub publishes the SHA-256 of all its shards
-            that are needed, and they are the manifest's. ``sampled``: it is here, and a sample of its
-            chunks is right. ``headers``: names, dtypes and shapes are right; apply is to compare a sample of
-            chunks first. None where there is no base, or the wrong one.
-        mismatch: why the base is not the right one, in lines; None where it is. Apply would refuse it, so
-            nothing counts as needed or downloaded then.
-        memory: about the most bytes of memory that the process takes.
-        disk: where space is needed, and how much.
-        transfers: how long the download takes at each bandwidth that was asked for.
-        license: both sides' licenses; ``to_accept`` lists those that apply wants to be accepted.
+        delta: its place, and its bytes needed and downloaded.
+        base: likewise; None if the delta needs none.
+        base_check: how the base was checked. ``published``: the Hub publishes the SHA-256 of all needed
+            shards, and they equal the manifest's. ``sampled``: the base is local, and a sample of its chunks
+            is right. ``headers``: names, dtypes and shapes are right; apply will compare a sample of chunks
+            first. None if there is no base, or it is the wrong one.
+        mismatch: why the base is the wrong one, in lines; None if it is the right one. Apply would refuse a
+            wrong base, so nothing counts as needed or downloaded then.
+        memory: approximate peak memory of the process, in bytes.
+        disk: the space needed, for each place.
+        transfers: the duration of the download at each bandwidth given.
+        license: both sides' licenses; ``to_accept`` lists those that the user must accept before apply.
     """
 
     delta: PlannedReads
@@ -116,11 +117,11 @@ class Plan:
 
     @property
     def download(self) -> int:
-        """Bytes that come over the network, all together."""
+        """Bytes that come over the network in total."""
         return self.delta.download + (self.base.download if self.base else 0)
 
     def to_dict(self) -> dict[str, object]:
-        """The same, ready for JSON."""
+        """The plan as a dictionary, ready for JSON."""
         return {**asdict(self), "license": self.license.to_dict()}
 
 
@@ -133,17 +134,17 @@ def plan_apply(
     bandwidth: Sequence[float] = BANDWIDTHS,
     threads: int | None = None,
 ) -> Plan:
-    """Find out what :func:`apply_delta` would do with the same arguments, and write nothing.
+    """Plan what :func:`apply_delta` would do with the same arguments. Writes nothing.
 
-    Of what is on the Hub, headers are read, chunk records and the manifest; no weights.
+    On the Hub, only headers, chunk records and the manifest are read, no weights.
 
     Args:
         delta: a folder, a Hub id or an open source.
         base: a folder, a file or a Hub id; if None, the repository that the manifest names, at its commit.
         keep_base: as for :func:`apply_delta`.
-        out: the folder that would be written; files of the target that stand there with the right size count
-            as done (apply compares their SHA-256).
-        bandwidth: bits a second for which to say how long the download takes.
+        out: the output folder. The target's files that it already holds, with the right size, count as done
+            (apply compares their SHA-256).
+        bandwidth: bits per second for which to estimate the download time.
         threads: as for :func:`apply_delta`.
 
     Raises:
@@ -183,8 +184,8 @@ def plan_apply(
 
 
 class _Reads:
-    """What apply reads of one source, counted as it reads: what it needs, and what comes over the network.
-    Headers and small files are kept in memory once read."""
+    """Counts the bytes that apply needs from one source, and those that come over the network. Headers and
+    small files stay in memory once read."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -194,33 +195,33 @@ class _Reads:
         self._is_here = not source.is_remote
 
     def sum(self) -> PlannedReads:
-        """All that was counted."""
+        """The totals so far."""
         id, where = self.source.hub_id, self.source.where
         if self.source.is_remote:
             where = f"{id.repo_id}@{id.revision}"
         return PlannedReads(where, id.repo_id, id.revision, self._needed, self._download)
 
     def head(self, shard: Shard) -> None:
-        """The header of a shard, if it was not read before."""
+        """Count a shard's header, if it was not read before."""
         if shard.path not in self._in_memory and self._is_far(shard.path):
             self._download += max(min(HEAD_BYTES, shard.file.size), shard.header.data_start)
         self._in_memory.add(shard.path)
 
     def spans(self, spans: Iterable[Span], *, is_check: bool = False) -> None:
-        """Parts of shards whose headers have been read. ``is_check``: they are compared, and read again when
-        they are needed."""
+        """Count parts of shards whose headers have been read. ``is_check``: they are only compared now, and
+        read again when needed."""
         spans = list(spans)
         self._needed += 0 if is_check else _length(spans)
         self._download += 0 if self._is_here else _length(self.source.ranges(spans))
 
     def tables(self, recipes: Iterable[TensorRecipe]) -> None:
-        """The chunk records of tensors, but for those that were read before."""
+        """Count the chunk records of tensors, except those read before."""
         new = [recipe for recipe in recipes if recipe not in self._tables]
         self._tables.update(new)
         self.spans(recipe.table_span for recipe in new)
 
     def whole(self, path: str, *, is_check: bool = False) -> None:
-        """All of a file."""
+        """Count a whole file."""
         size = self.source.sizes[path]
         self._needed += 0 if is_check else size
         if path not in self._in_memory and self._is_far(path):
@@ -229,8 +230,8 @@ class _Reads:
             self._in_memory.add(path)
 
     def keep(self, paths: Iterable[str]) -> int:
-        """These files come into the cache, and all is read from there from now on. Returns their bytes that
-        are not there yet."""
+        """Count these files as downloaded into the cache, from which everything is read from now on. Returns
+        the bytes that are not there yet."""
         nbytes = sum(self.source.sizes[path] for path in paths if self._is_far(path))
         self._download += nbytes
         self._is_here = True
@@ -245,7 +246,7 @@ def _length(spans: Iterable[Span]) -> int:
 
 
 def _missing(manifest: Manifest, out: Location | None) -> list[TargetFile]:
-    """The target's files that do not stand in the folder ``out`` with their size."""
+    """The target's files that the folder ``out`` lacks or holds with a different size."""
     if out is None:
         return list(manifest.target.files)
     root = local_path(out)
@@ -258,10 +259,10 @@ def _missing(manifest: Manifest, out: Location | None) -> list[TargetFile]:
 
 
 def _check(target: TargetRecipe, workers: Workers) -> BaseCheck | None:
-    """Compare the base, as far as that takes no weights from a network.
+    """Check the base, as far as that takes no weights from a network.
 
     Raises:
-        BaseMismatchError: it is not the right one.
+        BaseMismatchError: it is the wrong one.
     """
     if target.base is None:
         return None
@@ -278,7 +279,7 @@ def _check(target: TargetRecipe, workers: Workers) -> BaseCheck | None:
 def _count(
     target: TargetRecipe, missing: Iterable[TargetFile], delta: _Reads, base: _Reads | None, keep: bool
 ) -> int:
-    """Count all that apply reads, in its order. Returns how many bytes the cache takes, to be kept there."""
+    """Count everything that apply reads, in the same order. Returns the bytes to keep in the cache."""
     delta.whole(MANIFEST_NAME)
     for record in text_records(target.manifest):
         if target.source.published_sha256(record.path) is None:
@@ -299,7 +300,7 @@ def _count(
 
 
 def _count_base_checks(target: TargetRecipe, delta: _Reads, base: _Reads) -> None:
-    """What is read to see whether the base is the right one."""
+    """Count the reads that check the base."""
     assert target.base
     for shard in target.base.shards.values():
         base.head(shard)
@@ -316,10 +317,10 @@ def _count_base_checks(target: TargetRecipe, delta: _Reads, base: _Reads) -> Non
 
 
 def _count_shard(shard: ShardRecipe, delta: _Reads, base: _Reads | None) -> None:
-    """What rebuilding one shard of the target takes."""
+    """Count the reads that rebuild one shard of the target."""
     delta.head(shard.delta_shard)
     for recipe in shard.tensors.values():
-        delta.head(recipe.delta_shard)  # another one's, for duplicates of its tensors
+        delta.head(recipe.delta_shard)  # a different shard, for duplicates of its tensors
     delta.tables(shard.tensors.values())
     shard.target.read_tables(shard.tensors.values())
     delta.spans(recipe.data_span(index) for recipe, index in shard.chunks())
@@ -328,7 +329,7 @@ def _count_shard(shard: ShardRecipe, delta: _Reads, base: _Reads | None) -> None
 
 
 def _memory(manifest: Manifest, sources: Iterable[Source], workers: Workers) -> int:
-    """About the most that the process takes: itself, chunks, the parsed manifest, and what runs ahead."""
+    """Approximate peak memory in bytes: the process itself, chunks, the parsed manifest, and read-ahead."""
     remote = sum(source.is_remote for source in sources)
     chunks = 8 * workers.threads * max(workers.batch_bytes, manifest.chunk_bytes)
     process = _PROCESS_BYTES + (0 if prebuilt() else _COMPILER_BYTES)

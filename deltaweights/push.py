@@ -1,4 +1,4 @@
-"""A delta from a folder to the Hub: checked first, then published in one commit."""
+"""Publishes a delta from a folder on the Hub: checked first, then in one commit."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .workers import Meter, ProgressCallback
 
 @dataclass(frozen=True, slots=True)
 class PushReport:
-    """What :func:`push_delta` did.
+    """The result of :func:`push_delta`.
 
     Attributes:
-        repo_id: the repository; where it was renamed, its present name.
-        commit: the commit that has the delta.
+        repo_id: the repository, by its present name if it was renamed.
+        commit: the commit that holds the delta.
         url: its page, or that of the pull request.
-        private: whether only its owners and those whom they invite can read it.
-        uploaded: files that were added or replaced, by path; empty where all was there already.
-        removed: files of another delta that was there before.
+        private: whether only its owners and invited users can read it.
+        uploaded: paths of files added or replaced; empty if the Hub already had them all.
+        removed: files of an earlier delta that were removed.
         nbytes: size of the files uploaded.
-        conflicts: what does not fit together in the licenses, as the manifest says.
+        conflicts: conflicts between the licenses, from the manifest.
     """
 
     repo_id: str
@@ -57,27 +57,26 @@ def push_delta(
 ) -> PushReport:
     """Publish a delta on the Hub: the files that its manifest lists, the manifest and the model card.
 
-    They become visible together, in one commit. Run again after an interruption, it goes on with the files
-    that are missing; files of an earlier delta that this one does not have are removed, all others stay.
+    They become visible together, in one commit. After an interruption, run it again: it resumes with the
+    missing files. Files that only an earlier delta has are removed; all others stay.
 
     Args:
-        delta: a folder, or one that is open already (and is closed in the end). Its files are checked against
-            its manifest first, and as they are sent.
-        repo_id: ``org/name``. The repository is made where there is none; an existing one stays private or
+        delta: a folder, or an open one (closed at the end). Its files are checked against its manifest before
+            and during the upload.
+        repo_id: ``org/name``. The repository is created if there is none; an existing one stays private or
             public.
-        private: make a private repository, and refuse a public one.
-        revision: the branch; made from the main branch where there is none. The main branch if None.
+        private: create a private repository, and refuse a public one.
+        revision: the branch, created from the main branch if there is none; if None, the main branch.
         message: the commit's message.
         create_pr: open a pull request to the main branch instead.
-        accept_conflicts: publish to everybody (``private=False``) though the licenses do not fit together.
-        progress: called with a phase, what is done, what there is to do: "verify delta" and "upload", in
-            bytes.
+        accept_conflicts: publish to everybody (``private=False``) despite conflicting licenses.
+        progress: called with a phase, the amount done and the total: "verify delta" and "upload", in bytes.
 
     Raises:
         CheckpointError: there is no such folder.
-        DeltaError: the delta is incomplete or damaged, holds copies of files of its base, or lacks the text
-            of its base's license; or there are conflicts.
-        OutputError: the repository cannot be written to as asked, or a file was changed meanwhile.
+        DeltaError: the delta is incomplete or damaged, holds copies of files of its base, lacks the text of
+            its base's license, or has license conflicts.
+        OutputError: the repository cannot be written to as requested, or a file changed during the upload.
     """
     _check_place(repo_id, revision, create_pr)
     with delta if isinstance(delta, LocalSource) else LocalSource(delta) as source:
@@ -111,15 +110,15 @@ def _check_place(repo_id: str, revision: str | None, create_pr: bool) -> None:
         raise OutputError(f"{repo_id!r} is not a Hub id", "", "Hub ids look like org/name.")
     if revision and create_pr:
         raise OutputError(
-            "A pull request goes to the main branch", "A branch was named too.", "Leave out one of the two."
+            "A pull request goes to the main branch", "A branch was given too.", "Leave out one of the two."
         )
 
 
 def _check_whole(source: Source, progress: ProgressCallback | None) -> None:
-    """Raise :class:`DeltaError` where the delta's files are not those that the manifest lists."""
+    """Raise :class:`DeltaError` if the delta's files are not those in the manifest."""
     assert source.root is not None
     report = verify_delta(source.root, progress=progress)
-    wrong = [problem for problem in report.problems if problem.kind != "extra"]  # which are not published
+    wrong = [problem for problem in report.problems if problem.kind != "extra"]  # extras stay here
     if wrong:
         first = wrong[0]
         more = f", and {len(wrong) - 1} more." if wrong[1:] else "."
@@ -137,7 +136,7 @@ def _check_whole(source: Source, progress: ProgressCallback | None) -> None:
 def _check_copies(manifest: Manifest) -> None:
     """Raise :class:`DeltaError` where the delta holds a file of its base instead of a reference to it.
 
-    That is what a manifest can tell; of copies within tensors or archives it knows nothing."""
+    The manifest does not show copies inside tensors or archives."""
     base = {(record.size, record.sha256) for record in manifest.base.files if record.size}
     texts = {record.path for record in text_records(manifest)}
     copies = {
@@ -153,14 +152,14 @@ def _check_copies(manifest: Manifest) -> None:
     if copies:
         first, *more = sorted(copies)
         raise DeltaError(
-            "The delta holds a copy of files of its base",
+            "The delta holds copies of its base's files",
             f"{first} is one" + (f", and {len(more)} more are." if more else "."),
             "Make it with `make_delta`, which refers to the base's files instead.",
         )
 
 
 def _check_license_text(source: Source, manifest: Manifest) -> None:
-    """Raise :class:`DeltaError` where the base states a license, and the delta does not have its text."""
+    """Raise :class:`DeltaError` if the base states a license and the delta lacks its text."""
     stated = terms_of(manifest.base.license)
     names = (record.path.partition("-")[2] for record in manifest.base.license.files)
     if not stated or any(map(LICENSE_FILE.fullmatch, names)):
@@ -172,7 +171,7 @@ def _check_license_text(source: Source, manifest: Manifest) -> None:
         where = f" ({lacking[0].source})" if lacking[0].source else ""
         raise DeltaError(
             f"The delta lacks the text of its base's license: {lacking[0].name}",
-            "It has to be passed on with what was made from the base.",
+            "That text must accompany everything made from the base.",
             f"Put it into the folder of base or target as LICENSE.base{where}, and run the diff again.",
         )
 
@@ -181,7 +180,7 @@ def _unsettled(conflicts: tuple[str, ...]) -> DeltaError:
     return DeltaError(
         "The licenses do not fit together",
         " ".join(conflicts),
-        "Settle that, or pass accept_conflicts=True if you have; or push privately: leave out private=False.",
+        "Resolve the conflict and pass accept_conflicts=True, or push privately: leave out private=False.",
     )
 
 
@@ -195,7 +194,7 @@ def _files(source: LocalSource, manifest: Manifest) -> Iterator[Outgoing]:
 
 
 def _left_over(repository: Repository, files: list[Outgoing]) -> tuple[str, ...]:
-    """The files of the delta that is in the repository now, as far as the new one does not have them."""
+    """The files of the delta now in the repository that the new one does not have."""
     there = repository.files.get(MANIFEST_NAME)
     manifest = next(file for file in files if file.path == MANIFEST_NAME)
     if there is None or there.size > MAX_MANIFEST_BYTES or manifest.is_in(repository):
@@ -203,7 +202,7 @@ def _left_over(repository: Repository, files: list[Outgoing]) -> tuple[str, ...]
     try:
         data = b"".join(Downloader(repository).fetch(MANIFEST_NAME, 0, there.size))
         earlier = {record.path for record in Manifest.from_json(data).files}
-    except (ManifestError, CheckpointError):  # not one that we could read
+    except (ManifestError, CheckpointError):  # no readable delta
         return ()
     return tuple(sorted((earlier & set(repository.files)) - {file.path for file in files}))
 

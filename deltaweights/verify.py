@@ -1,4 +1,4 @@
-"""Does everything that the manifest says hold? Reports all that is missing, extra or different."""
+"""Checks a delta against its manifest, and reports every missing, extra or different file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .patch import check_base, rebuild_shard
 from .storage import HubSource, Location, Readable, Source, open_source, sha256_of
 from .workers import Lane, Meter, ProgressCallback, Workers
 
-#: What the Hub adds to a repository.
+#: Files that the Hub adds to a repository.
 _HUBS_OWN = ".gitattributes"
 
 #: Files of a delta that are not listed in its manifest.
@@ -26,8 +26,9 @@ _UNLISTED = frozenset({MANIFEST_NAME, CARD_NAME, _HUBS_OWN})
 
 @dataclass(frozen=True, slots=True, order=True)
 class Problem:
-    """One file that is not as the manifest says. ``place``: the delta's own files, the checkpoint given as
-    target, the target as base and delta rebuild it, or the target as its own repository publishes it."""
+    """One file that contradicts the manifest. ``place`` is one of: the delta's own files, the checkpoint
+    given as target, the target as rebuilt from base and delta, the target as its own repository publishes
+    it."""
 
     place: Literal["delta", "target", "rebuilt", "published"]
     path: str
@@ -37,14 +38,14 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What :func:`verify_delta` found.
+    """The findings of :func:`verify_delta`.
 
     Attributes:
-        checked: how many files it compared with the manifest.
-        problems: all that it found, sorted.
-        published: for how many files of a delta or target on the Hub the SHA-256 that is published there was
-            compared, and none of their bytes.
-        target_repo: the target's own repository at its commit, if what it publishes was compared too.
+        checked: number of files compared with the manifest.
+        problems: all problems found, sorted.
+        published: number of files of a delta or target on the Hub of which only the published SHA-256 was
+            compared, not the bytes.
+        target_repo: the target's own repository at its commit, if its published SHA-256 were compared too.
     """
 
     checked: int
@@ -67,28 +68,28 @@ def verify_delta(
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> VerifyReport:
-    """Check a delta against its manifest; writes nothing.
+    """Check a delta against its manifest. Writes nothing.
 
     Args:
         delta: a folder, a Hub id or an open source, or several, as for :func:`apply_delta`. Their own files
             are always checked.
-        base: if given, the target is rebuilt from it in memory, and every file's SHA-256 compared (of several
-            deltas, the last one's target, if all of them are whole). If base or
-            delta are on the Hub, and the manifest names the target's repository and commit, what that one
-            publishes is compared too.
+        base: if given, the target is rebuilt from it in memory and every file's SHA-256 is compared. With
+            several deltas, this is the last one's target, and all of them must be intact. If base or delta is
+            on the Hub and the manifest names the target's repository and commit, the SHA-256 published there
+            are compared too.
         keep_base: as for :func:`apply_delta`.
         target: if given, a folder, file or Hub id whose files are compared with the target's.
-        threads: how many; the number of usable cores, at most 8, if None.
-        progress: called with a phase, what is done, what there is to do: "verify delta", "verify target",
+        threads: number of threads; if None, the number of usable cores, at most 8.
+        progress: called with a phase, the amount done and the total: "verify delta", "verify target",
             "download base", "rebuild" (in bytes), "check base" (in chunks).
 
-    Of the files of a delta or target on the Hub, the SHA-256 that the Hub publishes is compared, where there
-    is one; only the others are read.
+    For a delta or target on the Hub, the published SHA-256 of a file is compared if there is one; only the
+    other files are read.
 
     Raises:
         CheckpointError: base, target or delta cannot be found, read or downloaded.
         ManifestError: the manifest itself is damaged.
-        BaseMismatchError: ``base`` is not the right one, or a delta does not follow the one before it.
+        BaseMismatchError: ``base`` is the wrong one, or a delta does not follow the one before it.
     """
     with ExitStack() as opened, Workers(threads) as workers:
         sources = [opened.enter_context(open_source(one)) for one in listed(delta)]
@@ -98,7 +99,7 @@ def verify_delta(
         for source, manifest in zip(sources, manifests, strict=True):
             workers.at_stop(source.cancel)
             found = _compare("delta", source, manifest.files, workers, progress)
-            # Of several deltas, a name has to say whose.
+            # With several deltas, a name must say which one it belongs to.
             problems += [replace(p, path=source.name(p.path)) if sources[1:] else p for p in found]
             checked += len(manifest.files)
             published += _count_published(source, manifest.files)
@@ -132,7 +133,7 @@ def _compare(
     workers: Workers,
     progress: ProgressCallback | None,
 ) -> list[Problem]:
-    """The files of ``source`` against their records."""
+    """Compare the files of ``source`` with their records."""
     expected = {record.path: record for record in records}
     meter = Meter(progress, f"verify {place}", sum(record.size for record in expected.values()))
     extra = set(source.sizes) - set(expected)
@@ -164,7 +165,7 @@ def _compare(
 def _compare_rebuilt(
     view: TargetRecipe, workers: Workers, progress: ProgressCallback | None
 ) -> list[Problem]:
-    """Every file of the target, rebuilt in memory, against its record."""
+    """Rebuild every file of the target in memory, and compare it with its record."""
     meter = Meter(progress, "rebuild", view.manifest.target_bytes)
 
     def compare(lane: Lane, file: TargetFile) -> Problem | None:
@@ -175,7 +176,7 @@ def _compare_rebuilt(
                 digest = sha256_of(lane.watch(view.blocks(file), meter))
         except DeltaWeightsError as error:
             if view.is_remote and isinstance(error, CheckpointError):
-                raise  # it says nothing of the delta
+                raise  # it says nothing about the delta
             return Problem("rebuilt", file.path, "different", " ".join(filter(None, (error.what, error.why))))
         if digest != file.sha256:
             return Problem("rebuilt", file.path, "different", f"SHA-256 is {digest}, not {file.sha256}")
@@ -185,8 +186,8 @@ def _compare_rebuilt(
 
 
 def _compare_published(manifest: Manifest, problems: list[Problem]) -> str | None:
-    """What the target's own repository publishes, against the manifest, at no cost. Adds the problems;
-    returns the repository's name, or None where it is not known or cannot be asked."""
+    """Compare the SHA-256 published in the target's own repository with the manifest, which downloads
+    nothing. Adds to ``problems``. Returns the repository's name, or None if it is unknown or unreachable."""
     record = manifest.target
     if not record.repo_id or not record.revision:
         return None

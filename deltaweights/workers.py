@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-#: Called with the name of a phase, how much is done and how much there is (bytes, or chunks where a phase
-#: says so); from any thread, one at a time.
+#: Called with the name of a phase, the amount done and the total (bytes, or chunks for some phases), from any
+#: thread, one call at a time.
 ProgressCallback = Callable[[str, int, int], None]
 
 
 def batches(items: Iterable[Item], nbytes: int, nbytes_of: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """The items in order, so many at a time as have together at most ``nbytes``, or one."""
+    """Group the items, in order, into batches of at most ``nbytes`` bytes or of a single item."""
     batch: list[Item] = []
     room = nbytes
     for item in items:
@@ -40,20 +40,21 @@ class Stopped(CancelledError):  # noqa: N818
 
 
 class _Task(Generic[Result]):
-    """A call for a pool of threads, or for whoever waits for its result: the first who comes to it."""
+    """A call that is made by a pool thread or by the thread that waits for its result, whichever is first."""
 
     def __init__(self, pool: ThreadPoolExecutor, call: Callable[[], Result]) -> None:
         self._call = call
         self.future = pool.submit(call)
 
     def take(self) -> bool:
-        """Make the call in this thread, unless it was begun before. Returns whether it was made now."""
+        """Make the call in this thread, unless another thread began it. Returns whether this thread made
+        it."""
         if self.future.cancelled() or not self.future.cancel():
             return False
         self.future = Future()
         try:
             self.future.set_result(self._call())
-        except Exception as error:  # it is raised where the result is asked for
+        except Exception as error:  # raised again by result()
             self.future.set_exception(error)
         return True
 
@@ -62,8 +63,8 @@ class _Task(Generic[Result]):
         return result_of(self.future)
 
 
-#: What is best for how many threads was measured on 16 cores (docs/benchmarks.md, "Many cores") and on 2
-#: (docs/codec.md, "What pays, what does not").
+#: The best values for each number of threads, measured on 16 cores (docs/benchmarks.md, "Many cores") and on
+#: 2 (docs/codec.md, "What pays, what does not").
 _FEW_THREADS, _MOST_THREADS = 2, 8
 _SMALL_BATCH_BYTES, _BATCH_BYTES = 2 << 20, 4 << 20
 
@@ -73,7 +74,7 @@ class _Crew:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self.lanes = 1  # that are at work
+        self.lanes = 1  # at work now
         self.lock = threading.Lock()
         self.pool = ThreadPoolExecutor(max(1, threads - 1))  # used only if there are two or more
         self.stopped = threading.Event()
@@ -83,8 +84,8 @@ class _Crew:
 class Lane:
     """One line of work, item after item in order, with its share of the threads.
 
-    While there is a lane for every thread, nothing runs ahead in any of them: one thread does all of an item,
-    and what it just decoded is still in its core's cache when it hashes it.
+    While every thread has a lane of its own, no lane runs ahead: one thread does all the work on an item, so
+    the bytes that it decoded are still in its core's cache when it hashes them.
     """
 
     def __init__(self, crew: _Crew) -> None:
@@ -92,22 +93,22 @@ class Lane:
 
     @property
     def threads(self) -> int:
-        """How many threads all lanes share."""
+        """The number of threads that all lanes share."""
         return self._crew.threads
 
     def stop(self) -> None:
-        """Make all work that goes on, in all lanes, end with :class:`Stopped`."""
+        """End the work in all lanes with :class:`Stopped`."""
         self._crew.stopped.set()
         for wake in self._crew.at_stop:
             wake()
 
     def check(self) -> None:
-        """Raise :class:`Stopped` where the work is to end."""
+        """Raise :class:`Stopped` if :meth:`stop` was called."""
         if self._crew.stopped.is_set():
             raise Stopped
 
     def watch(self, blocks: Iterable[bytes], meter: Meter | None = None) -> Iterator[bytes]:
-        """The blocks, counted, until the work is to end."""
+        """Yield the blocks and count them, until :meth:`stop` is called."""
         for block in blocks:
             self.check()
             yield block
@@ -116,23 +117,24 @@ class Lane:
 
     @property
     def batch_bytes(self) -> int:
-        """How much to do at once: a few threads do best with what their caches hold; the more there are, the
-        longer each one waits for Python's lock whenever it has to have it."""
+        """Bytes to work on at once. A few threads are fastest with batches that fit their caches. Many
+        threads need larger batches, since each wait for Python's lock takes longer."""
         return _BATCH_BYTES if self.threads > _FEW_THREADS else _SMALL_BATCH_BYTES
 
     @property
     def window(self) -> int:
-        """How many items :meth:`map` works on or holds at once: enough for its share of the threads."""
+        """The number of items that :meth:`map` works on or holds at once: enough for its share of the
+        threads."""
         return 2 * -(-self.threads // max(1, self._crew.lanes)) + 2
 
     @property
     def _is_alone(self) -> bool:
-        """Whether all other threads have work of their own."""
+        """Whether all other threads are busy with their own lanes."""
         return self.threads == 1 or self._crew.lanes >= self.threads
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
-        """``function`` of each item, in order, at most ``window`` of them ahead of the consumer, whose thread
-        works as well while it would have to wait."""
+        """Yield ``function`` of each item, in order. At most ``window`` items run ahead of the consumer,
+        whose thread helps instead of waiting."""
         ahead: deque[_Task[Result]] = deque()
         try:
             for item in items:
@@ -148,12 +150,12 @@ class Lane:
         except KeyboardInterrupt:
             self.stop()
             raise
-        finally:  # nothing may still use the consumer's files when its error is handled
+        finally:  # no task may use the consumer's files once its error is handled
             _cancel(task.future for task in ahead)
 
     def aside(self, call: Callable[[], Result]) -> Callable[[], Result]:
-        """Have ``call`` made by another thread, if one is free before the function that is returned is called
-        for the result."""
+        """Let another thread make ``call``, if one becomes free in time. Call the returned function for the
+        result."""
         if self._is_alone:
             result = call()
             return lambda: result
@@ -161,12 +163,12 @@ class Lane:
 
 
 class Workers(Lane):
-    """Threads to work with, that of the caller being one; a context manager, and a lane that has all of them.
-    Any error inside it stops all the work.
+    """The threads that do the work, including the caller's. A context manager, and a lane with all the
+    threads. Any error inside it stops all the work.
 
     Args:
-        threads: how many; the number of usable cores, but no more than 8, if None: more would wait for
-            Python's lock, and take memory.
+        threads: number of threads; if None, the number of usable cores, at most 8, since more would wait for
+            Python's lock and take memory.
     """
 
     def __init__(self, threads: int | None = None) -> None:
@@ -180,12 +182,12 @@ class Workers(Lane):
         self._crew.pool.shutdown(cancel_futures=True)
 
     def at_stop(self, wake: Callable[[], None]) -> None:
-        """Have :meth:`stop` call ``wake``, perhaps more than once, to end what threads wait for elsewhere."""
+        """Let :meth:`stop` call ``wake``, possibly more than once, to end other waits of the threads."""
         self._crew.at_stop.append(wake)
 
     def each(self, function: Callable[[Lane, Item], Result], items: Iterable[Item]) -> list[Result]:
-        """``function`` of a lane and an item, for each item: several at once, each in a lane of its own, so
-        that one core's sequential work (SHA-256 of a shard) does not hold up the others."""
+        """Return ``function`` of a lane and an item, for each item. Several run at once, each in its own
+        lane, so that sequential work on one core (SHA-256 of a shard) does not hold up the others."""
         items, crew = list(items), self._crew
         crew.lanes = len(items)
         lane = Lane(crew)
@@ -195,7 +197,7 @@ class Workers(Lane):
             try:
                 return function(lane, item)
             except BaseException:
-                self.stop()  # at once: before another item begins
+                self.stop()  # immediately, before the next item begins
                 raise
             finally:
                 with crew.lock:
@@ -206,7 +208,7 @@ class Workers(Lane):
             try:
                 for item in items:  # one by one: Ctrl-C may come while the first are at work
                     futures.append(threads.submit(run, item))
-                _wait_for(futures)  # not long after an error: it stops the others
+                _wait_for(futures)  # short after an error, which stops the others
                 return [future.result() for future in futures]
             except BaseException:
                 self.stop()
@@ -218,36 +220,36 @@ class Workers(Lane):
 
 
 def _first(ahead: deque[_Task[Result]]) -> Result:
-    """The first task's result. Until it is there, this thread takes tasks that nobody has begun."""
+    """The first task's result. While it is pending, this thread takes tasks that no thread has begun."""
     while not ahead[0].future.done() and any(task.take() for task in ahead):
         pass
-    _wait_for([ahead[0].future])  # it stays in there: after Ctrl-C it is to be waited for
+    _wait_for([ahead[0].future])  # kept in `ahead`, so that it is awaited after Ctrl-C
     return ahead.popleft().future.result()
 
 
 def _cancel(futures: Iterable[Future[Result]]) -> None:
-    """Cancel what has not begun, wait for what has."""
+    """Cancel the futures that have not begun, and wait for the others."""
     _wait_for([future for future in futures if not future.cancel()])
 
 
 def result_of(future: Future[Result]) -> Result:
-    """The future's result, waited for as long as it takes, or until Ctrl-C."""
+    """Wait for the future's result, without a time limit, but open to Ctrl-C."""
     _wait_for([future])
     return future.result()
 
 
 def _wait_for(futures: list[Future[Result]]) -> None:
-    """Wait until all are done or cancelled. (A pool that was shut down never says that they were cancelled.)
+    """Wait until all are done or cancelled. (A pool that was shut down does not report cancelled futures.)
 
-    Python misses a signal that comes just before its main thread begins to wait, so it begins anew now and
-    then.
+    Python misses a signal that arrives just before its main thread begins to wait, so the wait restarts twice
+    a second.
     """
     while unfinished := [future for future in futures if not future.done()]:
         wait(unfinished, timeout=0.5)
 
 
 def _raise_first(futures: list[Future[Result]]) -> None:
-    """Raise the first error that is not merely the echo of another."""
+    """Raise the first error that is not merely the consequence of an earlier one."""
     for future in futures:
         error = None if future.cancelled() else future.exception()
         if error and not isinstance(error, CancelledError):
@@ -255,26 +257,26 @@ def _raise_first(futures: list[Future[Result]]) -> None:
 
 
 def usable_cores() -> int:
-    """How many cores this process may use (a container's or batch job's share, where the system tells)."""
+    """The number of cores that this process may use (a container's or batch job's share, if the system
+    tells)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 class Buffers:
-    """Arrays that are used again and again, by any thread: memory given back to the system and asked for
-    again costs a page fault for each 4 KiB.
+    """Arrays reused by all threads, since freshly allocated memory costs a page fault for each 4 KiB.
 
     Args:
-        nbytes: how long they usually are.
+        nbytes: their usual length.
     """
 
     def __init__(self, nbytes: int) -> None:
         self._nbytes = nbytes
-        self._free: list[NDArray[np.uint8]] = []  # the one that was used last is in the cache
+        self._free: list[NDArray[np.uint8]] = []  # a stack: the last one used is in the cache
 
     def take(self, nbytes: int) -> NDArray[np.uint8]:
-        """An array of so many bytes, to be given back when it is no longer used."""
+        """An array of ``nbytes`` bytes. Pass it to :meth:`give` after use."""
         try:
             buffer = self._free.pop()
         except IndexError:
@@ -282,12 +284,12 @@ class Buffers:
         return (buffer if buffer.size >= nbytes else np.empty(nbytes, np.uint8))[:nbytes]
 
     def give(self, array: NDArray[np.uint8]) -> None:
-        """Take back what :meth:`take` gave."""
+        """Take back an array from :meth:`take`."""
         self._free.append(array if array.base is None else array.base)
 
 
 class Meter:
-    """Counts what is done, from any thread, and passes the sum on to a callback."""
+    """Counts progress, from any thread, and passes the sum to a callback."""
 
     def __init__(self, callback: ProgressCallback | None, phase: str, total: int) -> None:
         self._callback = callback
