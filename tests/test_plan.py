@@ -15,7 +15,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from deltaweights import CheckpointError, DeltaError, apply_delta, make_delta, plan_apply
-from deltaweights.cli.commands import _duration, _rate, app
+from deltaweights.cli.commands import app
+from deltaweights.cli.rendering import duration, rate
 from deltaweights.patch import sample_chunks
 from deltaweights.payload import ChunkPlan
 from deltaweights.storage.source import HEAD_BYTES
@@ -349,11 +350,11 @@ def test_what_is_no_bandwidth_is_wrong_usage(trio: Trio, bandwidth: str) -> None
     ],
 )
 def test_durations_are_for_people(seconds: float, text: str) -> None:
-    assert _duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_rates_are_for_people() -> None:
-    assert [_rate(bits) for bits in (1, 64_000, 1e8, 2.5e9, 1e13)] == [
+    assert [rate(bits) for bits in (1, 64_000, 1e8, 2.5e9, 1e13)] == [
         "1 bit/s",
         "64 kbit/s",
         "100 Mbit/s",
