@@ -17,10 +17,11 @@ else:
     import tomli as tomllib
 
 PACKAGE = Path(deltaweights.__file__).parent
-PROJECT = Path(__file__).parents[1] / "pyproject.toml"
+HERE = Path(__file__).parent
+PROJECT = HERE.parent / "pyproject.toml"
 
 #: The extras that a room may import from; all else is a dependency.
-EXTRAS = {"bom": ("bom",), "codec": ("jit",), "torch": ("torch", "transformers")}
+EXTRAS = {"codec": ("jit",), "delta": ("torch",), "license": ("bom",), "torch": ("torch", "transformers")}
 #: torch for CUDA brings the Triton that fits it.
 BROUGHT = {"torch": {"triton"}}
 
@@ -28,6 +29,8 @@ BROUGHT = {"torch": {"triton"}}
 DISTRIBUTIONS = {"cyclonedx": "cyclonedx-python-lib", "packageurl": "packageurl-python", "yaml": "pyyaml"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
+#: Those that also run where there is no torch.
+TESTS = sorted(path for path in HERE.rglob("*.py") if path.relative_to(HERE).parts[0] != "torch")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -47,7 +50,7 @@ def test_the_build_backend_asks_for_the_same_compiler() -> None:
     assert set(project["optional-dependencies"]["jit"]) <= set(ast.literal_eval(asked))
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(HERE)))
 def test_only_the_tests_of_torch_import_it(path: Path) -> None:
     """The others run without it, and Triton must not be loaded before its interpreter is chosen."""
     loaded = {name.partition(".")[0] for node in ast.parse(path.read_text()).body for name in _modules(node)}
@@ -61,7 +64,7 @@ def _modules(node: ast.stmt) -> list[str]:
 
 
 def test_the_test_sees_imports() -> None:
-    assert _imported(PACKAGE / "card.py") == {"huggingface-hub", "pyyaml"}
+    assert _imported(PACKAGE / "license" / "cards.py") == {"huggingface-hub", "pyyaml"}
 
 
 def _names(requirements: list[str]) -> set[str]:
