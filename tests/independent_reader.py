@@ -791,9 +791,11 @@ def exp_minus(x: int) -> int:
 def decompress_file(data: bytes, size: int) -> bytes:
     """A zstd file that holds ``size`` bytes."""
     try:
-        result = zstandard.ZstdDecompressor(max_window_size=1 << 23).decompressobj().decompress(data)
+        frame = zstandard.ZstdDecompressor(max_window_size=1 << 23).decompressobj()
+        result = frame.decompress(data)
     except zstandard.ZstdError as error:
         raise BadDeltaError(f"zstd: {error}") from error
+    need(frame.eof and not frame.unused_data, "zstd: one whole frame")
     need(len(result) == size, "zstd: size")
     return result
 
