@@ -3,7 +3,7 @@
 Each target is one shard in which one tensor takes half of the bytes. The commands run as a user would
 type them, with default settings; what is counted is the peak resident memory (ru_maxrss) of the whole
 process, interpreter and libraries included. Figures: diff at most 768 MiB, apply and verify at most
-512 MiB, and large and small less than 64 MiB apart.
+512 MiB, apply no more than `plan` says, and large and small less than 64 MiB apart.
 
     python benchmarks/memory.py
 """
@@ -17,6 +17,8 @@ from pathlib import Path
 import pairs
 from children import MIB, deltaweights, finish, print_table, run_measured
 
+from deltaweights import plan_apply
+
 _LIMITS = {"diff": 768 * MIB, "apply": 512 * MIB, "verify --base": 512 * MIB}
 _FLAT = 64 * MIB
 
@@ -29,6 +31,7 @@ def measure(pair: pairs.Pair, nbytes: int) -> dict[str, int]:
     shutil.rmtree(pair.target)
     apply = deltaweights("apply", delta, "--base", pair.base, "-o", out, "-q")
     peaks["apply"] = run_measured(apply).peak
+    peaks["plan"] = plan_apply(delta, base=pair.base).memory
     shutil.rmtree(out)
     peaks["verify --base"] = run_measured(deltaweights("verify", delta, "--base", pair.base, "-q")).peak
     shutil.rmtree(pair.root)
@@ -41,6 +44,8 @@ def find_missed(small: dict[str, int], large: dict[str, int]) -> list[str]:
     for verb, limit in _LIMITS.items():
         if max(small[verb], large[verb]) > limit:
             missed.append(f"{verb} takes more than {limit // MIB} MiB")
+        if verb == "apply" and any(side[verb] > side["plan"] for side in (small, large)):
+            missed.append("apply takes more than plan says")
         if abs(large[verb] - small[verb]) > _FLAT:
             missed.append(f"{verb} is not flat: large and small differ by more than {_FLAT // MIB} MiB")
     return missed

@@ -2,93 +2,47 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ._version import __version__
-from .errors import (
-    BaseMismatchError,
-    CheckpointError,
-    DeltaError,
-    DeltaWeightsError,
-    DiskSpaceError,
-    FormatVersionError,
-    HeaderError,
-    HubError,
-    LicenseNotAcceptedError,
-    ManifestError,
-    OutputError,
-    PayloadError,
-)
+from . import _exports
 
 if TYPE_CHECKING:
-    from .compact import compact_deltas
-    from .delta.target import Target, TensorView, open_target
-    from .diff import make_delta
-    from .manifest import Manifest
-    from .patch import ApplyReport, apply_delta
-    from .plan import Plan, plan_apply
-    from .push import PushReport, push_delta
-    from .verify import Problem, VerifyReport, verify_delta
-
-__all__ = [
-    "ApplyReport",
-    "BaseMismatchError",
-    "CheckpointError",
-    "DeltaError",
-    "DeltaWeightsError",
-    "DiskSpaceError",
-    "FormatVersionError",
-    "HeaderError",
-    "HubError",
-    "LicenseNotAcceptedError",
-    "Manifest",
-    "ManifestError",
-    "OutputError",
-    "PayloadError",
-    "Plan",
-    "Problem",
-    "PushReport",
-    "Target",
-    "TensorView",
-    "VerifyReport",
-    "__version__",
-    "apply_delta",
-    "compact_deltas",
-    "make_delta",
-    "open_target",
-    "plan_apply",
-    "push_delta",
-    "verify_delta",
-]
-
-#: Imported on first use, so that ``import deltaweights`` stays quick.
-_LAZY = {
-    "ApplyReport": "patch",
-    "Manifest": "manifest",
-    "Plan": "plan",
-    "Problem": "verify",
-    "PushReport": "push",
-    "Target": "delta.target",
-    "TensorView": "delta.target",
-    "VerifyReport": "verify",
-    "apply_delta": "patch",
-    "compact_deltas": "compact",
-    "make_delta": "diff",
-    "open_target": "delta.target",
-    "plan_apply": "plan",
-    "push_delta": "push",
-    "verify_delta": "verify",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    from ._version import __version__ as __version__
+    from .bom import bom_of as bom_of
+    from .compact import compact_deltas as compact_deltas
+    from .delta.target import Target as Target
+    from .delta.target import TensorSlice as TensorSlice
+    from .delta.target import TensorView as TensorView
+    from .delta.target import open_target as open_target
+    from .diff import make_delta as make_delta
+    from .errors import BaseMismatchError as BaseMismatchError
+    from .errors import CheckpointError as CheckpointError
+    from .errors import DeltaError as DeltaError
+    from .errors import DeltaWeightsError as DeltaWeightsError
+    from .errors import DiskSpaceError as DiskSpaceError
+    from .errors import FormatVersionError as FormatVersionError
+    from .errors import HeaderError as HeaderError
+    from .errors import HubError as HubError
+    from .errors import LicenseNotAcceptedError as LicenseNotAcceptedError
+    from .errors import ManifestError as ManifestError
+    from .errors import OutputError as OutputError
+    from .errors import PayloadError as PayloadError
+    from .inspect import DeltaSummary as DeltaSummary
+    from .inspect import inspect_delta as inspect_delta
+    from .inspect import license_of as license_of
+    from .license.rules import LicenseReport as LicenseReport
+    from .manifest import Manifest as Manifest
+    from .match.names import RenameRule as RenameRule
+    from .patch import ApplyReport as ApplyReport
+    from .patch import apply_delta as apply_delta
+    from .plan import Plan as Plan
+    from .plan import plan_apply as plan_apply
+    from .push import PushReport as PushReport
+    from .push import push_delta as push_delta
+    from .storage.location import Location as Location
+    from .verify import Problem as Problem
+    from .verify import VerifyReport as VerifyReport
+    from .verify import verify_delta as verify_delta
+    from .workers import ProgressCallback as ProgressCallback
+else:
+    __getattr__, __dir__, __all__ = _exports.exports(__name__)

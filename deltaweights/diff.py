@@ -328,6 +328,7 @@ class _Encoder:
     ) -> None:
         self._passing: dict[str, Shard] = {}  # the base's shards that are hashed while shards are written
         self._passed: dict[str, str] = {}  # their SHA-256
+        self._used = set[str]()  # the base's shards that the delta is made from
         self._old = old
         self._new = new
         self._writer = writer
@@ -348,6 +349,7 @@ class _Encoder:
         for match in matches:
             by_shard[match.target.path].append(match)
         self._passing = _read_in_order(by_shard, self._old)
+        self._used = {match.base.path for match in matches if match.base and match.shared_bytes}
         with ThreadPoolExecutor(1) as aside:
             try:
                 digesting = aside.submit(self._digest_base)
@@ -363,10 +365,16 @@ class _Encoder:
         return base_files, tuple(files), entries
 
     def _digest_base(self) -> dict[str, str]:
-        """The SHA-256 of the base's files, but for those that pass while shards are written."""
-        source = self._old.source
+        """The SHA-256 of the base's files, except for those that pass while shards are written. Of a file on
+        the Hub that is not read for the delta, the one that is published."""
+        source, digests = self._old.source, {}
         passing = {shard.path for shard in self._passing.values()}
-        return {path: self._writer.digest(source, path) for path in source.sizes if path not in passing}
+        for path in source.sizes:
+            if path not in passing:
+                far = path not in self._used and source.full_path(path) is None
+                published = source.published_sha256(path) if far else None
+                digests[path] = published or self._writer.digest(source, path)
+        return digests
 
     def _base_records(
         self, digests: Mapping[str, str], known: Sequence[FileRecord]
@@ -417,15 +425,11 @@ class _Encoder:
                     else:
                         written = output.payloads.write(plan, coded)
                     entries.append(_entry(match, written, self._old))
-            if self._new.source.published_sha256(path) not in (None, digests.target):
-                raise CheckpointError(
-                    f"{self._new.source.name(path)} was damaged on the way",
-                    f"What came has SHA-256 {digests.target}, which is not the one that is published.",
-                    "Run the same command again.",
-                )
+            self._new.source.require_sha256(path, digests.target)
             target = output.finish(digests.target, entries)
         self._meter.add(shard.header.data_start)
         if base:
+            self._old.source.require_sha256(base.path, digests.base)
             self._passed[base.path] = digests.base
         return target, entries
 
@@ -502,7 +506,7 @@ def _read_in_order(by_shard: Mapping[str, Sequence[Match]], old: Checkpoint) -> 
     for path, matches in by_shard.items():
         spans = _base_spans(matches)
         shard = old.shards[spans[0].path] if spans else None
-        if shard and shard not in found.values() and old.source.published_sha256(shard.path) is None:
+        if shard and shard not in found.values() and old.source.checked_sha256(shard.path) is None:
             ends = [Span(shard.path, 0, shard.header.data_start), *spans]
             in_order = all(a.path == b.path and a.end == b.start for a, b in pairwise(ends))
             if in_order and spans[-1].end == shard.file.size:

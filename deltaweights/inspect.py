@@ -137,5 +137,5 @@ def summarise(manifest: Manifest) -> DeltaSummary:
 
 def _summary_of(entry: TensorEntry) -> TensorSummary:
     elements = entry.shared_bytes // codec.element_bytes(entry.dtype, entry.shared_bytes)
-    own = (getattr(entry, field.name) for field in fields(entry))
-    return TensorSummary(*own, entry.changed / elements if elements else None)
+    own = {field.name: getattr(entry, field.name) for field in fields(entry)}
+    return TensorSummary(**own, changed_fraction=entry.changed / elements if elements else None)

@@ -288,6 +288,8 @@ def _validate_target_file(file: TargetFile, own: Collection[str], base: dict[str
 
 
 def _validate_entry(entry: TensorEntry, shards: Collection[str]) -> None:
+    if entry.name == "__metadata__":
+        raise _damaged("A tensor is called '__metadata__', which is no tensor's name in a safetensors header")
     if (entry.status == "removed") != (entry.file is None):
         raise _damaged(f"Tensor {entry.name!r} is {entry.status} but in file {entry.file!r}")
     if entry.file is not None and entry.file not in shards:

@@ -22,7 +22,6 @@ from .delta.target_recipe import TargetRecipe, check_digest
 from .errors import DeltaError, OutputError
 from .license.rules import landing_place, text_records
 from .manifest import Manifest, TargetFile
-from .payload import ChunkPlan
 from .storage import Location, OutputFolder, Readable, Source, is_within, local_path, sha256_of
 from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches
 
@@ -229,14 +228,19 @@ def sample_chunks(recipes: list[TensorRecipe]) -> list[tuple[TensorRecipe, int]]
     shortest, unless that is so short that many checkpoints might share it."""
     per_tensor = max(1, -(-_SAMPLED_CHUNKS // max(1, len(recipes))))
     choice = random.Random(0)  # noqa: S311
-    return [(recipe, index) for recipe in recipes for index in _sample_of(recipe.plan, per_tensor, choice)]
+    return [(recipe, index) for recipe in recipes for index in _sample_of(recipe, per_tensor, choice)]
 
 
-def _sample_of(plan: ChunkPlan, most: int, choice: random.Random) -> list[int]:
-    last = plan.shared_count - 1
+def _sample_of(recipe: TensorRecipe, most: int, choice: random.Random) -> list[int]:
+    """Of the chunks that are decoded from the base."""
+    plan, chunks = (
+        recipe.plan,
+        [index for index in range(recipe.plan.shared_count) if recipe.needs_base(index)],
+    )
+    last = chunks[-1] if chunks else -1
     if most == 1 and last >= 0 and plan.length(last, last + 1) >= plan.chunk_bytes // _ENOUGH:
         return [last]
-    return sorted(choice.sample(range(last + 1), min(most, last + 1)))
+    return sorted(choice.sample(chunks, min(most, len(chunks))))
 
 
 def _write_all(

@@ -14,6 +14,7 @@ import json
 import math
 import re
 import struct
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,6 +130,7 @@ def read_manifest(delta: Path) -> Fields:
     need(manifest.get("license", {}).get("notice") in {None, *own}, "manifest: notice")
     seen: set[tuple[str, str]] = set()
     for entry in manifest["tensors"]:
+        need(entry["name"] != "__metadata__", "a tensor called __metadata__")
         need((entry["file"] is None) == (entry["status"] == "removed"), f"{entry['name']}: status")
         need(entry["base"] or not entry["shared_bytes"], f"{entry['name']}: base")
         need(entry["changed"] <= entry["shared_bytes"], f"{entry['name']}: changed")
@@ -789,8 +791,17 @@ def exp_minus(x: int) -> int:
 def decompress_file(data: bytes, size: int) -> bytes:
     """A zstd file that holds ``size`` bytes."""
     try:
-        result = zstandard.ZstdDecompressor(max_window_size=1 << 23).decompressobj().decompress(data)
+        frame = zstandard.ZstdDecompressor(max_window_size=1 << 23).decompressobj()
+        result = frame.decompress(data)
     except zstandard.ZstdError as error:
         raise BadDeltaError(f"zstd: {error}") from error
+    need(frame.eof and not frame.unused_data, "zstd: one whole frame")
     need(len(result) == size, "zstd: size")
     return result
+
+
+if __name__ == "__main__":
+    try:
+        rebuild(*map(Path, sys.argv[1:]))
+    except BadDeltaError as error:
+        sys.exit(str(error))

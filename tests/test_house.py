@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import ast
+import compileall
+import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -17,11 +24,15 @@ import deltaweights
 import deltaweights.torch
 
 PACKAGE = Path(deltaweights.__file__).parent
+PUBLIC: list[Any] = [
+    deltaweights,
+    pytest.param(deltaweights.torch, marks=pytest.mark.skipif(not find_spec("torch"), reason="needs torch")),
+]
 
 #: For each folder, what stands in it, lowest rank first. Each may import from lower ranks only.
 RANKS: dict[str, tuple[str, ...]] = {
     "": (
-        "dtypes errors _version workers",
+        "_exports _version dtypes errors workers",
         "canonical",
         "codec manifest storage",
         "checkpoint",
@@ -35,7 +46,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "__init__ __main__",
     ),
     "checkpoint": ("header", "checkpoint", "__init__"),
-    "cli": ("commands", "__init__"),
+    "cli": ("options rendering", "session", "commands", "__init__"),
     "codec": (
         "constants convert kernel_arrays opaque processor tables working_memory",
         "kernels library",
@@ -112,66 +123,65 @@ def _rank(folder: str, name: str) -> int:
     return next(rank for rank, names in enumerate(RANKS[folder]) if name in names.split())
 
 
-def test_public_names_are_these() -> None:
-    assert deltaweights.__all__ == [
-        "ApplyReport",
-        "BaseMismatchError",
-        "CheckpointError",
-        "DeltaError",
-        "DeltaWeightsError",
-        "DiskSpaceError",
-        "FormatVersionError",
-        "HeaderError",
-        "HubError",
-        "LicenseNotAcceptedError",
-        "Manifest",
-        "ManifestError",
-        "OutputError",
-        "PayloadError",
-        "Plan",
-        "Problem",
-        "PushReport",
-        "Target",
-        "TensorView",
-        "VerifyReport",
-        "__version__",
-        "apply_delta",
-        "compact_deltas",
-        "make_delta",
-        "open_target",
-        "plan_apply",
-        "push_delta",
-        "verify_delta",
-    ]
-
-
-def test_public_names_for_torch_are_these() -> None:
-    assert deltaweights.torch.__all__ == [
-        "DeltaCallback",
-        "DeltaCheckpointer",
-        "DeltaPublisher",
-        "DeltaStorageReader",
-        "DeltaStorageWriter",
-        "DeltaSubscriber",
-        "LoadReport",
-        "PublishReport",
-        "SyncReport",
-        "list_checkpoints",
-        "load_into",
-        "load_state_dict",
-        "save_delta",
-        "write_files",
-    ]
-    assert dir(deltaweights.torch) == sorted(deltaweights.torch.__all__)
+@pytest.mark.parametrize("package", PUBLIC)
+def test_public_names_are_those_that_a_type_checker_reads(package: ModuleType) -> None:
+    """And each is what the module has that the line names."""
+    lines = list(_re_exports(package))
+    assert package.__all__ == dir(package) == sorted(name for _, name in lines)
+    for module, name in lines:
+        if name != "DeltaCallback" or find_spec("transformers"):
+            assert getattr(package, name) is getattr(import_module(module, package.__name__), name)
     with pytest.raises(AttributeError, match="no_such_name"):
-        deltaweights.torch.no_such_name  # noqa: B018
+        package.no_such_name  # noqa: B018
 
 
-def test_public_names_exist() -> None:
-    assert all(getattr(deltaweights, name) is not None for name in deltaweights.__all__)
-    assert dir(deltaweights) == sorted(deltaweights.__all__)
-    with pytest.raises(AttributeError, match="no_such_name"):
-        deltaweights.no_such_name  # noqa: B018
+def test_a_star_imports_every_public_name() -> None:
+    names: dict[str, object] = {}
+    exec("from deltaweights import *", names)  # noqa: S102
+    assert set(names) - {"__builtins__"} == set(dir(deltaweights))
+
+
+def test_a_package_without_its_source_says_so(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "deltaweights", ignore=shutil.ignore_patterns("*.so", "*.pyc"))
+    assert compileall.compile_file(tmp_path / "deltaweights" / "__init__.py", quiet=1, legacy=True)
+    (tmp_path / "deltaweights" / "__init__.py").unlink()
+    command = [sys.executable, "-c", "import deltaweights"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env={})
+    assert "ImportError: deltaweights needs its own source" in done.stderr
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_public_names_are_documented(package: ModuleType) -> None:
+    """Classes and functions, and what classes have that is public, by docstrings; other names by ``#:``."""
+    for module, name in _re_exports(package):
+        path = PACKAGE.joinpath(*f"{package.__name__}{module}".split(".")[1:]).with_suffix(".py")
+        source = path.read_text()
+        (node,) = (node for node in ast.parse(source).body if name in _names_of(node))
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            members = [node, *(node.body if isinstance(node, ast.ClassDef) else [])]
+            functions = [one for one in members if isinstance(one, (ast.ClassDef, ast.FunctionDef))]
+            assert not [
+                one.name
+                for one in functions
+                if not one.name.startswith("_") and not _is_override(one) and not ast.get_docstring(one)
+            ]
+        elif name != "__version__":
+            assert source.splitlines()[node.lineno - 2].startswith("#: "), name
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_public_signatures_say_what_they_take_and_give(package: ModuleType) -> None:
+    """No dictionary of anything, no options of any name."""
+    for module, name in _re_exports(package):
+        if name == "DeltaCallback" and not find_spec("transformers"):
+            continue
+        value = getattr(package, name)
+        functions = [value, *vars(value).values()] if isinstance(value, type) else [value]
+        for function in filter(inspect.isfunction, functions):
+            hints = str(inspect.signature(function))
+            assert not re.search(r"dict\[str, Any\]|\*\*\w+: '?Any|Unset", hints), (module, function, hints)
+        if is_dataclass(value):
+            assert not [field for field in fields(value) if re.search("Any|Unset", str(field.type))]
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=str)
@@ -240,6 +250,35 @@ def test_only_the_command_line_prints() -> None:
         if _room(path) != "cli" and path.stem != "__main__":
             calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
             assert not [c for c in calls if isinstance(c.func, ast.Name) and c.func.id in ("print", "exit")]
+
+
+def _re_exports(package: ModuleType) -> Iterator[tuple[str, str]]:
+    """The lines of a package under ``if TYPE_CHECKING:``, as module and name."""
+    assert package.__file__
+    body = ast.parse(Path(package.__file__).read_text()).body
+    (block,) = (node for node in body if isinstance(node, ast.If))
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        for alias in node.names:
+            assert alias.asname == alias.name, "a re-export has `as`"
+            yield f"{'.' * node.level}{node.module}", alias.name
+
+
+def _names_of(node: ast.stmt) -> set[str]:
+    """What a statement at the top of a module defines."""
+    if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+        return {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def _is_override(node: ast.ClassDef | ast.FunctionDef) -> bool:
+    """Whether torch documents it: a method of its storage readers and writers."""
+    if not find_spec("torch"):
+        return False
+    from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+
+    return hasattr(StorageReader, node.name) or hasattr(StorageWriter, node.name)
 
 
 def _place(path: Path) -> str:

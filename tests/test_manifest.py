@@ -459,6 +459,10 @@ RULES: dict[str, tuple[Callable[[Json], None], str]] = {
     "an optional field that is null": (_set("license", None), "canonical"),
     "an optional field of a license that is null": (_set("base", "license", "expression", None), "canonical"),
     "a removed tensor in a file": (_set("tensors", 0, "status", "removed"), "is removed but in file"),
+    "a tensor with the name of a header's metadata": (
+        _set("tensors", 0, "name", "__metadata__"),
+        "no tensor's name",
+    ),
     "a tensor in no file": (_set("tensors", 1, "status", "added"), "is added but in file None"),
     "a tensor in a file that is no shard": (
         _set("tensors", 0, "file", "config.json"),

@@ -29,7 +29,8 @@ from deltaweights import (
     push_delta,
     verify_delta,
 )
-from deltaweights.cli.commands import _bytes, app
+from deltaweights.cli.commands import app
+from deltaweights.cli.rendering import size as size_text
 from deltaweights.manifest import FileRecord, Manifest
 
 from .checkpoints import Array, bf16, contents, weights, write_safetensors
@@ -649,7 +650,7 @@ def test_the_command_says_what_it_did(writer: HubServer, trio: Trio, tmp_path: P
     commit = writer.repos[REPO].branches["main"].id[:12]
     line, conflict = result.stdout.splitlines()
     count, nbytes = len(contents(delta)), sum(map(len, contents(delta).values()))
-    assert line == f"{writer.endpoint}/{REPO}: {count} files, {_bytes(nbytes)}, commit {commit}, private"
+    assert line == f"{writer.endpoint}/{REPO}: {count} files, {size_text(nbytes)}, commit {commit}, private"
     assert conflict.startswith("License: The target is stated to be under MIT")
     assert "upload: 100%" in result.stderr
     again = run(delta, REPO)

@@ -483,5 +483,5 @@ def _main_thread() -> int:
 
 def _main_thread_waits() -> bool:
     """For work: not merely for a thread to start."""
-    stack = [frame.f_code for frame, _ in traceback.walk_stack(sys._current_frames()[_main_thread()])]
-    return stack[0] is threading.Condition.wait.__code__ and threading.Thread.start.__code__ not in stack
+    stack = {frame.f_code for frame, _ in traceback.walk_stack(sys._current_frames()[_main_thread()])}
+    return threading.Condition.wait.__code__ in stack and threading.Thread.start.__code__ not in stack

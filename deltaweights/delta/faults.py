@@ -71,9 +71,11 @@ class DeltaFaults(Faults):
                 raise self.wrong_base(f"its file {path!r} has SHA-256 {told}, not {records[path]}")
         return {path for path in paths if self.is_proven(path)}
 
-    @property
-    def remedy(self) -> str:
-        """What helps where bytes of a base that is proven come wrong."""
+    def remedy(self, path: str) -> str:
+        """What helps where bytes of the base's file at ``path``, which is proven, come wrong."""
+        copy = self._base.source.full_path(path) if self._base else None
+        if copy:
+            return f"The copy in the Hub cache is damaged: remove {copy} and download it again."
         if self._base and self._base.source.origins != [self._base.source]:
             return "Get the deltas before this one again."
         return "Something on the way changes them: try another network, or keep_base=True."

@@ -87,6 +87,10 @@ class RebuiltSource(Source):
         """The SHA-256 in the manifest."""
         return self._files[path].sha256 if path in self._files else None
 
+    def checked_sha256(self, path: str) -> str | None:
+        """The SHA-256 in the manifest: chunks are checked as they are decoded."""
+        return self.published_sha256(path)
+
     def fingerprint(self, path: str) -> str:
         """Path and SHA-256."""
         return f"{path}:{self._files[path].sha256}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,13 +76,19 @@ class DeltaWriter:
                 yield f"files/{path}.zst"
 
     def digest(self, source: Source, path: str, meter: Meter | None = None) -> str:
-        """The SHA-256 of a file: the one that the Hub publishes, or else that of its bytes."""
-        published = source.published_sha256(path)
-        if published is None:
-            return sha256_of(self._workers.watch(source.blocks(path), meter))
+        """The SHA-256 of a file's bytes.
+
+        Raises:
+            CheckpointError: it is not the one that is published.
+        """
+        checked = source.checked_sha256(path)
+        if checked is None:
+            found = sha256_of(self._workers.watch(source.blocks(path), meter))
+            source.require_sha256(path, found)
+            return found
         if meter:
             meter.add(source.sizes[path])
-        return published
+        return checked
 
     @contextmanager
     def shard(self, name: str, shard: Shard, plans: Iterable[ChunkPlan]) -> Iterator[DeltaShardWriter]:
@@ -131,11 +138,22 @@ class DeltaWriter:
         stored = f"files/{path}"
         if size >= _WORTH_COMPRESSING and self._may_be_compressed(path):
             level = 9 if size < (64 << 20) else 3
-            blocks = compress_blocks(self._target.blocks(path), level)
+            blocks = compress_blocks(self._same(path, digest), level)
             if self._write_blocks(f"{stored}.zst", blocks, limit=int(size * _WORTH_SAVING)):
                 return TargetFile(path, size, digest, "zstd", f"{stored}.zst")
-        self._write_blocks(stored, self._target.blocks(path))
+        self._write_blocks(stored, self._same(path, digest))
         return TargetFile(path, size, digest, "verbatim", stored)
+
+    def _same(self, path: str, digest: str) -> Iterator[bytes]:
+        """The blocks of a file that was read before. Raises where they are no longer the same."""
+        sha256 = hashlib.sha256()
+        for block in self._target.blocks(path):
+            sha256.update(block)
+            yield block
+        if sha256.hexdigest() != digest:
+            raise CheckpointError(
+                f"{self._target.name(path)} changed while it was read", "", "Run the same command again."
+            )
 
     def _may_be_compressed(self, path: str) -> bool:
         """Whether ``path`` with .zst is a name of its own: no other file's or folder's, on any file system,

@@ -48,9 +48,8 @@ class Faults(ABC):
         """Whether the base's file at ``path`` is known to be the right one without reading it."""
         return False
 
-    @property
-    def remedy(self) -> str:
-        """What helps where bytes of a proven file come wrong time and again."""
+    def remedy(self, path: str) -> str:
+        """What helps where bytes of the proven file at ``path`` come wrong time and again."""
         return "Something on the way changes them: try a different network, or download the base first."
 
     def in_tensor(self, path: str, name: str, why: str) -> DeltaError:
@@ -70,6 +69,6 @@ class Faults(ABC):
             return CheckpointError(
                 f"{base.path} does not arrive as it is published",
                 f"{place[0].upper()}{place[1:]} of its tensor {base.name!r} came wrong twice.",
-                self.remedy,
+                self.remedy(base.path),
             )
         return self.wrong_base(f"its tensor {base.name!r} differs in {place}")

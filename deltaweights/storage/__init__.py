@@ -2,10 +2,10 @@
 
 from .file_names import spelling
 from .hub import HubSource, open_hub
-from .local import LocalSource, cached_sha256, local_path
+from .local import LocalSource, local_path
 from .location import Location, Readable, open_source
 from .output import OutputFolder, PartialFile
-from .source import HubId, ReadableFile, Source, Span, file_blocks, sha256_of
+from .source import HubId, ReadableFile, Source, Span, cached_sha256, file_blocks, sha256_of
 from .system import flush_folder, is_same, is_within, lock
 
 __all__ = [

@@ -111,7 +111,7 @@ class HubSource(Source):
         """The file's bytes in order, in blocks of at most 1 MiB.
 
         Raises:
-            HubReadError: at the end, where they have another SHA-256 than the Hub publishes.
+            CheckpointError: at the end, where their SHA-256 is not the one that the Hub publishes.
         """
         file = self.open(path)
         sha256 = hashlib.sha256()
@@ -119,13 +119,7 @@ class HubSource(Source):
             for block in file_blocks(file):
                 sha256.update(block)
                 yield block
-        if self.published_sha256(path) not in (None, sha256.hexdigest()):
-            raise HubReadError(
-                f"{self.name(path)} was damaged on the way",
-                f"Its SHA-256 is {sha256.hexdigest()}, the Hub publishes {self.published_sha256(path)}.",
-                "Run the same command again.",
-                retryable=True,
-            )
+        self.require_sha256(path, sha256.hexdigest())
 
     def published_sha256(self, path: str) -> str | None:
         """The SHA-256 that the Hub publishes for the file; it does so for LFS files."""

@@ -150,13 +150,6 @@ def _hub_id(path: Path) -> HubId:
     return HubId(match[1].replace("--", "/"), match[2]) if match else HubId()
 
 
-def cached_sha256(path: Path | None) -> str | None:
-    """The SHA-256 that a large file in the Hub cache is stored under, as the Hub published it at the time of
-    the download; None elsewhere. It says what the file was to be: its bytes may have changed since."""
-    match = re.search(r"/models--[^/]+/blobs/([0-9a-f]{64})$", path.as_posix()) if path else None
-    return match[1] if match else None
-
-
 def is_left_out(path: str) -> bool:
     """Whether a relative path belongs to a tool, not to the checkpoint."""
     return any(map(_LEFT_OUT.fullmatch, path.split("/")))

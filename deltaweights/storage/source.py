@@ -7,6 +7,7 @@ rebuilds a target, and torch/models/memory.py holds one in memory.
 from __future__ import annotations
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +18,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, HubReadError
 
 _BLOCK_BYTES = 1 << 20
 
@@ -162,6 +163,32 @@ class Source(ABC):
         elsewhere, and for a file that is not there."""
         return None
 
+    def checked_sha256(self, path: str) -> str | None:
+        """The file's SHA-256 (hex), where every byte that is read of it is known to be right, so that nothing
+        is gained by computing it; None elsewhere. A copy in a cache may have changed: it has none."""
+        return None
+
+    def require_sha256(self, path: str, sha256: str) -> None:
+        """Compare the SHA-256 of the bytes that were read with what is published, if anything is.
+
+        Raises:
+            CheckpointError: they differ.
+        """
+        copy = self.full_path(path)
+        published = self.published_sha256(path) or cached_sha256(copy)
+        if published in (None, sha256):
+            return
+        why = f"Its SHA-256 is {sha256}; {published} is published."
+        if copy:
+            raise CheckpointError(
+                f"The copy of {self.name(path)} in the Hub cache is damaged",
+                why,
+                f"Remove {copy} and download it again.",
+            )
+        raise HubReadError(
+            f"{self.name(path)} was damaged on the way", why, "Run the same command again.", retryable=True
+        )
+
     def expect(self, spans: Iterable[Span]) -> AbstractContextManager[None]:
         """Within the block, ``spans`` will be read, each byte of them once, in about this order: what is far
         away is fetched ahead of its readers. Only a matter of speed: anything may be read at any time."""
@@ -181,6 +208,13 @@ class Source(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Give back what is open; again does nothing."""
+
+
+def cached_sha256(path: Path | None) -> str | None:
+    """The SHA-256 that a large file in the Hub cache is stored under, as the Hub published it at the time of
+    the download; None elsewhere. Its bytes may have changed since."""
+    match = re.search(r"/models--[^/]+/blobs/([0-9a-f]{64})$", path.as_posix()) if path else None
+    return match[1] if match else None
 
 
 def file_blocks(file: ReadableFile) -> Iterator[bytes]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
 import shutil
@@ -11,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_group
 from typer.testing import CliRunner, Result
 
+import deltaweights
 from deltaweights import Manifest, __version__, make_delta
 from deltaweights.cli.commands import app
+from deltaweights.cli.session import FLAGS, in_flags
 from deltaweights.codec import jit
 
 from ..checkpoints import contents
@@ -201,3 +206,67 @@ def test_progress_in_a_log_is_a_line_now_and_then(trio: Trio, tmp_path: Path) ->
     lines = [line for line in result.stderr.splitlines() if "%" in line]
     assert lines[0].startswith("check base: ")
     assert len(lines) <= 6
+
+
+# What errors say to do, in Python's words and in the command line's --------------------------------------
+
+COMMANDS = get_group(app).commands
+ALL_FLAGS = {
+    flag
+    for command in COMMANDS.values()
+    for option in command.params
+    for flag in option.opts
+    if flag[0] == "-"
+}
+
+
+def library_texts() -> set[str]:
+    """Every text in the package's code, without docstrings, the command line and what model cards say."""
+    texts = set()
+    package = Path(deltaweights.__file__).parent
+    for path in package.rglob("*.py"):
+        if path.relative_to(package).parts[0] in ("cli", "codec") or path.name == "cards.py":
+            continue
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        statements = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        texts |= {
+            node.value
+            for node in nodes
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in statements
+        }
+    return texts
+
+
+def test_each_flag_that_an_error_is_told_in_exists() -> None:
+    for words, flag in FLAGS.items():
+        _, name, *options = flag.strip("` ").split() if flag.startswith("`") else ("", "apply", flag.strip())
+        assert name in COMMANDS
+        assert set(options) <= ALL_FLAGS
+        assert in_flags(f"Pass {words}.") == f"Pass {flag}."
+
+
+def test_every_argument_that_a_library_error_names_has_its_flag() -> None:
+    """And none of the table's words is out of use."""
+    public = [getattr(deltaweights, name) for name in dir(deltaweights)]
+    verbs = [one for one in public if inspect.isfunction(one)]
+    arguments = "|".join({name for verb in verbs for name in inspect.signature(verb).parameters})
+    names = "|".join(verb.__name__ for verb in verbs)
+    pattern = re.compile(rf"(?<![\w.])(?:{arguments})=(?:True|False)?|`(?:{names})`")
+    named = {found for text in library_texts() for found in pattern.findall(text)}
+    assert named - {"out="} == set(FLAGS), "that one is told to programmers"
+
+
+def test_no_library_error_names_a_flag() -> None:
+    others = {"--revision"}  # of the Hub's own program
+    for text in library_texts():
+        assert not {flag for flag in ALL_FLAGS - others if re.search(rf"(?<!\S){flag}\b", text)}, text
+        assert not re.search(r"`deltaweights ", text)
+
+
+def test_errors_and_plans_name_flags(trio: Trio, tmp_path: Path) -> None:
+    occupied = run("diff", trio.base, trio.target, "-o", trio.base.parent, "--json")
+    assert "or pass --force to write there" in parsed(occupied)["error"]["fix"]
+    assert "or pass --force to write there" in occupied.stderr
+    wrong = run("plan", trio.delta, "--base", trio.target, "--json")
+    assert "`deltaweights inspect --json` lists the files of the right one" in parsed(wrong)["mismatch"]
+    assert "`deltaweights inspect --json` lists the files of the right one" in wrong.stderr

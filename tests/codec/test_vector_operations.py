@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 llvm = pytest.importorskip("llvmlite.binding", reason="kernels are built with Numba")
-from llvmlite import ir  # noqa: E402
+ir = pytest.importorskip("llvmlite.ir")
 
 from deltaweights.codec.build.machine_code import initialize  # noqa: E402
 from deltaweights.codec.build.targets import CompileTarget, host  # noqa: E402

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from deltaweights import Manifest, apply_delta, make_delta, verify_delta
+from deltaweights import Manifest, apply_delta, license_of, make_delta, verify_delta
 from deltaweights.cli.commands import app
 from deltaweights.license.rules import (
     MAX_TEXT_BYTES,
@@ -482,10 +482,10 @@ def test_all_but_open_licenses_have_to_be_accepted(
 
 def test_a_delta_from_before_has_its_licenses_too() -> None:
     facts = describe(_manifest(License("other", "qwen"), License("mit")))
-    assert facts["expression"] == f"MIT AND {QWEN.spdx}"
-    assert facts["to_accept"] == [QWEN.spdx]
-    assert facts["base"]["obligations"] == list(QWEN.obligations)
-    assert facts["conflicts"] == []
+    assert facts.expression == f"MIT AND {QWEN.spdx}"
+    assert facts.to_accept == (QWEN.spdx,)
+    assert facts.base.obligations == QWEN.obligations
+    assert facts.conflicts == ()
 
 
 def test_what_is_too_long_to_be_a_license_text_is_none() -> None:
@@ -535,8 +535,8 @@ def test_the_manifest_tells_all_of_it(qwen: Trio) -> None:
     assert manifest.target.license.expression == "MIT"
     assert manifest.license == combine(manifest.base, manifest.target)
     whole = describe(manifest)
-    assert whole["expression"] == f"MIT AND {QWEN.spdx}"
-    assert len(whole["conflicts"]) == 1, "the target alone is stated to be MIT"
+    assert whole.expression == f"MIT AND {QWEN.spdx}"
+    assert len(whole.conflicts) == 1, "the target alone is stated to be MIT"
     assert "NOTICE" in {file.path for file in manifest.files}
     assert (qwen.delta / "NOTICE").read_bytes() == notice_text(manifest.base, manifest.target)
 
@@ -727,8 +727,9 @@ def test_license_gives_it_all_as_json(qwen: Trio) -> None:
     facts = parsed()
     manifest = Manifest.from_json((qwen.delta / "deltaweights.json").read_bytes())
     texts = facts.pop("texts")
-    assert facts == describe(manifest)
+    assert facts == json.loads(json.dumps(describe(manifest).to_dict()))
     assert texts == [msgspec.to_builtins(record) for record in text_records(manifest)]
+    assert parsed("--texts") == json.loads(json.dumps(license_of(qwen.delta, texts=True).to_dict()))
     assert QWEN_TEXT.decode() in [text["text"] for text in parsed("--texts")["texts"]]
 
 

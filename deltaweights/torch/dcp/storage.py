@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -92,7 +91,7 @@ class DeltaStorageWriter(StorageWriter):
         self._threads = threads
         self._opened: BaseTensors | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Without open files: ``async_save`` may hand the writer to another process."""
         return {**self.__dict__, "_opened": None}
 
@@ -113,7 +112,7 @@ class DeltaStorageWriter(StorageWriter):
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(checkpoint_id=self.checkpoint_id)
 
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+    def set_up_storage_writer(self, is_coordinator: bool, *args: object, **kwargs: object) -> None:
         if not kwargs.get("use_collectives", True):
             raise OutputError(
                 "A distributed checkpoint needs use_collectives=True",
@@ -195,7 +194,7 @@ class DeltaStorageReader(StorageReader):
         self._folder: DeltaFolder | None = None
         self._failure: DeltaWeightsError | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Without open files."""
         return {**self.__dict__, "_folder": None, "_failure": None}
 
@@ -236,7 +235,7 @@ class DeltaStorageReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return "://" not in os.fspath(checkpoint_id)
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
         """torch's metadata, made from the record. An error is kept for :meth:`set_up_storage_reader`: here,
         torch would take it for a checkpoint of another layout, and hide it."""
         self.close()
@@ -249,7 +248,7 @@ class DeltaStorageReader(StorageReader):
         return _metadata(self._folder.record, StorageMeta(checkpoint_id=self.checkpoint_id))
 
     def set_up_storage_reader(
-        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+        self, metadata: Metadata, is_coordinator: bool, *args: object, **kwargs: object
     ) -> None:
         if self._failure:
             raise self._failure

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ...errors import OutputError
@@ -32,7 +31,7 @@ class DeltaCallback(TrainerCallback):
         self._first = 0
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Find out which step of the checkpoints the Trainer's first step is.
 
@@ -50,20 +49,21 @@ class DeltaCallback(TrainerCallback):
             )
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Save, if it is time."""
         if state.global_step % self.every == 0:
             self._save(state, kwargs["model"])
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Save the last step, and wait until all is written."""
         if state.global_step % self.every:
             self._save(state, kwargs["model"])
         self.checkpointer.wait()
 
-    def _save(self, state: TrainerState, model: Any) -> None:
+    def _save(self, state: TrainerState, model: object) -> None:
+        assert isinstance(model, nn.Module)  # the Trainer passes it
         if state.is_world_process_zero:
             self.checkpointer.save(self._first + state.global_step, model)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import torch
@@ -23,8 +24,10 @@ from torch import Tensor, nn
 from ...delta.chain import MAX_DELTAS
 from ...diff import make_delta
 from ...errors import CheckpointError, OutputError
+from ...match.names import RenameRule
+from ...payload import CHUNK_BYTES
 from ...storage import LocalSource, Location, Source, flush_folder, local_path, lock, open_source
-from ...workers import result_of
+from ...workers import ProgressCallback, result_of
 from ..tensors import byte_view, settle
 from .layout import Layout, lay_out
 from .load import load_into
@@ -84,8 +87,9 @@ class DeltaCheckpointer:
         keep: how many of the last checkpoints to keep; None: all. Those that a kept one is made against stay.
         files: as for :func:`save_delta`: a folder whose other files belong to every checkpoint.
         max_shard_size: as for :func:`save_delta`.
+        rename, base_repo, base_revision, base_license, target_repo, target_license, chunk_bytes: as for
+            :func:`deltaweights.make_delta`.
         threads: how many encode, in the background.
-        options: more arguments of :func:`deltaweights.make_delta`, such as ``base_repo``.
 
     Raises:
         OutputError: ``folder`` cannot be written to, or another process does.
@@ -101,8 +105,14 @@ class DeltaCheckpointer:
         keep: int | None = None,
         files: Location | None = None,
         max_shard_size: int | str | None = None,
+        rename: Sequence[RenameRule] = (),
+        base_repo: str | None = None,
+        base_revision: str | None = None,
+        base_license: str | None = None,
+        target_repo: str | None = None,
+        target_license: str | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
         threads: int = 1,
-        **options: Any,
     ) -> None:
         if not 1 <= anchor_every <= MAX_DELTAS:
             raise ValueError(f"anchor_every is {anchor_every}, not between 1 and {MAX_DELTAS}")
@@ -112,7 +122,17 @@ class DeltaCheckpointer:
         self.base = base
         self._anchor_every, self._keep, self._files = anchor_every, keep, files
         self._max_shard_size = max_shard_size
-        self._options = {"threads": threads, **options}
+        self._make_delta = partial(
+            make_delta,
+            rename=rename,
+            base_repo=base_repo,
+            base_revision=base_revision,
+            base_license=base_license,
+            target_repo=target_repo,
+            target_license=target_license,
+            chunk_bytes=chunk_bytes,
+            threads=threads,
+        )
         self._lock = _lock(self.folder)
         for name in (_PARTIAL, _TRASH):  # an earlier process was killed
             shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -181,12 +201,23 @@ class DeltaCheckpointer:
             self._made = None
             self._lock.close()
 
-    def load_into(self, model: nn.Module, step: int | None = None, **options: Any) -> int:
+    def load_into(
+        self,
+        model: nn.Module,
+        step: int | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        strict: bool = True,
+        shards: str = "*",
+        sha256: bool = False,
+        threads: int | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> int:
         """Load a checkpoint's weights into ``model``, bit for bit.
 
         Args:
             step: which; None: the last one.
-            options: more arguments of :func:`load_into`.
+            device, strict, shards, sha256, threads, progress: as for :func:`load_into`.
 
         Returns:
             The step.
@@ -204,7 +235,17 @@ class DeltaCheckpointer:
         if step not in chains:
             there = f"It has those of steps {', '.join(map(str, chains))}."
             raise CheckpointError(f"{self.folder} has no checkpoint {step}", there, "Choose another step.")
-        load_into(model, chains[step], self.base, **options)
+        load_into(
+            model,
+            chains[step],
+            self.base,
+            device=device,
+            strict=strict,
+            shards=shards,
+            sha256=sha256,
+            threads=threads,
+            progress=progress,
+        )
         return step
 
     def discard_after(self, step: int) -> None:
@@ -240,16 +281,16 @@ class DeltaCheckpointer:
         """Make and publish one checkpoint; in the background."""
         made, self._made = self._made, None
         parent = made if made and made.depth + 1 < self._anchor_every else None
-        partial = self.folder / _PARTIAL
-        shutil.rmtree(partial, ignore_errors=True)
+        unfinished = self.folder / _PARTIAL
+        shutil.rmtree(unfinished, ignore_errors=True)
         before = self._source(parent.layout, parent.digests) if parent else self._open_base()
         with before, self._source(layout) as source:
             prints = {path: before.fingerprint(path) for path in before.sizes}
-            manifest = make_delta(before, source, partial, **self._options)
+            manifest = self._make_delta(before, source, unfinished)
         if parent is None:
             self._known = {prints[file.path]: file.sha256 for file in manifest.base.files}
         suffix = f"-on-{parent.step:08d}" if parent else ""
-        _rename(partial, self.folder / f"step-{step:08d}{suffix}")
+        _rename(unfinished, self.folder / f"step-{step:08d}{suffix}")
         digests = {file.path: file.sha256 for file in manifest.target.files}
         self._made = _Made(step, parent.depth + 1 if parent else 0, layout, digests)
         self._prune()

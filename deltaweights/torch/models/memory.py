@@ -117,6 +117,11 @@ class MemorySource(Source):
         other = self._other(path)
         return self._digests.get(path) or (other.published_sha256(path) if other else None)
 
+    def checked_sha256(self, path: str) -> str | None:
+        """The SHA-256 that is known of a file in memory."""
+        other = self._other(path)
+        return other.checked_sha256(path) if other else self._digests.get(path)
+
     def fingerprint(self, path: str) -> str:
         """Another text for every source: nobody could tell whether memory was changed."""
         return f"{path}:{self._mark}"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 from torch import Tensor, nn
 
 from ...diff import make_delta
 from ...manifest import Manifest
+from ...match.names import RenameRule
+from ...payload import CHUNK_BYTES
 from ...storage import Location, Readable, open_source
+from ...workers import ProgressCallback
 from .layout import lay_out
 from .memory import MemorySource
 
@@ -22,7 +24,16 @@ def save_delta(
     *,
     files: Readable | None = None,
     max_shard_size: int | str | None = None,
-    **options: Any,
+    rename: Sequence[RenameRule] = (),
+    base_repo: str | None = None,
+    base_revision: str | None = None,
+    base_license: str | None = None,
+    target_repo: str | None = None,
+    target_license: str | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    force: bool = False,
+    threads: int | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Manifest:
     """Write to the folder ``out`` what a model in memory adds to ``base``; the target is never written.
 
@@ -41,7 +52,8 @@ def save_delta(
             the target too: all but .safetensors files and their index. A config made from the model counts
             more.
         max_shard_size: bytes, or a text like ``"5GB"``; None: the default of the library above.
-        options: more arguments of :func:`deltaweights.make_delta`, such as ``base_repo`` or ``threads``.
+        rename, base_repo, base_revision, base_license, target_repo, target_license, chunk_bytes, force,
+            threads, progress: as for :func:`deltaweights.make_delta`.
 
     Returns:
         The manifest that was written.
@@ -54,4 +66,18 @@ def save_delta(
     with ExitStack() as opened:
         others = None if files is None else opened.enter_context(open_source(files))
         source = MemorySource(layout.shards, layout.files, others)
-        return make_delta(base, source, out, **options)
+        return make_delta(
+            base,
+            source,
+            out,
+            rename=rename,
+            base_repo=base_repo,
+            base_revision=base_revision,
+            base_license=base_license,
+            target_repo=target_repo,
+            target_license=target_license,
+            chunk_bytes=chunk_bytes,
+            force=force,
+            threads=threads,
+            progress=progress,
+        )

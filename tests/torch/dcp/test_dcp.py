@@ -31,7 +31,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-import deltaweights.torch
 from deltaweights import (
     BaseMismatchError,
     CheckpointError,
@@ -538,11 +537,3 @@ def test_what_a_save_cannot_be_is_said(folder: Path, tmp_path: Path) -> None:
         DeltaStorageWriter(tmp_path / "one", rename=[("(", "")])
     assert not DeltaStorageReader.validate_checkpoint_id("s3://bucket/one")
     assert DeltaStorageWriter.validate_checkpoint_id(tmp_path)
-
-
-def test_public_names_exist() -> None:
-    for name in deltaweights.torch.__all__:
-        assert getattr(deltaweights.torch, name) is not None
-    assert dir(deltaweights.torch) == sorted(deltaweights.torch.__all__)
-    with pytest.raises(AttributeError, match="no_such_name"):
-        deltaweights.torch.no_such_name  # noqa: B018

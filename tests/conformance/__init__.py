@@ -1,0 +1,1 @@
+"""What a reader of deltas must accept and refuse, for readers in any language: see README.md."""
