@@ -559,8 +559,8 @@ STAYING: dict[str, tuple[dict[str, Any], str]] = {
     "401": ({"status": 401, "on": "upload"}, "The Hub does not accept your token"),
     "403": ({"status": 403, "path": "/preupload/main"}, f"You may not write to {REPO}"),
     "402": ({"status": 402, "path": "/commit/main"}, f"You may not write to {REPO}"),
-    "400": ({"status": 400, "path": "/commit/main"}, f"The Hub does not take the files for {REPO}"),
-    "413": ({"status": 413, "path": "/commit/main"}, f"The Hub does not take the files for {REPO}"),
+    "400": ({"status": 400, "path": "/commit/main"}, f"The Hub refuses the files for {REPO}"),
+    "413": ({"status": 413, "path": "/commit/main"}, f"The Hub refuses the files for {REPO}"),
     "cut": ({"drop": True, "path": "/commit/main"}, "Cannot reach the Hub"),
 }
 
@@ -587,7 +587,7 @@ def test_somebody_else_s_commit_is_not_overwritten(writer: HubServer, release: R
         if phase == "upload" and not done:
             writer.commit(REPO, {"README.md": b"theirs"})
 
-    with pytest.raises(OutputError, match=f"{REPO} was changed meanwhile") as caught:
+    with pytest.raises(OutputError, match=f"{REPO} changed during the push") as caught:
         push_delta(release.delta, REPO, progress=interfere)
     assert "Run the same command again" in caught.value.fix
     assert published(writer) == {"README.md": b"theirs"}
@@ -597,7 +597,7 @@ def test_somebody_else_s_commit_is_not_overwritten(writer: HubServer, release: R
 
 def test_files_that_the_repository_ignores_are_missed(writer: HubServer, release: Release) -> None:
     writer.add_repo(REPO, {".gitignore": b"*.json\n"}, private=True)
-    with pytest.raises(OutputError, match="does not publish what was sent") as caught:
+    with pytest.raises(OutputError, match="does not publish the files that were sent") as caught:
         push_delta(release.delta, REPO)
     assert ".gitignore" in caught.value.fix
 
@@ -634,7 +634,7 @@ def test_a_file_that_is_changed_after_it_was_checked_is_not_published(
             data = (delta / name).read_bytes()
             (delta / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
-    with pytest.raises(OutputError, match=f"{name} was changed while it was pushed"):
+    with pytest.raises(OutputError, match=f"{name} changed during the push"):
         push_delta(delta, REPO, progress=interfere)
     assert published(writer) == {}
 

@@ -25,7 +25,8 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tensor:
-    """One tensor and the shard that holds it. Compared by identity: a checkpoint makes each once."""
+    """One tensor and the shard that holds it. Compared by identity: a checkpoint has one object per
+    tensor."""
 
     info: TensorInfo
     shard: Shard
@@ -46,23 +47,23 @@ class Tensor:
         return self.shard.path
 
     def read_into(self, start: int, out: NDArray[np.uint8]) -> None:
-        """Fill ``out`` (uint8) with the tensor's bytes from byte ``start`` of the tensor on."""
+        """Fill ``out`` (uint8) with the tensor's bytes, beginning at byte ``start`` of the tensor."""
         offset = self.shard.header.data_start + self.info.start + start
         self.shard.file.read_into(offset, out)
 
     def span(self, start: int, end: int) -> Span:
-        """Where the tensor's bytes from ``start`` to ``end`` are in its file."""
+        """The span of the tensor's bytes ``start`` to ``end`` in its file."""
         offset = self.shard.header.data_start + self.info.start
         return Span(self.shard.path, offset + start, offset + end)
 
 
 class Checkpoint:
-    """A base or target, opened: every header is read and checked, no weights are.
+    """An open base or target: every header is read and checked, but no weights.
 
     ``shards`` maps the path of each safetensors file to its :class:`Shard`; ``tensors`` is all tensors,
     shard by shard, in the order of their bytes; ``other_files`` is the sorted paths of all other files.
 
-    The source is closed with the checkpoint, and where it cannot be opened.
+    The source is closed with the checkpoint, and also if opening fails.
 
     Raises:
         CheckpointError: it holds no safetensors file, or one of them is broken.
@@ -107,8 +108,8 @@ class Checkpoint:
         return self._by_name.get(name, [])
 
     def find(self, name: str, path: str) -> Tensor | None:
-        """The tensor called ``name``; of several, the one in the shard at ``path``, or failing that
-        in the same folder, or the first."""
+        """The tensor called ``name``. If there are several, the one in the shard at ``path`` comes first,
+        then one in the same folder, then the first."""
         found = self.named(name)
         folder = os.path.dirname(path)
 
@@ -128,7 +129,7 @@ def read_shard(source: Source, path: str) -> Shard:
 
 
 def read_header(file: ReadableFile, where: str) -> Shard:
-    """:func:`read_shard` for a file that is open; ``where`` is its name in messages."""
+    """:func:`read_shard` for an open file; ``where`` is its name in messages."""
     head = file.read(0, min(HEAD_BYTES, file.size))
     length = header_length(head[:8], file.size, where)
     if length > len(head):

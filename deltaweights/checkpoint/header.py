@@ -1,7 +1,7 @@
 """The header of one .safetensors file: eight bytes of length, then JSON, then the tensors' bytes.
 
-The format: https://github.com/huggingface/safetensors#format. Everything in a header is untrusted
-until :func:`parse_header` returned.
+The format: https://github.com/huggingface/safetensors#format. Everything in a header is untrusted until
+:func:`parse_header` returns.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Header:
 
 
 def header_length(prefix: bytes, file_size: int, where: str) -> int:
-    """The header's whole length in bytes, from the file's first eight bytes.
+    """Read the header's whole length in bytes from the file's first eight bytes.
 
     Raises:
         HeaderError: the file is too short for it, or the length is beyond the format's limit.
@@ -89,14 +89,14 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     """Check a header and return it.
 
     Args:
-        raw: the length bytes and the JSON, exactly as they stand in the file.
+        raw: the length bytes and the JSON, exactly as in the file.
         file_size: the whole file's size in bytes, which the tensors must fill exactly.
         where: the file's name for error messages.
 
     Raises:
-        HeaderError: as the safetensors library refuses it (bad JSON, offsets that overlap, leave a gap
-            or leave the file, sizes that contradict dtype and shape), or a name occurs twice, which
-            that library resolves silently.
+        HeaderError: the safetensors library would refuse it (bad JSON, offsets that overlap, leave a gap or
+            leave the file, sizes that contradict dtype and shape), or a name occurs twice, which that library
+            accepts silently.
     """
 
     def bad(why: str) -> HeaderError:
@@ -107,7 +107,7 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
         fields = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constants)
     except RecursionError:
         raise bad("Its JSON is nested too deeply.") from None
-    except ValueError as error:  # bad UTF-8, bad JSON, a key twice
+    except ValueError as error:  # bad UTF-8, bad JSON, a duplicate key
         raise bad(f"It is not valid JSON: {error}.") from None
     if not isinstance(fields, dict):
         raise bad("Its JSON is not an object.")
@@ -169,7 +169,7 @@ def _tensor(name: str, field: Any) -> TensorInfo:
     dtype, shape, offsets = (field.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str):
         raise ValueError("its dtype is not a string")
-    (name + dtype).encode()  # a lone surrogate is a ValueError
+    (name + dtype).encode()  # a lone surrogate raises ValueError
     if not _is_sizes(shape):
         raise ValueError("its shape is not a list of sizes")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

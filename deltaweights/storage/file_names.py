@@ -1,5 +1,5 @@
-"""Names that a file system takes for one: many take no notice of upper and lower case, or of how accents are
-encoded. Which ones do, and how far they go, only they can tell: so they are asked."""
+"""Finds names that a file system takes for the same file: many ignore case, or the encoding of accents. File
+systems differ in this, so the only sure way is to try."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _RESERVED = {".git", ".deltaweights"}  # names that no file of a checkpoint may 
 
 
 def spelling(path: str) -> str:
-    """The path without all that one file system or another overlooks: case, accents, characters of no width,
-    dots and spaces at the end of a name. Paths that are one file somewhere have one spelling."""
+    """The path without everything that some file system ignores: case, accents, zero-width characters, dots
+    and spaces at the end of a name. Paths that are the same file on some system have the same spelling."""
     if path.isascii():
         path = path.casefold()
     else:
@@ -25,8 +25,8 @@ def spelling(path: str) -> str:
 
 
 def alike(paths: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """The names among the paths' that some file system could take for one, or for a reserved one, and the
-    folder that they are in (with a slash)."""
+    """Groups of names in the paths that some file system could take for the same file, or for a reserved
+    name, each with their folder (with a slash)."""
     found: dict[tuple[str, str], set[str]] = {}
     for path in paths:
         parent = ""
@@ -40,8 +40,8 @@ def alike(paths: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def same_names(folder: Path, names: Iterable[str]) -> tuple[str, str] | None:
-    """Two of the names, in their order, that stand for one file in the empty ``folder``; None if there are no
-    such two. To find out, files of these names are made there, and stay."""
+    """Two of the names, in their order, that are the same file in the empty ``folder``; None if all are
+    different. The test creates files of these names there and leaves them."""
     made: list[str] = []
     for name in names:
         try:

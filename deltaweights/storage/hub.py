@@ -1,6 +1,6 @@
-"""A model repository on the Hub as a :class:`Source`: read by range requests, never whole on disk.
+"""A model repository on the Hub as a :class:`Source`, read by range requests without a copy on disk.
 
-Files that lie whole in the local Hub cache are read from there.
+Files that are complete in the local Hub cache are read from there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .source import HEAD_BYTES, HubId, ReadableFile, Source, Span, file_blocks
 
 
 def open_hub(repo_id: str, revision: str | None = None) -> Source:
-    """The files of a repository, from the Hub; where that cannot be asked, its snapshot in the local cache.
+    """Open a repository on the Hub or, if the Hub cannot be reached, its snapshot in the local cache.
 
     Raises:
         HubReadError: there is none, or the Hub cannot be reached.
@@ -36,8 +36,8 @@ def open_hub(repo_id: str, revision: str | None = None) -> Source:
 
 
 class HubFile(ReadableFile):
-    """A file on the Hub. Its first bytes are kept once read: a header, or the whole of a small file. Once it
-    was downloaded, ``local`` is read instead."""
+    """A file on the Hub. Its first bytes stay in memory once read: a header, or a whole small file. After a
+    download, ``local`` is read instead."""
 
     def __init__(self, path: str, size: int, window: Window) -> None:
         super().__init__(path, size)
@@ -61,9 +61,9 @@ class HubSource(Source):
     """The files of one repository at one commit.
 
     Args:
-        repo_id: ``org/name``; where it was renamed, the new name is what counts from then on.
+        repo_id: ``org/name``. If it was renamed, the attribute holds the new name.
         revision: a commit, branch or tag; the main branch if None. Its commit is looked up once.
-        window_bytes: how much memory may hold what is fetched ahead.
+        window_bytes: the most memory for bytes fetched ahead.
 
     Raises:
         HubReadError: it cannot be found or read.
@@ -86,11 +86,11 @@ class HubSource(Source):
 
     @property
     def is_remote(self) -> bool:
-        """Yes, whatever lies in the cache."""
+        """Always true, even if the cache holds files."""
         return True
 
     def open(self, path: str) -> HubFile | LocalFile:
-        """The file at ``path``: the cache's, if it is there."""
+        """The file at ``path``, from the cache if it is there."""
         file = self._opened.get(path)
         if file is None:
             cached = find_cached(self._repository, path)
@@ -103,7 +103,7 @@ class HubSource(Source):
         return f"{self.where}/{path}"
 
     def full_path(self, path: str) -> Path | None:
-        """Where the file lies in the cache, if it does."""
+        """The file's path in the cache; None if it is not there."""
         found = find_cached(self._repository, path)
         return found.resolve() if found else None
 
@@ -122,7 +122,7 @@ class HubSource(Source):
         self.require_sha256(path, sha256.hexdigest())
 
     def published_sha256(self, path: str) -> str | None:
-        """The SHA-256 that the Hub publishes for the file; it does so for LFS files."""
+        """The SHA-256 that the Hub publishes for the file; None except for LFS files."""
         file = self._repository.files.get(path)
         return file.sha256 if file else None
 
@@ -131,7 +131,7 @@ class HubSource(Source):
         return f"{path}:{self.hub_id.repo_id}:{self.hub_id.revision}:{self._repository.files[path].blob}"
 
     def expect(self, spans: Iterable[Span]) -> AbstractContextManager[None]:
-        """Fetch these spans ahead of those who read them, as far as memory allows."""
+        """Fetch these spans ahead of their readers, as far as memory allows."""
         return self.window.expect(self._remote(spans))
 
     def ranges(self, spans: Iterable[Span]) -> list[Span]:
@@ -139,7 +139,7 @@ class HubSource(Source):
         return ranges_of(self._remote(spans))
 
     def _remote(self, spans: Iterable[Span]) -> Iterator[Span]:
-        """What of the spans is neither in the cache nor in memory."""
+        """The parts of the spans that are neither in the cache nor in memory."""
         for path, start, end in spans:
             file = self.open(path)
             if isinstance(file, HubFile) and not file.local:
@@ -149,10 +149,10 @@ class HubSource(Source):
         """Download files into the local Hub cache, and read them from there from now on.
 
         Yields:
-            The size of each one when it is here.
+            The size of each file once it is downloaded.
 
         Raises:
-            HubReadError: one cannot be had, or the cache's disk is too small.
+            HubReadError: a file cannot be downloaded, or the cache's disk is too small.
         """
         files = [self.open(path) for path in paths]
         missing = [file for file in files if isinstance(file, HubFile) and not file.local]
@@ -162,7 +162,7 @@ class HubSource(Source):
             yield file.size
 
     def cancel(self) -> None:
-        """End all reads that wait for the network, and those to come."""
+        """End all reads that wait for the network, and all later ones."""
         self._downloader.cancel()
         self.window.cancel()
 

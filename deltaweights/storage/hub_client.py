@@ -1,6 +1,6 @@
-"""What deltaweights asks of the Hub: lists of files, ranges of their bytes, and the local cache.
+"""Reads from the Hub: lists of files, ranges of their bytes, and the local cache.
 
-All of it goes through huggingface_hub (1.x or 2.x), so its token, cache, endpoint and offline switch count.
+All requests use huggingface_hub (1.x or 2.x), so its token, cache, endpoint and offline switch apply.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from ..errors import HubReadError
 from .hub_errors import cache_full, explained, may_pass
 from .local import free_space
 
-#: Seconds before each further attempt while nothing comes, about two minutes in all. Each is drawn out by up
-#: to a half, so that many connections do not come back at one moment.
+#: Seconds to wait before each retry while no data arrives, about two minutes in total. Each wait is stretched
+#: by up to a half at random, so that many connections do not return at the same moment.
 RETRY_DELAYS: tuple[float, ...] = (0.5, 1, 2, 4, 8, 16, 30, 30)
 
-#: The longest that a server may make us wait, in seconds: the Hub counts requests in windows of five minutes.
+#: The longest wait that a server may ask for, in seconds: the Hub counts requests in windows of five minutes.
 _LONGEST_WAIT = 330
 
 Result = TypeVar("Result")
 
-#: Who we are, for the Hub.
+#: Identifies this library to the Hub.
 WE: dict[str, Any] = {"library_name": "deltaweights", "library_version": __version__}
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file of a repository: its size, git's id of it, and, for LFS files, the SHA-256 that is published."""
+    """A file of a repository: its size, its git id and, for LFS files, its published SHA-256."""
 
     size: int
     blob: str
@@ -53,7 +53,7 @@ class Repository:
 
 
 def find_repository(repo_id: str, revision: str | None) -> Repository:
-    """Look up a repository, and which commit a revision is (the main branch, if None).
+    """Look up a repository, and the commit of a revision (the main branch if None).
 
     Raises:
         HubReadError: it cannot be found or read.
@@ -63,7 +63,7 @@ def find_repository(repo_id: str, revision: str | None) -> Repository:
 
 
 def patiently(action: Callable[[], Result]) -> Result:
-    """Do it, and again some times where what went wrong may pass by itself."""
+    """Run ``action``, with a few retries after temporary errors."""
     attempt = 0
     while True:
         try:
@@ -94,12 +94,12 @@ def _ask(repo_id: str, revision: str | None) -> Repository:
 
 
 class Downloader:
-    """Reads ranges of one repository's files, any number at once; goes on where a connection broke."""
+    """Reads ranges of one repository's files, any number at once. Resumes where a connection broke."""
 
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
-        #: Signed links that the Hub sent us to, by path: good for about an hour, they save asking it each
-        #: time, which it counts. None where one was refused.
+        #: Signed links from the Hub's redirects, by path. They are valid for about an hour, and save requests
+        #: to the Hub, which limits their number. None after a refused link.
         self._links: dict[str, str | None] = {}
         self._cancelled = threading.Event()
 
@@ -111,8 +111,8 @@ class Downloader:
         """The bytes of the file from ``start`` to ``end``, in pieces.
 
         Raises:
-            HubReadError: they cannot be had.
-            CancelledError: :meth:`cancel` was called, and there was a pause to be made.
+            HubReadError: they cannot be read.
+            CancelledError: :meth:`cancel` was called, and a pause was due.
         """
         attempt = 0
         with explained(self._repository.repo_id, self._repository.commit, path):
@@ -130,13 +130,13 @@ class Downloader:
                     attempt += 1
 
     def _attempt(self, path: str, start: int, end: int) -> Iterator[bytes]:
-        """What one connection brings."""
+        """The bytes from one connection, in pieces."""
         from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         repository, link = self._repository, self._links.get(path)
         url = link or hf_hub_url(repository.repo_id, path, revision=repository.commit)
-        headers = build_hf_headers(token=False if link else None, **WE)  # a signed link is to get no token
+        headers = build_hf_headers(token=False if link else None, **WE)  # signed links get no token
         headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
@@ -154,7 +154,7 @@ class Downloader:
                 yield piece
 
     def _check(self, path: str, response: Any, start: int, end: int) -> None:
-        """Raise :class:`HubReadError` where the answer is not the range that was asked for."""
+        """Raise :class:`HubReadError` if the answer is not the requested range."""
         size = self._repository.files[path].size
         asked = f"bytes {start}-{end - 1}/{size}"
         place = re.sub(r"/\*$", f"/{size}", response.headers.get("Content-Range", "nothing"))
@@ -178,11 +178,11 @@ class Downloader:
 
 
 class _LinkRefused(Exception):  # noqa: N818
-    """A signed link is used up: the Hub is to be asked for the next one."""
+    """A signed link has expired: ask the Hub for a new one."""
 
 
 def _pause(error: Exception, attempt: int, delays: tuple[float, ...]) -> float:
-    """Seconds to wait before the next attempt; raises ``error`` where there should be none."""
+    """Seconds to wait before the next attempt. Raises ``error`` if no attempt is left."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, _LinkRefused):
@@ -194,14 +194,14 @@ def _pause(error: Exception, attempt: int, delays: tuple[float, ...]) -> float:
 
 
 def _asked_to_wait(headers: Any) -> float:
-    """Seconds that a server asks us to wait: ``Retry-After``, or the Hub's own ``RateLimit``."""
+    """The seconds that a server asks its clients to wait: ``Retry-After``, or the Hub's own ``RateLimit``."""
     after = re.fullmatch(r"\s*(\d{1,9})\s*", headers.get("Retry-After", ""))
     reset = re.search(r";\s*r=0\s*;\s*t=(\d{1,9})", headers.get("RateLimit", ""))
     return float(after[1] if after else reset[1] if reset else 0)
 
 
 def find_cached(repository: Repository, path: str) -> Path | None:
-    """Where a file lies in the local Hub cache, whole, if it does."""
+    """The path of a file in the local Hub cache; None if it is not there, complete."""
     from huggingface_hub import try_to_load_from_cache
 
     with explained(repository.repo_id, repository.commit, path):
@@ -219,31 +219,31 @@ def find_snapshot(repo_id: str, revision: str | None) -> Path | None:
     try:
         return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError as error:
-        part = getattr(error, "snapshot_path", None)  # version 2 knows where it lacks some
+        part = getattr(error, "snapshot_path", None)  # version 2 names an incomplete snapshot
         return Path(part) if part else None
     except HFValidationError:
         return None
 
 
 def cache_folder() -> Path:
-    """Where the local Hub cache is, or will be."""
+    """The folder of the local Hub cache, which may not exist yet."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE).absolute()
 
 
 def require_cache_space(nbytes: int) -> None:
-    """Raise :class:`HubReadError` where the cache's disk has less room than this."""
+    """Raise :class:`HubReadError` if the cache's disk has less free space than this."""
     free = free_space(cache_folder())
     if nbytes > free:
         raise cache_full(f"{nbytes:,} bytes are needed, {free:,} are free")
 
 
 def download(repository: Repository, path: str) -> Path:
-    """Bring a file into the local Hub cache.
+    """Download a file into the local Hub cache.
 
     Raises:
-        HubReadError: it cannot be had, or the cache's disk is full.
+        HubReadError: it cannot be downloaded, or the cache's disk is full.
     """
     from huggingface_hub import hf_hub_download
 
@@ -253,7 +253,7 @@ def download(repository: Repository, path: str) -> Path:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """huggingface_hub's own progress bars are off: only the command line prints."""
+    """Turn off huggingface_hub's progress bars within the block: only the command line prints."""
     from huggingface_hub import utils
 
     if utils.are_progress_bars_disabled():  # type: ignore[attr-defined]

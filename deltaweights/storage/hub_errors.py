@@ -1,6 +1,6 @@
-"""What goes wrong on the way to the Hub, in our own words.
+"""Explains errors of the Hub.
 
-Errors of huggingface_hub and of the HTTP library below it become :class:`HubReadError`, and go no further.
+Errors of huggingface_hub and of its HTTP library become :class:`HubReadError`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..errors import DeltaWeightsError, HubReadError
 
 @contextmanager
 def explained(repo_id: str, revision: str | None, path: str = "") -> Iterator[None]:
-    """Within the block, the libraries are asked for a repository, or for a file of it."""
+    """Explain errors within the block, which reads a repository or one of its files."""
     try:
         yield
     except (DeltaWeightsError, CancelledError):
@@ -26,32 +26,33 @@ def explained(repo_id: str, revision: str | None, path: str = "") -> Iterator[No
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether another attempt may go better, though nobody does anything."""
+    """Whether a retry may succeed without any action by the user."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.OfflineModeIsEnabled):
         return False
     if isinstance(error, errors.HfHubHTTPError):
         return is_passing_status(error.response.status_code)
-    # RuntimeError: somebody else in this process closed the connections that we share.
+    # RuntimeError: other code in this process closed the shared connections.
     kinds = (ConnectionError, TimeoutError, RuntimeError, errors.LocalEntryNotFoundError)
     return isinstance(error, (http_error(), *kinds))
 
 
 def is_passing_status(status: int) -> bool:
-    """Whether an HTTP status says that it may be another one later."""
+    """Whether an HTTP status is a temporary error."""
     return status in (408, 429) or status >= 500
 
 
 def http_error() -> type[Exception]:
-    """What the HTTP library's errors have in common. It is httpx or httpx2, by huggingface_hub's version."""
+    """The base class of the HTTP library's errors. The library is httpx or httpx2, depending on
+    huggingface_hub's version."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return HfHubHTTPError.__mro__[1]
 
 
 def cache_full(why: str) -> HubReadError:
-    """The error where the Hub cache's disk is too small."""
+    """The error if the Hub cache's disk is too small."""
     from huggingface_hub import constants
 
     return HubReadError(
@@ -65,7 +66,7 @@ Lines = tuple[str, str, str]
 
 
 def _answer(error: Exception, repo_id: str, revision: str | None, path: str) -> Lines | None:
-    """What, why, fix, where the Hub answered that it will not."""
+    """What, why and fix, if the Hub refused the request."""
     from huggingface_hub import constants, errors
 
     if not isinstance(error, errors.HfHubHTTPError):
@@ -75,7 +76,7 @@ def _answer(error: Exception, repo_id: str, revision: str | None, path: str) -> 
     what = f"The Hub refuses to serve {repo_id}"
     why = f"It answers {status} {' '.join((error.server_message or error.response.reason_phrase).split())}."
     fix = "Run the same command again later: what is finished is kept."
-    if isinstance(error, errors.GatedRepoError):  # before RepositoryNotFoundError, of which it is a kind
+    if isinstance(error, errors.GatedRepoError):  # before RepositoryNotFoundError, its base class
         what = f"{repo_id} is gated"
         why = "It can be read only by those who asked for access on its page and got it."
         fix = f"Ask there: {page} and log in with that account: hf auth login"
@@ -86,10 +87,10 @@ def _answer(error: Exception, repo_id: str, revision: str | None, path: str) -> 
     elif isinstance(error, errors.RevisionNotFoundError):
         what = f"{repo_id} has no revision {revision or 'main'}"
         why = "It was moved or deleted, or there never was one."
-        fix = f"See which there are: {page}/commits (a copy of the right one can be passed as a folder)."
+        fix = f"See the list: {page}/commits (a copy of the right one can be passed as a folder)."
     elif isinstance(error, errors.EntryNotFoundError):
         what = f"{repo_id} has lost its file {path}"
-        why = f"The Hub lists it at {revision}, and does not have it."
+        why = f"The Hub lists it at {revision}, but does not have it."
         fix = f"Tell the owner: {page}/discussions"
     elif isinstance(error, errors.DisabledRepoError):
         what, fix = f"{repo_id} is disabled", f"Its page may say why: {page}"
@@ -107,7 +108,7 @@ def _answer(error: Exception, repo_id: str, revision: str | None, path: str) -> 
 
 
 def _obstacle(error: Exception, repo_id: str, revision: str | None) -> Lines:
-    """What, why, fix, where there was no answer."""
+    """What, why and fix, if there was no answer."""
     from huggingface_hub import constants, errors
 
     at = f" --revision {revision}" if revision else ""
@@ -132,5 +133,5 @@ def _obstacle(error: Exception, repo_id: str, revision: str | None) -> Lines:
         fix = "Check the network and run the same command again: what is finished is kept."
     elif isinstance(error, OSError):
         what, why = "Cannot use the local Hub cache", f"{said}."
-        fix = f"It is in {constants.HF_HUB_CACHE}; HF_HUB_CACHE names another place."
+        fix = f"It is in {constants.HF_HUB_CACHE}; set HF_HUB_CACHE to use a different folder."
     return what, why, fix

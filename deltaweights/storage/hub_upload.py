@@ -1,8 +1,8 @@
-"""Files into a repository on the Hub, all in one commit: whoever reads it sees all of them, or none.
+"""Uploads files to a repository on the Hub in one commit, so that readers see all of them or none.
 
-huggingface_hub's own calls for folders split a large one into several commits, so for a while a manifest
-could be there without its shards. Here large files are sent one by one first, which nobody sees; what has
-arrived is not sent again, by a later run either.
+huggingface_hub splits the upload of a large folder into several commits, so readers could see a manifest
+without its shards. This module first sends large files one by one, which stay invisible until the commit. A
+file that has arrived is not sent again, not even by a later run.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .hub_client import WE, Repository, find_repository, patiently, without_bars
 from .hub_errors import explained
 from .local import blocks_at
 
-#: Files of more bytes than this are sent before the commit, one by one.
+#: Files with more bytes than this are sent before the commit, one by one.
 _LARGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A file to be published: its path there, where it is here (or its bytes), its size and SHA-256 (hex)."""
+    """A file to publish: its path there, its local path or its bytes, its size and SHA-256 (hex)."""
 
     path: str
     content: Path | bytes
@@ -35,7 +35,7 @@ class Outgoing:
     sha256: str
 
     def is_in(self, repository: Repository) -> bool:
-        """Whether the repository has just this file: by the SHA-256 that it publishes, or by git's id."""
+        """Whether the repository already has this file, by its published SHA-256 or its git id."""
         there = repository.files.get(self.path)
         if there is None or there.size != self.size:
             return False
@@ -57,7 +57,7 @@ def _git_id(size: int, blocks: Iterable[bytes]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Where files go: a repository at a branch's newest commit. ``name`` is None for the main branch."""
+    """The destination: a repository at a branch's newest commit. ``name`` is None for the main branch."""
 
     repository: Repository
     name: str | None
@@ -65,7 +65,7 @@ class Branch:
 
     @property
     def url(self) -> str:
-        """Its page."""
+        """The URL of its page."""
         from huggingface_hub import constants
 
         page = f"{constants.ENDPOINT}/{self.repository.repo_id}"
@@ -74,7 +74,7 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """A commit that was made; for a pull request also its page and its revision."""
+    """A new commit; for a pull request also its page and its revision."""
 
     id: str
     pull_request: str | None = None
@@ -82,27 +82,27 @@ class Commit:
 
 
 def require_login() -> None:
-    """Raise :class:`HubWriteError` where there is no token of the Hub's."""
+    """Raise :class:`HubWriteError` if the user has no token for the Hub."""
     from huggingface_hub import get_token
 
     if not get_token():
         raise HubWriteError(
             "You are not logged in to the Hub",
-            "It has to know who pushes.",
+            "A push needs an account.",
             "Log in with a token that may write: hf auth login (or set HF_TOKEN).",
         )
 
 
 def find_branch(repo_id: str, name: str | None, *, private: bool) -> Branch:
-    """Look up a branch of a model repository. Both are made where there are none.
+    """Look up a branch of a model repository. Creates both if missing.
 
     Args:
         repo_id: ``org/name``.
         name: the branch; the main branch if None.
-        private: make a private repository, and accept no public one.
+        private: create a private repository, and refuse a public one.
 
     Raises:
-        OutputError: it cannot be made or seen, or it is public.
+        OutputError: it cannot be created or read, or it is public.
     """
     from huggingface_hub import HfApi, errors
 
@@ -118,8 +118,8 @@ def find_branch(repo_id: str, name: str | None, *, private: bool) -> Branch:
         if private and not info.private:
             raise OutputError(
                 f"{info.id} is public",
-                "Whoever likes could read what is pushed there.",
-                "If that is what you want, pass private=False; else choose another repository.",
+                "Everybody could read the files pushed there.",
+                "If that is intended, pass private=False; else choose a different repository.",
             )
         if name:
             patiently(lambda: api.create_branch(info.id, branch=name, exist_ok=True))
@@ -135,15 +135,15 @@ def upload(
     create_pr: bool,
     sent: Callable[[int], None],
 ) -> Commit:
-    """Make one commit that adds or replaces ``files``, and removes what is at the paths ``removed``.
+    """Make one commit that adds or replaces ``files`` and deletes the paths ``removed``.
 
     Args:
-        message: the commit's.
+        message: the commit message.
         create_pr: make the commit a pull request to the main branch.
-        sent: called with a number of bytes whenever they are there.
+        sent: called with the number of bytes of each part that has arrived.
 
     Raises:
-        OutputError: the Hub does not take it, or somebody else's commit came first. Nothing of it is seen.
+        OutputError: the Hub refuses the commit, or another commit came first. Readers see no change.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
 
@@ -154,7 +154,7 @@ def upload(
             operation = CommitOperationAdd(file.path, _content(file))
             if operation.upload_info.sha256.hex() != file.sha256:
                 raise OutputError(
-                    f"{file.path} was changed while it was pushed",
+                    f"{file.path} changed during the push",
                     f"Its SHA-256 is {operation.upload_info.sha256.hex()}, not {file.sha256}.",
                     "Run the same command again when nothing else writes to it.",
                 )
@@ -174,31 +174,31 @@ def upload(
                     parent_commit=branch.repository.commit,
                 )
             except errors.HfHubHTTPError as error:
-                # Perhaps an earlier attempt came through, and only its answer was lost.
+                # An earlier attempt may have succeeded, and only its answer was lost.
                 now = find_repository(repo_id, branch.name) if _status(error) == 412 else branch.repository
                 if now.commit == branch.repository.commit or not all(file.is_in(now) for file in files):
                     raise
                 return Commit(now.commit)
             return Commit(info.oid, info.pr_url, info.pr_revision)
 
-        done = commit() if create_pr else patiently(commit)  # a second attempt would be a second request
+        done = commit() if create_pr else patiently(commit)  # a retry would open a second request
         sent(sum(file.size for file in files if file.size <= _LARGE_BYTES))
         return done
 
 
 def _content(file: Outgoing) -> bytes | Path:
-    """What huggingface_hub is given of a file: of small ones the bytes, which it would read again when it
-    sends them. (The Hub compares the SHA-256 of large ones.)"""
+    """A file in the form that huggingface_hub takes. For small files these are the bytes, since a path would
+    be read again later. (The Hub compares the SHA-256 of large files.)"""
     if isinstance(file.content, bytes):
         return file.content
     if file.size <= _LARGE_BYTES:
         return file.content.read_bytes()
-    file.content.stat()  # of a file that is gone, huggingface_hub says that the argument is wrong
+    file.content.stat()  # huggingface_hub's own error for a missing file misleads
     return file.content
 
 
 def _send(api: Any, branch: Branch, operation: Any, create_pr: bool) -> None:
-    """Send a large file. It is seen when a commit names it."""
+    """Send a large file. It becomes visible with a commit that names it."""
     try:
         api.preupload_lfs_files(
             branch.repository.repo_id,
@@ -207,21 +207,21 @@ def _send(api: Any, branch: Branch, operation: Any, create_pr: bool) -> None:
             create_pr=create_pr,
             free_memory=False,
         )
-    except RuntimeError as error:  # around the one that tells
+    except RuntimeError as error:  # it wraps the real error
         if isinstance(error.__cause__, Exception):
             raise error.__cause__ from None
         raise
 
 
 def require_published(repo_id: str, revision: str, files: Iterable[Outgoing]) -> None:
-    """Raise :class:`OutputError` where the repository has other files than those that were sent."""
+    """Raise :class:`OutputError` if the repository's files differ from those that were sent."""
     with _explained(repo_id):
         there = find_repository(repo_id, revision)
     wrong = [file.path for file in files if not file.is_in(there)]
     if wrong:
         raise OutputError(
-            f"{repo_id} does not publish what was sent",
-            f"{wrong[0]!r} is missing or another one there, at {revision}"
+            f"{repo_id} does not publish the files that were sent",
+            f"{wrong[0]!r} is missing or different at {revision}"
             + (f", and {len(wrong) - 1} more." if wrong[1:] else "."),
             "Run the same command again. If that does not help, look for a .gitignore in the repository.",
         )
@@ -229,7 +229,8 @@ def require_published(repo_id: str, revision: str, files: Iterable[Outgoing]) ->
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """huggingface_hub's bars, warnings and log lines are off: only the command line prints."""
+    """Turn off huggingface_hub's bars, warnings and log lines within the block: only the command line
+    prints."""
     from huggingface_hub.utils import logging
 
     level = logging.get_verbosity()
@@ -244,7 +245,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _explained(repo_id: str) -> Iterator[None]:
-    """Within the block, a repository is written to: what goes wrong becomes :class:`HubWriteError`."""
+    """Turn errors within the block, which writes to a repository, into :class:`HubWriteError`."""
     try:
         with explained(repo_id, None):
             yield
@@ -256,12 +257,12 @@ def _explained(repo_id: str) -> Iterator[None]:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status that the Hub answered with, if it did."""
+    """The HTTP status of the Hub's answer; None if it gave none."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _lines(error: BaseException, repo_id: str) -> tuple[str, str, str] | None:  # noqa: PLR0911
-    """What, why, fix, where writing makes a difference; else None."""
+    """What, why and fix of errors that are specific to writing; None for others."""
     from huggingface_hub import constants, errors
 
     why, status = "", _status(error)
@@ -274,16 +275,16 @@ def _lines(error: BaseException, repo_id: str) -> tuple[str, str, str] | None:  
         return None
     if isinstance(error, errors.RepositoryNotFoundError):
         what = f"{repo_id} can be neither found nor made"
-        return what, why, "Check its name, and that your token may write there: hf auth whoami"
+        return what, why, "Check the name, and that your token may write there: hf auth whoami"
     if status in (402, 403):
         fix = f"Log in with a token that may write there: hf auth login, {constants.ENDPOINT}/settings/tokens"
         return f"You may not write to {repo_id}", why, fix
     if status == 412:
-        return f"{repo_id} was changed meanwhile", why, "Run the same command again."
+        return f"{repo_id} changed during the push", why, "Run the same command again."
     if isinstance(error, ValueError) and not status and not isinstance(error, errors.HFValidationError):
         why = f"{' '.join(str(error).split())}."  # a README.md with a broken front matter, a quota
     if why and status not in (401, 429, *range(500, 600)):
-        return f"The Hub does not take the files for {repo_id}", why, "Mend what it names, and push again."
+        return f"The Hub refuses the files for {repo_id}", why, "Correct what it reports, and push again."
     if isinstance(error, OSError) and error.filename:
         return f"Cannot read {error.filename}", f"{error.strerror}.", "Make the delta again."
     return None

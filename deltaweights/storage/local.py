@@ -23,12 +23,12 @@ _LEFT_OUT = re.compile(r"\.git|\.cache|\.deltaweights|.*\.(incomplete|crdownload
 
 
 class LocalFile(ReadableFile):
-    """A :class:`ReadableFile` on disk. Uses pread, so memory holds only what was asked for."""
+    """A :class:`ReadableFile` on disk. It uses pread, so memory holds only the requested bytes."""
 
     def __init__(self, path: str, full_path: Path) -> None:
         try:
             self._fd = os.open(full_path, os.O_RDONLY | os.O_CLOEXEC)
-            self.close = weakref.finalize(self, os.close, self._fd)  # with the last reference, at the latest
+            self.close = weakref.finalize(self, os.close, self._fd)  # closes with the last reference
             super().__init__(path, os.fstat(self._fd).st_size)
         except OSError as error:
             raise CheckpointError(f"Cannot open {full_path}", f"{error.strerror}.") from error
@@ -49,7 +49,7 @@ class LocalFile(ReadableFile):
             view, offset = view[done:], offset + done
 
     def _read(self, offset: int, nbytes: int) -> bytes:
-        """Without the copy that an array would need."""
+        """:meth:`read` without the copy that an array would need."""
         try:
             data = read_bytes_at(self._fd, offset, nbytes)
         except OSError as error:
@@ -61,7 +61,7 @@ def local_path(location: str | os.PathLike[str]) -> Path:
     """The location as a path, ``~`` resolved.
 
     Raises:
-        CheckpointError: no path can look like this.
+        CheckpointError: it is not a valid path.
     """
     try:
         path = Path(location).expanduser()
@@ -77,23 +77,23 @@ def local_path(location: str | os.PathLike[str]) -> Path:
 
 
 def free_space(path: Path) -> int:
-    """Free bytes on the disk of ``path``, which may be still to be made."""
+    """Free bytes on the disk of ``path``, which may not exist yet."""
     here = path.absolute()
     return shutil.disk_usage(next(place for place in (here, *here.parents) if place.exists())).free
 
 
 def blocks_at(path: str, full_path: Path) -> Iterator[bytes]:
-    """:func:`file_blocks` of a local file, which is closed in the end."""
+    """:func:`file_blocks` of a local file, which is closed at the end."""
     with closing(LocalFile(path, full_path)) as file:
         yield from file_blocks(file)
 
 
 class LocalSource(Source):
-    """A folder with everything in it, or one file. Symbolic links to files are followed (a Hub cache
-    consists of them); linked folders and special files are left out.
+    """A folder with all its files, or one file. Symbolic links to files are followed (a Hub cache consists of
+    them); linked folders and special files are left out.
 
     Raises:
-        CheckpointError: there is nothing at ``root``, or a file's name is not valid UTF-8.
+        CheckpointError: ``root`` does not exist, or a file's name is not valid UTF-8.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -123,19 +123,19 @@ class LocalSource(Source):
         return self._opened[path]
 
     def name(self, path: str) -> str:
-        """The file's path as the user would give it."""
+        """The file's path as the user would write it."""
         return str(self._folder / path)
 
     def full_path(self, path: str) -> Path:
-        """Where the file really lies, links resolved."""
+        """The file's real path, with links resolved."""
         return (self._folder / path).resolve()
 
     def blocks(self, path: str) -> Iterator[bytes]:
-        """The file's bytes in order, in blocks of at most 1 MiB; it is closed in the end."""
+        """The file's bytes in order, in blocks of at most 1 MiB; it is closed at the end."""
         return blocks_at(path, self._folder / path)
 
     def fingerprint(self, path: str) -> str:
-        """Size, time of change and inode of the file."""
+        """Size, change time and inode of the file."""
         info = (self._folder / path).stat()
         return f"{path}:{info.st_size}:{info.st_ctime_ns}:{info.st_ino}"
 
@@ -145,7 +145,7 @@ class LocalSource(Source):
 
 
 def _hub_id(path: Path) -> HubId:
-    """What the Hub cache's layout tells: ``models--org--name/snapshots/<commit>``."""
+    """The repository and commit in a path of the Hub cache: ``models--org--name/snapshots/<commit>``."""
     match = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})(/|$)", path.absolute().as_posix())
     return HubId(match[1].replace("--", "/"), match[2]) if match else HubId()
 
@@ -180,7 +180,7 @@ def _is_regular(path: Path) -> bool:
         return stat.S_ISREG(path.stat().st_mode)
     except OSError as error:
         raise CheckpointError(
-            f"Cannot read {path}", f"{error.strerror}.", "Mend or remove the link or file."
+            f"Cannot read {path}", f"{error.strerror}.", "Repair or remove the link or file."
         ) from error
 
 

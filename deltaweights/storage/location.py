@@ -1,4 +1,4 @@
-"""Where something is: a folder, a file, a repository on the Hub, or a source that is open already."""
+"""Locations: a folder, a file, a repository on the Hub, or an open source."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .hub import open_hub
 from .local import LocalSource, local_path
 from .source import Source
 
-#: What every verb takes: a folder, one .safetensors file, or a Hub id ``[hf://]org/name[@revision]``. Without
-#: ``hf://``, a file or folder of that name comes first.
+#: The argument of every verb: a folder, one .safetensors file, or a Hub id ``[hf://]org/name[@revision]``.
+#: Without ``hf://``, a file or folder of that name takes precedence.
 Location: TypeAlias = "str | os.PathLike[str]"
 
-#: What is only read may also be a source that is open already, such as one made of tensors in memory. Whoever
-#: opens a checkpoint from it closes it.
+#: An argument that is only read may also be an open source, such as tensors in memory. A checkpoint opened
+#: from it closes it.
 Readable: TypeAlias = "Location | Source"
 
 _HUB_ID = re.compile(
@@ -25,7 +25,7 @@ _HUB_ID = re.compile(
 
 
 def open_source(location: Readable) -> Source:
-    """The files at ``location``: a folder, one file, a repository on the Hub, or the source that it is.
+    """Open the files at ``location``: a folder, one file, a repository on the Hub, or an open source.
 
     Raises:
         CheckpointError: there is nothing at ``location``, or it cannot be read.
@@ -37,7 +37,7 @@ def open_source(location: Readable) -> Source:
 
 
 def _hub_id(location: str) -> tuple[str, str | None] | None:
-    """Repository and revision, where ``location`` is a Hub id and not a path."""
+    """Repository and revision, if ``location`` is a Hub id and not a path."""
     is_uri = location.startswith("hf://")
     match = _HUB_ID.fullmatch(location.removeprefix("hf://"))
     if is_uri and not match:

@@ -1,8 +1,8 @@
-"""An output folder in which a file appears under its name only when it is whole.
+"""An output folder in which a file gets its name only once it is complete.
 
-Files are written inside ``OUT/.deltaweights/`` and renamed into place. That folder is removed in the end,
-unless an error leaves something for the next run to know; where a run is killed it stays, and the next
-run clears its half-made files. Only what was placed in ``OUT/.deltaweights/licenses/`` stays for good.
+Files are written inside ``OUT/.deltaweights/`` and renamed into place. That folder is removed at the end,
+unless an error leaves notes for the next run. After a killed run it remains, and the next run clears its
+partial files. Only ``OUT/.deltaweights/licenses/`` stays for good.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from .source import Source, sha256_of
 from .system import UNSUPPORTED, flush, flush_folder, is_same, lock, read_bytes_at, write_at
 
 _WORKSPACE = ".deltaweights"
-_KEPT = "licenses"  # in the workspace: the texts that go with the result and are no part of it
+_KEPT = "licenses"  # in the workspace: license texts beside the target
 _BLOCK_BYTES = 1 << 20
-_MOST_PARTS = 64  # of one write: some systems take no more than a thousand
+_MOST_PARTS = 64  # per write: some systems allow only about a thousand
 
 
 class PartialFile:
-    """A file under a temporary name, deleted on leaving its ``with`` block unless it was committed.
-    Threads may write at different positions at once.
+    """A file under a temporary name, deleted at the end of its ``with`` block unless committed. Threads may
+    write at different positions at once.
 
     Args:
         path: its name in messages.
-        temporary: where it lies until then.
-        final: where it is to lie.
-        place: gives it its final name, replacing what stands there; ``os.replace`` if None.
+        temporary: its place until the commit.
+        final: its place after the commit.
+        place: renames it, replacing any file there; ``os.replace`` if None.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class PartialFile:
         self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
 
     def write_at(self, offset: int, *data: bytes | memoryview) -> None:
-        """Write all of ``data``, one part behind the other, from byte ``offset`` on."""
+        """Write the parts ``data``, one after the other, beginning at byte ``offset``."""
         views = deque(memoryview(part) for part in data if len(part))
         with _full_disk_explained(self.path):
             while views:
@@ -76,16 +76,16 @@ class PartialFile:
             position += len(block)
 
     def digest(self) -> tuple[int, str]:
-        """The size in bytes and the SHA-256 (hex) of what was written."""
+        """The size in bytes and the SHA-256 (hex) of the file."""
         size = os.fstat(self._fd).st_size
         starts = range(0, size, _BLOCK_BYTES)
         return size, sha256_of(read_bytes_at(self._fd, start, _BLOCK_BYTES) for start in starts)
 
     def commit(self) -> None:
-        """Flush to the device and give the file its final name, replacing what stands there."""
+        """Flush to the device and give the file its final name, replacing any file there."""
         with _full_disk_explained(self.path):
             flush(self._fd)
-            self._close()  # some file systems rename no open file
+            self._close()  # some file systems cannot rename open files
             (self._place or os.replace)(self._temporary, self._final)
             self._is_placed = True
             flush_folder(self._final.parent)
@@ -105,10 +105,10 @@ class PartialFile:
 
 
 class OutputFolder:
-    """The folder ``root``, made if need be and locked against a second writer; a context manager.
+    """The folder ``root``, created if missing and locked against a second writer; a context manager.
 
     Raises:
-        OutputError: it cannot be made or written to, or another process is writing to it.
+        OutputError: it cannot be created or written to, or another process is writing to it.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -123,7 +123,7 @@ class OutputFolder:
         try:
             with _full_disk_explained(f"to {self.root}"):
                 while not self._locked():
-                    pass  # another process removed the workspace just now: make it again
+                    pass  # another process just removed the workspace: make it again
                 for left_over in self._workspace.glob("*.partial"):
                     _remove(left_over)
                 self._check_workspace()
@@ -135,7 +135,7 @@ class OutputFolder:
         return self
 
     def _locked(self) -> bool:
-        """Make the workspace and take its lock. Returns whether that is still the workspace's lock."""
+        """Make the workspace and take its lock. Returns False if the lock file was replaced meanwhile."""
         if self._workspace.is_symlink():
             raise self._not_ours(self._workspace)
         path = self._workspace / "lock"
@@ -166,7 +166,7 @@ class OutputFolder:
         return False
 
     def _clear_workspace(self) -> None:
-        """The lock last: with it, another process may come in."""
+        """Remove the workspace's files, the lock last: after that, another process may enter."""
         for path in self._workspace.iterdir():
             if path.name not in ("lock", _KEPT):
                 path.unlink()
@@ -178,13 +178,13 @@ class OutputFolder:
                 self._clear_workspace()
         if self._lock:
             self._lock.close()
-        with suppress(OSError):  # it is not empty; on NFS and FUSE, it is not before the lock is closed
+        with suppress(OSError):  # not empty; on NFS and FUSE, not before the lock is closed
             self._workspace.rmdir()
         if exc[0] is not None:
             self._remove_made()
 
     def _make(self, folder: Path) -> None:
-        """Make a folder and those above it, to be removed again if an error leaves them empty."""
+        """Make a folder and its parents. They are removed again if an error leaves them empty."""
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         for path in reversed(missing):
             path.mkdir(exist_ok=True)
@@ -197,13 +197,13 @@ class OutputFolder:
                 folder.rmdir()
 
     def _check_workspace(self) -> None:
-        """A workspace may have come with a download: nothing in it may lead elsewhere."""
+        """Refuse links in the workspace, which may have come with a download."""
         kept = self._workspace / _KEPT
         entries = [self._workspace, *self._workspace.iterdir()]
         odd = [
             entry
             for entry in entries
-            if (entry.is_symlink() and entry.suffix != ".partial")  # those are removed, not opened
+            if (entry.is_symlink() and entry.suffix != ".partial")  # partial files are removed, not opened
             or not (entry.is_file() or entry.is_symlink() or entry in (self._workspace, kept))
         ]
         if odd:
@@ -212,7 +212,7 @@ class OutputFolder:
     def _not_ours(self, path: Path) -> OutputError:
         return OutputError(
             f"Cannot write to {self.root}",
-            f"{path} is not what deltaweights puts there.",
+            f"{path} was not made by deltaweights.",
             f"Remove {self._workspace}, or choose another folder.",
         )
 
@@ -226,7 +226,7 @@ class OutputFolder:
         return set(filter(_stays_inside, text.split("\n")))
 
     def claim(self, paths: Iterable[str]) -> None:
-        """Note that files are this program's own, to be replaced or removed as it sees fit."""
+        """Note that the files belong to this program, which may replace or remove them."""
         with (
             _full_disk_explained(f"to {self.root}"),
             open(self._workspace / "claims", "a", encoding="utf-8") as file,
@@ -234,7 +234,7 @@ class OutputFolder:
             file.writelines(f"{path}\n" for path in paths)
 
     def remove_claims(self, keep: Collection[str]) -> None:
-        """Delete the claimed files that are not among ``keep``: an earlier run's."""
+        """Delete the claimed files of earlier runs that are not in ``keep``."""
         for path in self.claims - set(keep):
             if self.is_regular(path):
                 (self.root / path).unlink()
@@ -243,7 +243,7 @@ class OutputFolder:
                         (self.root / parent).rmdir()
 
     def remember(self, name: str, data: bytes) -> None:
-        """Keep ``data`` for a later run in case that this one is interrupted."""
+        """Keep ``data`` for the next run, in case this one is interrupted."""
         temporary = self._workspace / f"{name}.partial"
         try:
             with _full_disk_explained(f"to {self.root}"):
@@ -253,7 +253,7 @@ class OutputFolder:
             temporary.unlink(missing_ok=True)
 
     def recall(self, name: str) -> bytes:
-        """What an interrupted run remembered under ``name``; empty if nothing."""
+        """The data that an interrupted run kept under ``name``; empty if none."""
         try:
             return (self._workspace / f"{name}.memory").read_bytes()
         except FileNotFoundError:
@@ -263,7 +263,7 @@ class OutputFolder:
         """A new file that :meth:`PartialFile.commit` will place at the relative ``path``.
 
         Raises:
-            OutputError: a folder on the way is a symbolic link or a file.
+            OutputError: a folder of the path is a symbolic link or a file.
         """
         final = self.root / path
         temporary = hashlib.sha256(path.encode()).hexdigest()[:32] + ".partial"
@@ -282,7 +282,8 @@ class OutputFolder:
             return PartialFile(path, self._workspace / temporary, final, self._place)
 
     def _place(self, temporary: Path, final: Path) -> None:
-        """Rename, but never over a file that was placed under another name since :meth:`require_distinct`."""
+        """Rename the file, but never over one placed under a different name since
+        :meth:`require_distinct`."""
         if self._placed is None:
             os.replace(temporary, final)
             return
@@ -309,11 +310,11 @@ class OutputFolder:
         return blocks_at(path, self.root / path)
 
     def foreign(self, expected: Collection[str]) -> list[str]:
-        """The files that stand in the folder though ``expected`` does not name them, sorted."""
+        """The files in the folder that are not in ``expected``, sorted."""
         return sorted(path for path in _all_files(self.root) if path not in expected)
 
     def require_apart(self, paths: Iterable[str], sources: Iterable[Source]) -> None:
-        """Raise :class:`OutputError` where writing ``paths`` would replace a file of ``sources``."""
+        """Raise :class:`OutputError` if writing ``paths`` would replace a file of ``sources``."""
         inputs: dict[tuple[int, int, str] | None, list[tuple[Path, Source]]] = {}
         for source in sources:
             for path in source.sizes:
@@ -325,16 +326,16 @@ class OutputFolder:
                 if full == other or is_same(full, other):
                     raise OutputError(
                         f"{self.root / path} cannot be written",
-                        f"It is a file of {source.where}, which the result is made from.",
+                        f"It is a file of {source.where}, which the output is made from.",
                         "Choose another folder.",
                     )
 
     def require_distinct(self, paths: Iterable[str]) -> None:
-        """Make sure that this file system gives each of the paths a file of its own: many take no notice of
-        upper and lower case, or of how accents are encoded.
+        """Check that the paths are different files on this file system: many ignore case, or the encoding of
+        accents.
 
         Raises:
-            OutputError: two of them are one file, or one is a file that stands there under another name.
+            OutputError: two paths are the same file, or a path is an existing file with a different name.
         """
         spelled = {path: spelling(path) for path in paths}
         self._placed = {}
@@ -347,7 +348,7 @@ class OutputFolder:
             if other and is_same(self.root / path, self.root / other):
                 raise OutputError(
                     f"{_shown(other)} cannot be written to {self.root}",
-                    f"{_shown(path)} stands there, which is the same file on the file system there.",
+                    f"The folder holds {_shown(path)}, which is the same file on its file system.",
                     "Remove it, or choose another folder.",
                 )
 
@@ -361,7 +362,7 @@ class OutputFolder:
                 shutil.rmtree(folder)
 
     def require_space(self, nbytes: int) -> None:
-        """Raise :class:`DiskSpaceError` where fewer than ``nbytes`` bytes are free."""
+        """Raise :class:`DiskSpaceError` if fewer than ``nbytes`` bytes are free."""
         free = free_space(self.root)
         if nbytes > free:
             raise DiskSpaceError(
@@ -394,13 +395,13 @@ def _remove(path: Path) -> None:
 def _one_name(root: Path, path: str, other: str) -> OutputError:
     return OutputError(
         f"{_shown(path)} cannot be written to {root}",
-        f"The file system there does not tell it from {_shown(other)}.",
+        f"Its file system does not distinguish it from {_shown(other)}.",
         "Choose a folder on another file system.",
     )
 
 
 def _shown(path: str) -> str:
-    """The path, so that those that look alike look different."""
+    """The path, quoted so that paths that look alike look different."""
     return path if path.isascii() else ascii(path)
 
 
@@ -410,7 +411,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _spot(path: Path) -> tuple[int, int, str] | None:
-    """Equal for two paths that may be one file, links aside; None where there is no such folder."""
+    """Equal for two paths that may be the same file, except by links; None if there is no such folder."""
     try:
         return *_identity(path.parent), spelling(path.name)
     except OSError:
@@ -428,5 +429,5 @@ def _full_disk_explained(path: str) -> Iterator[None]:
         raise DiskSpaceError(
             f"The disk filled up while writing {path}",
             f"{error.strerror}.",
-            "Free some space and run the same command again: files that are finished are kept.",
+            "Free some space and run the same command again: finished files are kept.",
         ) from error

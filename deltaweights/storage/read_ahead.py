@@ -1,12 +1,12 @@
-"""Bytes of remote files, fetched ahead of their readers by several connections, in bounded memory.
+"""Fetches bytes of remote files ahead of their readers, over several connections, in bounded memory.
 
-A reader announces which spans it will read, in order (:meth:`Window.expect`); adjacent spans are merged and
-cut into requests, which run ahead of it as far as the window has room. A request's memory is given back when
-its last announced byte was read. What nobody announced is fetched when it is read.
+A reader announces the spans that it will read, in order (:meth:`Window.expect`). Adjacent spans are merged
+and cut into requests, which run ahead as far as the window has room. A request's memory is freed once its
+last announced byte is read. Unannounced bytes are fetched when they are read.
 
-No reader can wait for ever: a request that somebody waits for is begun though the window be full (of other
-readers' bytes), and a request that has begun needs nothing but its connection to finish. What is held beyond
-the window is what such readers are about to take: no more than one request for each of them.
+No reader waits for ever: a request with a waiting reader begins even if the window is full of other readers'
+bytes, and a request that has begun depends only on its connection. The window can overflow by at most one
+request for each waiting reader, who is about to take it.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from numpy.typing import NDArray
 
 from .source import Span
 
-#: Bytes fetched and not yet read, for each source: a base and a delta at once hold twice as much.
+#: The most bytes fetched and not yet read, for each source: a base and a delta together hold twice as much.
 WINDOW_BYTES = 80 << 20
 
-#: So long that a round trip for each costs little, so short that the window has room for one per connection.
+#: Long enough that a round trip for each costs little, short enough for one per connection in the window.
 REQUEST_BYTES = 8 << 20
 
 CONNECTIONS = 8
 
-#: Spans with no more bytes than this between them share a request.
+#: Spans with gaps up to this many bytes share a request.
 _GAP_BYTES = 4096
 
-#: Yields the bytes of a file from ``start`` to ``end``, all of them, in pieces; called in any thread.
+#: Yields all bytes of a file from ``start`` to ``end``, in pieces; called in any thread.
 Fetch = Callable[[str, int, int], Generator[bytes, None, None]]
 
 
 @dataclass(slots=True)
 class _Run:
-    """Announced spans of one file that lie so close together that requests may cover them all."""
+    """Announced spans of one file, close enough together to share requests."""
 
     path: str
     spans: list[tuple[int, int]]
@@ -54,25 +54,26 @@ class _Run:
         return self.spans[-1][1]
 
     def cut(self, position: int) -> list[_Run]:
-        """The part before byte ``position`` of the file, and the part from there on, if there are such."""
+        """The parts before and after byte ``position`` of the file, without empty ones."""
         before = [(start, min(end, position)) for start, end in self.spans if start < position]
         after = [(max(start, position), end) for start, end in self.spans if end > position]
         return [_Run(self.path, spans) for spans in (before, after) if spans]
 
 
 class _Request:
-    """One range of a file, on its way or here. All but ``buffer`` is for those who hold the window's lock."""
+    """One range of a file, on its way or in memory. Access to any attribute except ``buffer`` needs the
+    window's lock."""
 
     def __init__(self, run: _Run, lock: threading.Lock) -> None:
         self.path = run.path
         self.start, self.end = run.start, run.end
-        self.unread = run.spans  # announced, and no reader has come for it yet
+        self.unread = run.spans  # announced, and not yet claimed by a reader
         self.arrived = threading.Condition(lock)
-        self.buffer: NDArray[np.uint8] | None = None  # from when it begins until it is dropped
+        self.buffer: NDArray[np.uint8] | None = None  # from its begin until it is dropped
         self.filled = 0  # bytes
         self.awaited = self.end  # the nearest byte that a reader waits for
         self.error: BaseException | None = None
-        self.users = 0  # threads that fill the buffer or copy from it
+        self.users = 0  # threads that fill or read the buffer
         self.is_dropped = False
 
     @property
@@ -80,7 +81,7 @@ class _Request:
         return self.end - self.start
 
     def claim(self, position: int, limit: int) -> int:
-        """Take the unread bytes from ``position`` on, up to ``limit``, for one reader. Returns their end."""
+        """Claim the unread bytes from ``position`` up to ``limit`` for one reader. Returns their end."""
         for index, (start, end) in enumerate(self.unread):
             if start <= position < end:
                 limit = min(limit, end)
@@ -92,8 +93,8 @@ class _Request:
 
 @dataclass(slots=True, eq=False)
 class _Schedule:
-    """What one ``expect`` announced: where it lies, the runs that have not begun, in order, and requests that
-    have."""
+    """The announcement of one ``expect``: its spans, the runs that have not begun, in order, and the requests
+    that have."""
 
     runs: deque[_Run]
     announced: list[Span]
@@ -101,11 +102,11 @@ class _Schedule:
 
 
 class Window:
-    """The bytes that ``fetch`` gets, for any number of readers.
+    """Serves the bytes from ``fetch`` to any number of readers.
 
     Attributes:
         held: bytes of memory in use now.
-        peak: the most that was ever in use.
+        peak: the most bytes ever in use.
     """
 
     def __init__(
@@ -125,14 +126,14 @@ class Window:
         self._schedules: list[_Schedule] = []
         self._urgent: deque[_Request] = deque()  # wanted now, and waiting for a connection
         self._running: set[_Request] = set()
-        self._ended = threading.Condition(self._lock)  # a connection has
-        self._spare: list[NDArray[np.uint8]] = []  # to use again: fresh memory costs page faults
+        self._ended = threading.Condition(self._lock)  # notified when a connection ends
+        self._spare: list[NDArray[np.uint8]] = []  # for reuse: fresh memory costs page faults
         self._is_cancelled = False
 
     @contextmanager
     def expect(self, spans: Iterable[Span]) -> Iterator[None]:
-        """Within the block, ``spans`` will be read, each of their bytes once, in about this order. Bytes that
-        are announced in several blocks are fetched for each."""
+        """Announce that ``spans`` will be read within the block, each byte once, in about this order. Bytes
+        announced in several blocks are fetched for each."""
         runs = _merge(spans)
         schedule = _Schedule(deque(runs), [Span(run.path, run.start, run.end) for run in runs])
         with self._lock:
@@ -148,11 +149,11 @@ class Window:
             self._end_schedule(schedule, self._schedules)
 
     def read_into(self, path: str, offset: int, out: NDArray[np.uint8]) -> None:
-        """Fill ``out`` (uint8) from byte ``offset`` of the file on.
+        """Fill ``out`` (uint8) with the file's bytes, beginning at byte ``offset``.
 
         Raises:
-            CancelledError: :meth:`cancel` was called, before or meanwhile.
-            Exception: what ``fetch`` raised.
+            CancelledError: :meth:`cancel` was called, before or during the read.
+            Exception: the error of ``fetch``.
         """
         position, end = offset, offset + len(out)
         while position < end:
@@ -174,7 +175,7 @@ class Window:
                 self._leave(request)
 
     def cancel(self) -> None:
-        """End all reads that wait, and those to come, and all connections at their next byte."""
+        """End all waiting and later reads, and all connections at their next byte."""
         with self._lock:
             self._is_cancelled = True
             begun = (request for schedule in self._schedules for request in schedule.requests)
@@ -184,16 +185,16 @@ class Window:
             self._spare.clear()
 
     def close(self) -> None:
-        """:meth:`cancel`, and wait a moment for the connections: one that is stalled ends by itself."""
+        """:meth:`cancel`, and wait briefly for the connections. A stalled one ends by itself later."""
         self.cancel()
         with self._lock:
             self._ended.wait_for(lambda: not self._running, timeout=1)
 
-    # All that follows is for those who hold the lock, but for _run and _fill, the connections' threads.
+    # All methods below need the lock, except _run and _fill, which run in the connections' threads.
 
     def _end_schedule(self, schedule: _Schedule, heirs: Sequence[_Schedule]) -> None:
-        """Give back what is left unread. Where one of ``heirs`` announced the same bytes, this schedule's
-        readers took those of the heir: they are the heir's from now on."""
+        """Free the unread bytes. If one of ``heirs`` announced the same bytes, this schedule's readers took
+        the heir's copy, so the heir gets this schedule's."""
         self._schedules.remove(schedule)
         for request in schedule.requests:
             if heir := _heir(request.path, request.unread, heirs):
@@ -206,7 +207,7 @@ class Window:
         self._begin()
 
     def _find(self, path: str, position: int, end: int) -> _Request | None:
-        """The request for the byte at ``position``, if it was announced and nobody has read it yet."""
+        """The request for the byte at ``position``, if it was announced and is unread."""
         for schedule in self._schedules:
             for request in schedule.requests:
                 if request.path == path and any(a <= position < b for a, b in request.unread):
@@ -217,8 +218,8 @@ class Window:
         return None
 
     def _pull(self, schedule: _Schedule, index: int, position: int, end: int) -> _Request:
-        """Begin at ``position`` of a run at once, out of turn. Where there is no room, take no more than the
-        reader wants, who gives it back at once."""
+        """Begin a request at ``position`` of a run immediately, out of turn. If there is no room, limit it to
+        the bytes that the reader wants, which frees it at once."""
         length = self._request_bytes
         if self.held + length > self._nbytes:
             length = min(length, end - position)
@@ -233,7 +234,7 @@ class Window:
         return request
 
     def _ask(self, path: str, position: int, end: int) -> _Request:
-        """A request for bytes that nobody announced."""
+        """A request for unannounced bytes."""
         end = min(end, position + self._longest)
         request = _Request(_Run(path, [(position, end)]), self._lock)
         self._hurry(request)
@@ -245,7 +246,8 @@ class Window:
 
     @property
     def _request_bytes(self) -> int:
-        """Shorter where many readers share the window, so that there is room for two of each."""
+        """The length of a request, shorter if many readers share the window, so that each has room for
+        two."""
         share = self._nbytes // (2 * max(1, len(self._schedules)))
         return max(self._longest // 8, min(self._longest, share))
 
@@ -254,12 +256,12 @@ class Window:
         while len(self._running) < self._connections and (request := self._next()):
             try:
                 threading.Thread(target=self._run, args=(request,), name="fetch", daemon=True).start()
-            except RuntimeError as error:  # the system gives no more threads
+            except RuntimeError as error:  # the system has no more threads
                 self._end(request, error)
 
     def _next(self) -> _Request | None:
-        """The request to begin now, its memory taken: one that is waited for, or else the next one of the
-        reader for whom least is held."""
+        """The request to begin now, with its memory: one with a waiting reader, or else the next one of the
+        reader that holds least."""
         request = None
         while self._urgent and request is None:
             first = self._urgent.popleft()
@@ -287,12 +289,12 @@ class Window:
         return request
 
     def _run(self, request: _Request | None) -> None:
-        """A connection's thread: it takes one request after the other, while there are any."""
+        """A connection's thread: handles requests, one after the other, until none is left."""
         while request:
             error = None
             try:
                 self._fill(request)
-            except BaseException as problem:  # for the reader, if there will be one
+            except BaseException as problem:  # raised by the reader, if one comes
                 error = problem
             with self._lock:
                 self._end(request, error)
@@ -315,7 +317,7 @@ class Window:
         assert request.filled == request.nbytes
 
     def _end(self, request: _Request, error: BaseException | None) -> None:
-        """A connection is done with the request, or it failed."""
+        """Note that a connection finished the request or failed."""
         request.error = error
         self._running.remove(request)
         self._ended.notify_all()
@@ -323,8 +325,8 @@ class Window:
         self._leave(request)
 
     def _wait(self, request: _Request, stop: int) -> bool:
-        """Wait until the bytes before ``stop`` are there. Returns whether they are: they will not be, where
-        another reader's request was dropped with its schedule."""
+        """Wait for the bytes before ``stop``. Returns False if they will not come, since another reader's
+        request was dropped with its schedule."""
         while request.start + request.filled < stop:
             if self._is_cancelled:
                 raise CancelledError
@@ -333,13 +335,13 @@ class Window:
             if request.is_dropped:
                 return False
             request.awaited = min(request.awaited, stop)
-            request.arrived.wait(0.5)  # and again: Python misses a Ctrl-C just before it begins to wait
+            request.arrived.wait(0.5)  # restarted: Python misses a Ctrl-C just before the wait
         if self._is_cancelled:
             raise CancelledError
         return True
 
     def _leave(self, request: _Request) -> None:
-        """One thread less uses the request; the last one out gives its memory back."""
+        """Note that a thread no longer uses the request. The last one frees its memory."""
         request.users -= 1
         if request.users or (request.unread and not request.is_dropped):
             return
@@ -351,7 +353,7 @@ class Window:
         self._begin()
 
     def _drop(self, request: _Request) -> None:
-        """Nobody will read the rest of it."""
+        """Drop a request whose other bytes will not be read."""
         request.is_dropped = True
         request.arrived.notify_all()
         if not request.users:
@@ -385,7 +387,7 @@ def _heir(path: str, spans: Sequence[tuple[int, int]], schedules: Sequence[_Sche
 
 
 def ranges_of(spans: Iterable[Span]) -> list[Span]:
-    """What :meth:`Window.expect` would fetch for the spans, but for the cuts between requests."""
+    """The ranges that :meth:`Window.expect` would fetch for the spans, before they are cut into requests."""
     return [Span(run.path, run.start, run.end) for run in _merge(spans)]
 
 

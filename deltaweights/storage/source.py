@@ -1,4 +1,4 @@
-"""Where a checkpoint's (or a delta's) files come from: a set of relative paths, read by position.
+"""Sources of a checkpoint's or a delta's files: a set of relative paths, read by position.
 
 Every kind of source is a :class:`Source`: local.py has folders and files, hub.py the Hub; delta/chain.py
 rebuilds a target, and torch/models/memory.py holds one in memory.
@@ -22,14 +22,14 @@ from ..errors import CheckpointError, HubReadError
 
 _BLOCK_BYTES = 1 << 20
 
-#: The first bytes of a safetensors file, read at once: more than nearly any header takes.
+#: The first bytes of a safetensors file, read at once: more than nearly any header.
 HEAD_BYTES = 1 << 16
 
 Self = TypeVar("Self", bound="Source")
 
 
 class ReadableFile(ABC):
-    """A file that several threads may read at once, each at its own position.
+    """A file that several threads can read at once, each at its own position.
 
     Args:
         path: its name in messages.
@@ -41,7 +41,7 @@ class ReadableFile(ABC):
         self.size = size
 
     def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
-        """Fill ``out`` (uint8, any length) from byte ``offset`` on.
+        """Fill ``out`` (uint8, any length) with the file's bytes, beginning at byte ``offset``.
 
         Raises:
             CheckpointError: the file has no such bytes, or they cannot be read.
@@ -50,15 +50,15 @@ class ReadableFile(ABC):
         self._read_into(offset, out)
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        """Return ``nbytes`` bytes from byte ``offset`` on; raises as :meth:`read_into` does."""
-        # Checked first, so that a hostile number cannot make us allocate more than the file holds.
+        """Return ``nbytes`` bytes, beginning at byte ``offset``; raises like :meth:`read_into`."""
+        # Checked first: a hostile number must not allocate more memory than the file's size.
         self._require(offset, nbytes)
         return self._read(offset, nbytes)
 
     def _require(self, offset: int, nbytes: int) -> None:
         if offset < 0 or nbytes < 0:
             raise CheckpointError(
-                f"{self.path} has no such bytes", f"{nbytes} from byte {offset} on were asked for."
+                f"{self.path} has no such bytes", f"The request was for {nbytes} bytes at byte {offset}."
             )
         if offset + nbytes > self.size:
             raise CheckpointError(
@@ -88,22 +88,22 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class HubId:
-    """A repository of the Hub and a commit of it, where they are known."""
+    """A repository on the Hub and its commit, where known."""
 
     repo_id: str | None = None
     revision: str | None = None
 
 
 class Source(ABC):
-    """A set of files; a context manager that closes it. A kind of source has to say how a file is opened and
-    told from a changed one; what else it does not say is as for files on a disk of which nothing is known.
+    """A set of files; a context manager that closes it. A subclass must define :meth:`open` and
+    :meth:`fingerprint`; the other methods default to those of a local disk.
 
     Args:
         where: its name in messages.
-        sizes: each relative POSIX path, and the file's size in bytes.
-        root: the file or folder that it is, on this machine; None for one that lies elsewhere.
-        hub_id: the repository and commit that it is, or a copy of.
-        left_out: what stands there and does not count.
+        sizes: the size in bytes of each file, by relative POSIX path.
+        root: the file or folder on this machine; None for a source elsewhere.
+        hub_id: the repository and commit that it is, or is a copy of.
+        left_out: files there that do not count.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Source(ABC):
 
     @property
     def origins(self) -> list[Source]:
-        """The sources that the bytes come from: this one, unless it is made of others."""
+        """The sources of the bytes: this one, unless it is made of others."""
         return [self]
 
     @property
@@ -143,24 +143,24 @@ class Source(ABC):
 
     @abstractmethod
     def fingerprint(self, path: str) -> str:
-        """A cheap text that is another one whenever the file was changed."""
+        """A text that is cheap to find, and different after every change of the file."""
 
     def name(self, path: str) -> str:
         """The file's name for messages."""
         return f"{path} in {self.where}"
 
     def full_path(self, path: str) -> Path | None:
-        """Where the file lies on this machine, links resolved, if it does."""
+        """The file's path on this machine, with links resolved; None if it is elsewhere."""
         return None
 
     def blocks(self, path: str) -> Iterator[bytes]:
-        """The file's bytes in order, in blocks of at most 1 MiB. What does not come from a disk is compared
-        with :meth:`published_sha256` in the end."""
+        """The file's bytes in order, in blocks of at most 1 MiB. Bytes from a network are compared with
+        :meth:`published_sha256` at the end."""
         return file_blocks(self.open(path))
 
     def published_sha256(self, path: str) -> str | None:
-        """The file's SHA-256 (hex), where it is published beside the file and known without reading it; None
-        elsewhere, and for a file that is not there."""
+        """The file's published SHA-256 (hex), known without reading the file; None if there is none, or no
+        such file."""
         return None
 
     def checked_sha256(self, path: str) -> str | None:
@@ -190,24 +190,25 @@ class Source(ABC):
         )
 
     def expect(self, spans: Iterable[Span]) -> AbstractContextManager[None]:
-        """Within the block, ``spans`` will be read, each byte of them once, in about this order: what is far
-        away is fetched ahead of its readers. Only a matter of speed: anything may be read at any time."""
+        """Announce that ``spans`` will be read within the block, each byte once, in about this order, so that
+        remote bytes are fetched ahead. This only affects speed: any bytes may be read at any time."""
         return nullcontext()
 
     def ranges(self, spans: Iterable[Span]) -> list[Span]:
-        """What has to come over a network for these spans: neighbours and small gaps in one."""
+        """The ranges to fetch over a network for these spans, with neighbours and small gaps merged."""
         return []
 
     def keep(self, paths: Iterable[str]) -> Iterator[int]:
-        """Bring files to this machine, to be read from there. Yields each one's size when it is here."""
+        """Download files to this machine, and read them from there. Yields each file's size once it is
+        downloaded."""
         return iter(())
 
     def cancel(self) -> None:  # noqa: B027
-        """From any thread: end all reads that wait for a network, and those to come, with
-        :class:`concurrent.futures.CancelledError`."""
+        """End all reads that wait for a network, and all later ones, with
+        :class:`concurrent.futures.CancelledError`. Can be called from any thread."""
 
     def close(self) -> None:  # noqa: B027
-        """Give back what is open; again does nothing."""
+        """Close all files and connections. A second call does nothing."""
 
 
 def cached_sha256(path: Path | None) -> str | None:

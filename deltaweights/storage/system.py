@@ -1,4 +1,4 @@
-"""What differs between operating systems and file systems: locks, flushing, reads and writes."""
+"""The differences between operating systems and file systems: locks, flushing, reads and writes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ except ModuleNotFoundError:
         "On Windows, use it in WSL, the Windows Subsystem for Linux: wsl --install",
     ) from None
 
-#: The errors of a file system that does not know what it is asked for.
+#: The errors of a file system that does not support an operation.
 UNSUPPORTED = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 _NO_LOCKS = UNSUPPORTED | {errno.ENOLCK}
 _NO_FLUSH = UNSUPPORTED | {errno.EINVAL, errno.ENOTTY, errno.EBADF}
-_MOST_BYTES = 1 << 30  # of one read or write: macOS refuses 2 GiB
+_MOST_BYTES = 1 << 30  # per read or write: macOS refuses 2 GiB
 
 
 def lock(file: IO[bytes]) -> None:
-    """Lock a file against other processes until it is closed; does nothing on a file system without locks.
+    """Lock a file against other processes until it is closed. Does nothing on a file system without locks.
 
     Raises:
         BlockingIOError: another process has locked it.
@@ -41,21 +41,21 @@ def lock(file: IO[bytes]) -> None:
 
 
 def flush(fd: int) -> None:
-    """Wait until all that was written to the file is on the device. On macOS, fsync leaves it in the drive's
-    cache, which a power cut empties."""
+    """Wait until the file's data is on the device. On macOS, fsync leaves it in the drive's cache, which a
+    power cut empties."""
     full = getattr(fcntl, "F_FULLFSYNC", None)
     if full is not None:
         try:
             fcntl.fcntl(fd, full)
             return
         except OSError as error:
-            if error.errno not in _NO_FLUSH:  # as network file systems do
+            if error.errno not in _NO_FLUSH:  # usual on network file systems
                 raise
     os.fsync(fd)
 
 
 def flush_folder(folder: Path) -> None:
-    """:func:`flush` for the names in a folder, where the file system can do that."""
+    """:func:`flush` the names in a folder, if the file system supports it."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         flush(fd)
@@ -67,8 +67,8 @@ def flush_folder(folder: Path) -> None:
 
 
 def read_at(fd: int, offset: int, out: memoryview) -> int:
-    """Read into ``out`` from byte ``offset`` on. Returns how many bytes: none at the end of the file, and
-    anywhere perhaps fewer than asked for."""
+    """Read into ``out``, beginning at byte ``offset``. Returns the number of bytes, which may be smaller than
+    ``out``; 0 at the end of the file."""
     out = out[:_MOST_BYTES]
     if hasattr(os, "preadv"):
         return os.preadv(fd, [out], offset)
@@ -78,31 +78,31 @@ def read_at(fd: int, offset: int, out: memoryview) -> int:
 
 
 def read_bytes_at(fd: int, offset: int, nbytes: int) -> bytes:
-    """The ``nbytes`` bytes from byte ``offset`` on, or as many as there are."""
+    """The ``nbytes`` bytes beginning at byte ``offset``, or fewer at the end of the file."""
     parts = []
     while nbytes and (part := os.pread(fd, min(nbytes, _MOST_BYTES), offset)):
         parts.append(part)
         offset += len(part)
         nbytes -= len(part)
-    return b"".join(parts)  # copies nothing where there is one
+    return b"".join(parts)  # no copy if there is only one
 
 
 def write_at(fd: int, offset: int, parts: Sequence[memoryview]) -> int:
-    """Write the parts, one behind the other, from byte ``offset`` on. Returns how many bytes of them were
-    written: at least one."""
+    """Write the parts, one after the other, beginning at byte ``offset``. Returns the number of bytes
+    written, at least one."""
     if hasattr(os, "pwritev") and sum(map(len, parts)) <= _MOST_BYTES:
         return os.pwritev(fd, parts, offset)
     return os.pwrite(fd, parts[0][:_MOST_BYTES], offset)
 
 
 def is_same(path: Path, other: Path) -> bool:
-    """Whether both are there and are one file or folder, however they are spelled."""
+    """Whether both paths exist and are the same file or folder, however they are spelled."""
     with suppress(OSError):
         return path.samefile(other)
     return False
 
 
 def is_within(path: Path, folder: Path) -> bool:
-    """Whether ``path``, which need not be there, is the folder or lies in it, however the two are spelled."""
+    """Whether ``path``, which need not exist, is the folder or inside it, however the two are spelled."""
     path = path.resolve()
     return any(is_same(place, folder) for place in (path, *path.parents))
