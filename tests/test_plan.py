@@ -205,7 +205,7 @@ def test_a_wrong_base_is_told_by_its_published_digests(shelf: HubServer) -> None
     ("path", "data", "why"),
     [
         ("model-00001-of-00002.safetensors", None, "It has no tensor"),
-        ("config.json", b"{}", "Its file 'config.json' has another size"),
+        ("config.json", b"{}", "Its file 'config.json' has a different size"),
         ("config.json", b'{"model_type": "qwen3"}', "Its file 'config.json' differs"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Deltas one after another: the target of each, as it is rebuilt, is the base of the next."""
+"""Chains of deltas: the rebuilt target of each delta is the base of the next."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from .opening import open_base, read_manifest, require_whole
 from .rebuilt import RebuiltSource
 from .target_recipe import TargetRecipe
 
-#: One delta, or several in the order in which they were made.
+#: One delta, or several, oldest first.
 Deltas: TypeAlias = "Readable | Sequence[Readable]"
 
-#: Python's stack ends somewhat beyond: each delta adds a few calls to the reading of a chunk.
+#: Somewhat below the limit of Python's stack, since each delta adds a few calls to the reading of a chunk.
 MAX_DELTAS = 100
 
 
 def open_recipe(deltas: Deltas, base: Readable | None = None) -> TargetRecipe:
-    """Open what the target of a delta, or of the last of several, is rebuilt from.
+    """Open a delta, or a chain of several, and its base.
 
     Args:
-        deltas: a folder, a Hub id or an open source; or several in the order in which they were made, each
-            from the target of the one before.
+        deltas: a folder, a Hub id or an open source; or several, oldest first, each made from the target of
+            the one before.
         base: the (first) delta's base: a folder, a file, a Hub id or an open source; if None, the repository
             that the manifest names, at its commit.
 
     Returns:
-        How to rebuild it. Closing that closes all that it reads.
+        The recipe for the last delta's target. Closing it closes all its sources.
 
     Raises:
         BaseMismatchError: a delta does not follow the one before it, or ``base`` is the wrong one.
@@ -50,12 +50,12 @@ def open_recipe(deltas: Deltas, base: Readable | None = None) -> TargetRecipe:
 
 
 def listed(deltas: Deltas) -> list[Readable]:
-    """The deltas as a list, where one stands for itself."""
+    """The deltas as a list, also if there is only one."""
     return [deltas] if isinstance(deltas, (str, os.PathLike, Source)) else list(deltas)
 
 
 def connect(sources: Sequence[Source], manifests: Sequence[Manifest], base: Readable | None) -> TargetRecipe:
-    """:func:`open_recipe` for deltas that are open already, and found to follow each other."""
+    """:func:`open_recipe` for open deltas that passed :func:`check_continuity`."""
     with ExitStack() as on_error:
         for source, manifest in zip(sources, manifests, strict=True):
             opened = open_base(manifest, base)
@@ -68,7 +68,7 @@ def connect(sources: Sequence[Source], manifests: Sequence[Manifest], base: Read
 
 
 def links(target: TargetRecipe) -> list[TargetRecipe]:
-    """The views that ``target`` is read through, from the first delta's to its own."""
+    """The recipes in the chain of ``target``, from the first delta's to its own."""
     found = [target]
     while found[0].base and isinstance(found[0].base.source, RebuiltSource):
         found.insert(0, found[0].base.source.target)
@@ -76,7 +76,7 @@ def links(target: TargetRecipe) -> list[TargetRecipe]:
 
 
 def check_continuity(sources: Sequence[Source], manifests: Sequence[Manifest]) -> None:
-    """Make sure that each delta was made from the target of the one before.
+    """Check that each delta was made from the target of the one before.
 
     Raises:
         BaseMismatchError: one was not.
@@ -85,8 +85,8 @@ def check_continuity(sources: Sequence[Source], manifests: Sequence[Manifest]) -
     if not 1 <= len(sources) <= MAX_DELTAS:
         raise DeltaError(
             f"{len(sources)} deltas cannot be read as one chain",
-            f"There have to be between 1 and {MAX_DELTAS}.",
-            "Make one of several first: deltaweights compact",
+            f"A chain has between 1 and {MAX_DELTAS}.",
+            "Merge some of them first: deltaweights compact",
         )
     for k in range(1, len(sources)):
         _check_follows(sources[k - 1], manifests[k - 1], sources[k], manifests[k])
@@ -94,7 +94,7 @@ def check_continuity(sources: Sequence[Source], manifests: Sequence[Manifest]) -
 
 def _check_follows(earlier: Source, made: Manifest, later: Source, manifest: Manifest) -> None:
     """Raise :class:`BaseMismatchError` unless the base of one delta is the target of the one before, by the
-    SHA-256 of every shard and of every file that it takes from there."""
+    SHA-256 of every shard and every file taken from it."""
     there = {file.path: file.sha256 for file in made.target.files}
     taken = {file.source for file in manifest.target.files if file.stored == "base"}
     asked = {
@@ -111,5 +111,5 @@ def _check_follows(earlier: Source, made: Manifest, later: Source, manifest: Man
     raise BaseMismatchError(
         f"{later.where} does not follow {earlier.where}",
         f"It needs {path!r} with SHA-256 {asked[path]}; the delta before it makes {found}{more}.",
-        "Name all deltas of the chain, in the order in which they were made.",
+        "Name all deltas of the chain, oldest first.",
     )

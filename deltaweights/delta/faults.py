@@ -1,4 +1,4 @@
-"""What a delta says where bytes are wrong: that its base is the wrong one, or the delta damaged."""
+"""The errors of a delta with wrong bytes: a wrong base, or a damaged delta."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..storage import Source, cached_sha256, sha256_of
 
 
 class DeltaFaults(Faults):
-    """The faults of the delta at ``source``, with the base that it is read with."""
+    """The faults of the delta at ``source`` and its base."""
 
     def __init__(self, source: Source, manifest: Manifest, base: Checkpoint | None) -> None:
         self._source = source
@@ -18,17 +18,17 @@ class DeltaFaults(Faults):
         self._base = base
 
     def damaged(self, path: str, why: str) -> PayloadError:
-        """The error to raise where the delta's file at ``path`` is not what was published."""
+        """The error to raise if the delta's file at ``path`` differs from the published one."""
         return PayloadError(f"{path} in the delta is damaged", f"{why}.", "Get the delta again.")
 
     def is_damaged(self, path: str) -> bool:
-        """Whether the delta's own file at ``path`` has a SHA-256 other than the manifest's."""
+        """Whether the SHA-256 of the delta's own file at ``path`` differs from the manifest's."""
         record = next(record for record in self._manifest.files if record.path == path)
         found = self._source.published_sha256(path) or sha256_of(self._source.blocks(path))
         return found != record.sha256
 
     def wrong_base(self, why: str) -> BaseMismatchError:
-        """The error to raise where the base is not the right one."""
+        """The error to raise if the base is the wrong one."""
         record = self._manifest.base
         revision = f"@{record.revision}" if record.revision else ""
         fix = (
@@ -51,12 +51,12 @@ class DeltaFaults(Faults):
         return {record.path: record.sha256 for record in self._manifest.base.files}
 
     def check_published(self, paths: list[str]) -> set[str]:
-        """Which of these files of the base are known to be right without reading them.
+        """The files of the base, among ``paths``, that are known to be right without reading them.
 
         Raises:
             BaseMismatchError: a SHA-256 that is published, or that names the file in the Hub cache, differs
-                from the manifest's. (Where shards have other names than those of the manifest's base, the
-                base is sharded differently, and theirs say nothing.)
+                from the manifest's. (If the shards' names differ from the manifest's, the base is sharded
+                differently, so their SHA-256 are not compared.)
         """
         if self._base is None:
             return set()
@@ -72,10 +72,10 @@ class DeltaFaults(Faults):
         return {path for path in paths if self.is_proven(path)}
 
     def remedy(self, path: str) -> str:
-        """What helps where bytes of the base's file at ``path``, which is proven, come wrong."""
+        """The fix if bytes of the base's proven file at ``path`` arrive damaged."""
         copy = self._base.source.full_path(path) if self._base else None
         if copy:
             return f"The copy in the Hub cache is damaged: remove {copy} and download it again."
         if self._base and self._base.source.origins != [self._base.source]:
             return "Get the deltas before this one again."
-        return "Something on the way changes them: try another network, or keep_base=True."
+        return "The network changes them: try a different one, or keep_base=True."

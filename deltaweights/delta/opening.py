@@ -1,4 +1,4 @@
-"""A delta opened: its manifest read and checked, all of it there, and its base found."""
+"""Opens a delta: reads and checks its manifest, looks for missing files, and finds its base."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ def read_manifest(source: Source) -> Manifest:
     if size is None:
         raise ManifestError(
             f"{source.where} is not a delta",
-            f"It has no {MANIFEST_NAME}: something else, or a diff that was interrupted.",
+            f"It has no {MANIFEST_NAME}: it is something else, or an interrupted diff.",
             "Check the path, or run the diff again.",
         )
     if size > MAX_MANIFEST_BYTES:
         raise ManifestError(
             f"{MANIFEST_NAME} is damaged",
-            f"It has {size} bytes, more than any manifest.",
+            f"It has {size} bytes, more than a manifest may have.",
             "Get the delta again.",
         )
     return Manifest.from_json(source.open(MANIFEST_NAME).read(0, size))
 
 
 def require_whole(source: Source, manifest: Manifest) -> None:
-    """Raise :class:`DeltaError` where a file of the delta is missing or cut (a broken download)."""
+    """Raise :class:`DeltaError` if a file of the delta is missing or cut (a broken download)."""
     wrong = [file.path for file in manifest.files if source.sizes.get(file.path) != file.size]
     if wrong:
         raise DeltaError(
             f"{source.where} is not a whole delta",
-            f"{_some(wrong)} missing or not of the size in the manifest.",
+            f"{_some(wrong)} missing or not of the manifest's size.",
             "Get the delta again.",
         )
     other = [f.path for f in manifest.files if source.published_sha256(f.path) not in (None, f.sha256)]
     if other:
         raise DeltaError(
             f"{source.where} is not the delta that its manifest describes",
-            f"{_some(other)} published with another SHA-256.",
+            f"{_some(other)} published with a different SHA-256.",
             "Tell its publisher; an earlier revision may be whole.",
         )
 
 
 def open_base(manifest: Manifest, base: Readable | None) -> Checkpoint | None:
-    """The base given, or the one that the manifest names; None where the delta needs none.
+    """Open the given base, or the one that the manifest names; None if the delta needs none.
 
     Raises:
         CheckpointError: it cannot be found or read.
@@ -59,7 +59,7 @@ def open_base(manifest: Manifest, base: Readable | None) -> Checkpoint | None:
     )
     if base is not None:
         return open_checkpoint(base)
-    if needs_base and manifest.base.repo_id:  # never a path: a manifest must not name our folders
+    if needs_base and manifest.base.repo_id:  # never a path: a manifest must not name local folders
         return Checkpoint(open_hub(manifest.base.repo_id, manifest.base.revision))
     if needs_base:
         raise CheckpointError(
@@ -71,7 +71,7 @@ def open_base(manifest: Manifest, base: Readable | None) -> Checkpoint | None:
 
 
 def _some(names: list[str]) -> str:
-    """The first name, and how many more there are."""
+    """The first name, and the number of others."""
     return (
         repr(names[0])
         + (f" and {len(names) - 1} more" if names[1:] else "")

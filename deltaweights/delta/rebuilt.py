@@ -1,6 +1,7 @@
-"""A target readable like a folder, though none of it is on disk: what it is asked for is decoded.
+"""A target readable like a folder without being on disk: its bytes are decoded on demand.
 
-So ``apply``, ``verify`` and ``diff`` hardly know of chains: the base of the last delta is such a source.
+So ``apply``, ``verify`` and ``diff`` need hardly any code for chains: the base of the last delta is such a
+source.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ _CACHE_BYTES = 16 << 20
 
 
 class RebuiltSource(Source):
-    """The files of a target as a :class:`Source`, decoded while they are read. Closing it closes the target.
+    """The files of a target as a :class:`Source`, decoded as they are read. Closing it closes the target.
 
-    Every file's SHA-256 counts as published: it is in the manifest, and whatever is rebuilt to other bytes is
+    Every file's SHA-256 counts as published, since it is in the manifest and bytes that differ from it are
     refused. Chunks are checked as they are decoded, whole files at the end of :meth:`blocks`.
     """
 
@@ -46,12 +47,12 @@ class RebuiltSource(Source):
 
     @property
     def origins(self) -> list[Source]:
-        """Where deltas and base come from."""
+        """The sources of deltas and base."""
         return self.target.sources
 
     @property
     def is_remote(self) -> bool:
-        """Whether delta or base are."""
+        """Whether delta or base is remote."""
         return self.target.is_remote
 
     def open(self, path: str) -> ReadableFile:
@@ -72,7 +73,7 @@ class RebuiltSource(Source):
         """The file's bytes in order, in blocks of at most 1 MiB.
 
         Raises:
-            DeltaError: at the end, where they do not have the SHA-256 in the manifest.
+            DeltaError: at the end, if their SHA-256 differs from the manifest's.
         """
         file = self._files[path]
         is_shard = file.stored == "tensors"
@@ -97,7 +98,7 @@ class RebuiltSource(Source):
 
     @contextmanager
     def expect(self, spans: Iterable[Span]) -> Iterator[None]:
-        """Fetch ahead what the chunks that ``spans`` touch are decoded from."""
+        """Fetch ahead the bytes of delta and base from which ``spans`` are decoded."""
         with ExitStack() as expected:
             if self.target.is_remote:
                 payloads, bases = self._needed(spans)
@@ -107,7 +108,7 @@ class RebuiltSource(Source):
             yield
 
     def ranges(self, spans: Iterable[Span]) -> list[Span]:
-        """What has to come over a network for these spans, of delta and base."""
+        """The ranges of delta and base to fetch over a network for these spans."""
         payloads, bases = self._needed(spans)
         base = self.target.base
         return self.target.source.ranges(payloads) + (base.source.ranges(bases) if base else [])
@@ -142,7 +143,7 @@ class RebuiltSource(Source):
 
 
 class RebuiltShard(ReadableFile):
-    """A shard of a target, readable at any position: the chunks that are asked for are decoded."""
+    """A shard of a target, readable at any position: only the chunks that are read are decoded."""
 
     def __init__(self, recipe: ShardRecipe, cache: _ChunkCache) -> None:
         super().__init__(recipe.file.path, recipe.file.size)
@@ -152,7 +153,7 @@ class RebuiltShard(ReadableFile):
         self._cache = cache
 
     def chunks(self, start: int, end: int) -> Iterator[tuple[TensorRecipe, int, int]]:
-        """The chunks that bytes ``start`` to ``end`` of the file lie in: recipe, index, and the chunk's first
+        """The chunks that hold bytes ``start`` to ``end`` of the file: recipe, index, and the chunk's first
         byte in the file."""
         for k in range(max(0, bisect_right(self._starts, start) - 1), len(self._starts)):
             recipe, place = self._recipes[k], self._starts[k]
@@ -164,10 +165,10 @@ class RebuiltShard(ReadableFile):
                 yield recipe, index, begin
 
     def _read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
-        """Raises BaseMismatchError or DeltaError where base or delta are not what the manifest says."""
+        """Raises BaseMismatchError or DeltaError if base or delta contradicts the manifest."""
         end = offset + out.size
-        # Nothing is written to `out` while anything is still to be decoded: it may be a buffer that the
-        # readers below use too (see PayloadReader).
+        # Write to `out` only after everything is decoded: the readers below may use it as a buffer too (see
+        # PayloadReader).
         chunks = list(self.chunks(offset, end))
         if chunks and _is_row(chunks, offset, end):
             recipe, first, _ = chunks[0]
@@ -181,14 +182,15 @@ class RebuiltShard(ReadableFile):
 
 
 def _is_row(chunks: Sequence[tuple[TensorRecipe, int, int]], start: int, end: int) -> bool:
-    """Whether these chunks can be decoded at once, and are bytes ``start`` to ``end`` of their file."""
+    """Whether these chunks can be decoded in one call, and are exactly bytes ``start`` to ``end`` of their
+    file."""
     (recipe, first, begin), (last_recipe, last, last_begin) = chunks[0], chunks[-1]
     is_alike = recipe is last_recipe and recipe.plan.has_base(first) == recipe.plan.has_base(last)
     return is_alike and begin == start and last_begin + recipe.plan.length(last, last + 1) == end
 
 
 class _ChunkCache:
-    """The chunks decoded last, for readers that cut a file elsewhere than its delta does."""
+    """The chunks decoded last, for readers that cut a file at other places than its delta does."""
 
     def __init__(self, nbytes: int) -> None:
         self._room = nbytes
@@ -196,14 +198,14 @@ class _ChunkCache:
         self._lock = threading.Lock()
 
     def get(self, recipe: TensorRecipe, index: int) -> NDArray[np.uint8]:
-        """A chunk, decoded now or before; not to be written to."""
+        """A chunk, decoded now or earlier. Do not write to it."""
         key = recipe, index
         with self._lock:
             if key in self._chunks:
                 self._chunks.move_to_end(key)
                 return self._chunks[key]
         chunk = np.empty(recipe.plan.length(index, index + 1), np.uint8)
-        recipe.decode(index, index + 1, chunk)  # without the lock: two readers may do it twice, none waits
+        recipe.decode(index, index + 1, chunk)  # without the lock: two readers may decode it, none waits
         with self._lock:
             if key not in self._chunks:
                 self._chunks[key] = chunk
@@ -219,8 +221,8 @@ class _ChunkCache:
 
 
 class _SequentialFile(ReadableFile):
-    """A file that is no shard of tensors: read from its start each time, since it may be compressed. Nobody
-    who means it to be quick reads such a file by position."""
+    """A file that is not a shard. Each read decodes it from its start, since it may be compressed, so reading
+    it by position is slow."""
 
     def __init__(self, target: TargetRecipe, file: TargetFile) -> None:
         super().__init__(file.path, file.size)

@@ -1,4 +1,4 @@
-"""How each tensor and each shard of a target is rebuilt from payloads and the base's tensors."""
+"""Recipes that rebuild each tensor and each shard of a target from payloads and the base's tensors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 class TensorRecipe(PayloadReader):
-    """How to rebuild one tensor, chunk by chunk. ``entry``, ``stored`` and ``base`` are those of the tensor
-    whose bytes are coded: for a duplicate, the one that it is like."""
+    """Rebuilds one tensor, chunk by chunk. ``entry``, ``stored`` and ``base`` are those of the tensor whose
+    bytes are coded: for a duplicate, the original."""
 
     base: Tensor | None
 
@@ -49,13 +49,13 @@ class TensorRecipe(PayloadReader):
         return self.stored.shard
 
     def base_span(self, index: int) -> Span:
-        """Where the base has the bytes for chunk ``index``."""
+        """The span of the base's bytes for chunk ``index``."""
         assert self.base is not None
         return self.base.span(*self.base_bounds(index, index + 1))
 
 
 def _is_consistent(info: TensorInfo, entry: TensorEntry, base: Tensor | None) -> bool:
-    """Whether the bytes that target and base are said to share exist in both."""
+    """Whether target and base both have as many bytes as the entry says they share."""
     shared = entry.shared_bytes
     if not shared:
         return True
@@ -73,7 +73,7 @@ def _is_consistent(info: TensorInfo, entry: TensorEntry, base: Tensor | None) ->
 
 @dataclass(frozen=True, slots=True)
 class ShardRecipe:
-    """How to rebuild one shard of ``target``: its header, and its tensors in the order of their bytes.
+    """The recipe for one shard of ``target``: its header, and its tensors in the order of their bytes.
     ``delta_shard`` holds their payloads."""
 
     file: TargetFile

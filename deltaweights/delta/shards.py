@@ -1,4 +1,4 @@
-"""A delta's shards: payloads, and in the metadata the header of the target's shard."""
+"""A delta's shards: payloads, and the header of the target's shard in the metadata."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class DeltaShard:
         """The payload of the entry's tensor.
 
         Raises:
-            PayloadError: there is none, or not of the length that the manifest says.
+            PayloadError: there is none, or its length contradicts the manifest.
         """
         payload = self.payloads.get(entry.name)
         if not payload or payload.info.nbytes != entry.payload_bytes:
@@ -46,35 +46,35 @@ class DeltaShard:
         return payload
 
 
-#: What the metadata of delta shards call them: those with a tensor for each payload, which are no longer
-#: written, and those with all payloads in a row in one tensor.
+#: The kinds of delta shards in their metadata: with a tensor for each payload (no longer written), and with
+#: all payloads in a row in one tensor.
 _APART, _IN_A_ROW = "deltaweights", "deltaweights-row"
 _ROW = "payloads"  # that tensor
 
 
 def shard_metadata(shard: Shard) -> dict[str, str]:
-    """The metadata of the delta shard for a target's shard, whose own header is in there byte for byte."""
+    """The metadata of the delta shard for a target's shard, including the latter's header byte for byte."""
     usual = usual_header(shard.header.tensors, shard.file.size)
     assert usual is not None  # the shard's header was checked
     dictionary = _dictionary(usual)
-    # The checksum tells a reader who has another dictionary.
+    # The checksum reveals a reader with a different dictionary.
     compressor = zstandard.ZstdCompressor(level=19, dict_data=dictionary, write_checksum=True)
     packed = base64.b64encode(compressor.compress(shard.header.raw)).decode()
     return {"format": _IN_A_ROW, "header": packed}
 
 
 def shard_header(payload_bytes: int, metadata: dict[str, str], room: int = 0) -> bytes:
-    """The header of a delta shard with so many bytes of payloads, padded to ``room`` bytes."""
+    """The header of a delta shard with ``payload_bytes`` bytes of payloads, padded to ``room`` bytes."""
     return build_header([TensorInfo(_ROW, "U8", (payload_bytes,), 0, payload_bytes)], metadata, room)
 
 
 def usual_header(tensors: Iterable[TensorInfo | TensorEntry], size: int) -> bytes | None:
-    """The header that a target's shard of these tensors, of ``size`` bytes, most likely has; None where the
-    tensors have more bytes than that."""
+    """The most likely header of a target's shard with these tensors and ``size`` bytes; None if the tensors
+    have more bytes than that."""
     infos, end = [], 0
     for tensor in tensors:
         start, end = end, end + math.prod(tensor.shape) * DTYPE_BITS.get(tensor.dtype, 0) // 8
-        if end > size:  # before its digits fill the memory
+        if end > size:  # before its digits fill memory
             return None
         infos.append(TensorInfo(tensor.name, tensor.dtype, tensor.shape, start, end))
     return build_header(infos, {"format": "pt"})
@@ -91,7 +91,7 @@ def read_delta_shard(source: Source, file: TargetFile, entries: Collection[Tenso
         entries: those of the file's tensors, in the manifest's order.
 
     Raises:
-        DeltaError: they are damaged, or contradict the manifest.
+        DeltaError: they are damaged or contradict the manifest.
     """
     try:
         shard = read_shard(source, file.source)
@@ -116,7 +116,7 @@ def _damaged(file: TargetFile, why: str) -> DeltaError:
 
 
 def _in_a_row(shard: Shard, file: TargetFile, entries: Iterable[TensorEntry]) -> list[TensorInfo]:
-    """The payloads in a delta shard that has them in one tensor; the manifest has their lengths."""
+    """The payloads in a delta shard that holds them in one tensor; their lengths are in the manifest."""
     infos, end = [], 0
     for entry in entries:
         start, end = end, end + entry.payload_bytes
@@ -133,7 +133,7 @@ def contradicts(file: TargetFile, why: str) -> PayloadError:
 
 
 def _target_header(delta_shard: Shard, file: TargetFile, usual: bytes) -> Header:
-    """The target shard's own header, out of the delta shard's metadata. It is coded against ``usual``."""
+    """Decode the target shard's own header from the delta shard's metadata. It is coded against ``usual``."""
     try:
         packed = base64.b64decode(delta_shard.header.metadata.get("header", ""), validate=True)
         size = zstandard.frame_content_size(packed)
@@ -144,7 +144,7 @@ def _target_header(delta_shard: Shard, file: TargetFile, usual: bytes) -> Header
     except (ValueError, zstandard.ZstdError) as error:
         raise _damaged(file, f"Its copy of the target's header is broken: {error}.") from error
     if int.from_bytes(raw[:8], "little") != len(raw) - 8:
-        raise _damaged(file, "Its copy of the target's header has another length than it says.")
+        raise _damaged(file, "Its copy of the target's header does not have the stated length.")
     try:
         return parse_header(raw, file.size, file.path)
     except HeaderError as error:

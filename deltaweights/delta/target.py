@@ -1,4 +1,4 @@
-"""The target as base and delta describe it: every tensor readable, nothing on disk."""
+"""Reads the target's tensors straight from base and delta, without writing it to disk."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 
 
 def open_target(delta: Deltas, base: Readable | None = None) -> Target:
-    """Open the target that ``delta`` and ``base`` make together, without writing files.
+    """Open the target of ``delta`` and ``base`` without writing files.
 
     Args:
-        delta: a folder or a Hub id; or several in the order in which they were made, each from the target of
-            the one before.
+        delta: a folder or a Hub id; or several, oldest first, each made from the target of the one before.
         base: the (first) delta's base: a folder, one file or a Hub id; if None, the repository that the
             manifest names, at its commit.
 
@@ -36,8 +35,8 @@ def open_target(delta: Deltas, base: Readable | None = None) -> Target:
     Raises:
         DeltaError: a delta is incomplete or damaged, or there are too many.
         CheckpointError: the base cannot be found or read.
-        BaseMismatchError: its tensors' names, dtypes or shapes are not those of the delta's base, or a delta
-            does not follow the one before it.
+        BaseMismatchError: the base's tensors differ in name, dtype or shape from those that the delta needs,
+            or a delta does not follow the one before it.
     """
     return Target(open_recipe(delta, base))
 
@@ -62,7 +61,7 @@ class TensorView:
         """The tensor as a NumPy array of its shape, over the same memory.
 
         Raises:
-            CheckpointError: NumPy has no such dtype (BF16 and F8 are such: see :meth:`torch`).
+            CheckpointError: NumPy has no such dtype (for BF16 and F8, see :meth:`torch`).
         """
         known = DTYPES.get(self.dtype)
         if known is None or known.numpy is None:
@@ -74,7 +73,7 @@ class TensorView:
         return self.data.view(known.numpy).reshape(self.shape)
 
     def torch(self) -> torch.Tensor:
-        """The tensor as one of torch, over the same memory. Needs the extra ``torch``.
+        """The tensor as a torch tensor over the same memory. Needs the extra ``torch``.
 
         Raises:
             CheckpointError: this version of torch has no such dtype.
@@ -93,7 +92,7 @@ class TensorView:
 
 
 class TensorSlice:
-    """A tensor of the target of which rows can be decoded alone, as with ``get_slice`` of safetensors."""
+    """A tensor of the target whose rows can be decoded separately, like ``get_slice`` of safetensors."""
 
     def __init__(self, recipe: TensorRecipe, target: TargetRecipe) -> None:
         self._recipe = recipe
@@ -115,14 +114,14 @@ class TensorSlice:
         Raises:
             IndexError: the tensor has no first dimension, or its rows do not fill bytes.
             ValueError: the slice has a step other than 1.
-            BaseMismatchError, DeltaError: base or delta are not what the manifest says.
+            BaseMismatchError, DeltaError: base or delta contradicts the manifest.
         """
         info = self._recipe.info
         if not info.shape:
             raise IndexError(f"tensor {info.name!r} has no dimension to slice")
         first, end, step = rows.indices(info.shape[0])
         if step != 1:
-            raise ValueError("slices of rows have step 1")
+            raise ValueError("slices of rows must have step 1")
         row = info.nbytes // info.shape[0] if info.shape[0] else 0
         bits = DTYPE_BITS.get(info.dtype, 0)
         if row * info.shape[0] != info.nbytes or not bits:
@@ -133,10 +132,10 @@ class TensorSlice:
 
 
 class Target(Mapping[str, TensorView]):
-    """The target, lazily: a mapping from tensor names to :class:`TensorView`, decoded on access. A context
-    manager, since it holds delta and base open.
+    """A lazy mapping from the target's tensor names to :class:`TensorView`, decoded on access. A context
+    manager that holds delta and base open.
 
-    Where two shards hold a tensor of one name, the first shard's counts.
+    If two shards hold a tensor of the same name, the first shard's counts.
     """
 
     def __init__(self, recipe: TargetRecipe) -> None:
@@ -183,13 +182,13 @@ class Target(Mapping[str, TensorView]):
 
         Raises:
             KeyError: the target has no such tensor.
-            BaseMismatchError, DeltaError: base or delta are not what the manifest says.
+            BaseMismatchError, DeltaError: base or delta contradicts the manifest.
         """
         tensor = self._tensor(name)
         return TensorView(name, tensor.info.dtype, tensor.info.shape, self._recipe.read(tensor))
 
     def get_slice(self, name: str) -> TensorSlice:
-        """The tensor, of which rows are decoded as they are asked for: ``target.get_slice(name)[0:16]``.
+        """The tensor, whose rows are decoded on access: ``target.get_slice(name)[0:16]``.
 
         Raises:
             KeyError: the target has no such tensor.

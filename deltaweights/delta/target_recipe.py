@@ -1,4 +1,4 @@
-"""How a whole target is rebuilt from a delta and its base: what patch.py, verify.py and plan.py read."""
+"""The recipe that rebuilds a whole target from a delta and its base, for patch.py, verify.py and plan.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .shards import DeltaShard, contradicts, read_delta_shard
 
 
 class TargetRecipe:
-    """How to rebuild a target from a delta and its base, which it holds open: a context manager."""
+    """The recipe for a target. A context manager that holds the delta and its base open."""
 
     def __init__(self, source: Source, manifest: Manifest, base: Checkpoint | None) -> None:
         self.source = source
@@ -45,16 +45,16 @@ class TargetRecipe:
 
     @property
     def sources(self) -> list[Source]:
-        """Where delta and base come from; for a base that is itself rebuilt, what it is rebuilt from."""
+        """The sources of delta and base; for a base that is itself rebuilt, the sources of that."""
         return [self.source, *(self.base.source.origins if self.base else [])]
 
     @property
     def is_remote(self) -> bool:
-        """Whether any of it has to come over a network."""
+        """Whether any of it comes over a network."""
         return any(source.is_remote for source in self.sources)
 
     def cancel(self) -> None:
-        """End all that reads delta or base over a network, in any thread."""
+        """End all reads of delta or base over a network, in any thread."""
         for source in self.sources:
             source.cancel()
 
@@ -64,7 +64,7 @@ class TargetRecipe:
             source.close()
 
     def shard(self, path: str) -> ShardRecipe:
-        """How to rebuild the target shard at ``path``; its headers are read and checked once.
+        """The recipe for the target shard at ``path``; its headers are read and checked once.
 
         Raises:
             DeltaError: the delta shard contradicts the manifest.
@@ -90,12 +90,12 @@ class TargetRecipe:
                 info, coded, payload, base, self.manifest.chunk_bytes, self.faults
             )
         if len(tensors) != len(entries):
-            raise contradicts(file, f"{len(entries)} tensors are promised, {len(tensors)} are there")
+            raise contradicts(file, f"The manifest has {len(entries)} tensors, the shard has {len(tensors)}")
         return ShardRecipe(file, own.header, tensors, own.shard, self)
 
     def _delta_shard(self, path: str) -> DeltaShard:
-        """The delta shard of the target shard at ``path``. It is read once, whoever wants to know: the shards
-        that are rebuilt side by side may hold duplicates of each other's tensors."""
+        """The delta shard of the target shard at ``path``. It is read once for all threads, since shards
+        rebuilt in parallel may hold duplicates of each other's tensors."""
         with self._locks[path]:
             if path not in self._delta_shards:
                 entries = self._entries[path].values()
@@ -103,7 +103,8 @@ class TargetRecipe:
             return self._delta_shards[path]
 
     def _coded(self, entry: TensorEntry) -> TensorEntry:
-        """The entry whose payload and base give this one's bytes: its own, or that of what it is like."""
+        """The entry whose payload and base give this entry's bytes: itself, or the original of a
+        duplicate."""
         like = entry.like
         return self._entries[like.file][like.name] if isinstance(like, TargetTensor) else entry
 
@@ -111,7 +112,7 @@ class TargetRecipe:
         """The base tensor of every entry that has one.
 
         Raises:
-            BaseMismatchError: the base lacks it, or it has another dtype or shape.
+            BaseMismatchError: the base lacks a tensor, or its dtype or shape differs.
         """
         found, wrong = {}, []
         for entry in self.manifest.tensors:
@@ -135,7 +136,7 @@ class TargetRecipe:
 
     def base_of(self, path: str, name: str) -> Tensor | None:
         """The base tensor against which tensor ``name`` of the shard at ``path`` is coded, if any. For a
-        duplicate, the base tensor of its name; or else that of the tensor that it is like."""
+        duplicate, the base tensor of its name, or else that of its original."""
         entry = self._entries[path][name]
         coded = self._coded(entry)
         own = self.base.find(name, path) if self.base and coded is not entry else None
@@ -148,12 +149,12 @@ class TargetRecipe:
         return sorted(shards | others)
 
     def check_published(self) -> set[str]:
-        """Which of the base's files are known to be right without reading them; raises as
+        """The base's files that are known to be right without reading them; raises like
         :meth:`DeltaFaults.check_published`."""
         return self.faults.check_published(self.base_files())
 
     def with_base(self, skipped: Collection[str] = ()) -> list[TensorRecipe]:
-        """How to rebuild the tensors that have a base, but for bases in these of the base's files."""
+        """The recipes of all tensors with a base, except those whose base is in the files ``skipped``."""
         return [
             self.shard(path).tensors[name]
             for (path, name), tensor in self._bases.items()
@@ -161,8 +162,8 @@ class TargetRecipe:
         ]
 
     def read_tables(self, recipes: Iterable[TensorRecipe]) -> None:
-        """Read the chunk records of several tensors, side by side where the delta is far away; those that
-        were read before are not announced, so not fetched, once more."""
+        """Read the chunk records of several tensors, in parallel if the delta is remote. Records that were
+        read before are not fetched again."""
         recipes = [recipe for recipe in recipes if not recipe.is_read]
         with self.source.expect(recipe.table_span for recipe in recipes):
             for recipe in recipes:
@@ -170,15 +171,15 @@ class TargetRecipe:
 
     @contextmanager
     def expect(self, chunks: Iterable[tuple[TensorRecipe, int]]) -> Iterator[None]:
-        """Within the block, ``chunks`` will be decoded, about in this order: what they need is fetched ahead.
-        Their tensors' chunk records must have been read."""
+        """Announce that ``chunks`` will be decoded within the block, in about this order, so that their bytes
+        are fetched ahead. Their tensors' chunk records must have been read."""
         chunks = list(chunks) if self.is_remote else []
         payloads = (recipe.data_span(index) for recipe, index in chunks)
         with self.source.expect(payloads), self.expect_base(c for c in chunks if c[0].needs_base(c[1])):
             yield
 
     def expect_base(self, chunks: Iterable[tuple[TensorRecipe, int]]) -> AbstractContextManager[None]:
-        """:meth:`expect` where only the base's bytes will be read."""
+        """:meth:`expect` for reads of the base's bytes only."""
         if self.base is None:
             return nullcontext()
         return self.base.source.expect(recipe.base_span(index) for recipe, index in chunks)
@@ -187,9 +188,9 @@ class TargetRecipe:
         """A tensor's bytes from ``start`` to ``end``; all of them by default.
 
         Raises:
-            BaseMismatchError, DeltaError: base or delta are not what the manifest says.
+            BaseMismatchError, DeltaError: base or delta contradicts the manifest.
         """
-        recipe.table  # noqa: B018  # a payload that long must exist before so much memory is taken
+        recipe.table  # noqa: B018  # proves that the payload exists before memory is taken
         plan, end = recipe.plan, recipe.info.nbytes if end is None else end
         data = np.empty(end - start, np.uint8)
         wanted = range(plan.index_at(start), plan.index_at(end - 1) + 1) if end > start else range(0)
@@ -206,25 +207,25 @@ class TargetRecipe:
         return data
 
     def base_source(self, file: TargetFile) -> Source:
-        """Where a file comes from that the target has in common with its base.
+        """The source of a file that the target has in common with its base.
 
         Raises:
-            BaseMismatchError: the base does not have it, or not of its size.
+            BaseMismatchError: the base lacks it, or it has a different size.
         """
         if not self.base or file.source not in self.base.source.sizes:
             raise self.faults.wrong_base(
                 f"it lacks {file.source!r}, a file that the target has in common with it"
             )
         if self.base.source.sizes[file.source] != file.size:
-            raise self.faults.wrong_base(f"its file {file.source!r} has another size")
+            raise self.faults.wrong_base(f"its file {file.source!r} has a different size")
         return self.base.source
 
     def blocks(self, file: TargetFile) -> Iterator[bytes]:
         """The bytes of a file that is not a shard, in blocks of at most 1 MiB.
 
         Raises:
-            BaseMismatchError: it comes from the base, and the base does not have it.
-            PayloadError: it does not decompress, or to more than the manifest says.
+            BaseMismatchError: it comes from the base, but the base does not have it.
+            PayloadError: it does not decompress, or has more bytes than the manifest says.
         """
         if file.stored == "base":
             yield from self.base_source(file).blocks(file.source)
@@ -247,10 +248,10 @@ class TargetRecipe:
 
 
 def check_digest(file: TargetFile, sha256: str) -> None:
-    """Raise :class:`DeltaError` where a rebuilt file is not the one that the manifest promises."""
+    """Raise :class:`DeltaError` if a rebuilt file differs from the manifest's."""
     if sha256 != file.sha256:
         raise DeltaError(
-            f"{file.path} was not rebuilt as it was published",
+            f"{file.path} was not rebuilt correctly",
             f"Its SHA-256 is {sha256}, not {file.sha256}: the delta is damaged.",
             "Get the delta again.",
         )

@@ -1,4 +1,4 @@
-"""A delta's folder, written: its shards, the target's other files, license texts, and last the manifest."""
+"""Writes a delta's folder: its shards, the target's other files, license texts, and the manifest last."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ from ..storage import OutputFolder, PartialFile, Source, sha256_of, spelling
 from ..workers import Meter, Workers
 from .shards import shard_header, shard_metadata
 
-#: Compressing a file pays if it saves this share of it; small ones stay readable on the Hub.
+#: A file is stored compressed if that saves this share of it; small files stay readable on the Hub.
 _WORTH_COMPRESSING = 64 << 10
 _WORTH_SAVING = 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedShard:
-    """A delta shard that is done, for a run after an interruption. ``inputs`` tells what it was made of."""
+    """The note of a finished delta shard, for a run after an interruption. ``inputs`` identifies its
+    inputs."""
 
     inputs: str
     file: FileRecord
@@ -46,12 +47,12 @@ class FinishedShard:
 
 
 class DeltaWriter:
-    """Writes the files of one delta and keeps the record of them.
+    """Writes the files of one delta and records them.
 
     Args:
-        folder: where they go.
+        folder: the folder to write to.
         target: the source of the target's files.
-        inputs: a text that differs whenever the delta is made from something else.
+        inputs: a text that changes with the inputs of the delta.
         meter: counts bytes of the target.
     """
 
@@ -69,7 +70,7 @@ class DeltaWriter:
             self._taken |= {spelling(str(place)) for place in (path, *path.parents)}
 
     def names(self, others: Iterable[str]) -> Iterator[str]:
-        """What the files ``others`` of the target, which are no shards, may be called in the delta."""
+        """All names that the target's ``others`` (files that are not shards) may have in the delta."""
         for path in others:
             yield f"files/{path}"
             if self._may_be_compressed(path):
@@ -79,7 +80,7 @@ class DeltaWriter:
         """The SHA-256 of a file's bytes.
 
         Raises:
-            CheckpointError: it is not the one that is published.
+            CheckpointError: it differs from the published one.
         """
         checked = source.checked_sha256(path)
         if checked is None:
@@ -107,7 +108,7 @@ class DeltaWriter:
         self._folder.remember(file.path, msgspec.json.encode(done))
 
     def finished_before(self, name: str) -> FinishedShard | None:
-        """What an interrupted run made of the delta shard ``name``, if it was from the same inputs."""
+        """The delta shard ``name`` from an interrupted run with the same inputs; None if there is none."""
         try:
             done = msgspec.json.decode(self._folder.recall(name), type=FinishedShard)
         except msgspec.MsgspecError:
@@ -120,7 +121,7 @@ class DeltaWriter:
         return done
 
     def write_other_files(self, paths: Iterable[str], base_files: Sequence[FileRecord]) -> list[TargetFile]:
-        """Store the target's files that are no shards: by reference where the base has the same bytes."""
+        """Store the target's files that are not shards, by reference if the base has the same bytes."""
         in_base = {(record.size, record.sha256): record.path for record in reversed(base_files)}
         written = []
         for path in paths:
@@ -134,7 +135,7 @@ class DeltaWriter:
         return written
 
     def _store(self, path: str, size: int, digest: str) -> TargetFile:
-        """Copy one file into the delta, compressed if that is worth it."""
+        """Copy one file into the delta, compressed if that saves enough."""
         stored = f"files/{path}"
         if size >= _WORTH_COMPRESSING and self._may_be_compressed(path):
             level = 9 if size < (64 << 20) else 3
@@ -156,8 +157,7 @@ class DeltaWriter:
             )
 
     def _may_be_compressed(self, path: str) -> bool:
-        """Whether ``path`` with .zst is a name of its own: no other file's or folder's, on any file system,
-        and not too long."""
+        """Whether ``path`` with .zst is a free name, on any file system, and not too long."""
         packed = f"{path}.zst"
         return spelling(packed) not in self._taken and is_safe_path(packed)
 
@@ -174,7 +174,7 @@ class DeltaWriter:
         return whole
 
     def write_manifest(self, manifest: Manifest) -> None:
-        """The model card and, last of all, the manifest: with it the delta is whole."""
+        """Write the model card and, last of all, the manifest, which completes the delta."""
         self._folder.remove_claims(keep=[file.path for file in manifest.files])
         self._folder.claim([cards.CARD_NAME, MANIFEST_NAME])
         for path, content in (
@@ -186,7 +186,7 @@ class DeltaWriter:
                 file.commit()
 
     def _write_blocks(self, path: str, blocks: Iterable[bytes], limit: float = float("inf")) -> bool:
-        """Write a file of the delta, unless it grows beyond ``limit`` bytes. Returns whether it stands."""
+        """Write a file of the delta, unless it exceeds ``limit`` bytes. Returns whether it was written."""
         with self._folder.create(path) as file:
             position = 0
             for block in self._workers.watch(blocks):
@@ -206,8 +206,7 @@ class DeltaWriter:
 
 
 class DeltaShardWriter:
-    """Writes one delta shard: ``payloads`` in the manifest's order, then the header, into room that is kept
-    for it."""
+    """Writes one delta shard: ``payloads`` in the manifest's order, then the header, into reserved space."""
 
     def __init__(
         self, delta: DeltaWriter, file: PartialFile, shard: Shard, plans: Iterable[ChunkPlan]
@@ -216,7 +215,7 @@ class DeltaShardWriter:
         self._file = file
         self._shard = shard
         self._metadata = shard_metadata(shard)
-        # How long the payloads are is known only after them.
+        # The payloads' lengths are known only at the end.
         most = sum(plan.nbytes + plan.count * RECORD.itemsize for plan in plans)
         self._room = len(shard_header(most, self._metadata))
         if self._room > MAX_HEADER_BYTES:
@@ -232,7 +231,7 @@ class DeltaShardWriter:
         """Write the header, and give the shard its name.
 
         Args:
-            sha256: that of the target's shard.
+            sha256: the SHA-256 of the target's shard.
             entries: its tensors.
         """
         header = shard_header(self.payloads.nbytes, self._metadata, self._room)

@@ -1,4 +1,4 @@
-"""Model cards and license files: read from a checkpoint, written for a delta."""
+"""Reads model cards and license files of checkpoints, and writes a delta's model card."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _HUB = "https://huggingface.co/"
 _MAX_CARD_BYTES = 1 << 22
 _MAX_FIELD = 1000  # characters
 
-#: The fields at the top of a card. (The Hub's library has the same, but takes 0.1 s to load.)
+#: The fields at the top of a card. (huggingface_hub can parse them too, but takes 0.1 s to load.)
 FRONT_MATTER = re.compile(r"\s*---(\r\n?|\n)(?P<fields>.*?)(\r\n?|\n)---[ \t]*(\r?\n|$)", re.DOTALL)
 
-#: What files with license texts are called.
+#: The names of files with license texts.
 LICENSE_FILE = re.compile(r"(LICEN[CS]E|COPYING)([._-].*)?", re.IGNORECASE)
 _OTHER_TEXT = re.compile(r"(NOTICE|USE_POLICY)([._-].*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class LicenseTexts:
-    """A side's license, the texts to publish with a delta by their path there, what does not fit together in
-    it, and what the card gives as ``base_model``."""
+    """A side's license, the texts to publish with a delta (by path), the conflicts in it, and the card's
+    ``base_model``."""
 
     license: License
     texts: dict[str, bytes]
@@ -40,11 +40,11 @@ class LicenseTexts:
 def read_license(
     checkpoint: Checkpoint, side: Literal["base", "target"], override: str | None = None
 ) -> LicenseTexts:
-    """The license that a checkpoint's model card and its LICENSE and NOTICE files state.
+    """Read the license that a checkpoint's model card and its LICENSE and NOTICE files state.
 
     Args:
-        side: which one this is, for messages.
-        override: a license id that takes the place of the card's.
+        side: "base" or "target", for messages.
+        override: a license id that replaces the card's.
     """
     source = checkpoint.source
     fields = _card_fields(source)
@@ -61,7 +61,7 @@ def read_license(
         room -= source.sizes[path]
         content = _content(source, path)
         digest = hashlib.sha256(content).hexdigest()
-        # The base's names are anyone's: only plain characters, and not too many.
+        # The base's file names are untrusted: only plain characters, and not too many.
         place = f"licenses/{digest[:16]}-{re.sub(r'[^A-Za-z0-9._-]', '_', path)[:100]}"
         stored[place] = content
         records.append(FileRecord(place, len(content), digest))
@@ -74,10 +74,10 @@ def read_license(
 def recall_license(
     checkpoint: Checkpoint, side: Literal["base", "target"], stated: License, texts: dict[str, bytes]
 ) -> LicenseTexts:
-    """The license of a side as an earlier delta's manifest states it.
+    """Return a side's license as an earlier delta's manifest states it.
 
     Args:
-        checkpoint: the side itself; of it, only the card's ``base_model`` is read.
+        checkpoint: the side itself; only its card's ``base_model`` is read.
         stated: the manifest's record.
         texts: the contents of ``stated.files``, by their path in the delta.
     """
@@ -100,37 +100,37 @@ def _card_fields(source: Source) -> dict[str, object]:
 
     block = FRONT_MATTER.match(_content(source, CARD_NAME).decode("utf-8", errors="replace"))
     try:
-        # Not ModelCard: one odd field would hide all. BaseLoader makes nothing but text, lists and maps.
+        # Not ModelCard: one odd field would hide all others. BaseLoader makes only text, lists and maps.
         fields = yaml.load(block["fields"], Loader=yaml.BaseLoader) if block else None  # noqa: S506
     except (yaml.YAMLError, RecursionError, TypeError):
-        return {}  # a card that nobody can read states no license; the license files still count
+        return {}  # an unreadable card states no license, but the license files still count
     return fields if isinstance(fields, dict) else {}
 
 
 def _text(value: object) -> str | None:
-    """A card field as text: some cards give a list where one value is meant."""
+    """A card field as text: some cards give a list instead of one value."""
     values = value if isinstance(value, list) else [value]
     texts = [one for one in values if isinstance(one, str) and one not in ("", "~", "null")]
     if len(texts) < len(values):
-        return None  # nothing, or something nested, which no license is
+        return None  # nothing, or a nested value, which cannot be a license
     return " AND ".join(texts)[:_MAX_FIELD].encode("utf-8", "replace").decode() or None
 
 
 def _base_models(value: object) -> tuple[str, ...]:
-    """Hub ids of ``base_model``, which is one or a list of them."""
+    """The Hub ids in ``base_model``, which is one id or a list."""
     values = value if isinstance(value, list) else [value]
     ids = (one.removeprefix(_HUB).strip("/ ") for one in values if isinstance(one, str))
     return tuple(id for id in ids if re.fullmatch(r"[\w.-]+/[\w.-]+", id, re.ASCII))[:100]
 
 
 def prepare() -> None:
-    """Import what :func:`write_card` needs, which takes a moment, while other threads are at work."""
+    """Import the modules that :func:`write_card` needs. This is slow, so it runs while other threads work."""
     from huggingface_hub import ModelCardData  # noqa: F401
 
 
 def write_card(manifest: Manifest) -> bytes:
     """The delta's own model card, as Markdown with the Hub's front matter."""
-    from huggingface_hub import ModelCardData  # ModelCard would import the Hub's client besides
+    from huggingface_hub import ModelCardData  # ModelCard would also import the Hub's client
 
     base = manifest.base
     data = ModelCardData(
@@ -146,8 +146,9 @@ def write_card(manifest: Manifest) -> bytes:
 
 
 def _license_fields(manifest: Manifest) -> dict[str, Any]:
-    """Base and target together, in the words that the Hub takes: ids of its list, or ``other`` with a short
-    name and a URL. (A link to a file may only be ``LICENSE``, and the delta has several texts.)"""
+    """The license of base and target together, in the Hub's terms: ids of its list, or ``other`` with a short
+    name and a URL. (The Hub accepts a link to a file only if it is ``LICENSE``, but the delta has several
+    texts.)"""
     sides = [(side, one) for side in (manifest.target, manifest.base) for one in terms_of(side.license)]
     every = terms_of(manifest.target.license, manifest.base.license)
     if all(one.hub for one in every):
@@ -220,5 +221,5 @@ def _license_text(license: License) -> str:
 
 
 def _plain(text: str) -> str:
-    """Words from a card, on one line and without markup."""
+    """Text from a card, on one line and without markup."""
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))

@@ -1,7 +1,7 @@
-"""Which tensors of a target are equal to another one of it, so that one payload serves them all.
+"""Finds equal tensors in a target, so that one payload serves them all.
 
-Most checkpoints have none, so what tells tensors apart at little cost comes first: dtype and shape; a few
-bytes of each; some more of those that are left. Only what agrees in all of that is read whole.
+Most checkpoints have none, so cheap comparisons come first: dtype and shape, then a few bytes of each tensor,
+then some more. Only tensors that agree in all of these are read whole.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..storage import Span
 from ..workers import Workers
 from .names import Match
 
-#: About what a reference takes in the manifest. What costs no more is coded.
+#: The approximate bytes of a reference in the manifest. A tensor that costs no more is coded.
 _REFERENCE_BYTES = 128
 
 _GLANCE_BYTES = 512
@@ -29,7 +29,7 @@ _BLOCK_BYTES = 1 << 20
 #: Groups of tensors that may be equal, in the order of the target.
 _Groups = list[list[Match]]
 
-#: First bytes and ends of parts of a tensor of so many bytes.
+#: Returns first bytes and ends of some parts of a tensor, given its length in bytes.
 _Parts = Callable[[int], Sequence[tuple[int, int]]]
 
 
@@ -40,14 +40,15 @@ def find_duplicates(
     workers: Workers,
     glance: Callable[[Tensor], Hashable] | None = None,
 ) -> list[Match]:
-    """The matches, those that are to be coded as another tensor of the target with :attr:`Match.like`.
+    """Return the matches, with :attr:`Match.like` set for duplicates of another tensor of the target.
 
-    Of equal tensors, those that are their base tensor's bytes stay as they are, since nothing is coded then.
-    All others refer to one: the one that is cheapest to code.
+    Tensors that equal their base tensor stay as they are, since they cost nothing. All other equal tensors
+    refer to one of them, the cheapest to code.
 
     Args:
-        target: the checkpoint that the matches are about.
-        glance: what tells most tensors apart, equal for equal ones; some of their bytes if None.
+        target: the checkpoint of the matches.
+        glance: a key that is equal for equal tensors and differs for most others; if None, some of their
+            bytes.
     """
     large = [match for match in matches if match.target.info.nbytes > _REFERENCE_BYTES]
     groups = _split([large], _kind)
@@ -68,11 +69,11 @@ def find_duplicates(
 
 
 def _split(groups: _Groups, key: Callable[[Match], Hashable], workers: Workers | None = None) -> _Groups:
-    """The groups, cut up by what ``key`` gives for their members; who is left alone is left out."""
+    """Split the groups by ``key`` of their members, and drop groups of one."""
     found: _Groups = []
     for group in groups:
         by_key: dict[Hashable, list[Match]] = {}
-        # A few bytes are read sooner than handed to another thread.
+        # Reading a few bytes is faster than handing them to another thread.
         for match, value in zip(group, (workers.map if workers else map)(key, group), strict=True):
             by_key.setdefault(value, []).append(match)
         found += (alike for alike in by_key.values() if len(alike) > 1)
@@ -107,7 +108,7 @@ def _spans(groups: _Groups, parts: _Parts) -> Iterable[Span]:
 
 
 def _digest(parts: _Parts, match: Match) -> bytes:
-    """The SHA-256 of these parts: equal for equal bytes only, whoever made them."""
+    """The SHA-256 of these parts. Even hostile tensors have equal digests only for equal bytes."""
     sha256 = hashlib.sha256()
     for part in parts(match.target.info.nbytes):
         sha256.update(match.read(*part).data)
@@ -115,7 +116,7 @@ def _digest(parts: _Parts, match: Match) -> bytes:
 
 
 def _cost(chunk_bytes: int, match: Match) -> int:
-    """About how long the tensor's payload would be; 0 where all its bytes are the base's."""
+    """The approximate length of the tensor's payload; 0 if all its bytes are the base's."""
     info = match.target.info
     plan = ChunkPlan(info.nbytes, match.shared_bytes, chunk_bytes)
     for index in range(plan.count):

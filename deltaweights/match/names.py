@@ -1,5 +1,4 @@
-"""Which base tensor each target tensor is compared with: by name, by rename rule, by a prefix that all
-names share, by equal bytes."""
+"""Finds the base tensor for each target tensor: by name, by rename rule, by common prefix, by equal bytes."""
 
 from __future__ import annotations
 
@@ -19,15 +18,15 @@ from ..errors import DeltaWeightsError
 
 _BLOCK_BYTES = 1 << 20
 
-#: Bounds of the search for common prefixes: names with one ending, and pairs of prefixes.
+#: Bounds of the search for common prefixes: names with the same ending, and pairs of prefixes.
 _MAX_NAMES = 64
 _MAX_PAIRS = 64
 
-#: How many blocks of 1 MiB tell that two tensors are equal.
+#: The number of 1 MiB blocks that are compared to find two tensors equal.
 _MAX_BLOCKS = 64
 
-#: A rename rule: a regular expression, searched in a target tensor's name, and what to put in its place
-#: (``re.sub``) to get the base tensor's name.
+#: A rename rule: a regular expression, searched in a target tensor's name, and its replacement (``re.sub``),
+#: which gives the base tensor's name.
 RenameRule = tuple[str, str]
 
 CompiledRule = tuple[re.Pattern[str], str]
@@ -35,11 +34,11 @@ CompiledRule = tuple[re.Pattern[str], str]
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A target tensor and the base tensor to code it against, if any. The first ``shared_bytes`` of the
-    target tensor's bytes have counterparts in the base tensor.
+    """A target tensor and the base tensor to code it against, if any. The first ``shared_bytes`` bytes of the
+    target tensor have counterparts in the base tensor.
 
-    ``like`` is another tensor of the target with the same bytes, which is coded in its place; none of its
-    own bytes are shared then."""
+    ``like`` is another tensor of the target with the same bytes, which is coded in its place;
+    ``shared_bytes`` is 0 then."""
 
     target: Tensor
     base: Tensor | None
@@ -111,14 +110,14 @@ def compile_rules(rename: Sequence[RenameRule]) -> list[CompiledRule]:
 
 
 def match_pair(target: Tensor, base: Tensor | None) -> Match:
-    """The match of a target tensor with the base tensor that was found for it."""
+    """Match a target tensor with the base tensor found for it."""
     shared = _shared_bytes(target, base) if base else 0
     return Match(target, base, shared)
 
 
 def _shared_bytes(target: Tensor, base: Tensor) -> int:
-    """How many leading bytes of ``target`` have a counterpart in ``base``: all of them, or whole rows
-    where only the number of rows differs (a vocabulary that grew or shrank)."""
+    """The number of leading bytes of ``target`` with a counterpart in ``base``: all, or whole rows if only
+    the number of rows differs (a vocabulary that grew or shrank)."""
     new, old = target.info, base.info
     if new.dtype != old.dtype and not is_convertible(old.dtype, new.dtype):
         return 0
@@ -132,11 +131,11 @@ def _shared_bytes(target: Tensor, base: Tensor) -> int:
 
 
 def _match_prefixes(unmatched: Iterable[Tensor], free: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-    """Match names that differ in a leading part only, such as ``model.`` against ``language_model.model.``.
+    """Match names that differ only in a leading part, such as ``model.`` and ``language_model.model.``.
 
-    The pair of prefixes that explains most tensors wins, then the next, until a pair explains but one tensor.
-    Endings that very many names share, and pairs far down the list, are left out: names are anybody's, and
-    the time must grow with their number, not its square.
+    The pair of prefixes that explains most tensors wins, then the next, until a pair explains only one
+    tensor. Endings that very many names share, and pairs far down the list, are skipped: names are untrusted,
+    and the time must not grow with the square of their number.
     """
     by_name = {tensor.info.name: tensor for tensor in free}
     left = {tensor.info.name: tensor for tensor in unmatched}
@@ -163,7 +162,7 @@ def _match_prefixes(unmatched: Iterable[Tensor], free: Iterable[Tensor]) -> dict
 
 
 def _suffixes(name: str) -> list[str]:
-    """``a.b.c`` → ``a.b.c``, ``b.c``, ``c``; no more than eight, the longest."""
+    """``a.b.c`` → ``a.b.c``, ``b.c``, ``c``; at most the eight longest."""
     parts = name.split(".")
     return [".".join(parts[k:]) for k in range(min(len(parts), 8))]
 
@@ -192,15 +191,14 @@ def _start_bytes(tensor: Tensor) -> int:
 
 
 def _start(tensor: Tensor) -> tuple[str, bytes]:
-    """What tells most tensors apart at the cost of one small read: dtype, shape, first bytes."""
+    """A key that differs for most tensors and takes one small read: dtype, shape, first bytes."""
     first = _read(tensor, 0, _start_bytes(tensor))
     return f"{tensor.info.dtype}{tensor.info.shape}", hashlib.sha256(first.data).digest()
 
 
 def _equal(one: Tensor, other: Tensor, base: Checkpoint, target: Checkpoint) -> bool:
-    """Whether a target tensor and a base tensor of one size hold the same bytes, as far as a number of blocks
-    spread over them shows (a wrong answer only makes the delta longer); reads no further than the first
-    difference."""
+    """Whether a target tensor and a base tensor of the same size are equal, judged by some blocks spread over
+    them (a wrong answer only makes the delta longer). Stops at the first difference."""
     nbytes = one.info.nbytes
     if nbytes != other.info.nbytes:
         return False

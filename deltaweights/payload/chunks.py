@@ -16,16 +16,15 @@ from numpy.typing import NDArray
 from ..codec import RECORD
 from ..errors import PayloadError
 
-#: Bytes of target tensor in a chunk. Small enough that a chunk, its base and the work on them stay in a
-#: core's cache and that a sample of chunks is read in seconds; large enough that the 24-byte record is
-#: nothing.
+#: Bytes of target tensor in a chunk. Small enough that a chunk, its base and the working memory fit a core's
+#: cache, and that a sample of chunks is read in seconds; large enough that the 24-byte record is negligible.
 CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkPlan:
-    """How a tensor of ``nbytes`` is cut: its first ``shared`` bytes have a base, the rest has none, and
-    no chunk is longer than ``chunk_bytes`` or lies on both sides."""
+    """How a tensor of ``nbytes`` is cut into chunks of at most ``chunk_bytes``. The first ``shared`` bytes
+    have a base, the rest has none, and no chunk crosses that border."""
 
     nbytes: int
     shared: int
@@ -33,12 +32,12 @@ class ChunkPlan:
 
     @property
     def count(self) -> int:
-        """How many chunks there are."""
+        """The number of chunks."""
         return self.shared_count - (self.shared - self.nbytes) // self.chunk_bytes
 
     @property
     def shared_count(self) -> int:
-        """How many chunks, the first ones, have a base."""
+        """The number of chunks with a base, which come first."""
         return -(-self.shared // self.chunk_bytes)
 
     def span(self, index: int) -> tuple[int, int]:
@@ -51,24 +50,24 @@ class ChunkPlan:
         return start, min(start + self.chunk_bytes, end)
 
     def bounds(self, first: int, end: int) -> tuple[int, int]:
-        """First byte and end of chunks ``first`` to ``end - 1``, of which there must be some."""
+        """First byte and end of chunks ``first`` to ``end - 1``, at least one."""
         return self.span(first)[0], self.span(end - 1)[1]
 
     def length(self, first: int, end: int) -> int:
-        """How many bytes these are."""
+        """The bytes in chunks ``first`` to ``end - 1``."""
         start, stop = self.bounds(first, end)
         return stop - start
 
     def rows(self, nbytes: int) -> Iterator[tuple[int, int]]:
-        """All chunks in order, as rows (first, end) of neighbours that have together at most ``nbytes``, or
-        are a single chunk, and that all have a base or all have none."""
+        """All chunks in order, as rows (first, end) of neighbours. A row has at most ``nbytes`` bytes or a
+        single chunk, and its chunks all have a base or all have none."""
         most = max(1, nbytes // self.chunk_bytes)
         for begin, stop in ((0, self.shared_count), (self.shared_count, self.count)):
             for first in range(begin, stop, most):
                 yield first, min(first + most, stop)
 
     def index_at(self, position: int) -> int:
-        """Which chunk holds the tensor's byte ``position``."""
+        """The index of the chunk that holds the tensor's byte ``position``."""
         if position < self.shared:
             return position // self.chunk_bytes
         return self.shared_count + (position - self.shared) // self.chunk_bytes
@@ -84,7 +83,7 @@ class ChunkPlan:
 def check_records(
     table: bytes, plan: ChunkPlan, payload_bytes: int
 ) -> tuple[NDArray[np.void], NDArray[np.int64]]:
-    """A payload's chunk records, and where each chunk's data starts in the payload.
+    """Check a payload's chunk records. Returns them, and the start of each chunk's data in the payload.
 
     Args:
         table: the payload's first ``plan.count * RECORD.itemsize`` bytes.
@@ -97,7 +96,7 @@ def check_records(
         raise PayloadError("A payload is too short for its chunk records")
     records = np.frombuffer(table, RECORD)
     if records["reserved"].any():
-        raise PayloadError("A payload's chunk records hold values where there must be none")
+        raise PayloadError("A payload's chunk records hold values in a field that must be zero")
     ends = len(table) + np.cumsum(records["length"], dtype=np.int64)
     if (int(ends[-1]) if ends.size else 0) != payload_bytes:
         raise PayloadError("A payload's chunk lengths do not add up to its size")

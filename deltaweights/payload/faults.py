@@ -1,4 +1,4 @@
-"""Who is to blame where bytes are wrong: the base, the payload, or the way that they came."""
+"""Finds the cause of wrong bytes: the base, the payload, or the network."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..errors import BaseMismatchError, CheckpointError, DeltaError, DeltaWeight
 
 
 class BaseBytes(Protocol):
-    """What a payload is coded against: bytes of the dtype ``dtype``, those of a tensor of the base or of a
-    part of it. ``name`` and ``path`` are the tensor's and its file's, for messages."""
+    """The bytes that a payload is coded against: a tensor of the base or a part of it, of dtype ``dtype``.
+    ``name`` and ``path`` of the tensor and its file are for messages."""
 
     @property
     def name(self) -> str: ...
@@ -25,43 +25,43 @@ class BaseBytes(Protocol):
     def dtype(self) -> str: ...
 
     def read_into(self, start: int, out: NDArray[np.uint8]) -> None:
-        """Fill ``out`` (uint8) with the bytes from ``start`` on."""
+        """Fill ``out`` (uint8) with the bytes, beginning at ``start``."""
 
 
 class Faults(ABC):
-    """Tells a wrong base from a damaged payload, and both from a broken network, in the words of whatever the
-    payload belongs to: a delta, a distributed checkpoint, a weight stream."""
+    """Tells a wrong base from a damaged payload, and both from a broken network. Subclasses word the errors
+    for a delta, a distributed checkpoint or a weight stream."""
 
     @abstractmethod
     def damaged(self, path: str, why: str) -> DeltaError:
-        """The error to raise where the payload file at ``path`` is not what was written."""
+        """The error to raise if the payload file at ``path`` differs from the file that was written."""
 
     @abstractmethod
     def wrong_base(self, why: str) -> BaseMismatchError:
-        """The error to raise where the base is not the right one."""
+        """The error to raise if the base is the wrong one."""
 
     @abstractmethod
     def is_damaged(self, path: str) -> bool:
-        """Whether the payload file at ``path`` as a whole has another digest than was recorded."""
+        """Whether the digest of the payload file at ``path`` differs from its record."""
 
     def is_proven(self, path: str) -> bool:
         """Whether the base's file at ``path`` is known to be the right one without reading it."""
         return False
 
     def remedy(self, path: str) -> str:
-        """What helps where bytes of the proven file at ``path`` come wrong time and again."""
-        return "Something on the way changes them: try a different network, or download the base first."
+        """The fix if bytes of the proven file at ``path`` arrive damaged repeatedly."""
+        return "The network changes them: try a different one, or download the base first."
 
     def in_tensor(self, path: str, name: str, why: str) -> DeltaError:
-        """:meth:`damaged`, where it is one tensor's payload."""
+        """:meth:`damaged` for a single tensor's payload."""
         return self.damaged(path, f"Tensor {name!r}: {why}")
 
     def of_base(self, path: str, name: str, base: BaseBytes, place: str) -> DeltaWeightsError:
-        """The error where the base's bytes and their checksum differ: one of the two is wrong.
+        """The error if the base's bytes do not match their checksum: either may be wrong.
 
         Args:
-            path, name: the file that holds the payload, and its tensor.
-            place: which bytes of the base's tensor.
+            path, name: the payload's file, and its tensor.
+            place: the bytes of the base's tensor, in words.
         """
         if self.is_damaged(path):
             return self.in_tensor(path, name, "Its chunk records are not those that were written")

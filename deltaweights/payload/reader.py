@@ -1,6 +1,6 @@
-"""Payloads read: one tensor's chunks, decoded from the payload and the base by rows, and checked.
+"""Reads payloads: decodes one tensor's chunks from the payload and the base, row by row, and checks them.
 
-:class:`StoredPayload` is a payload where it lies. :class:`PayloadReader` rebuilds the tensor from it.
+:class:`StoredPayload` is a payload in its file. :class:`PayloadReader` rebuilds the tensor from it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .faults import BaseBytes, Faults
 
 
 class _ThreadMemory(threading.local):
-    """Buffers of each thread, used again for every chunk: memory that is given back to the system and
-    asked for again costs a page fault for each 4 KiB."""
+    """Buffers of each thread, reused for every chunk, since freshly allocated memory costs a page fault for
+    each 4 KiB."""
 
     def __init__(self) -> None:
         self._payload = np.empty(0, np.uint8)
@@ -37,10 +37,10 @@ class _ThreadMemory(threading.local):
         return self._payload[:nbytes]
 
     def base(self, nbytes: int, read: Callable[[NDArray[np.uint8]], None]) -> NDArray[np.uint8]:
-        """A base's bytes, which ``read`` puts into a buffer; valid until this thread reads others.
+        """A base's bytes, which ``read`` puts into a buffer; valid until this thread reads another base.
 
-        A base that is itself rebuilt reads its own base meanwhile. Two buffers serve any depth: nobody writes
-        to the one that it was given before all that lies below is read.
+        A base that is itself rebuilt reads its own base meanwhile. Two buffers suffice for any depth, since
+        each level writes to its buffer only after all levels below are read.
         """
         side = self._depth % 2
         if self._bases[side].size < nbytes:
@@ -62,12 +62,12 @@ class _WrongBase(Exception):  # noqa: N818
 
 
 class StoredPayload:
-    """A tensor's payload where it lies.
+    """A tensor's payload in its file.
 
     Args:
         name, dtype: the tensor's; ``name`` is for messages, ``dtype`` a safetensors code.
         plan: how the tensor is cut.
-        stored: where the payload's bytes are.
+        stored: the tensor that holds the payload's bytes.
         faults: the errors to raise.
     """
 
@@ -85,7 +85,7 @@ class StoredPayload:
 
     @cached_property
     def table(self) -> tuple[NDArray[np.void], NDArray[np.int64]]:
-        """The chunk records (:data:`codec.RECORD`), and where each chunk's data starts in the payload.
+        """The chunk records (:data:`codec.RECORD`), and the start of each chunk's data in the payload.
 
         Raises:
             DeltaError: they do not add up.
@@ -111,25 +111,25 @@ class StoredPayload:
 
     @property
     def table_span(self) -> Span:
-        """Where the chunk records lie."""
+        """The span of the chunk records."""
         return self.stored.span(0, min(self._table_bytes, self.stored.info.nbytes))
 
     def data_span(self, index: int) -> Span:
-        """Where the data of chunk ``index`` lies."""
+        """The span of the data of chunk ``index``."""
         records, starts = self.table
         start = int(starts[index])
         return self.stored.span(start, start + int(records["length"][index]))
 
     def method(self, index: int) -> int:
-        """How chunk ``index`` is coded: a :class:`codec.Method`, or a number that none has."""
+        """The method of chunk ``index``: a :class:`codec.Method`, or an unknown number."""
         return int(self.table[0]["method"][index])
 
     def read_data(self, first: int, end: int) -> NDArray[np.uint8]:
-        """The data of chunks ``first`` to ``end - 1``, one behind the other; valid until this thread reads
+        """The data of chunks ``first`` to ``end - 1``, one after the other; valid until this thread reads
         more.
 
         Raises:
-            DeltaError: that of a chunk is longer than the chunk.
+            DeltaError: a chunk's data is longer than the chunk.
         """
         records, starts = self.table
         lengths = records["length"][first:end].tolist()
@@ -147,7 +147,7 @@ class StoredPayload:
         """Decode one chunk from its data, and check the result.
 
         Raises:
-            DeltaError: the data is damaged, or ``base`` is not what it was coded against.
+            DeltaError: the data is damaged, or ``base`` is not the base that it was coded against.
         """
         try:
             codec.decode_chunk(self.method(index), data, base, self.dtype, out)
@@ -157,15 +157,15 @@ class StoredPayload:
             raise self.damaged(f"Chunk {index} does not decode to what was encoded")
 
     def leads_to(self, index: int, chunk: NDArray[np.uint8]) -> bool:
-        """Whether ``chunk`` is what was encoded."""
+        """Whether ``chunk`` equals the chunk that was encoded, by its checksum."""
         return codec.checksum(chunk) == int(self.table[0]["target"][index])
 
     def is_from(self, index: int, base: NDArray[np.uint8]) -> bool:
-        """Whether ``base``, in the base's dtype, is what the chunk was encoded against."""
+        """Whether the chunk was encoded against ``base`` (in the base's dtype), by its checksum."""
         return codec.checksum(base) == int(self.table[0]["base"][index])
 
     def damaged(self, why: str) -> DeltaError:
-        """The error to raise where the payload is not what was written."""
+        """The error to raise if the payload differs from the one that was written."""
         return self.faults.in_tensor(self.path, self.name, why)
 
 
@@ -174,7 +174,7 @@ class PayloadReader(StoredPayload):
 
     Args:
         name, dtype, plan, stored, faults: as for :class:`StoredPayload`.
-        base: what it is coded against, if anything.
+        base: the bytes that it is coded against; None if there are none.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class PayloadReader(StoredPayload):
         return self.plan.has_base(index) and self.method(index) not in codec.STANDALONE
 
     def base_bounds(self, first: int, end: int) -> tuple[int, int]:
-        """First byte and end of what the base has for chunks ``first`` to ``end - 1``."""
+        """First byte and end of the base's bytes for chunks ``first`` to ``end - 1``."""
         assert self.base is not None
         start, stop = self.plan.bounds(first, end)
         dtypes = self.dtype, self.base.dtype
@@ -201,11 +201,11 @@ class PayloadReader(StoredPayload):
         return _memory.base(stop - start, partial(self.base.read_into, start))
 
     def matches_base(self, index: int) -> bool:
-        """Whether the base's bytes for chunk ``index`` are those that it was encoded against."""
+        """Whether the base's bytes for chunk ``index`` have the recorded checksum."""
         return self.is_from(index, self._read_base(index, index + 1))
 
     def require_base(self, index: int) -> None:
-        """Raise as :meth:`decode` does unless :meth:`matches_base`, now or when it is read once more."""
+        """Raise like :meth:`decode` unless :meth:`matches_base` is true, now or after a second read."""
         if not self.matches_base(index) and not self.matches_base(index):
             raise self._wrong_base(index)
 
@@ -213,15 +213,15 @@ class PayloadReader(StoredPayload):
         """Rebuild chunks ``first`` to ``end - 1``, one of :meth:`ChunkPlan.rows`, into ``out`` (uint8, their
         length).
 
-        What does not have its checksum is read once more before that is an error: a bit that went wrong on
-        the way from the Hub must not end a run of hours.
+        Bytes with a wrong checksum are read a second time before that is an error: a bit flipped on the way
+        from the Hub must not end a run of hours.
 
         Raises:
-            BaseMismatchError: the base's bytes are not those that the payload was made from.
+            BaseMismatchError: the base's bytes differ from those that the payload was made from.
             DeltaError: the payload is damaged.
         """
         runs = [list(run) for _, run in groupby(range(first, end), self.needs_base)]
-        # What is read for another run, or once more, may pass through the memory that `out` is.
+        # Bytes read for a different run, or a second time, may pass through the memory of `out`.
         whole, origin = out if len(runs) == 1 else np.empty_like(out), self.plan.span(first)[0]
 
         def part(first: int, end: int) -> NDArray[np.uint8]:
@@ -237,7 +237,8 @@ class PayloadReader(StoredPayload):
             out[:] = whole
 
     def _decode_run(self, first: int, end: int, out: NDArray[np.uint8]) -> list[int]:
-        """:meth:`decode` of chunks that all need the base, or all do not. Returns which come out wrong."""
+        """:meth:`decode` for chunks that all need the base, or all do not. Returns the indices of those that
+        come out wrong."""
         base = self._read_base(first, end) if self.needs_base(first) else None
         data = self.read_data(first, end)
         origin, wrong = self.plan.span(first)[0], []
@@ -251,7 +252,7 @@ class PayloadReader(StoredPayload):
         return wrong
 
     def _data_of(self, index: int, first: int, data: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The data of chunk ``index``, out of that from chunk ``first`` on."""
+        """The data of chunk ``index``, from ``data``, which begins with chunk ``first``."""
         records, starts = self.table
         begin = int(starts[index] - starts[first])
         return data[begin : begin + int(records["length"][index])]
@@ -264,7 +265,7 @@ class PayloadReader(StoredPayload):
         base: NDArray[np.uint8] | None,
         out: NDArray[np.uint8],
     ) -> list[int]:
-        """Decode and check what can be in one call. Returns which chunks are left."""
+        """Decode and check as many chunks as possible in one call. Returns the indices of those left."""
         if base is None or self.base is None or self.base.dtype != self.dtype:
             return list(range(first, end))
         is_right = codec.decode_row(
@@ -273,8 +274,8 @@ class PayloadReader(StoredPayload):
         return [first + int(k) for k in np.flatnonzero(~is_right)]
 
     def _converted(self, index: int, base: NDArray[np.uint8] | None, origin: int) -> NDArray[np.uint8] | None:
-        """The base's bytes for chunk ``index``, checked and in the tensor's dtype, of those from byte
-        ``origin`` of the tensor on, if there are any."""
+        """The base's bytes for chunk ``index``, checked and in the tensor's dtype, from ``base``, which
+        begins at byte ``origin`` of the tensor; None without a base."""
         if base is None:
             return None
         assert self.base is not None
@@ -299,6 +300,6 @@ class PayloadReader(StoredPayload):
         return self.faults.of_base(self.path, self.name, self.base, self.place_of(index))
 
     def place_of(self, index: int) -> str:
-        """Where chunk ``index`` is in the tensor, in words."""
+        """The place of chunk ``index`` in the tensor, in words."""
         start, end = self.plan.span(index)
         return f"bytes {start} to {end}"

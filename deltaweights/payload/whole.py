@@ -1,4 +1,4 @@
-"""One whole tensor in memory, to a payload and back."""
+"""Encodes one whole tensor in memory to a payload, and back."""
 
 from __future__ import annotations
 
@@ -52,26 +52,26 @@ def decode(
     nbytes: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> NDArray[np.uint8]:
-    """Decode what :func:`encode` returned; the inverse in every bit.
+    """Decode a payload from :func:`encode`, bit for bit.
 
     Args:
         base: the same base bytes, or None if there were none.
         payload: the payload.
         dtype: the tensor's safetensors dtype code.
-        out: uint8, 1-D, contiguous, of the tensor's length; allocated if None, and then ``nbytes``
-            says how long where there is no base.
+        out: uint8, 1-D, contiguous, of the tensor's length. If None, it is allocated, with ``nbytes`` bytes
+            if there is no base.
 
     Returns:
         ``out``, filled.
 
     Raises:
-        PayloadError: the payload is damaged, or the base is not the one that it was encoded against.
-        ValueError: the tensor's length is not known, or the base's differs from it.
+        PayloadError: the payload is damaged, or was encoded against a different base.
+        ValueError: the tensor's length is unknown, or the base's differs from it.
     """
     old = None if base is None else np.frombuffer(base, np.uint8)
     if out is None:
         if nbytes is None and old is None:
-            raise ValueError("pass out= or nbytes= where there is no base")
+            raise ValueError("pass out= or nbytes= if there is no base")
         out = np.empty(old.size if nbytes is None and old is not None else nbytes, np.uint8)  # type: ignore[arg-type]
     if old is not None and old.size != out.size:
         raise ValueError(f"base has {old.size} bytes, target {out.size}")
@@ -100,7 +100,7 @@ def _decode_chunk(
     out: NDArray[np.uint8],
 ) -> None:
     if base is not None and codec.checksum(base) != int(record["base"]):
-        raise PayloadError("Bytes of the base are not those that the payload was coded against")
+        raise PayloadError("Bytes of the base differ from those that the payload was coded against")
     codec.decode_chunk(int(record["method"]), data, base, dtype, out, follows=True)
     if codec.checksum(out) != int(record["target"]):
-        raise PayloadError("A chunk does not decode to what was encoded")
+        raise PayloadError("A chunk does not decode to the bytes that were encoded")

@@ -1,4 +1,4 @@
-"""Payloads written: rows of chunks encoded, and put one after the other into a file with their records."""
+"""Writes payloads: encodes rows of chunks, and puts them into a file with their records."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..errors import OutputError
 from ..storage import PartialFile
 from .chunks import ChunkPlan
 
-#: Payloads are written so many bytes at a time, or more: each write has a thread wait for Python's lock.
+#: The fewest bytes per write of payloads, since a thread waits for Python's lock at each write.
 _WRITE_BYTES = 1 << 20
 
 
 class CodedChunk(NamedTuple):
-    """One chunk, encoded: how, :func:`codec.checksum` of the base's and the target's bytes, its data, and how
-    many elements changed."""
+    """One encoded chunk: its method, :func:`codec.checksum` of the base's and the target's bytes, its data,
+    and the number of changed elements."""
 
     method: int
     base_sum: int
@@ -30,7 +30,7 @@ class CodedChunk(NamedTuple):
 
 
 class WrittenPayload(NamedTuple):
-    """A payload in a file: where it begins, how long it is, how many elements changed, its chunk records
+    """A payload in a file: its start, its length, the number of changed elements, its chunk records
     (:data:`codec.RECORD`), and whether all of the target's bytes are the base's."""
 
     start: int
@@ -49,14 +49,14 @@ def encode_row(
     base_dtype: str | None = None,
     quick: bool = False,
 ) -> list[CodedChunk]:
-    """Encode chunks next to each other.
+    """Encode adjacent chunks.
 
     Args:
         target: their bytes (uint8).
         base: the base's bytes for them, in its own dtype, or None.
         dtype: the target's dtype.
-        chunk_bytes: how long all chunks but the last are.
-        base_dtype: the base's dtype, where it differs.
+        chunk_bytes: the length of all chunks except the last.
+        base_dtype: the base's dtype, if it differs.
         quick: as for :func:`codec.encode_chunk`.
     """
     spans = [slice(start, start + chunk_bytes) for start in range(0, target.size, chunk_bytes)]
@@ -84,7 +84,7 @@ def _encode_alone(target: NDArray[np.uint8], dtype: str) -> CodedChunk:
 
 
 class PayloadWriter:
-    """Writes payloads into ``file``, one after the other from byte ``start`` on."""
+    """Writes payloads into ``file``, one after the other, beginning at byte ``start``."""
 
     def __init__(self, file: PartialFile, start: int) -> None:
         self._file = file
@@ -92,7 +92,7 @@ class PayloadWriter:
 
     @property
     def nbytes(self) -> int:
-        """How long all payloads are together."""
+        """The total length of all payloads."""
         return self._end - self._start
 
     def write(self, plan: ChunkPlan, chunks: Iterable[CodedChunk]) -> WrittenPayload:
@@ -117,19 +117,19 @@ class PayloadWriter:
         return WrittenPayload(start - self._start, end - start, changed, records, is_same)
 
     def take_back(self, written: WrittenPayload) -> None:
-        """Leave out the payload that was written last: the next one is written over it."""
+        """Drop the payload that was written last; the next one overwrites it."""
         assert self._end == self._start + written.start + written.nbytes
         self._end -= written.nbytes
 
 
 class PayloadFile:
-    """A safetensors file with one payload for each name, as a U8 tensor. Its header comes last, into room
-    that is kept for it: how long payloads are is known only when they are written.
+    """A safetensors file with one payload for each name, as a U8 tensor. Its header is written last, into
+    reserved space, since the payloads' lengths are unknown before.
 
     Args:
-        file: where to write it.
+        file: the file to write.
         largest: the most bytes of tensor that each payload may code, by name.
-        metadata: the header's.
+        metadata: the header's metadata.
 
     Raises:
         OutputError: the header may become longer than safetensors allows.
@@ -146,7 +146,7 @@ class PayloadFile:
             raise OutputError(
                 "There are too many tensors for one file",
                 f"Its header would have {self._room} bytes; safetensors allows {MAX_HEADER_BYTES}.",
-                "Save a part of the tensors.",
+                "Save fewer tensors at once.",
             )
         self._file = file
         self._metadata = metadata
@@ -156,7 +156,7 @@ class PayloadFile:
     def write(
         self, name: str, plan: ChunkPlan, chunks: Iterable[CodedChunk], *, skip_same: bool = False
     ) -> WrittenPayload:
-        """Write the payload ``name``; with ``skip_same``, it is left out where nothing differs."""
+        """Write the payload ``name``; with ``skip_same``, only if it differs from the base."""
         written = self._writer.write(plan, chunks)
         if skip_same and written.is_same:
             self._writer.take_back(written)
@@ -166,6 +166,6 @@ class PayloadFile:
         return written
 
     def finish(self) -> list[TensorInfo]:
-        """Write the header; returns the payloads that are in the file."""
+        """Write the header. Returns the payloads in the file."""
         self._file.write_at(0, build_header(self._infos, self._metadata, self._room))
         return self._infos

@@ -401,7 +401,7 @@ def _one_name(root: Path, path: str, other: str) -> OutputError:
 
 
 def _shown(path: str) -> str:
-    """The path, quoted so that paths that look alike look different."""
+    """The path in a form in which paths that look alike look different."""
     return path if path.isascii() else ascii(path)
 
 

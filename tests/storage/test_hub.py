@@ -292,7 +292,7 @@ def test_a_delta_that_is_published_otherwise_than_its_manifest_says_is_refused(
     data = bytearray(shelf.files("org/delta")[path])
     data[-1] ^= 1
     shelf.commit("org/delta", {path: bytes(data)})
-    with pytest.raises(DeltaError, match=f"'{path}' is published with another SHA-256"):
+    with pytest.raises(DeltaError, match=f"'{path}' is published with a different SHA-256"):
         apply_delta("org/delta", tmp_path / "out")
     report = verify_delta("org/delta")
     assert [(problem.path, problem.kind) for problem in report.problems] == [(path, "different")]

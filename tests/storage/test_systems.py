@@ -394,7 +394,7 @@ def test_a_file_is_never_placed_over_another_of_the_same_run(tmp_path: Path) -> 
         os.link(tmp_path / "one", tmp_path / "other")
         with pytest.raises(OutputError, match="other cannot be written") as caught:
             _write(folder, "other", b"x")
-        assert "does not tell it from one" in caught.value.why
+        assert "does not distinguish it from one" in caught.value.why
         _write(folder, "one", b"again")
     assert (tmp_path / "one").read_bytes() == b"again"
 

@@ -31,7 +31,8 @@ from .facts import Facts, LicenseFacts, Part
 
 
 def write_cyclonedx(facts: Facts) -> str:
-    """The target is what the document is about, the base its ancestor, the delta the patch between them."""
+    """Write the document: its subject is the target, with the base as its ancestor and the delta as the patch
+    between them."""
     target = _component(facts.target, ComponentType.MACHINE_LEARNING_MODEL)
     base = _component(facts.base, ComponentType.MACHINE_LEARNING_MODEL)
     delta = _component(facts.delta, ComponentType.DATA)
@@ -92,7 +93,7 @@ def _license(part: Part, license: LicenseFacts) -> LicenseExpression:
 
 
 def _properties(part: Part) -> list[Property]:
-    """What the format has no place for."""
+    """The facts that the format has no field for."""
     found = [("conflict", text) for text in part.conflicts]
     if part.declared and part.declared.stated:
         found.append(("license:stated", part.declared.stated))

@@ -1,4 +1,4 @@
-"""What a bill of materials says, whatever its format."""
+"""The facts in a bill of materials, for any format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..table import Terms
 #: Files, obligations and conflicts. The library for CycloneDX compares every file with every other one.
 MAX_ENTRIES = 10_000
 
-#: Each license may repeat each text.
+#: Bounded, since each license may repeat each text.
 MAX_LICENSES = 32
 
 #: Of the license texts of one side.
@@ -29,8 +29,8 @@ MAX_TEXT_BYTES = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class LicenseFacts:
-    """What a part is under. ``stated`` is what the model card says, word for word; ``texts`` are by SPDX id,
-    and lack those that the delta does not have."""
+    """The license of a part. ``stated`` quotes the model card; ``texts`` maps SPDX ids to the texts that the
+    delta has."""
 
     terms: tuple[Terms, ...]
     texts: Mapping[str, str]
@@ -47,8 +47,8 @@ class LicenseFacts:
 class Part:
     """The base, the target or the delta.
 
-    ``declared`` is what it is under by its own word, ``concluded`` what it is under together with its base,
-    ``conflicts`` what does not fit together in that.
+    ``declared`` is its own stated license, ``concluded`` its license together with the base's, ``conflicts``
+    the conflicts between them.
     """
 
     kind: Literal["base", "target", "delta"]
@@ -62,22 +62,22 @@ class Part:
 
     @property
     def name(self) -> str:
-        """The Hub id, or else what it is."""
+        """The Hub id, or else "base", "target" or "delta"."""
         return self.repo_id or self.kind
 
     @property
     def owner(self) -> str | None:
-        """The user or organization that its repository belongs to."""
+        """The user or organization that owns its repository."""
         return self.repo_id.rpartition("/")[0] or None if self.repo_id else None
 
     @property
     def commit(self) -> str | None:
-        """The revision, unless it may move."""
+        """The revision, if it is a commit."""
         return self.revision if re.fullmatch(r"[0-9a-f]{40}", self.revision or "") else None
 
     @property
     def purl(self) -> str | None:
-        """The package URL. What a Hub id may consist of needs no escapes there."""
+        """The package URL. The characters of a Hub id need no escapes in it."""
         commit = f"@{self.commit}" if self.commit else ""
         return f"pkg:huggingface/{self.repo_id}{commit}" if self.repo_id else None
 
@@ -90,7 +90,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """All of it. ``document`` is the id of a document with this content, written by this version."""
+    """All facts. ``document`` is the id of a document with this content, written by this version."""
 
     document: uuid.UUID
     created: datetime
@@ -101,7 +101,7 @@ class Facts:
 
 
 def read_facts(source: Source, manifest: Manifest, created: datetime) -> Facts:
-    """The facts in a delta's manifest and license texts.
+    """Read the facts in a delta's manifest and license texts.
 
     Raises:
         DeltaError: they are damaged, missing, or too long to be license texts.
@@ -169,10 +169,10 @@ def _read(files: tuple[FileRecord, ...], source: Source) -> list[bytes]:
     contents = []
     for file in files:
         if source.sizes.get(file.path) != file.size:
-            raise _damaged(source, f"{file.path!r} is missing or not of the size in the manifest")
+            raise _damaged(source, f"{file.path!r} is missing or not of the manifest's size")
         contents.append(b"".join(source.blocks(file.path)))
         if hashlib.sha256(contents[-1]).hexdigest() != file.sha256:
-            raise _damaged(source, f"{file.path!r} has another SHA-256 than in the manifest")
+            raise _damaged(source, f"{file.path!r} does not have the manifest's SHA-256")
     return contents
 
 
@@ -193,7 +193,7 @@ def _joined(texts: list[bytes]) -> str | None:
 
 
 def _license(license: License, texts: list[tuple[str, bytes]]) -> LicenseFacts | None:
-    """What one side is under; None where nothing is stated."""
+    """The license of one side; None if nothing is stated."""
     terms = terms_of(license)
     _require_few("licenses", len(terms), MAX_LICENSES)
     if not terms:
@@ -207,7 +207,8 @@ def _license(license: License, texts: list[tuple[str, bytes]]) -> LicenseFacts |
 
 
 def _by_license(texts: list[bytes], terms: tuple[Terms, ...]) -> dict[str, str]:
-    """The texts of each license. One that nobody recognises is of those that have no other, or of all."""
+    """The texts of each license. An unrecognised text belongs to the licenses without a text, or else to
+    all."""
     ids = [one.spdx for one in terms]
     found = [(one.spdx if (one := recognise(text)) else None, text) for text in texts]
     left = [id for id in ids if id not in {spdx for spdx, _ in found}] or ids
@@ -218,7 +219,7 @@ def _by_license(texts: list[bytes], terms: tuple[Terms, ...]) -> dict[str, str]:
 
 
 def _together(target: LicenseFacts | None, base: LicenseFacts | None) -> LicenseFacts | None:
-    """What the target and the delta are under: their own license and the base's."""
+    """The license of the target and the delta: their own and the base's."""
     sides = [side for side in (target, base) if side]
     terms = tuple({one.spdx: one for side in sides for one in side.terms}.values())
     every = {one.spdx: {side.texts[one.spdx] for side in sides if one.spdx in side.texts} for one in terms}

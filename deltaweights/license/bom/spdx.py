@@ -23,9 +23,10 @@ _PROFILES = [
 
 
 def write_spdx(facts: Facts) -> str:
-    """The target descends from the base, which is patched by the delta.
+    """Write the document: the target descends from the base, which is patched by the delta.
 
-    The profile ``ai`` is not claimed: it asks for the time of the model's release, which no delta knows.
+    The profile ``ai`` is not claimed, since it requires the model's release date, which a delta does not
+    record.
     """
     document = _Document(facts)
     target = document.add_model(facts.target)
@@ -37,7 +38,7 @@ def write_spdx(facts: Facts) -> str:
 
 
 class _Document:
-    """Elements with one creation info, and ids below the document's."""
+    """Elements that share one creation info, with ids under the document's."""
 
     def __init__(self, facts: Facts) -> None:
         self._id = f"https://spdx.org/spdxdocs/deltaweights-{facts.document}"
@@ -46,7 +47,7 @@ class _Document:
         self._made.createdBy = [self._add(spdx.SoftwareAgent, "maker", name=f"deltaweights {__version__}")]
 
     def _add(self, cls: type[_E], key: str, **properties: Any) -> _E:
-        """The element with this key; made, with the properties that are not None, if there is none yet."""
+        """The element with this key. A new one is made from the properties that are not None."""
         if key not in self._elements:
             known = {name: value for name, value in properties.items() if value is not None}
             self._elements[key] = cls(spdxId=f"{self._id}#{key}", creationInfo=self._made, **known)
@@ -55,7 +56,7 @@ class _Document:
         return element
 
     def relate(self, key: str, type: str, targets: Sequence[spdx.Element | str]) -> None:
-        """A relationship of this type from the element with this key; at most one."""
+        """Add a relationship of this type from the element with this key; at most one."""
         self._add(
             spdx.Relationship,
             f"{key}-{type.rpartition('/')[2]}",
@@ -65,7 +66,7 @@ class _Document:
         )
 
     def add_model(self, part: Part) -> spdx.ai_AIPackage:
-        """A base or target, with its owner, files and licenses."""
+        """Add a base or target, with its owner, files and licenses."""
         owner = self._add(spdx.Agent, f"owner-{part.owner}", name=part.owner) if part.owner else None
         model = self._add(
             spdx.ai_AIPackage,
@@ -84,7 +85,7 @@ class _Document:
         return model
 
     def add_delta(self, facts: Facts) -> spdx.software_Package:
-        """The delta, with its files and licenses."""
+        """Add the delta, with its files and licenses."""
         delta = self._add(
             spdx.software_Package,
             "delta",
@@ -112,7 +113,7 @@ class _Document:
             self.relate(part.kind, spdx.RelationshipType.contains, files)
 
     def _add_licenses(self, part: Part) -> None:
-        """One license of each kind, as the profile ``ai`` asks for, be it that nothing is known."""
+        """Add one license of each kind, even an unknown one, as the profile ``ai`` requires."""
         unknown = spdx.expandedlicensing_IndividualLicensingInfo.NoAssertionLicense
         declared = self._license(f"{part.kind}-license", part.declared) if part.declared else unknown
         concluded = declared
