@@ -1,9 +1,9 @@
-"""The on-disk cache of kernels that this machine compiled.
+"""Caches the kernels that this machine compiled, on disk.
 
-It is in `NUMBA_CACHE_DIR` if that is set, else in the user's cache folder, in a folder named by all that its
-content depends on. Whoever can write there can run code as this user. So a file is read or written only where
-it and all folders and links on the way belong to the user or to root and nobody else can write to them; where
-that is not so, kernels are compiled in every process.
+The cache is in `NUMBA_CACHE_DIR` if that is set, else in the user's cache folder, in a folder named after
+everything that its content depends on. A user with write access to it could run code as this user. So a file
+is read or written only if the file and all folders and links in its path belong to this user or root, and no
+other user can write to them. Otherwise, every process compiles its kernels.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pathlib import Path
 
 from .library import digest_of_sources
 
-NUMBA_SETTINGS = ("NUMBA_BOUNDSCHECK", "NUMBA_DEBUGINFO")  # those that change its code
-_DIGEST = 32  # bytes of the SHA-256 that a file begins with
-_MOST = 64 << 20  # bytes of a file: many times what a kernel takes
-_LINKS = 40  # on the way to the cache, at most: as many as systems follow
+NUMBA_SETTINGS = ("NUMBA_BOUNDSCHECK", "NUMBA_DEBUGINFO")  # the settings that change Numba's code
+_DIGEST = 32  # bytes of the SHA-256 at the start of a file
+_MOST = 64 << 20  # bytes of a file: many times the size of a kernel
+_LINKS = 40  # at most in the path of the cache: as many as systems follow
 
 
 def kept(file: str, make: Callable[[], bytes]) -> bytes:
-    """What `make` returns, from disk if it is there; it may depend on nothing but the processor, the compiler
-    and this package's sources."""
-    place, file = _place(), sha256(file.encode()).hexdigest()[:32]  # some file systems want short names
+    """Return the result of `make`, from disk if possible. The result may depend only on the processor, the
+    compiler and this package's sources."""
+    place, file = _place(), sha256(file.encode()).hexdigest()[:32]  # some file systems need short names
     if place is None:
         return make()
     with suppress(OSError):
@@ -43,12 +43,12 @@ def kept(file: str, make: Callable[[], bytes]) -> bytes:
 
 
 def _place() -> Path | None:
-    """The folder of this processor's kernels; None where there is no place for one.
+    """The folder of this processor's kernels; None if there is no place for one.
 
-    It has an absolute path: a relative one would be somebody's model folder as likely as not.
+    Its path is absolute, since a relative path might lead into a user's model folder.
     """
     named, home = os.environ.get("NUMBA_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME", "")
-    with suppress(RuntimeError):  # a user without a home, as in many a container
+    with suppress(RuntimeError):  # a user without a home, as in many containers
         if named:
             root = Path(named)
         else:
@@ -69,7 +69,7 @@ def _folder() -> str:
 
 
 def _version_of(package: str) -> bytes:
-    """The file with a package's version. (`importlib.metadata` takes longer than all else here.)"""
+    """The file with a package's version. (`importlib.metadata` takes longer than everything else here.)"""
     found = find_spec(package)
     if found is None or found.origin is None:
         return b""
@@ -84,7 +84,7 @@ def _read(place: Path, file: str) -> bytes:
 
 
 def _write(place: Path, file: str, content: bytes) -> None:
-    """Write a file under its name at once, so that no other process reads a part of it."""
+    """Write a file atomically, so that no other process reads a part of it."""
     for folder in (*reversed(place.parents), place):
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
@@ -102,9 +102,9 @@ def _write(place: Path, file: str, content: bytes) -> None:
 
 
 def _checked(place: Path) -> Path:
-    """The folder without links on the way to it, once nobody else can change any of them.
+    """Resolve the links in a folder's path, and require that no other user can change any part of it.
 
-    From the root down, so that each is in a folder in which others can no longer replace it.
+    The check goes from the root down, so that each part is in a folder in which others cannot replace it.
     """
     found, ahead, links = Path(place.anchor), list(place.parts[1:]), 0
     _check(found.lstat(), str(found), stat.S_ISDIR)
@@ -118,15 +118,15 @@ def _checked(place: Path) -> Path:
         links += 1
         if status.st_uid not in (0, os.geteuid()) or links > _LINKS:
             raise PermissionError(f"{path} is a link that is not followed")
-        target = Path(os.path.normpath(found / os.readlink(path)))  # what is above is no link any more
+        target = Path(os.path.normpath(found / os.readlink(path)))  # the folders above are links no longer
         found, ahead = Path(target.anchor), [*target.parts[1:], *ahead]
     return found
 
 
 def _check(found: os.stat_result, name: str, is_kind: Callable[[int], bool]) -> None:
-    """Raise PermissionError where somebody else can change what is there.
+    """Raise PermissionError if another user can change the file or folder.
 
-    In a folder of root's with the sticky bit, such as /tmp, nobody can replace what is another user's.
+    In root's folders with the sticky bit, such as /tmp, users cannot replace each other's files.
     """
     mode = found.st_mode
     is_shared = bool(mode & (stat.S_IWGRP | stat.S_IWOTH))

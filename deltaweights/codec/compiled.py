@@ -1,7 +1,7 @@
-"""The door to the compiled kernels: `difference.encode(...)` is :mod:`.kernels.difference`'s `encode`.
+"""Calls compiled kernels: `difference.encode(...)` calls `encode` in :mod:`.kernels.difference`.
 
-Its machine code comes from the prebuilt library (:mod:`.library`), or is compiled when it is first called for
-each set of types (:mod:`.jit`) where there is no such library, or it lacks the kernel.
+The machine code comes from the prebuilt library (:mod:`.library`). Without that library, or if it lacks the
+kernel, the first call for each set of types compiles it (:mod:`.jit`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from . import library
 __all__ = ["Held", "Kernel", "Kernels", "difference", "rows", "runs", "standalone", "subset"]
 
 _RESULTS: dict[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_double, "b": ctypes.c_bool, "n": None}
-_HEAD = object.__basicsize__  # what every Python object begins with
+_HEAD = object.__basicsize__  # the start of every Python object
 _loading = threading.RLock()
-if hasattr(os, "register_at_fork"):  # a child that began while another thread loads would wait for ever
+if hasattr(os, "register_at_fork"):  # a child forked while another thread loads would wait for ever
     os.register_at_fork(
         before=_loading.acquire, after_in_parent=_loading.release, after_in_child=_loading.release
     )
@@ -31,8 +31,8 @@ Space = TypeVar("Space", bound=tuple[Any, ...])
 
 
 class Held(Generic[Space]):
-    """A tuple of :mod:`.kernel_arrays`, of always the same arrays, handed to kernels many times: what they
-    are given for it is found out once."""
+    """A tuple of :mod:`.kernel_arrays` that is passed to kernels many times with the same arrays. Its machine
+    arguments are computed once."""
 
     def __init__(self, space: Space) -> None:
         self.space = space
@@ -42,13 +42,13 @@ class Held(Generic[Space]):
 
 
 def _flatten(arguments: tuple[Any, ...], kinds: list[Any], flat: list[Any]) -> None:
-    """Collect what machine code is given, and what it depends on."""
+    """Collect the arguments of the machine code, and the types that it depends on."""
     for argument in arguments:
         if isinstance(argument, np.ndarray):
             if not argument.flags.c_contiguous:
-                raise ValueError("kernels take contiguous arrays")
+                raise ValueError("kernels need contiguous arrays")
             kinds += argument.dtype, argument.ndim
-            flat.append(id(argument) + _HEAD)  # where NumPy's own part of it begins in memory
+            flat.append(id(argument) + _HEAD)  # the address of NumPy's own fields
             continue
         if isinstance(argument, Held):
             kinds += argument.kinds
@@ -76,11 +76,10 @@ class Kernels:
 
 
 class Kernel:
-    """A kernel to call, which releases the GIL.
+    """A callable kernel, which releases the GIL.
 
     Arguments are integers, floats, bools, C-contiguous arrays, and tuples of :mod:`.kernel_arrays`, which may
-    be :class:`Held`; which of the arrays are written to, the kernel's docstring says, and nothing else
-    keeps it from writing.
+    be :class:`Held`. The kernel's docstring says which arrays it writes to; read-only flags do not stop it.
     """
 
     def __init__(self, module: str, name: str) -> None:
@@ -117,14 +116,14 @@ standalone, rows, difference, runs, subset = map(
 
 
 def _kind_of(argument: Any) -> str:
-    """What :mod:`.build.signatures` calls an argument."""
+    """The name of an argument's type in :mod:`.build.signatures`."""
     if isinstance(argument, Held):
         return _kind_of(argument.space)
     if isinstance(argument, tuple):
         return f"{type(argument).__name__}({','.join(map(_kind_of, argument))})"
     if isinstance(argument, np.ndarray):
         if not argument.dtype.isnative:
-            raise ValueError("kernels take arrays of this machine's byte order")
+            raise ValueError("kernels need arrays of this machine's byte order")
         return f"{argument.dtype.kind}{argument.dtype.itemsize}.{argument.ndim}"
     if isinstance(argument, bool | np.bool_):
         return "b"
@@ -132,7 +131,7 @@ def _kind_of(argument: Any) -> str:
 
 
 def _found(module: str, name: str, kinds: list[str]) -> library.FoundKernel:
-    """A kernel's address: from the library, else compiled now."""
+    """A kernel from the library, or else compiled now."""
     prebuilt = library.prebuilt()
     if prebuilt and (found := prebuilt.find(module, name, kinds)):
         return found
@@ -142,7 +141,7 @@ def _found(module: str, name: str, kinds: list[str]) -> library.FoundKernel:
 
 
 def _function(address: int, kinds: list[str]) -> Any:
-    """A function of C, to be called from Python."""
+    """The C function at an address, callable from Python."""
     scalars = {"i": ctypes.c_int64, "f": ctypes.c_double, "b": ctypes.c_int64}
     leaves = (leaf for kind in kinds for leaf in re.findall(r"[\w.]+(?!\w*\()", kind))
     types: list[Any] = [scalars.get(leaf, ctypes.c_void_p) for leaf in leaves]

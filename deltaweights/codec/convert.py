@@ -1,8 +1,8 @@
-"""The base in the target's dtype, where the two differ: an exact, portable rule, since base bytes
-that are off by one bit would decode to garbage.
+"""Converts the base to the target's dtype, by an exact, portable rule, since a single wrong bit in the base
+would decode to garbage.
 
-Widen to F32 (F64: round to nearest even), then round to nearest even. Every NaN becomes the one quiet NaN of
-its sign without payload, because processors disagree on the others.
+Values are widened to F32 (F64: rounded to nearest even), then rounded to nearest even. Every NaN becomes the
+quiet NaN of its sign without payload, because processors disagree on the others.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ def is_convertible(source: str, target: str) -> bool:
 
 
 def rescale(nbytes: int, source: str, target: str) -> int:
-    """How many bytes the elements in ``nbytes`` bytes of dtype ``source`` take up as ``target``."""
+    """The bytes that the elements in ``nbytes`` bytes of dtype ``source`` take as ``target``."""
     return nbytes if source == target else nbytes // _FLOATS[source] * _FLOATS[target]
 
 
 def convert(data: NDArray[np.uint8], source: str, target: str) -> NDArray[np.uint8]:
-    """The elements ``data`` (uint8, little-endian, whole elements) of dtype ``source`` as ``target``."""
+    """Convert the elements ``data`` (uint8, little-endian, whole elements) from dtype ``source`` to
+    ``target``."""
     if source == target:
         return data
     if not is_convertible(source, target):

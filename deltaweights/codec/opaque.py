@@ -1,4 +1,5 @@
-"""Files that are not tensors: zstd streams, whole in neither memory nor trust."""
+"""Compresses files that are not tensors, as zstd streams, and decompresses untrusted ones in bounded
+memory."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ from ..errors import PayloadError
 
 _BLOCK_BYTES = 1 << 20
 
-#: Zstandard's window is memory that the reader must have: 8 MiB, what RFC 8878 asks every decoder to support.
+#: Zstandard's window takes memory of the reader: 8 MiB, which RFC 8878 asks every decoder to support.
 _MAX_WINDOW_BYTES = 1 << 23
 
 
 def compress_blocks(blocks: Iterable[bytes], level: int = 9) -> Iterator[bytes]:
-    """The blocks' concatenation as one zstd frame, in blocks."""
+    """Compress the concatenated blocks to one zstd frame, in blocks."""
     parameters = zstandard.ZstdCompressionParameters.from_level(level, window_log=22)
     compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     for block in blocks:
@@ -26,10 +27,11 @@ def compress_blocks(blocks: Iterable[bytes], level: int = 9) -> Iterator[bytes]:
 
 
 def decompress_blocks(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """The inverse, in blocks of at most 1 MiB however much a frame expands.
+    """The inverse, in blocks of at most 1 MiB, however much a frame expands.
 
     Raises:
-        PayloadError: the frame is damaged. One that is cut short may just end early: compare the length.
+        PayloadError: the frame is damaged. A frame that is cut short may end early without an error, so
+            compare the length.
     """
     decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
     try:
@@ -42,7 +44,7 @@ def decompress_blocks(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 class _Blocks:
-    """An iterable of blocks behind ``read``, which is what the stream reader takes."""
+    """An iterable of blocks as an object with ``read``, for the stream reader."""
 
     def __init__(self, blocks: Iterable[bytes]) -> None:
         self._blocks = iter(blocks)

@@ -1,4 +1,4 @@
-"""Which platform and processor this process runs on, and so which machine code it can run."""
+"""Finds the platform and processor of this process, and so the machine code that it can run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-#: The levels of machine code for each architecture, the lowest first. The first three of x86-64 are its ABI's
-#: (https://gitlab.com/x86-psABIs/x86-64-ABI); the last adds what Ice Lake and Zen 4 brought.
+#: The levels of machine code for each architecture, the lowest first. The first three of x86-64 are from its
+#: ABI (https://gitlab.com/x86-psABIs/x86-64-ABI); the last adds the extensions of Ice Lake and Zen 4.
 LEVELS = {
     "x86_64": ("x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-vbmi2"),
     "arm64": ("arm64",),
@@ -19,7 +19,7 @@ _SYSTEMS = {"linux": "linux", "darwin": "macos"}
 
 _MOST_BASIC, _BASIC, _EXTENDED, _MOST_MORE, _MORE = (0, 0), (1, 0), (7, 0), (0x80000000, 0), (0x80000001, 0)
 _EAX, _EBX, _ECX = range(3)
-#: What each level of x86-64 needs beyond the one below: bit numbers by leaf of the CPUID instruction and
+#: The features of each x86-64 level beyond the one below: bit numbers by leaf of the CPUID instruction and
 #: register (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2A).
 _NEEDED: dict[str, dict[tuple[tuple[int, int], int], tuple[int, ...]]] = {
     "x86-64-v2": {
@@ -36,20 +36,20 @@ _NEEDED: dict[str, dict[tuple[tuple[int, int], int], tuple[int, ...]]] = {
         (_EXTENDED, _ECX): (1, 6, 11, 12, 14)
     },  # AVX-512 VBMI, VBMI2, VNNI, BITALG, VPOPCNTDQ
 }
-#: The registers that the system must save for a level, as bits of XCR0: those of AVX, and those of AVX-512.
+#: The registers that the system must save for a level, as bits of XCR0: for AVX, and for AVX-512.
 _SAVED = {"x86-64-v3": 0x06, "x86-64-v4": 0xE6, "x86-64-v4-vbmi2": 0xE6}
 
 
 def platform() -> str | None:
-    """Such as "linux-x86_64"; None where no library is built for this one."""
+    """The platform's name, such as "linux-x86_64"; None if no library is built for it."""
     system = _SYSTEMS.get(sys.platform)
     machine = _MACHINES.get(os.uname().machine.lower()) if system else None
     return f"{system}-{machine}" if machine and sys.maxsize > 1 << 32 else None
 
 
 def levels_by(cpuid: Any, xcr0: Any) -> list[str]:
-    """The levels that this x86-64 processor can run, the lowest first, found out by two C functions:
-    void cpuid(uint32_t leaf, uint32_t subleaf, uint32_t out[4]) and uint32_t xcr0(void)."""
+    """The levels that this x86-64 processor can run, the lowest first, by two C functions: void
+    cpuid(uint32_t leaf, uint32_t subleaf, uint32_t out[4]) and uint32_t xcr0(void)."""
     registers = (ctypes.c_uint32 * 4)()
     xcr0.restype = ctypes.c_uint32
 
@@ -64,8 +64,8 @@ def x86_levels(cpuid: Callable[[int, int], tuple[int, ...]], xcr0: Callable[[], 
     """The levels that an x86-64 processor can run, the lowest first.
 
     Args:
-        cpuid: (leaf, subleaf) to the registers EAX, EBX, ECX and EDX that the instruction leaves.
-        xcr0: that register; asked for only where the processor says that it can be.
+        cpuid: maps (leaf, subleaf) to the registers EAX, EBX, ECX and EDX after the instruction.
+        xcr0: returns that register; called only if the processor supports reading it.
     """
     most_basic, most_more = cpuid(*_MOST_BASIC)[_EAX], cpuid(*_MOST_MORE)[_EAX]
     found: list[str] = []

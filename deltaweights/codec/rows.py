@@ -1,4 +1,4 @@
-"""Chunks next to each other, compared or decoded in one call, checksums included."""
+"""Compares or decodes adjacent chunks in one call, including their checksums."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ from .tables import PRECISION, TOKENS
 
 _ELEMENT_BYTES = {code: dtype.itemsize or 1 for code, dtype in DTYPES.items()}
 
-#: One chunk's record: its method, its data's length in bytes, XXH3-64 of its base bytes (0 where it
-#: has none) and of its target bytes.
+#: One chunk's record: its method, its data's length in bytes, XXH3-64 of its base bytes (0 if there are none)
+#: and of its target bytes.
 RECORD = np.dtype(
     {
         "names": ["method", "reserved", "length", "base", "target"],
@@ -52,19 +52,19 @@ RECORD = np.dtype(
 
 
 def checksum(data: NDArray[np.uint8]) -> int:
-    """XXH3-64 of the bytes: finds damage early. SHA-256 of the whole file is the guarantee."""
+    """XXH3-64 of the bytes. It finds damage early; the SHA-256 of the whole file is the guarantee."""
     return xxhash.xxh3_64_intdigest(data.data)
 
 
 def element_bytes(dtype: str, nbytes: int) -> int:
-    """Bytes of one element of ``dtype``; 1 where that is unknown, less, or does not divide ``nbytes``."""
+    """Bytes of one element of ``dtype``; 1 if that is unknown, smaller, or does not divide ``nbytes``."""
     size = _ELEMENT_BYTES.get(dtype, 1)
     return size if nbytes % size == 0 else 1
 
 
 class Compared(NamedTuple):
-    """Of each chunk: :func:`checksum` of the base's bytes and the target's (uint64[m]), and how many elements
-    differ (int64[m])."""
+    """For each chunk: :func:`checksum` of the base's bytes and the target's (uint64[m]), and the number of
+    elements that differ (int64[m])."""
 
     base: NDArray[np.uint64]
     target: NDArray[np.uint64]
@@ -72,15 +72,15 @@ class Compared(NamedTuple):
 
 
 def compare_row(base: NDArray[np.uint8], target: NDArray[np.uint8], dtype: str, chunk_bytes: int) -> Compared:
-    """Compare chunks next to each other, in one call.
+    """Compare adjacent chunks in one call.
 
     Args:
-        base, target: their bytes, of one length.
-        dtype: both sides' dtype. Bytes are compared where elements do not fill bytes, or chunks.
-        chunk_bytes: how long all chunks but the last are.
+        base, target: their bytes, of the same length.
+        dtype: both sides' dtype. Bytes are compared if elements do not fill bytes or chunks.
+        chunk_bytes: the length of all chunks except the last.
 
     Raises:
-        ValueError: base and target do not fit each other.
+        ValueError: base and target differ in length.
     """
     check_arrays(base, target)
     if len(base) != len(target):
@@ -91,7 +91,7 @@ def compare_row(base: NDArray[np.uint8], target: NDArray[np.uint8], dtype: str, 
     rows.compare(base, old, target, new, chunk_bytes // word.itemsize, found)
     for index in range(0 if chunk_bytes <= XXH3_SHORT else max(len(found) - 1, 0), len(found)):
         chunk = slice(index * chunk_bytes, (index + 1) * chunk_bytes)
-        if len(target[chunk]) <= XXH3_SHORT:  # which the kernel leaves
+        if len(target[chunk]) <= XXH3_SHORT:  # left out by the kernel
             found.view(np.uint64)[index, :2] = checksum(base[chunk]), checksum(target[chunk])
     return Compared(found[:, 0].view(np.uint64), found[:, 1].view(np.uint64), found[:, 2])
 
@@ -104,22 +104,22 @@ def decode_row(
     out: NDArray[np.uint8],
     chunk_bytes: int,
 ) -> NDArray[np.bool_]:
-    """Decode chunks next to each other, with their checksums, in one call, as far as that is possible: for
-    floats of at most 32 bits.
+    """Decode adjacent chunks in one call and compare their checksums, where possible: for floats of at most
+    32 bits.
 
     Args:
         records: the chunks' (:data:`RECORD`, [m]).
-        coded: their data, one behind the other.
-        base: the base's bytes, of the same dtype and length as ``out``, which is another array.
-        chunk_bytes: how long all chunks but the last are.
+        coded: their data, one after the other.
+        base: the base's bytes, of the same dtype and length as ``out``, but a separate array.
+        chunk_bytes: the length of all chunks except the last.
 
     Returns:
-        For each chunk, whether it is done: base and result have their checksums. What is not has to be
-        decoded otherwise, which may succeed.
+        For each chunk, whether it is done: base and result have the right checksums. Other chunks must be
+        decoded in another way, which may succeed.
 
     Raises:
-        ValueError: base and out, or out and the number of chunks, do not fit each other, or arrays are not as
-            said.
+        ValueError: base and out, or out and the number of chunks, do not match, or arrays are not as
+            described.
     """
     return decode_table(records.view(np.uint8), coded, base, dtype, out, chunk_bytes)[0]
 
@@ -132,7 +132,8 @@ def decode_table(
     out: NDArray[np.uint8],
     chunk_bytes: int,
 ) -> tuple[NDArray[np.bool_], bool]:
-    """:func:`decode_row`, the records being bytes; and whether all is done and all data was needed."""
+    """:func:`decode_row` with the records as bytes. Also returns whether all chunks are done and all data was
+    used."""
     check_arrays(base, out, written=True)
     chunks = len(table) // RECORD.itemsize
     if len(base) != len(out) or not 0 < len(out) <= chunks * chunk_bytes:
@@ -165,8 +166,8 @@ def _decode_without_zstd(
     chunk_bytes: int,
     is_right: NDArray[np.bool_],
 ) -> bool:
-    """Decode those chunks of a row of 32-bit elements that are left because planes are by zstd. Returns
-    whether all of the row is done and was needed."""
+    """Decode the chunks of a row of 32-bit elements that are left because they have zstd planes. Returns
+    whether all chunks are done and all data was used."""
     records = table.view(RECORD)
     ends = np.cumsum(records["length"], dtype=np.int64).tolist()
     for index in np.flatnonzero(~is_right).tolist():
@@ -184,10 +185,10 @@ _kept = threading.local()
 
 
 def _row_space(count: int, dtype: np.dtype[Any]) -> Held[RowSpace]:
-    """For chunks of at most so many elements: this thread's working memory."""
+    """This thread's working memory for chunks of at most ``count`` elements."""
     kept: tuple[Held[RowSpace], int] | None = _kept.__dict__.get(dtype.str)
     if kept and kept[1] >= count:
-        return kept[0]  # to make it takes as long as to decode a small tensor
+        return kept[0]  # making one takes as long as decoding a small tensor
     segments, is_wide = count // UNIT + 1, dtype.itemsize == 4
     space = Held(
         RowSpace(
@@ -208,6 +209,6 @@ def _row_space(count: int, dtype: np.dtype[Any]) -> Held[RowSpace]:
             shifts=working_memory.SHIFTS.take(is_wide << MOST_SHIFTS_LOG),
         )
     )
-    if count * dtype.itemsize <= working_memory.KEPT // 2:  # the longest is little longer
+    if count * dtype.itemsize <= working_memory.KEPT // 2:  # the longest array is little longer
         _kept.__dict__[dtype.str] = space, count
     return space

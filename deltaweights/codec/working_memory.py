@@ -1,10 +1,10 @@
 """Working memory that a thread keeps from chunk to chunk.
 
-Megabytes allocated afresh for every chunk are pages that the system has to hand out and clear each
-time, which can take longer than coding the chunk.
+Allocating megabytes for every chunk makes the system map and clear pages each time, which can take longer
+than coding the chunk.
 
-Every array is an object here, which a thread holds until it takes it again. So two functions may share one
-only where the first is done with it when the second begins.
+Each object here is one array of a thread, valid until the thread takes it again. So two functions may share
+one only if the first is done with it when the second begins.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-KEPT = 8 << 20  # bytes; longer arrays are given back
-_LINE = 64  # bytes of a cache line: a vector that straddles two costs twice
+KEPT = 8 << 20  # bytes; longer arrays are freed
+_LINE = 64  # bytes of a cache line: a vector across two lines costs twice
 
 
 class ThreadArray:
-    """An array of each thread's, of one dtype, or of the one that is asked for."""
+    """An array for each thread, of one dtype, or of the dtype requested."""
 
     def __init__(self, dtype: DTypeLike | None = None) -> None:
         self._dtype = None if dtype is None else np.dtype(dtype)
         self._local = threading.local()
 
     def take(self, count: int, dtype: DTypeLike | None = None) -> NDArray[Any]:
-        """``count`` elements of any content, valid until this thread takes it again."""
+        """Return ``count`` elements with arbitrary content, valid until this thread takes the array again."""
         kind = self._dtype or np.dtype(dtype)
         size = count * kind.itemsize
         if size > KEPT:
@@ -39,35 +39,35 @@ class ThreadArray:
 
 
 def _aligned(size: int) -> NDArray[np.uint8]:
-    """So many bytes that begin on a cache line."""
+    """``size`` bytes that begin on a cache line."""
     room = np.empty(size + _LINE, np.uint8)
     start = -room.ctypes.data % _LINE
     return room[start : start + size]
 
 
-# What encoding or decoding one chunk passes on from step to step: a chunk is in one of them at a time.
-VALUES = ThreadArray(np.uint32)  # one an element
-PLANES = ThreadArray(np.uint8)  # byte planes, one behind the other
+# Data passed between the steps of coding one chunk; a chunk is in one array at a time.
+VALUES = ThreadArray(np.uint32)  # one per element
+PLANES = ThreadArray(np.uint8)  # byte planes, one after the other
 CONTEXTS = ThreadArray(np.uint8)
-SCALES, ABOVE = ThreadArray(np.int64), ThreadArray(np.uint32)  # one a segment
-# The elements of a sparse chunk that are coded: the base's, and the target's to be read or written.
+SCALES, ABOVE = ThreadArray(np.int64), ThreadArray(np.uint32)  # one per segment
+# The coded elements of a sparse chunk: the base's, and the target's to read or write.
 CHOSEN, CHANGED, WANTED = ThreadArray(), ThreadArray(), ThreadArray()
-DRIFTED = ThreadArray(np.uint32)  # a base moved by weight decay: it outlives all that codes against it
+DRIFTED = ThreadArray(np.uint32)  # a base moved by weight decay; it outlives the coding against it
 GAPS, DISTANCES = ThreadArray(np.uint32), ThreadArray(np.uint32)  # the changes of a sparse chunk
 
-# A run of tokens: written with LEADING to HEAD, or read with FREQUENCIES and SLOTS.
+# A run of tokens: written with LEADING to HEAD, read with FREQUENCIES and SLOTS.
 WORDS = ThreadArray(np.uint16)
 LEADING, KEYS = ThreadArray(np.uint32), ThreadArray(np.uint16)
 COUNTERS, TABLES = ThreadArray(np.uint32), ThreadArray(np.uint32)
 EXPLICIT, ENCODER, HEAD = ThreadArray(np.uint8), ThreadArray(np.uint32), ThreadArray(np.uint8)
 FREQUENCIES, SLOTS = ThreadArray(np.uint32), ThreadArray(np.uint32)
 
-# What an encoder looks at to choose its parameters.
+# The samples from which an encoder chooses its parameters.
 SOME, THERE = ThreadArray(), ThreadArray()  # samples of base and target
-SUMS, ONE_CONTEXT = ThreadArray(np.float32), ThreadArray(np.uint8)  # one a segment
-UPPER_WORDS = ThreadArray(np.uint32)  # one an element
+SUMS, ONE_CONTEXT = ThreadArray(np.float32), ThreadArray(np.uint8)  # one per segment
+UPPER_WORDS = ThreadArray(np.uint32)  # one per element
 
-# A row of chunks that a kernel decodes by itself.
+# A row of chunks that a kernel decodes in one call.
 ROW_FREQUENCIES, ROW_PLANES = ThreadArray(np.uint32), ThreadArray(np.uint8)
 MARKS, ACTIVE = ThreadArray(np.uint8), ThreadArray(np.uint8)
 ROW_PLACES, ROW_VALUES, SHIFTS = ThreadArray(np.uint32), ThreadArray(np.uint32), ThreadArray(np.uint32)

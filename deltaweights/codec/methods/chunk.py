@@ -1,12 +1,12 @@
-"""One chunk of a tensor, coded against the same chunk of its base, exactly.
+"""Codes one chunk of a tensor against the same chunk of its base, exactly.
 
 ::
 
     method, data = encode_chunk(base, target, dtype)
     decode_chunk(method, data, base, dtype, out)          # out == target, byte for byte
 
-Chunks know nothing of each other; both functions may be called from many threads and spend nearly all their
-time without the interpreter's lock. How chunks are coded is told in docs/format.md.
+Chunks are independent of each other. Both functions can be called from many threads, and spend nearly all
+their time without the interpreter's lock. docs/format.md describes the methods.
 """
 
 from __future__ import annotations
@@ -36,42 +36,42 @@ __all__ = [
 
 Bytes = NDArray[np.uint8]
 
-MAX_CHUNK = 64 << 20  # bytes; longer chunks are refused
-_WORTH_A_LOOK = 0.55  # a delta this long, as a part of the target, makes us look at other ways
+MAX_CHUNK = 64 << 20  # in bytes; longer chunks are refused
+_WORTH_A_LOOK = 0.55  # above this part of the target's length, a delta is compared with other methods
 
 
 class Method(IntEnum):
-    """How a chunk is coded. The numbers are part of the format."""
+    """The method by which a chunk is coded. The numbers are part of the format."""
 
     SAME = constants.SAME  # equal to the base's chunk; no data
     RAW = 1  # the bytes themselves
     DELTA = constants.DELTA  # floats against the base's
     ALONE = 3  # floats by themselves
-    PLANES = 4  # words of any type in byte planes, against the base where there is one
+    PLANES = 4  # words of any type in byte planes, against the base if there is one
     ZSTD = 5  # one zstd frame
-    SPARSE = constants.SPARSE  # floats of which few moved, against the base's
-    WINDOW = 7  # floats by themselves, their exponents close together
-    DRIFT = constants.DRIFT  # floats against the base's moved by what weight decay does to a mantissa
+    SPARSE = constants.SPARSE  # floats, few of them changed, against the base's
+    WINDOW = 7  # floats by themselves, with similar exponents
+    DRIFT = constants.DRIFT  # floats against the base's after weight decay
 
 
-#: The methods whose chunks are decoded without the base, also where there is one.
+#: The methods whose chunks are decoded without the base, even if there is one.
 STANDALONE = frozenset({Method.RAW, Method.ALONE, Method.ZSTD, Method.WINDOW})
 _METHODS = frozenset(Method)
-_UNDER_DRIFT = (Method.SAME, Method.DELTA, Method.SPARSE)  # how a chunk with a drifted base may be coded
+_UNDER_DRIFT = (Method.SAME, Method.DELTA, Method.SPARSE)  # the methods allowed against a drifted base
 
 
 def encode_chunk(
     base: Bytes | None, target: Bytes, dtype: str, *, quick: bool = False, changed: int | None = None
 ) -> tuple[Method, bytes]:
-    """Code one chunk; the shortest of the ways that are worth trying.
+    """Code one chunk by the shortest of the methods worth trying.
 
     base     uint8[n] of the same dtype, or None for a chunk that has no counterpart
     target   uint8[n], a tensor's little-endian bytes; n is free, at most MAX_CHUNK
     dtype    safetensors' code, such as "BF16"; unknown ones are taken as bytes
-    quick    where hardly anything changed, save time on both sides rather than the last bytes
-    changed  how many elements differ from the base's, if that is known
+    quick    if hardly anything changed, save time on both sides rather than the last bytes
+    changed  number of elements that differ from the base's, if known
 
-    Raises ValueError where the lengths differ or exceed MAX_CHUNK, or arrays are not uint8.
+    Raises ValueError if the lengths differ or exceed MAX_CHUNK, or arrays are not uint8.
     """
     _check(base, target)
     if len(target) == 0 or (base is not None and _is_same(base, target, changed)):
@@ -83,7 +83,7 @@ def encode_chunk(
 
 
 def _is_same(base: Bytes, target: Bytes, changed: int | None = None) -> bool:
-    """Whether both are; most that are not differ early."""
+    """Whether both are equal; most unequal chunks differ early."""
     if changed is not None:
         return changed == 0
     return np.array_equal(base[:4096], target[:4096]) and np.array_equal(base, target)
@@ -124,7 +124,7 @@ def _encode_float(
 def _encode_against(
     base: Bytes, target: Bytes, form: FloatFormat, quick: bool, changed: int | None, *, settled: bool = False
 ) -> tuple[Method, bytes | None]:
-    """Floats against the base's, `settled` where those have drifted already."""
+    """Code floats against the base's. `settled`: the base has drifted already."""
     data = sparse.encode_sparse(base, target, form, quick=quick, changed=changed)
     if data is not None:
         return Method.SPARSE, data
@@ -142,7 +142,7 @@ _PROBE = 1 << 15
 
 
 def _repeats(target: Bytes, size: float) -> bool:
-    """Whether zstd makes a sample of the target shorter than `size` promises for the whole."""
+    """Whether zstd, judged by a sample, makes the target shorter than `size`."""
     start = max((len(target) - _PROBE) // 2, 0)
     probe = target[start : start + _PROBE]
     return len(planes.compress(probe, level=1)) / len(probe) < size / len(target)
@@ -165,15 +165,15 @@ def decode_chunk(
     *,
     follows: bool = False,
 ) -> None:
-    """Fill `out` with the chunk that `encode_chunk` made `(method, data)` of.
+    """Fill `out` with the chunk that `encode_chunk` coded as `(method, data)`.
 
     base   uint8[n], the same bytes as when encoding (None then, None now)
     out    uint8[n], writable, filled in full; the same array as base, if base is not needed afterwards
-    follows  saves time where the bytes behind base are the next chunk's base
+    follows  saves time if the bytes after base are the next chunk's base
 
-    Raises PayloadError where the data cannot be an encoder's; damaged data that happens to decode
-    gives wrong bytes, which is why the caller keeps a digest of each chunk. Raises ValueError where
-    the lengths of base and out differ or exceed MAX_CHUNK, or arrays are not as above.
+    Raises PayloadError if the data cannot come from an encoder. Damaged data that happens to decode gives
+    wrong bytes, so the caller keeps a digest of each chunk. Raises ValueError if the lengths of base and out
+    differ or exceed MAX_CHUNK, or arrays are not as above.
     """
     _check(base, out, written=True)
     source = np.frombuffer(data, np.uint8)
@@ -198,7 +198,7 @@ def decode_chunk(
 def _decode_float(
     method: int, data: Bytes, base: Bytes | None, dtype: str, out: Bytes, follows: bool
 ) -> bool:
-    """Fill `out` by one of the methods for floats; False where it is none of them, or lacks a base."""
+    """Fill `out` by one of the methods for floats. Returns False if it is none of them, or lacks its base."""
     form = FORMATS[dtype]
     if method == Method.ALONE:
         floats.decode_alone(data, form, out)
@@ -223,12 +223,13 @@ def _decode_float(
 def patch_chunk(
     method: int, data: bytes | memoryview | Bytes, chunk: Bytes, dtype: str
 ) -> Overwritten | None:
-    """Make a chunk that is the base the target, where the data is a list of what changed and little did.
+    """Turn a chunk from the base into the target in place, if the data is a short list of changes.
 
     chunk   uint8[n], writable: the base's bytes before, the target's after
 
-    Returns what was overwritten; None where the chunk is coded otherwise, has elements of 64 bits or is not
-    aligned to its elements: then nothing is written. Raises as `decode_chunk` does, and nothing is written.
+    Returns the overwritten elements; None, and writes nothing, if the chunk is coded differently, has
+    elements of 64 bits or is not aligned to its elements. Raises like `decode_chunk`, and then writes
+    nothing.
     """
     _check(None, chunk, written=True)
     form = FORMATS.get(dtype)
@@ -238,10 +239,10 @@ def patch_chunk(
 
 
 def read_patch(method: int, data: Bytes, nbytes: int, dtype: str) -> Patch | None:
-    """What changes in a chunk of `nbytes` bytes, where the data is a list of that and little does.
+    """The changes in a chunk of `nbytes` bytes, if the data is a short list of them.
 
-    None where the chunk is coded otherwise or has elements of 64 bits. PayloadError where data codes no such
-    chunk.
+    Returns None if the chunk is coded differently or has elements of 64 bits. Raises PayloadError if data
+    does not code such a chunk.
     """
     form = FORMATS.get(dtype)
     if method != Method.SPARSE or form is None or nbytes % form.itemsize:
@@ -250,10 +251,10 @@ def read_patch(method: int, data: Bytes, nbytes: int, dtype: str) -> Patch | Non
 
 
 def check_arrays(base: Bytes | None, chunk: Bytes, *, written: bool = False) -> None:
-    """Raise ValueError where arrays are not of uint8, or `chunk` cannot be `written` to: kernels are given
-    addresses, and nothing of NumPy's would keep them from writing, or reading too far."""
+    """Raise ValueError if arrays are not of uint8, or `chunk` cannot be `written` to. Kernels get addresses,
+    so NumPy would not stop them from writing, or from reading too far."""
     if any(side is not None and side.dtype != np.uint8 for side in (base, chunk)):
-        raise ValueError("chunks are arrays of uint8")
+        raise ValueError("chunks must be arrays of uint8")
     if written and not chunk.flags.writeable:
         raise ValueError("the array to fill is read-only")
 

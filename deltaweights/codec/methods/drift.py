@@ -1,15 +1,15 @@
-"""Floats that a training step decayed: the base, moved by what its mantissas tell, in the base's place.
+"""Codes floats after weight decay against a base that is moved in the same way, by its mantissas.
 
-Weight decay multiplies all weights by the same factor, step after step, and rounds each time. A weight that
-nothing else moved is then some ULPs nearer to zero, and how many follows from its mantissa alone. So a chunk
-may name a *shift* for each stretch of mantissas, and be coded against the base so *drifted*.
+Weight decay multiplies all weights by the same factor at each step, and rounds each time. A weight that
+nothing else moved is then some ULPs nearer to zero, and their number depends only on its mantissa. So a chunk
+may name a *shift* for each range of mantissas, and be coded against the base so *drifted*.
 
-u8           log2 of the number of shifts: mantissas are told apart by so many top bits
-u8           how the rest is coded: the number of another method
+u8           log2 of the number of shifts: the top mantissa bits that select the shift
+u8           the number of the method that codes the rest
 u32, list    the shifts, each zigzagged as the difference from the one before
-rest         of that method, the drifted elements being the base's
+rest         by that method, against the drifted base
 
-Elements have 32 bits: narrower ones hardly ever decay by a step that they can hold.
+Elements have 32 bits: in narrower ones, a decay step is hardly ever large enough to change the value.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from .ulp import FloatFormat
 Bytes = NDArray[np.uint8]
 Shifts = NDArray[np.uint32]  # modulo 2**32, added to the bits: away from zero
 
-_GLANCE_LOG, _LOG = 4, 10  # bits of a mantissa in a first look, and those that the encoder uses
-_CLEAR = 0.75  # by how many bits shifts have to be longer than they are vague for a second look
-_EACH = 64  # elements that a shift is found from
-_BEHIND = np.iinfo(np.int32).max  # sorts behind the moves
-_PATCH, _EVERY = 64, 4  # elements in a row, and which of them, on which distances are compared
-_GAIN = 0.98  # what drifted distances take, as a part of what the others do, at most
+_GLANCE_LOG, _LOG = 4, 10  # mantissa bits for the first look, and for the encoder
+_CLEAR = 0.75  # bits that shifts must exceed their uncertainty by for a second look
+_EACH = 64  # elements from which a shift is found
+_BEHIND = np.iinfo(np.int32).max  # sorts after the moves
+_PATCH, _EVERY = 64, 4  # elements in a row for comparing distances, and the stride
+_GAIN = 0.98  # the most bits of drifted distances, as a part of the plain ones
 
 
 def find_shifts(base: Bytes, target: Bytes, form: FloatFormat) -> Shifts | None:
-    """The shifts under which a chunk becomes shorter, by a sample; None where none are worth it."""
+    """The shifts that make a chunk shorter, judged by a sample; None if none do."""
     if form.itemsize != 4:
         return None
     before, after = floats.elements(base, form), floats.elements(target, form)
@@ -54,7 +54,7 @@ def find_shifts(base: Bytes, target: Bytes, form: FloatFormat) -> Shifts | None:
 
 
 def _bits(base: NDArray[Any], target: NDArray[Any]) -> float:
-    """About what the distances take: which octave each is in, by their entropy, and where in the octave."""
+    """The approximate bits of the distances: the entropy of their octaves, and the place in the octave."""
     octaves = np.frexp(ulp.distance(base, target).astype(np.float64))[1]
     counts = np.bincount(octaves, minlength=33)
     shares = counts[counts > 0] / len(octaves)
@@ -62,9 +62,9 @@ def _bits(base: NDArray[Any], target: NDArray[Any]) -> float:
 
 
 def _fit(before: NDArray[Any], after: NDArray[Any], form: FloatFormat, log: int) -> tuple[Shifts, float]:
-    """At most 2**log shifts, and how many bits each carries beyond its uncertainty, on average."""
+    """At most 2**log shifts, and the bits by which each exceeds its uncertainty, on average."""
     log = min(max((len(before) // _EACH).bit_length() - 1, 0), log)
-    stride = len(before) // (_EACH << log) | 1  # odd: in step with no row
+    stride = len(before) // (_EACH << log) | 1  # odd, so not in step with rows
     moves, counts = np.full((1 << log, _EACH), _BEHIND, np.int32), np.zeros(1 << log, np.int64)
     difference.collect_moves(before, after, stride, form.shift, moves, counts)
     moves.sort(axis=1)
@@ -73,7 +73,7 @@ def _fit(before: NDArray[Any], after: NDArray[Any], form: FloatFormat, log: int)
 
 
 def drifted(base: Bytes, shifts: Shifts, form: FloatFormat) -> Bytes:
-    """The base's chunk, drifted; in this thread's working memory."""
+    """The drifted chunk of the base, in this thread's working memory."""
     before = floats.elements(base, form)
     moved = working_memory.DRIFTED.take(len(before))
     difference.drift(before, shifts, form.shift, form.mask, moved)
@@ -81,7 +81,7 @@ def drifted(base: Bytes, shifts: Shifts, form: FloatFormat) -> Bytes:
 
 
 def put_head(shifts: Shifts, method: int) -> bytes:
-    """What stands before a chunk that is coded by `method` against its drifted base."""
+    """The head of a chunk that is coded by `method` against its drifted base."""
     steps = np.diff(shifts, prepend=np.uint32(0))
     numbers = (steps << np.uint32(1)) ^ (np.uint32(0) - (steps >> np.uint32(31)))
     log = len(shifts).bit_length() - 1
@@ -89,7 +89,7 @@ def put_head(shifts: Shifts, method: int) -> bytes:
 
 
 def take_head(data: Bytes, form: FloatFormat) -> tuple[Shifts, int, Bytes]:
-    """(shifts, method, what follows); PayloadError where data does not begin with a head."""
+    """(shifts, method, remaining data); PayloadError if data does not begin with a head."""
     if form.itemsize != 4 or len(data) < DRIFT_HEAD or data[0] > MOST_SHIFTS_LOG:
         raise PayloadError("the head of a drifted chunk is damaged")
     section, rest = floats.take_section(data[DRIFT_HEAD:])

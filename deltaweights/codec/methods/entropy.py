@@ -1,4 +1,4 @@
-"""Runs of tokens as bytes: writing, reading, and the memory that both work in (layout: see :mod:`.runs`)."""
+"""Writes and reads runs of tokens as bytes, and provides the working memory (layout: see :mod:`.runs`)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Values = NDArray[np.uint32]
 
 _lone_member = np.zeros(1, np.int64)
 _LANES = 64  # at most
-#: Bytes of an explicit table at most: 16 bits, and for each token a step by 16 bit lengths and 3 bits.
+#: The most bytes of an explicit table: 16 bits, and for each token a step by 16 bit lengths and 3 bits.
 _TABLE_BYTES = 2 + (33 + 3) * TOKENS // 8 + 1
 
 
 @cache
 def family() -> NDArray[np.uint32]:
-    """The family of distributions, uint32[SCALES, TOKENS], which takes longer to compute than to read."""
+    """The family of distributions, uint32[SCALES, TOKENS], which is faster to read than to compute."""
     library = prebuilt()
     if library is None:
         return laplace_family()
@@ -36,7 +36,8 @@ def family() -> NDArray[np.uint32]:
 
 
 def run_space(count: int, contexts: int, more: int = 0) -> RunSpace:
-    """For runs of so many values and contexts, at most, whose head may follow ``more`` other bytes."""
+    """Working memory for runs of at most ``count`` values and ``contexts`` contexts, whose head may follow
+    ``more`` other bytes."""
     return RunSpace(
         leading=working_memory.LEADING.take(count),
         keys=working_memory.KEYS.take(count),
@@ -51,17 +52,17 @@ def run_space(count: int, contexts: int, more: int = 0) -> RunSpace:
 
 
 def written(space: RunSpace, end: int) -> bytes:
-    """What a kernel wrote, with a head of so many bytes."""
+    """The run that a kernel wrote, with a head of ``end`` bytes."""
     return b"".join([space.head[:end].data, space.words[int(space.found[FIRST]) :].data])
 
 
 def head_bytes(contexts: int) -> int:
-    """How long a run's head may be, all that stands in front of its words."""
+    """The most bytes of a run's head, which is everything before its words."""
     return 2 + contexts * _TABLE_BYTES + 4 * _LANES
 
 
 def encode_list(values: Values, direct_bits: int = DIRECT_BITS, tail: int = 0) -> bytes:
-    """Numbers as a run of one context, the `tail` low bits of each of them as they are."""
+    """Encode numbers as a run of one context, with the `tail` low bits of each number stored raw."""
     space = run_space(len(values), 1)
     contexts = working_memory.CONTEXTS.take(len(values))
     contexts[:] = 0
@@ -70,7 +71,8 @@ def encode_list(values: Values, direct_bits: int = DIRECT_BITS, tail: int = 0) -
 
 
 def room_to_read(data: Bytes, contexts: int) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
-    """(frequencies, words) for a kernel that reads a run of so many contexts: a thread's working memory."""
+    """(frequencies, words): a thread's working memory for a kernel that reads a run of ``contexts``
+    contexts."""
     frequencies = working_memory.FREQUENCIES.take(contexts * TOKENS).reshape(-1, TOKENS)
     return frequencies, working_memory.WORDS.take(len(data) // 2 + GUARD)
 
@@ -78,14 +80,14 @@ def room_to_read(data: Bytes, contexts: int) -> tuple[NDArray[np.uint32], NDArra
 def decode_list(
     data: Bytes, out: NDArray[np.unsignedinteger[Any]], direct_bits: int = DIRECT_BITS, tail: int = 0
 ) -> None:
-    """Fill out with the numbers that `encode_list` made data of; PayloadError where it did not."""
+    """Fill out with the numbers that `encode_list` encoded as data; PayloadError if data is no such list."""
     if not runs.decode_list(data, family(), direct_bits, tail, *room_to_read(data, 1), out):
         raise PayloadError("a list of numbers is damaged")
 
 
 def decode_lists(data: Bytes, out: NDArray[np.uint32]) -> Bytes:
-    """Fill the rows of out (uint32[lists, n]) with the lists that data begins with, each behind its length as
-    u32; what follows them. PayloadError where there are no such lists."""
+    """Fill the rows of out (uint32[lists, n]) with the lists at the start of data, each after its length as
+    u32. Returns the remaining data. PayloadError if there are no such lists."""
     end = runs.decode_lists(data, family(), *room_to_read(data, 1), out)
     if end == BAD:
         raise PayloadError("a list of numbers is damaged")

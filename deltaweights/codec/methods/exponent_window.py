@@ -1,9 +1,9 @@
-"""Floats without a base whose exponents lie close together: the top mantissa bits coded with them.
+"""Codes floats without a base whose exponents are similar, together with the top mantissa bits.
 
-The *word* of an element is the upper 16 bits of it, rotated so that its sign comes last (see
-kernels/standalone.py). Words are counted from a bias on; those in the window of 2**13 above it are coded by
-their upper eight bits, which are an exponent and, where exponents have eight bits, three mantissa bits.
-Within an octave small values are more frequent than large ones, which is what the mantissa bits know.
+The *word* of an element is its upper 16 bits, rotated so that the sign comes last (see
+kernels/standalone.py). Words are counted from a bias. Words in the window of 2**13 above it are coded by
+their upper eight bits: an exponent and, if exponents have eight bits, three mantissa bits. These help because
+small values are more frequent than large ones within an octave.
 
 u16              bias
 u32, run         n values of 13 bits: word - bias, or 0 for a word outside of the window
@@ -31,13 +31,13 @@ Bytes = NDArray[np.uint8]
 TAIL = 5  # bits of a value that are raw
 _SPAN = 1 << 8 + TAIL
 _TOKENS, _SLOTS = 8, 1 << 11  # tokens of an exponent; what a table's frequencies add up to
-_OUTSIDE_BITS = 15  # what a word outside costs besides the entropy of there being one, about
-_RARE_BITS = 2.9  # what all pay for each slot that a table gives to a token too rare for it, about
-_GLANCE = 1 << 15  # elements looked at to place the window and to foresee the size
+_OUTSIDE_BITS = 15  # the approximate cost of a word outside, without the entropy of its presence
+_RARE_BITS = 2.9  # the approximate cost of each slot that a table gives to a token too rare for it
+_GLANCE = 1 << 15  # sampled elements, to place the window and estimate the size
 
 
 def encode_window(target: Bytes, form: FloatFormat) -> bytes:
-    """The target by itself; elements have two bytes or more."""
+    """Encode the target by itself; elements have two bytes or more."""
     patterns = floats.elements(target, form)
     words, values = working_memory.UPPER_WORDS.take(len(patterns)), working_memory.VALUES.take(len(patterns))
     standalone.upper_words(patterns, words)
@@ -56,20 +56,19 @@ def encode_window(target: Bytes, form: FloatFormat) -> bytes:
 
 
 def _below(words: NDArray[np.uint32], bias: int) -> NDArray[np.uint32]:
-    """Words outside as numbers, most of them small: what is below the window is near it, or zero."""
+    """Words outside the window as numbers, mostly small: words below it are near it, or zero."""
     return np.where(words == 0, np.uint32(0), (np.uint32(bias + 1) - words) & np.uint32(0xFFFF))
 
 
 def _bias(words: NDArray[np.uint32]) -> int:
-    """One less than the first word of a window, by a sample of the words.
+    """One less than the first word of the window, chosen by a sample of the words.
 
-    Of all places the one where the words outside cost least, with the tokens inside that are rarer than a
-    table can say.
+    The window is placed where words outside, and tokens inside that are too rare for a table, cost least.
     """
     counts = np.bincount(_glance(words) >> np.uint32(8), minlength=256).astype(np.float64)
     width, total = _SPAN >> 8, max(counts.sum(), 1.0)
     rare = _RARE_BITS * np.where(counts > 0, np.maximum(_TOKENS * total / _SLOTS - counts, 0.0), 0.0)
-    counts[0] = 0.0  # zeros cost next to nothing
+    counts[0] = 0.0  # zeros cost almost nothing
     inside, lost = (
         np.convolve(np.pad(values, (0, width - 1)), np.ones(width))[width - 1 :] for values in (counts, rare)
     )
@@ -84,7 +83,7 @@ def _glance(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def decode_window(data: Bytes, form: FloatFormat, out: Bytes) -> None:
-    """Fill out with the target; PayloadError where data does not code that many elements."""
+    """Fill out with the target; PayloadError if data does not code that many elements."""
     if form.itemsize < 2 or len(data) < 2:
         raise PayloadError("a chunk of these elements has no window")
     result = floats.elements(out, form)
@@ -106,7 +105,7 @@ def decode_window(data: Bytes, form: FloatFormat, out: Bytes) -> None:
 
 
 def window_bits(target: Bytes, form: FloatFormat) -> float:
-    """About how many bits `encode_window` would need, from the entropies of a sample; infinite for bytes."""
+    """The approximate bits of `encode_window`, from the entropies of a sample; infinite for bytes."""
     if form.itemsize < 2:
         return np.inf
     part = _glance(floats.elements(target, form))
@@ -115,7 +114,7 @@ def window_bits(target: Bytes, form: FloatFormat) -> float:
     standalone.enter_window(words, _bias(words), _SPAN, values)
     byte = (values >> np.uint32(TAIL)).astype(np.uint8)
     bits, table_bits = standalone.byte_bits(byte, 1) + TAIL, floats.table_bits(byte)
-    bits += 16 * np.count_nonzero(words[values == 0]) / max(len(part), 1)  # zeros cost next to nothing
+    bits += 16 * np.count_nonzero(words[values == 0]) / max(len(part), 1)  # zeros cost almost nothing
     for p in range(form.itemsize - 2):
         standalone.rotated_byte(part, p, byte)
         bits += standalone.byte_bits(byte, 1)

@@ -1,4 +1,4 @@
-"""Chunks of floats, with a base or without: what the kernels write, put together as payloads.
+"""Codes chunks of floats, with a base or without: assembles the kernels' output to payloads.
 
 A delta, little-endian:
 
@@ -7,7 +7,7 @@ A delta, little-endian:
     u8      number of contexts
     i16     lowest context
     i16     base scale
-    i8      tweak: how many half octaves the members of the family are shifted
+    i8      tweak: number of half octaves by which the members of the family are shifted
     u32, list    one number a segment: its scale above the base scale (only with segments)
     u32, run     the values (the u32 length only for elements of 32 and 64 bits)
     planes       three for elements of 32 bits, seven for 64
@@ -62,23 +62,23 @@ _WRONG = {
     BAD_REST: "the delta of a chunk is damaged",
 }
 _no_planes = np.empty(SPARE, np.uint8)
-_TOKEN_BITS = 6.0  # what each token takes in an explicit table, about
-_GLANCE = 1 << 15  # elements whose bytes are counted to foresee a standalone size
+_TOKEN_BITS = 6.0  # the approximate bits of each token in an explicit table
+_GLANCE = 1 << 15  # sampled elements, to estimate a standalone size
 
 
 def elements(data: Bytes, form: FloatFormat) -> NDArray[Any]:
-    """The bit patterns in data: a view where the memory is aligned, else a copy."""
+    """The bit patterns in data: a view if the memory is aligned, else a copy."""
     return aligned(data, form.dtype)
 
 
 def aligned(data: Bytes, word: np.dtype[Any]) -> NDArray[Any]:
-    """Data as words: a view where the memory is aligned, else a copy."""
+    """Data as words: a view if the memory is aligned, else a copy."""
     found = data.view(word)
     return found if found.flags.aligned else data.copy().view(word)
 
 
 def sample(elements: NDArray[Any], patch: int, count: int = SAMPLED) -> NDArray[Any]:
-    """About `count` elements, `patch` in a row and as many rows evenly spread; all of a short array."""
+    """About `count` elements, in evenly spread rows of `patch`; all of a short array."""
     if len(elements) < 2 * count:
         return elements
     rows = elements[: len(elements) // patch * patch].reshape(-1, patch)
@@ -86,12 +86,12 @@ def sample(elements: NDArray[Any], patch: int, count: int = SAMPLED) -> NDArray[
 
 
 def _delta_planes(itemsize: int) -> int:
-    """How many planes stand behind a dense delta."""
+    """The number of planes after a dense delta."""
     return {4: WIDE_PLANES, 8: 7}.get(itemsize, 0)
 
 
 def encode_delta(base: Bytes, target: Bytes, form: FloatFormat) -> bytes | None:
-    """The target's delta against the base; None where it would be longer than the target."""
+    """Encode the target as a delta against the base; None if that would be longer than the target."""
     before, after = elements(base, form), elements(target, form)
     rows = _delta_planes(form.itemsize)
     held = _chunk_space(len(after), rows, form)
@@ -99,7 +99,7 @@ def encode_delta(base: Bytes, target: Bytes, form: FloatFormat) -> bytes | None:
     end = difference.encode(before, after, form.shift, form.mask, rows > 0, entropy.family(), held)
     if end == BAD:
         return None
-    written = entropy.written(space.run, end)  # before planes are put, which takes the same memory
+    written = entropy.written(space.run, end)  # before the planes, which use the same memory
     if not rows:
         return written
     planes = zip(space.planes, space.sizes.tolist(), strict=False)
@@ -110,10 +110,10 @@ _kept = threading.local()
 
 
 def _chunk_space(count: int, rows: int, form: FloatFormat) -> Held[ChunkSpace]:
-    """To code so many elements with so many planes in: this thread's working memory."""
+    """This thread's working memory for ``count`` elements and ``rows`` planes."""
     key = count, rows, form.itemsize
     kept: tuple[Held[ChunkSpace], tuple[int, int, int]] | None = getattr(_kept, "space", None)
-    if kept and kept[1] == key:  # most chunks are as long as the one before
+    if kept and kept[1] == key:  # most chunks have the previous one's length
         return kept[0]
     segments, sampled = count // UNIT + 1, min(count, MAX_SAMPLE)
     one_context = working_memory.ONE_CONTEXT.take(segments)
@@ -138,12 +138,12 @@ def _chunk_space(count: int, rows: int, form: FloatFormat) -> Held[ChunkSpace]:
 
 
 def sized(data: bytes) -> bytes:
-    """Data behind its u32 length."""
+    """Data after its length as u32."""
     return len(data).to_bytes(4, "little") + data
 
 
 def decode_delta(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes, *, follows: bool = False) -> None:
-    """Fill out with the target; PayloadError where data is no delta of that many elements.
+    """Fill out with the target; PayloadError if data is no delta of that many elements.
 
     `follows`: in memory, the next chunk's base comes after this one's.
     """
@@ -154,14 +154,14 @@ def decode_delta(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes, *, fol
 
 
 def check_decoded(result: int) -> None:
-    """Raise PayloadError where kernel `delta.decode` found that a delta does not fit."""
+    """Raise PayloadError if the kernel `delta.decode` reported that a delta does not fit."""
     if result != FINE:
         raise PayloadError(_WRONG[result])
 
 
 def open_delta(data: Bytes, count: int, form: FloatFormat, ahead: int = 0) -> OpenDelta:
-    """A delta of at most `count` elements. Part of it is this thread's working memory: only the last delta
-    opened can be decoded."""
+    """Open a delta of at most `count` elements. It uses this thread's working memory, so only the delta
+    opened last can be decoded."""
     layout, base_scale, tweak = _open_head(data)
     data, rows, listed = data[_HEAD.size :], _delta_planes(form.itemsize), data[:0]
     if layout[LOG_SEGMENT]:
@@ -198,7 +198,7 @@ def open_delta(data: Bytes, count: int, form: FloatFormat, ahead: int = 0) -> Op
 
 
 def _open_head(data: Bytes) -> tuple[NDArray[np.int64], int, int]:
-    """(layout, base scale, tweak) from a delta's first bytes, every one of them checked."""
+    """(layout, base scale, tweak) from a delta's first bytes, all of them checked."""
     if len(data) < _HEAD.size:
         raise PayloadError("the payload of a chunk is cut short")
     log_segment, step, tables, lowest, base_scale, tweak = _HEAD.unpack(data[: _HEAD.size].tobytes())
@@ -208,7 +208,7 @@ def _open_head(data: Bytes) -> tuple[NDArray[np.int64], int, int]:
 
 
 def take_section(data: Bytes) -> tuple[Bytes, Bytes]:
-    """(section, what follows) of data that begins with the section's u32 length."""
+    """(section, remaining data) of data that begins with the section's u32 length."""
     size = int.from_bytes(data[:4].tobytes(), "little")
     if len(data) < 4 or 4 + size > len(data):
         raise PayloadError("the payload of a chunk is cut short")
@@ -216,13 +216,13 @@ def take_section(data: Bytes) -> tuple[Bytes, Bytes]:
 
 
 def deliver(result: NDArray[Any], out: Bytes) -> None:
-    """Copy a result that had to be decoded beside an unaligned `out`."""
+    """Copy a result to `out`, unless it was decoded there."""
     if not out.view(result.dtype).flags.aligned:
         out[:] = result.view(np.uint8)
 
 
 def encode_alone(target: Bytes, form: FloatFormat) -> bytes:
-    """The target by itself."""
+    """Encode the target by itself."""
     patterns = elements(target, form)
     leading = working_memory.VALUES.take(len(patterns))
     planes = working_memory.PLANES.take((form.itemsize - 1) * len(patterns))
@@ -235,7 +235,7 @@ def encode_alone(target: Bytes, form: FloatFormat) -> bytes:
 
 
 def decode_alone(data: Bytes, form: FloatFormat, out: Bytes) -> None:
-    """Fill out with the target; PayloadError where data does not code that many elements."""
+    """Fill out with the target; PayloadError if data does not code that many elements."""
     result = elements(out, form)
     section, behind = take_section(data)
     stacked = stack_planes(behind, form.itemsize - 1, len(result))
@@ -247,7 +247,7 @@ def decode_alone(data: Bytes, form: FloatFormat, out: Bytes) -> None:
 
 
 def stack_planes(data: Bytes, rows: int, count: int) -> NDArray[np.uint8]:
-    """The planes that make up data, uint8[rows, count], in working memory; PayloadError for others."""
+    """The planes in data, uint8[rows, count], in working memory; PayloadError if data is anything else."""
     planes = get_planes(data, rows, count)
     if any(len(plane) != count for plane in planes):
         raise PayloadError("a plane of a standalone chunk has the wrong length")
@@ -258,7 +258,7 @@ def stack_planes(data: Bytes, rows: int, count: int) -> NDArray[np.uint8]:
 
 
 def alone_bits(target: Bytes, form: FloatFormat) -> float:
-    """About how many bits `encode_alone` would need, from the entropies of a sample of bytes."""
+    """The approximate bits of `encode_alone`, from the entropies of a sample of bytes."""
     patterns = elements(target, form)
     start = max((len(patterns) - _GLANCE) // 2, 0)
     part = patterns[start : start + _GLANCE]
@@ -271,5 +271,5 @@ def alone_bits(target: Bytes, form: FloatFormat) -> float:
 
 
 def table_bits(tokens: Bytes) -> float:
-    """About what an explicit table for these tokens takes."""
+    """The approximate bits of an explicit table for these tokens."""
     return _TOKEN_BITS * np.count_nonzero(np.bincount(tokens, minlength=1))

@@ -1,4 +1,4 @@
-"""Byte planes: each stored as it is, by zstd, or entropy-coded, whichever a look at it favours.
+"""Codes byte planes: each is stored as it is, by zstd, or entropy-coded, judged by a sample.
 
 A stored plane, little-endian: u8 kind, u32 length of the plane, u32 length of the data, data.
 """
@@ -21,15 +21,15 @@ from . import entropy
 Bytes = NDArray[np.uint8]
 _HEAD = struct.Struct("<BII")
 _ZSTD_LEVEL = 3
-_WINDOW = 1 << 23  # the longest window a frame may ask for: memory that zstd takes, however short the frame
-_PROBE = 1 << 14  # bytes that zstd is tried on before it gets the whole plane
-_ZSTD_GAIN = 0.99  # zstd is chosen where a probe of it stays below this part of the entropy
-_SHORT = 1 << 14  # bytes of a plane that takes longer to be spread over no memory than to be filled
-_NOISE = 7.92  # bits a byte above which coding a plane is not worth the time
+_WINDOW = 1 << 23  # the longest window of a frame, since zstd allocates it however short the frame is
+_PROBE = 1 << 14  # bytes on which zstd is tried before the whole plane
+_ZSTD_GAIN = 0.99  # zstd is chosen if a probe stays below this part of the entropy
+_SHORT = 1 << 14  # bytes of a plane that is faster to fill than to broadcast
+_NOISE = 7.92  # bits per byte above which coding a plane is not worth the time
 
 
 class Plane(IntEnum):
-    """How a plane is stored."""
+    """The kinds of stored planes."""
 
     RAW = constants.RAW
     FILL = constants.FILL  # one byte, repeated
@@ -38,7 +38,7 @@ class Plane(IntEnum):
 
 
 def put_plane(plane: Bytes) -> bytes:
-    """One plane, any length, as bytes that `get_planes` reads."""
+    """Encode one plane, of any length, for `get_planes`."""
     kind, data = _code(plane)
     return _HEAD.pack(kind, len(plane), len(data)) + data
 
@@ -64,15 +64,15 @@ def _shorter(best: tuple[Plane, bytes], kind: Plane, data: bytes) -> tuple[Plane
 
 
 def compress(data: Bytes, level: int = _ZSTD_LEVEL) -> bytes:
-    """A zstd frame without its own content size: the reader knows the length."""
+    """A zstd frame without a content size, since the reader knows the length."""
     compressor = zstandard.ZstdCompressor(level=level, write_content_size=False)
     return compressor.compress(data.data)
 
 
 def expand(data: Bytes, size: int) -> Bytes:
-    """The `size` bytes in a zstd frame; PayloadError where there are not exactly so many."""
+    """The `size` bytes in a zstd frame; PayloadError if their number differs."""
     try:
-        # A frame that states its own size would be believed: ours state none.
+        # zstd trusts a stated size; our frames state none.
         stated = zstandard.get_frame_parameters(data.data).content_size
         if stated not in (size, zstandard.CONTENTSIZE_UNKNOWN):
             raise PayloadError(f"a zstd frame claims {stated} bytes where {size} are due")
@@ -86,7 +86,7 @@ def expand(data: Bytes, size: int) -> Bytes:
 
 
 def _zstd_bits(plane: Bytes) -> float:
-    """Bits a byte that zstd reaches on the middle of a plane."""
+    """The bits per byte of zstd on the middle of a plane."""
     start = max((len(plane) - _PROBE) // 2, 0)
     probe = np.ascontiguousarray(plane[start : start + _PROBE])
     return 8 * len(zstandard.ZstdCompressor(level=1).compress(probe.data)) / len(probe)
@@ -102,24 +102,25 @@ def _rans(plane: Bytes) -> bytes:
 
 
 def get_planes(data: Bytes, count: int, limit: int) -> list[Bytes]:
-    """The `count` planes that make up data; none may be longer than `limit` bytes."""
+    """The `count` planes in data; none may be longer than `limit` bytes."""
     planes = []
     for _ in range(count):
         plane, data = take_plane(data, limit)
         planes.append(plane)
     if len(data):
-        raise PayloadError(f"{len(data)} bytes too many behind the planes")
+        raise PayloadError(f"{len(data)} bytes too many after the planes")
     return planes
 
 
 def take_plane(data: Bytes, limit: int) -> tuple[Bytes, Bytes]:
-    """(the plane that data begins with, what follows); it may have at most `limit` bytes."""
+    """(first plane, remaining data); the plane may have at most `limit` bytes."""
     kind, size, stored, rest = _split(data, limit)
     return _decode(kind, stored, size), rest
 
 
 def take_without_zstd(data: Bytes, limit: int) -> tuple[Bytes, Bytes]:
-    """The same, but the plane as it was written, head included; or, if by zstd, as if it had been stored."""
+    """Like `take_plane`, but the plane stays coded, head included; a zstd plane is converted to a stored
+    one."""
     kind, size, stored, rest = _split(data, limit)
     if kind != Plane.ZSTD:
         return data[: len(data) - len(rest)], rest
@@ -128,7 +129,7 @@ def take_without_zstd(data: Bytes, limit: int) -> tuple[Bytes, Bytes]:
 
 
 def _split(data: Bytes, limit: int) -> tuple[int, int, Bytes, Bytes]:
-    """(kind, size, the stored bytes of the plane that data begins with, what follows)"""
+    """(kind, size, stored bytes of the first plane, remaining data)"""
     if len(data) < _HEAD.size:
         raise PayloadError("the payload ends inside a plane's head")
     kind, size, stored = _HEAD.unpack(data[: _HEAD.size].tobytes())

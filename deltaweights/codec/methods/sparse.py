@@ -1,11 +1,11 @@
-"""Chunks of which little changed: the elements likely to move as a dense delta, the rest by place.
+"""Codes chunks with few changes: elements that are likely to move as a dense delta, the others by place.
 
 i16          cutoff, at least -1: elements of larger exponent are not in the delta
-u8           1 where a delta follows, 0 where all chosen elements are the base's
+u8           1 if a delta follows, 0 if all chosen elements are the base's
 u32          exceptions: elements outside the delta that changed nevertheless, at most one in 16
 plane        one bit for each unit of 256 elements, lowest first: whether it is active
 u32, list    exceptions' places, each as the distance from the one before, less one
-u32, list    exceptions' zigzagged distances, as two lists where elements have 64 bits: low half,
+u32, list    exceptions' zigzagged distances, as two lists if elements have 64 bits: low half,
              then high half
 delta        of the chosen elements
 """
@@ -30,27 +30,27 @@ from .ulp import FloatFormat
 
 Bytes = NDArray[np.uint8]
 _HEAD = struct.Struct("<hBI")
-_FEW = 0.06  # changed elements, as a part of all, up to which a chunk counts as sparse
-_RARE = 0.01  # exceptions, as a part of all elements, at most, when encoding
-_QUICK = 0.02  # changed elements, as a part of all, up to which all may be exceptions to save time
-_MOST = 0.6  # chosen elements, as a part of all, above which there is nothing to gain
-_ACTIVE = 0.4  # active units, as a part of all, up to which the others are left out
-_TOLERANCE = 0.01  # how much longer, by estimate, a chunk may become for the sake of speed
-_PATCH = 64  # elements in a row that are looked at: changes come in clusters
-_DELTA_BITS = 200  # what a delta costs besides, about,
+_FEW = 0.06  # the most changed elements of a sparse chunk, as a part of all
+_RARE = 0.01  # the most exceptions when encoding, as a part of all elements
+_QUICK = 0.02  # the most changes that may all be exceptions to save time, as a part of all elements
+_MOST = 0.6  # the part of chosen elements above which nothing is gained
+_ACTIVE = 0.4  # the part of active units up to which the others are left out
+_TOLERANCE = 0.01  # the estimated growth of a chunk that is accepted for speed
+_PATCH = 64  # sampled elements in a row, since changes come in clusters
+_DELTA_BITS = 200  # the approximate fixed cost of a delta,
 _TABLE_BITS = 24  # and for each exponent that moved
-_LISTS_BITS = 200  # what two lists cost, however short, about
-_VALUE_BITS = 4.4  # what an exception costs besides the entropy of its place, about
+_LISTS_BITS = 200  # the approximate fixed cost of two lists
+_VALUE_BITS = 4.4  # the approximate cost of an exception without its place
 
 
 def encode_sparse(
     base: Bytes, target: Bytes, form: FloatFormat, *, quick: bool = False, changed: int | None = None
 ) -> bytes | None:
-    """The target against the base; None where too much changed for this to be the way. How many elements did
-    may be known.
+    """Encode the target against the base; None if too much changed for this method. ``changed`` is the number
+    of changed elements, if known.
 
-    `quick` has all changes by place, where they are few enough: up to a half longer, but coded in a third of
-    the time and decoded in less than half.
+    `quick` codes all changes by place if they are few: up to half as long again, but coded in a third of the
+    time and decoded in less than half.
     """
     before, after = floats.elements(base, form), floats.elements(target, form)
     if _is_much(before, after, changed):
@@ -82,7 +82,7 @@ def encode_sparse(
 
 
 def _is_much(before: NDArray[Any], after: NDArray[Any], changed: int | None) -> bool:
-    """Whether more than few elements changed, as far as a glance tells, where that is not known."""
+    """Whether too many elements changed, judged by a sample if their number is unknown."""
     if changed is not None:
         return changed > _FEW * len(before)
     glance, there = floats.sample(before, _PATCH), floats.sample(after, _PATCH)
@@ -90,16 +90,16 @@ def _is_much(before: NDArray[Any], after: NDArray[Any], changed: int | None) -> 
 
 
 class _Changes(NamedTuple):
-    """What changed in a chunk, in this thread's working memory."""
+    """The changes in a chunk, in this thread's working memory."""
 
-    gaps: NDArray[np.uint32]  # [m]: how many elements lie between a change and the one before
+    gaps: NDArray[np.uint32]  # [m]: the number of elements between a change and the one before
     distances: NDArray[Any]  # [m]: zigzagged; uint32, or uint64 where elements have 64 bits
-    active: Bytes  # [units]: 1 where something changed
-    moved: NDArray[np.uint32]  # [mask + 1]: how many of each exponent did
+    active: Bytes  # [units]: 1 if something changed
+    moved: NDArray[np.uint32]  # [mask + 1]: the number of changes per exponent
 
 
 def _find_changes(before: NDArray[Any], after: NDArray[Any], form: FloatFormat) -> _Changes | None:
-    """What changed; None where it is too much for a sparse chunk."""
+    """The changes; None if there are too many for a sparse chunk."""
     most, units = int(_FEW * len(before)), -(-len(before) // SUBSET_UNIT)
     active, moved = np.zeros(units, np.uint8), np.zeros(form.mask + 1, np.uint32)
     if before.itemsize == 8:
@@ -116,17 +116,16 @@ def _find_changes(before: NDArray[Any], after: NDArray[Any], form: FloatFormat) 
 
 
 def _cutoff(before: NDArray[Any], changes: _Changes, form: FloatFormat) -> int:
-    """The lowest exponent up to which to code all elements, the few changes above being exceptions.
+    """The lowest exponent up to which all elements are coded; the few changes above it are exceptions.
 
-    Coding an element that never moves costs next to nothing but time, so a slightly longer payload
-    is accepted.
+    Coding an element that never moves costs almost only time, so a slightly longer payload is accepted.
     """
     stride = 1 + (len(before) >> 16)
     four = np.empty((4, form.mask + 1), np.uint32)
     subset.count_exponents(before[::stride].copy(), form.shift, form.mask, four)
     counts = four.sum(axis=0) * (stride * changes.active.mean())
     moved = changes.moved.astype(np.int64)
-    # What coding all elements up to each exponent costs, tables included.
+    # The cost of coding all elements up to each exponent, tables included.
     inside = np.cumsum(_place_bits(moved, counts) + _TABLE_BITS * (moved > 0)) + _DELTA_BITS
     above = moved.sum() - np.cumsum(moved)
     outside = _place_bits(above, counts.sum() - np.cumsum(counts) + above)
@@ -137,7 +136,7 @@ def _cutoff(before: NDArray[Any], changes: _Changes, form: FloatFormat) -> int:
     total, above = np.append(nothing, total), np.append(moved.sum(), above)
     good = (total <= total[-1] + _TOLERANCE * full) & (above <= _RARE * len(before))
     cutoff, last = int(np.flatnonzero(good)[0]) - 1, int(np.flatnonzero(moved)[-1])
-    # Where lists alone are more than what may be given away, coding some more elements saves them.
+    # If the lists alone cost more than the tolerance, coding some more elements saves them.
     few = _TOLERANCE * full < _LISTS_BITS and counts[: last + 1].sum() <= _FEW * len(before)
     if few and -1 < cutoff < last and total[last + 1] < total[cutoff + 1] + _LISTS_BITS:
         return last
@@ -145,7 +144,7 @@ def _cutoff(before: NDArray[Any], changes: _Changes, form: FloatFormat) -> int:
 
 
 def _place_bits(moved: NDArray[Any], among: NDArray[Any]) -> NDArray[np.float64]:
-    """The entropy of which `moved` elements out of `among` changed, in bits."""
+    """The entropy, in bits, of the choice of `moved` elements out of `among`."""
     among = np.maximum(among, moved)
     share = np.clip(moved / np.maximum(among, 1), 1e-12, 1 - 1e-12)
     bits = -(share * np.log2(share) + (1 - share) * np.log2(1 - share)) * among
@@ -174,7 +173,7 @@ def _put_exceptions(gaps: NDArray[np.uint32], distances: NDArray[Any]) -> list[b
 
 
 def decode_sparse(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> None:
-    """Fill out, which may be the base, with the target; PayloadError where data codes no such chunk."""
+    """Fill out, which may be the base, with the target; PayloadError if data codes no such chunk."""
     before, result = floats.elements(base, form), floats.elements(out, form)
     parts = _take_apart(data, len(before), form)
     if not parts.delta.size:
@@ -199,40 +198,40 @@ def decode_sparse(data: Bytes, base: Bytes, form: FloatFormat, out: Bytes) -> No
 
 @dataclass(frozen=True, slots=True)
 class Overwritten:
-    """What stood in a chunk where it was changed: elements (unsigned[m]) and their places (uint32[m])."""
+    """The overwritten elements of a chunk (unsigned[m]) and their places (uint32[m])."""
 
     places: NDArray[np.uint32]
     elements: NDArray[Any]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that it takes."""
+        """Its memory in bytes."""
         return self.places.nbytes + self.elements.nbytes
 
     def put_back(self, chunk: Bytes) -> None:
-        """Make the chunk what it was."""
+        """Restore the chunk."""
         chunk.view(self.elements.dtype)[self.places] = self.elements
 
 
 def patch_sparse(data: Bytes, chunk: Bytes, form: FloatFormat) -> Overwritten | None:
-    """Make the target of a chunk that is the base, by writing to the places that change.
+    """Turn a chunk from the base into the target by writing only the places that change.
 
-    None where data has more than places, or elements have 64 bits or unaligned memory; PayloadError where it
-    codes no such chunk. With both, nothing is written.
+    Returns None if data holds more than places, or elements have 64 bits or unaligned memory; PayloadError if
+    it codes no such chunk. In both cases, nothing is written.
     """
     elements = chunk.view(form.dtype)
     if form.itemsize == 8 or not elements.flags.aligned or _follows(data):
         return None
     parts = _take_apart(data, len(elements), form)
     places, before = np.empty_like(parts.places), np.empty(parts.values.size, form.dtype)
-    _move(elements, parts)  # from here on no memory is needed that might not be there
+    _move(elements, parts)  # from here on no allocation can fail
     places[:], before[:] = parts.places, parts.values
     return Overwritten(places, before)
 
 
 class Patch(NamedTuple):
-    """What makes a chunk of a base the target's: places of elements (int32[m], ascending), how far each of
-    them moves (uint32[m], zigzagged ULPs; see :mod:`.ulp`), and how many bytes an element has."""
+    """The changes that turn a chunk of a base into the target's: places of elements (int32[m], ascending),
+    their moves (uint32[m], zigzagged ULPs; see :mod:`.ulp`), and the bytes of an element."""
 
     places: NDArray[np.int32]
     distances: NDArray[np.uint32]
@@ -240,9 +239,10 @@ class Patch(NamedTuple):
 
 
 def read_patch(data: Bytes, count: int, form: FloatFormat) -> Patch | None:
-    """A chunk of so many elements as a patch.
+    """Read a chunk of `count` elements as a patch.
 
-    None where data has more than places, or elements have 64 bits; PayloadError where it codes no such chunk.
+    Returns None if data holds more than places, or elements have 64 bits; PayloadError if it codes no such
+    chunk.
     """
     if form.itemsize == 8 or _follows(data):
         return None
@@ -257,7 +257,7 @@ def _patch_of(parts: _Parts, count: int, form: FloatFormat) -> Patch:
 
 
 class _Parts(NamedTuple):
-    """A sparse chunk, taken apart. The marks are one bit for each unit."""
+    """The parts of a sparse chunk. The marks are one bit for each unit."""
 
     cutoff: int
     marks: Bytes
@@ -266,19 +266,19 @@ class _Parts(NamedTuple):
 
     @property
     def places(self) -> NDArray[np.uint32]:
-        """The gaps between places; once :func:`_move` or :func:`_restored_at` is through, the places."""
+        """The gaps between places; after :func:`_move` or :func:`_restored_at`, the places."""
         found: NDArray[np.uint32] = self.exceptions[0]
         return found
 
     @property
     def values(self) -> NDArray[np.uint32]:
-        """The distances; then what those two leave there."""
+        """The distances; after those two functions, their results."""
         found: NDArray[np.uint32] = self.exceptions[1]
         return found
 
 
 def _follows(data: Bytes) -> bool:
-    """Whether a delta follows, as far as the head can be read."""
+    """Whether a delta follows; False if the head cannot be read."""
     return len(data) >= _HEAD.size and bool(_HEAD.unpack(data[: _HEAD.size].tobytes())[1])
 
 
@@ -309,7 +309,7 @@ def _restored_at(before: NDArray[Any], parts: _Parts) -> NDArray[Any]:
 
 
 def _move(elements: NDArray[Any], parts: _Parts) -> None:
-    """Bring elements, the base's, to the target's where there are exceptions."""
+    """Move the exceptions among `elements` from the base's values to the target's."""
     if elements.itemsize == 8:
         elements[parts.places] = _long_restored(elements, parts)
     elif not subset.move(elements, parts.places, parts.values):

@@ -1,6 +1,6 @@
-"""Floats as integers in numeric order, and the distance between two of them in ULPs (NumPy).
+"""Maps floats to integers in numeric order, and measures their distances in ULPs (NumPy).
 
-The readable form of what :mod:`.delta` does in vectors; the tests hold one to the other.
+This is the readable form of the vector code in :mod:`.delta`; the tests compare the two.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Unsigned = NDArray[np.unsignedinteger[Any]]
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """Where a float type keeps its exponent: (bits >> shift) & mask, sign in the top bit."""
+    """The layout of a float type: the exponent is (bits >> shift) & mask, the sign is the top bit."""
 
     itemsize: int
     shift: int
@@ -39,7 +39,7 @@ FORMATS["C64"] = FORMATS["F32"]  # pairs
 
 
 def numeric_order(bits: Unsigned) -> Unsigned:
-    """Bit patterns to integers that count floats upwards, modulo 2**N; its own inverse.
+    """Map bit patterns to integers in the floats' numeric order, modulo 2**N; its own inverse.
 
     Negative floats have their magnitude bits flipped, so that read as two's complement the result
     rises with the value: -0.0 is -1, +0.0 is 0.
@@ -52,7 +52,7 @@ def numeric_order(bits: Unsigned) -> Unsigned:
 
 
 def distance(base: Unsigned, target: Unsigned) -> Unsigned:
-    """How many ULPs the target lies from the base, away from zero, zigzagged: 0, -1, +1, -2 ...
+    """The distance of the target from the base in ULPs, positive away from zero, zigzagged: 0, -1, +1, -2 ...
 
     base, target: bit patterns (uint8 ... uint64) of equal length. Exact modulo 2**N, hence
     invertible for every pair of patterns: see `restore`.
@@ -66,7 +66,7 @@ def distance(base: Unsigned, target: Unsigned) -> Unsigned:
 
 
 def restore(base: Unsigned, zigzag: Unsigned) -> Unsigned:
-    """The target that lies `zigzag` from the base: restore(b, distance(b, t)) == t."""
+    """The target at distance `zigzag` from the base: restore(b, distance(b, t)) == t."""
     kind = base.dtype.type
     top = kind(8 * base.dtype.itemsize - 1)
     steps = (zigzag >> kind(1)) ^ (kind(0) - (zigzag & kind(1)))
@@ -80,7 +80,7 @@ def exponent(bits: Unsigned, form: FloatFormat) -> NDArray[np.int64]:
 
 
 def rotate(bits: Unsigned) -> Unsigned:
-    """The sign moved from the top to the bottom: exponent, mantissa, sign."""
+    """Move the sign from the top bit to the bottom: exponent, mantissa, sign."""
     kind = bits.dtype.type
     return (bits << kind(1)) | (bits >> kind(8 * bits.dtype.itemsize - 1))
 

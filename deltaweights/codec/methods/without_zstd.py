@@ -1,4 +1,5 @@
-"""Chunks of 32-bit floats without zstd: the kernels that decode many at once (:mod:`.checked`) know none."""
+"""Rewrites chunks of 32-bit floats without zstd, which the kernels for many chunks (:mod:`.checked`) cannot
+read."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ Bytes = NDArray[np.uint8]
 
 
 def without_zstd(method: int, data: Bytes, count: int) -> Bytes | None:
-    """What a chunk of `count` elements is coded in, with its planes by zstd stored as they are; None where it
-    has none, or cannot be read."""
+    """The data of a chunk of `count` elements, with its zstd planes converted to stored ones; None if it has
+    none, or cannot be read."""
     try:
         found = np.concatenate(list(_parts(method, data, count)))
     except PayloadError:
@@ -26,7 +27,7 @@ def without_zstd(method: int, data: Bytes, count: int) -> Bytes | None:
 
 
 def _parts(method: int, data: Bytes, count: int) -> Iterator[Bytes]:
-    """The data, in parts (layouts: see :mod:`.drift`, :mod:`.sparse`, :mod:`.floats`)."""
+    """The new data, in parts (layouts: see :mod:`.drift`, :mod:`.sparse`, :mod:`.floats`)."""
     planes, rest = 0, data
     if method == DRIFT and len(rest) >= DRIFT_HEAD:
         method, rest = int(rest[1]), _behind_sections(1, rest[DRIFT_HEAD:])

@@ -1,13 +1,13 @@
-"""Everything that is not a float: integers, packed and unknown types, and odd tails.
+"""Codes everything except floats: integers, packed and unknown types, and odd tails.
 
-Words of the type's size, each the difference to the base's (or the exclusive or, or the word itself
-without a base), zigzagged where that helps, are split into byte planes:
+Words of the type's size are split into byte planes. Each word is the difference from the base's (zigzagged if
+that helps), the exclusive or, or the word itself without a base:
 
     u8      transform
     planes  one for each byte of a word
-    bytes   the tail that fills no word, as it is
+    bytes   the tail that does not fill a word, as it is
 
-or else the chunk is one zstd frame.
+Otherwise the chunk is one zstd frame.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ITEMSIZES = {code: dtype.bits // 8 for code, dtype in DTYPES.items() if dtype.is
 
 
 class Transform(IntEnum):
-    """What is done to the words before they are split."""
+    """The transform of the words before they are split."""
 
     NONE = 0
     XOR = 1
@@ -64,7 +64,7 @@ def _undo(transform: int, base: Unsigned | None, words: Unsigned) -> Unsigned:
 
 
 def encode_planes(base: Bytes | None, target: Bytes, itemsize: int) -> bytes:
-    """Target, against the base where there is one, in byte planes."""
+    """Encode the target in byte planes, against the base if there is one."""
     words = _words(target, itemsize)
     against = None if base is None else _words(base, itemsize)
     transform = _choose(against, words)
@@ -80,7 +80,7 @@ def _split(words: Unsigned) -> NDArray[np.uint8]:
 
 
 def _choose(base: Unsigned | None, target: Unsigned) -> Transform:
-    """The transform whose planes code shortest on a sample."""
+    """The transform whose planes are shortest on a sample."""
     if base is None:
         return Transform.NONE
     count = _SAMPLE // target.dtype.itemsize
@@ -94,7 +94,7 @@ def _choose(base: Unsigned | None, target: Unsigned) -> Transform:
 
 
 def decode_planes(data: Bytes, base: Bytes | None, itemsize: int, out: Bytes) -> None:
-    """Fill out with the target; PayloadError where data does not code that many bytes."""
+    """Fill out with the target; PayloadError if data does not code that many bytes."""
     count = len(out) // itemsize
     tail = len(out) - count * itemsize
     if len(data) < 1 + tail:
