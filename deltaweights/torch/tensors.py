@@ -1,4 +1,4 @@
-"""torch tensors as safetensors sees them: dtype codes, shapes, and bytes in row-major order."""
+"""torch tensors in the terms of safetensors: dtype codes, shapes, and bytes in row-major order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import dtypes
 from ..errors import CheckpointError
 
-#: torch's dtype for each code. Those that this version of torch does not have are left out.
+#: torch's dtype for each code, without those that this version of torch lacks.
 DTYPES: dict[str, torch.dtype] = {
     code: getattr(torch, dtype.torch)
     for code, dtype in dtypes.DTYPES.items()
@@ -42,17 +42,17 @@ def dtype_of(name: str, code: str) -> torch.dtype:
     if code not in DTYPES:
         raise CheckpointError(
             f"Tensor {name!r} cannot be loaded",
-            f"It is {code}, for which torch {torch.__version__} has no dtype.",
+            f"Its dtype is {code}, which torch {torch.__version__} does not have.",
             "Rebuild the target with apply_delta, or read the bytes with deltaweights.open_target.",
         )
     return DTYPES[code]
 
 
 def stored_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
-    """The shape that a safetensors header gives. It counts elements of F4, where torch counts pairs.
+    """The tensor's shape in a safetensors header, which counts elements of F4, while torch counts pairs.
 
     Raises:
-        CheckpointError: a pair without a dimension to count its elements in.
+        CheckpointError: it is F4 and has no dimension.
     """
     if _CODES[tensor.dtype] != "F4":
         return tuple(tensor.shape)
@@ -64,10 +64,10 @@ def stored_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
 
 
 def torch_shape(name: str, code: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in torch of the tensor that a header describes so.
+    """The torch shape of a tensor with the header's ``code`` and ``shape``.
 
     Raises:
-        CheckpointError: elements of F4 that torch cannot pair.
+        CheckpointError: it is F4, and torch cannot pair its elements.
     """
     if code != "F4":
         return shape
@@ -81,21 +81,21 @@ def torch_shape(name: str, code: str, shape: tuple[int, ...]) -> tuple[int, ...]
 
 
 def byte_view(tensor: Tensor) -> Tensor:
-    """The bytes of a contiguous tensor: uint8, one dimension, the same memory on the same device."""
-    # A tensor of one element is contiguous whatever its stride, and keeps that when it is reshaped.
+    """The bytes of a contiguous tensor: a uint8 tensor of one dimension, over the same memory."""
+    # A tensor of one element is contiguous whatever its stride, and keeps the stride when reshaped.
     return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def settle(tensors: Iterable[Tensor]) -> None:
-    """Wait until the tensors' CUDA devices have done all that was asked of them, on whatever stream: other
-    threads then find in the tensors what the caller would."""
+    """Wait until the tensors' CUDA devices have finished all work, on every stream, so that other threads see
+    the same data as the caller."""
     for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
         torch.cuda.synchronize(device)
 
 
 def sharing(state: Mapping[str, Tensor]) -> list[list[str]]:
-    """Groups of two or more names whose tensors' bytes overlap, or might: those of tensors that are not
-    contiguous count from the first to the last."""
+    """Groups of two or more names whose tensors' bytes overlap, or might: a tensor that is not contiguous
+    counts from its first byte to its last."""
     storages: dict[tuple[object, int], list[tuple[int, int, str]]] = {}
     for name, tensor in state.items():
         if tensor.nbytes:

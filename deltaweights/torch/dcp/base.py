@@ -1,4 +1,4 @@
-"""What the shards of a distributed checkpoint are coded against: the same parts of a base's tensors."""
+"""Bases of distributed checkpoints: shards are coded against the same parts of a base's tensors."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ _ITEMSIZES = dict(DTYPES.values())
 
 
 class TensorType(NamedTuple):
-    """A tensor that a base has: its dtype's code, and its shape."""
+    """The dtype code and shape of a base's tensor."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 class BaseTensors(Protocol):
-    """Tensors by name, read in parts, by several threads at once. ``where`` names them in messages;
-    ``identity`` is what a record keeps of them."""
+    """Tensors by name, readable in parts, by several threads at once. ``where`` is their name in messages;
+    ``identity`` goes into records."""
 
     where: str
     identity: BaseIdentity
 
     def find(self, name: str) -> TensorType | None:
-        """The tensor of that name, if there is one that can be read in parts."""
+        """The tensor of that name, if it exists and can be read in parts."""
 
     def read(self, name: str, box: Box, start: int, stop: int) -> NDArray[np.uint8]:
-        """The bytes of elements ``start`` to ``stop``, in row-major order, of the part ``box`` of it."""
+        """The bytes of elements ``start`` to ``stop``, in row-major order, of the tensor's part ``box``."""
 
     def expect(self, parts: Iterable[tuple[str, Box]]) -> AbstractContextManager[None]:
-        """Within the block, these parts will be read, each once and about in this order."""
+        """Announce that these parts will be read within the block, each once, in about this order."""
 
     def close(self) -> None: ...
 
@@ -62,7 +62,7 @@ class CheckpointBase:
     def _tensor(self, name: str) -> StoredTensor | None:
         tensor = self._checkpoint.find(name, "")
         if tensor is None or tensor.info.nbytes != tensor.info.numel * _ITEMSIZES.get(tensor.info.dtype, 0):
-            return None  # elements of less than a byte, or of a dtype that torch has not
+            return None  # elements smaller than a byte, or of a dtype that torch lacks
         return tensor
 
     def read(self, name: str, box: Box, start: int, stop: int) -> NDArray[np.uint8]:
@@ -79,7 +79,7 @@ class CheckpointBase:
         return data
 
     def expect(self, parts: Iterable[tuple[str, Box]]) -> AbstractContextManager[None]:
-        """Announces the parts that are one run of bytes."""
+        """Announce the parts that are contiguous in the file."""
         spans = []
         for name, box in parts:
             tensor = self._tensor(name)
@@ -96,7 +96,7 @@ class CheckpointBase:
 
 @dataclass(frozen=True, slots=True)
 class BasePart:
-    """The part ``box`` of a base tensor, which a part of a state's tensor is coded against."""
+    """The part ``box`` of a base tensor, against which a part of a state's tensor is coded."""
 
     tensors: BaseTensors
     tensor: DcpBaseTensor
@@ -109,7 +109,7 @@ class BasePart:
 
     @property
     def path(self) -> str:
-        """Where the base is."""
+        """The place of the base."""
         return self.tensors.where
 
     @property
@@ -118,21 +118,21 @@ class BasePart:
         return self.tensor.dtype
 
     def read_into(self, start: int, out: NDArray[np.uint8]) -> None:
-        """Fill ``out`` (uint8) with the part's bytes, in row-major order, from byte ``start`` on."""
+        """Fill ``out`` (uint8) with the part's bytes, in row-major order, beginning at byte ``start``."""
         itemsize = _ITEMSIZES[self.dtype]
         first, end = start // itemsize, (start + out.size) // itemsize
         out[:] = self.tensors.read(self.tensor.name, self.box, first, end)
 
     def expect(self) -> AbstractContextManager[None]:
-        """Within the block, all of it will be read, about in order."""
+        """Announce that all of it will be read within the block, in about this order."""
         return self.tensors.expect([(self.tensor.name, self.box)])
 
 
 def find_counterpart(
     tensors: BaseTensors, name: str, dtype: str, shape: tuple[int, ...], rules: Sequence[CompiledRule]
 ) -> DcpBaseTensor | None:
-    """The base tensor for the tensor ``name`` of a state: of that name, after the rename rules, or of that
-    name without its first part (which is the state's own, as in ``{"model": model.state_dict()}``).
+    """Find the base tensor for the tensor ``name`` of a state: by that name, after the rename rules, or by
+    that name without its first part (which belongs to the state, as in ``{"model": model.state_dict()}``).
 
     It has the same shape, and the same dtype or a float dtype that converts to it.
     """

@@ -1,4 +1,4 @@
-"""Boxes: the parts of a tensor that ranks hold, and where their elements lie in its bytes."""
+"""Boxes: the parts of a tensor that ranks hold, and the places of their elements in its bytes."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-#: Shorter runs of a box are not worth a read each: whole rows are read and cut.
+#: Shorter runs of a box are not worth a read each, so whole rows are read and cut.
 _RUN_BYTES = 1 << 14
 
-#: How much is read at once for that.
+#: The bytes to read at once for that.
 _COVER_BYTES = 1 << 20
 
-#: Fills an array (uint8) from a byte of a tensor on.
+#: Fills an array (uint8) with a tensor's bytes, beginning at a given byte.
 ReadInto = Callable[[int, NDArray[np.uint8]], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """The elements from ``offsets`` on, ``sizes`` of them along each dimension; of a 0-d tensor, its one."""
+    """The ``sizes`` elements along each dimension, beginning at ``offsets``; for a 0-d tensor, its only
+    one."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -33,11 +34,11 @@ class Box:
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """What takes the box out of an array."""
+        """The index that selects the box from an array."""
         return tuple(slice(first, first + size) for first, size in zip(self.offsets, self.sizes, strict=True))
 
     def overlap(self, other: Box) -> Box | None:
-        """The elements that are in both, None if none is."""
+        """The elements that are in both boxes; None if there are none."""
         spans = [
             (max(a, b), min(a + m, b + n))
             for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
@@ -56,8 +57,8 @@ class Box:
 
 
 def cut(sizes: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """The elements ``start`` to ``stop``, in row-major order, of an array of ``sizes``: as few boxes, in that
-    order, each of them row-major in itself."""
+    """The elements ``start`` to ``stop``, in row-major order, of an array of ``sizes``, as few boxes in that
+    order, each in row-major order."""
     if start >= stop:
         return
     if not sizes:
@@ -83,7 +84,7 @@ def _in_row(sizes: Sequence[int], row: int, start: int, stop: int) -> Iterator[B
 
 
 def envelope(sizes: Sequence[int], box: Box) -> tuple[int, int]:
-    """The first element of ``box`` and the end of its last one, in row-major order in ``sizes``."""
+    """The first element of ``box`` and the end of its last one, in the row-major order of ``sizes``."""
     first = last = 0
     for size, offset, length in zip(sizes, box.offsets, box.sizes, strict=True):
         first = first * size + offset
@@ -97,10 +98,10 @@ def read_box(
     """Fill ``out`` (uint8, contiguous) with the elements of ``box``, in row-major order.
 
     Args:
-        read_into: reads the bytes of a row-major tensor of ``shape``, with ``itemsize`` bytes an element.
+        read_into: reads the bytes of a row-major tensor of ``shape``, with ``itemsize`` bytes per element.
 
-    Long runs are read by themselves; where they are short, what lies between is read too, at most
-    1 MiB at once, or one run.
+    Long runs are read one by one. For short runs, the bytes between them are read too, at most 1 MiB or one
+    run at once.
     """
     if out.size == 0:
         return
@@ -133,10 +134,12 @@ def read_box(
 
 
 def _merged(shape: Sequence[int], box: Box) -> tuple[tuple[int, ...], Box]:
-    """The same elements in as few dimensions as they take, at least one."""
+    """The same elements in as few dimensions as possible, at least one."""
     lengths, offsets, sizes = [1], [0], [1]
     for length, offset, size in zip(shape, box.offsets, box.sizes, strict=True):
-        if size == length or sizes[-1] == 1:  # all of it, or one index of the one before: still one run
+        if (
+            size == length or sizes[-1] == 1
+        ):  # the whole dimension, or one index of the one before: still one run
             lengths[-1] *= length
             offsets[-1] = offsets[-1] * length + offset
             sizes[-1] *= size
@@ -148,13 +151,13 @@ def _merged(shape: Sequence[int], box: Box) -> tuple[tuple[int, ...], Box]:
 
 
 def fill(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
-    """Whether the boxes hold each element of a tensor of ``shape`` once, and nothing else."""
+    """Whether the boxes hold each element of a tensor of ``shape`` exactly once, and nothing else."""
     whole = Box((0,) * len(shape), tuple(shape))
     if not all(_is_inside(box, shape) for box in boxes):
         return False
     if sum(box.numel for box in boxes) != whole.numel:
         return False
-    # Sorted along the longest dimension, only boxes that are open at once there can have elements in common.
+    # In order of the longest dimension, only boxes that are open at the same time can overlap.
     along = max(range(len(shape)), key=lambda dim: shape[dim], default=None)
     if along is None:
         return len(boxes) == 1

@@ -1,4 +1,4 @@
-"""A distributed checkpoint that is there: its record, its shards, and their base, read in parts."""
+"""Reads a distributed checkpoint in parts: its record, its shards, and their base."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from .record import (
     read_record,
 )
 
-#: Chunks of the base that a rank compares before it loads anything, at least one of each shard.
+#: The number of the base's chunks that a rank compares before it loads anything, at least one of each shard.
 _SAMPLED_CHUNKS = 64
 
-#: Integers of each element size: what is copied is bits, whatever they mean as numbers.
+#: Integer dtypes by element size: copies move bits, regardless of their meaning.
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _FIX = "Get it again, or go back to an earlier checkpoint."
@@ -57,9 +57,9 @@ class _CheckpointFaults(Faults):
         self.base: BaseTensors | None = None
 
     def wrong_base(self, why: str) -> BaseMismatchError:
-        """The error to raise where the base is not the right one."""
+        """The error to raise if the base is the wrong one."""
         named = self._record.base
-        fix = "Pass the base that the writer had."
+        fix = "Pass the base that the writer used."
         if named and named.repo_id:
             revision = f"@{named.revision}" if named.revision else ""
             fix = f"The right one is on the Hub: {named.repo_id}{revision}"
@@ -71,27 +71,27 @@ class _CheckpointFaults(Faults):
         )
 
     def damaged(self, path: str, why: str) -> PayloadError:
-        """The error to raise where the file at ``path`` is not what was written."""
+        """The error to raise if the file at ``path`` differs from the file that was written."""
         return PayloadError(f"{path} in {self._source.where} is damaged", f"{why}.", _FIX)
 
     def is_damaged(self, path: str) -> bool:
-        """Whether the file at ``path`` has a SHA-256 other than the record's."""
+        """Whether the SHA-256 of the file at ``path`` differs from the record's."""
         record = next(file for file in self._record.files if file.path == path)
         published = self._source.published_sha256(path)
         return (published or sha256_of(self._source.blocks(path))) != record.sha256
 
 
 class DeltaFolder:
-    """A distributed checkpoint with its base, itself a base for others.
+    """A distributed checkpoint with its base. It can be a base itself.
 
     Args:
-        source: where its files are; closed with it, and where it cannot be opened.
+        source: the source of its files; closed with it, and also if opening fails.
         base: opens the base; if None, it is the repository on the Hub that the record names, at its commit.
 
     Raises:
         DeltaError: the record is missing or damaged.
         CheckpointError: the base cannot be found or read.
-        BaseMismatchError: it is another checkpoint, or its tensors' names, dtypes or shapes differ.
+        BaseMismatchError: the base is a different checkpoint, or its tensors' names, dtypes or shapes differ.
     """
 
     def __init__(self, source: Source, base: Callable[[], BaseTensors] | None) -> None:
@@ -121,11 +121,11 @@ class DeltaFolder:
             return None
         if base is not None:
             return base()
-        if named.repo_id:  # never a path: a record must not name our folders
+        if named.repo_id:  # never a path: a record must not name local folders
             return CheckpointBase(Checkpoint(open_hub(named.repo_id, named.revision)))
         raise CheckpointError(
             f"{self.where} needs its base",
-            "It does not say where on the Hub that is.",
+            "It does not say where on the Hub the base is.",
             "Pass it: DeltaStorageReader(path, base=…).",
         )
 
@@ -160,7 +160,7 @@ class DeltaFolder:
 
     @property
     def roots(self) -> list[Path]:
-        """The folders on this machine that it and the distributed checkpoints below it lie in."""
+        """The folders on this machine that hold this distributed checkpoint and those that it is based on."""
         below = self._base.roots if isinstance(self._base, DeltaFolder) else []
         return below + ([self.source.root.resolve()] if self.source.root else [])
 
@@ -190,7 +190,7 @@ class DeltaFolder:
         """The shard of tensor ``name`` that begins at ``offsets``.
 
         Raises:
-            DeltaError: its file does not have it.
+            DeltaError: its file lacks it.
         """
         key = name, offsets
         if key not in self._shards:
@@ -207,7 +207,7 @@ class DeltaFolder:
         return StoredPart(shard.file, payload, shard.box, tensor.dtype, reference, self.faults)
 
     def value(self, name: str) -> bytes:
-        """The bytes of a state's value that is not a tensor.
+        """The bytes of a value in the state that is not a tensor.
 
         Raises:
             DeltaError: they are damaged.
@@ -244,7 +244,7 @@ class DeltaFolder:
         return nullcontext()
 
     def expect_base(self, chunks: Iterable[tuple[StoredPart, int]]) -> AbstractContextManager[None]:
-        """Within the block, these chunks of shards will be decoded, about in this order."""
+        """Announce that these chunks of shards will be decoded within the block, in about this order."""
         if self._base is None:
             return nullcontext()
         return self._base.expect(
@@ -259,7 +259,7 @@ class DeltaFolder:
 
         Raises:
             BaseMismatchError: one differs.
-            DeltaError: it does because the checkpoint is damaged.
+            DeltaError: one differs because the checkpoint is damaged.
         """
         shards = [shard for shard in shards if shard.base and shard.plan.count]
         each = -(-_SAMPLED_CHUNKS // max(1, len(shards)))
@@ -274,7 +274,7 @@ class DeltaFolder:
 
 
 class StoredPart(PayloadReader):
-    """One part of a tensor: decoded chunk by chunk, by several threads at once."""
+    """One part of a tensor, decoded chunk by chunk, by several threads at once."""
 
     base: BasePart | None
 
@@ -291,31 +291,31 @@ class StoredPart(PayloadReader):
 
     @property
     def place(self) -> tuple[int, int]:
-        """Where its payload begins: the number of the file, and the byte."""
+        """The start of its payload: the number of the file, and the byte."""
         return self._file, self.stored.info.start
 
     def place_of(self, index: int) -> str:
-        """Where chunk ``index`` is in the tensor, in words."""
+        """The place of chunk ``index`` in the tensor, in words."""
         return f"{super().place_of(index)} of the part at {list(self.box.offsets)}"
 
     def chunks(self, wanted: Box) -> Iterator[int]:
-        """The chunks in which elements of the box ``wanted`` (counted from the part's first one) lie."""
+        """The chunks that hold elements of the box ``wanted`` (counted from the part's first element)."""
         first, end = (n * self._itemsize for n in envelope(self.box.sizes, wanted))
         for index in range(first // CHUNK_BYTES, -(-end // CHUNK_BYTES)):
             if any(box.overlap(wanted) for box in self.boxes(index)):
                 yield index
 
     def boxes(self, index: int) -> Iterator[Box]:
-        """The elements of chunk ``index`` as boxes, counted from the part's first one."""
+        """The elements of chunk ``index`` as boxes, counted from the part's first element."""
         start, end = self.plan.span(index)
         return cut(self.box.sizes, start // self._itemsize, end // self._itemsize)
 
     def copy(self, index: int, wanted: Box, out: torch.Tensor) -> None:
-        """Decode chunk ``index`` and put what ``wanted`` has of it into ``out``, a tensor of ``wanted.sizes``
+        """Decode chunk ``index`` and copy its elements in ``wanted`` to ``out``, a tensor of ``wanted.sizes``
         on any device.
 
         Raises:
-            BaseMismatchError, DeltaError: as :meth:`decode`.
+            BaseMismatchError, DeltaError: as for :meth:`decode`.
         """
         values = torch.from_numpy(self.chunk(index)).view(self._dtype)
         if out.dtype == self._dtype and (word := _WORDS.get(self._itemsize)):
@@ -330,8 +330,8 @@ class StoredPart(PayloadReader):
             position += box.numel
 
     def chunk(self, index: int) -> NDArray[np.uint8]:
-        """The bytes of chunk ``index``; raises as :meth:`decode`."""
-        self.table  # noqa: B018  # a payload that long must exist before so much memory is taken
+        """The bytes of chunk ``index``; raises like :meth:`decode`."""
+        self.table  # noqa: B018  # proves that the payload exists before memory is taken
         out = np.empty(self.plan.length(index, index + 1), np.uint8)
         self.decode(index, index + 1, out)
         return out

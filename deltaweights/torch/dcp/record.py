@@ -1,7 +1,7 @@
-"""The record of a distributed checkpoint, ``deltaweights-dcp.json``: what torch keeps in a pickle, as data.
+"""The record of a distributed checkpoint, ``deltaweights-dcp.json``, which replaces torch's pickle by data.
 
-Frozen dataclasses and their canonical JSON, as for the manifest; everything in a record is untrusted until
-:func:`read_record` returned. docs/format.md describes the files.
+It has frozen dataclasses and canonical JSON, like the manifest. Everything in a record is untrusted until
+:func:`read_record` returns. docs/format.md describes the files.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ FORMAT_VERSION = 1
 #: Far above any real record (about 50 bytes for each tensor and rank).
 MAX_RECORD_BYTES = 1 << 29
 
-#: A value is read whole: hostile ones must not take much memory.
+#: Values are read whole, so hostile ones must not take much memory.
 MAX_VALUE_BYTES = 1 << 28
 
-#: A step on the way to a value in the nested state: a key, or a place in a list. Whoever rebuilds a list
-#: makes it as long as its last place says, so that is bounded.
+#: A step in the path to a value in the nested state: a key, or a place in a list. Places are bounded, since
+#: they decide how long a rebuilt list is.
 PathStep: TypeAlias = str | Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)]
 
-#: torch's dtypes, by their names there: the code that safetensors and the codec use, and bytes an element.
-#: The codec takes codes that it does not know as bytes.
+#: torch's dtypes by name: the code in safetensors and the codec, and bytes per element. The codec treats
+#: unknown codes as bytes.
 DTYPES = {dtype.torch: (code, dtype.bits // 8) for code, dtype in dtypes.DTYPES.items() if dtype.torch} | {
     "float4_e2m1fn_x2": ("F4X2", 1),
     "complex128": ("C128", 16),
@@ -42,8 +42,8 @@ DTYPES = {dtype.torch: (code, dtype.bits // 8) for code, dtype in dtypes.DTYPES.
 
 @dataclass(frozen=True, slots=True)
 class BaseIdentity:
-    """What the checkpoint was coded against: safetensors files (their Hub id and commit, where known) or an
-    earlier distributed checkpoint, told by its record's checksum."""
+    """The base of the checkpoint: safetensors files (with Hub id and commit, where known), or an earlier
+    distributed checkpoint, identified by its record's checksum."""
 
     kind: Literal["safetensors", "delta"]
     repo_id: RepoId | None = None
@@ -53,7 +53,8 @@ class BaseIdentity:
 
 @dataclass(frozen=True, slots=True)
 class DcpBaseTensor:
-    """The base tensor that a tensor is coded against, of the same shape; ``dtype`` is its code there."""
+    """The base tensor that a tensor is coded against, of the same shape; ``dtype`` is the base tensor's
+    code."""
 
     name: str
     dtype: str
@@ -61,8 +62,8 @@ class DcpBaseTensor:
 
 @dataclass(frozen=True, slots=True)
 class TensorPart:
-    """A part of a tensor: the elements from ``offsets`` on, ``sizes`` of them; its payload is in the file of
-    number ``file``."""
+    """A part of a tensor: ``sizes`` elements, beginning at ``offsets``. Its payload is in file number
+    ``file``."""
 
     offsets: Shape
     sizes: Shape
@@ -85,7 +86,7 @@ class ShardedTensor:
 
 @dataclass(frozen=True, slots=True)
 class StoredValue:
-    """Anything else in the state: ``nbytes`` bytes from ``torch.save``, in the file of number ``file``."""
+    """Any other value in the state: ``nbytes`` bytes from ``torch.save``, in file number ``file``."""
 
     nbytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_VALUE_BYTES)]
     file: Size
@@ -93,7 +94,7 @@ class StoredValue:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRecord:
-    """All of it. ``paths`` tells where in the nested state each name stands, if the state was flattened."""
+    """The whole record. ``paths`` holds each name's path in the nested state, if the state was flattened."""
 
     base: BaseIdentity | None
     tensors: dict[str, ShardedTensor]
@@ -116,7 +117,7 @@ class CheckpointRecord:
 
 
 def payload_name(name: str, offsets: Iterable[int] | None) -> str:
-    """What the payload of a shard (or, without ``offsets``, of a value) is called in its file."""
+    """The name of a shard's payload (or, without ``offsets``, a value's) in its file."""
     return f"{name}@" if offsets is None else f"{name}@{','.join(map(str, offsets))}"
 
 
@@ -124,7 +125,7 @@ def read_record(source: Source) -> CheckpointRecord:
     """Read and check the record of the distributed checkpoint at ``source``.
 
     Raises:
-        FormatVersionError: its format version is not known here.
+        FormatVersionError: this version of deltaweights does not know its format version.
         ManifestError: there is none, or it is damaged or contradicts itself.
         DeltaError: a file that it names is missing or cut.
     """
@@ -132,17 +133,17 @@ def read_record(source: Source) -> CheckpointRecord:
     if size is None:
         raise ManifestError(
             f"{source.where} is not a distributed checkpoint of deltaweights",
-            f"It has no {RECORD_NAME}: something else, or a save that was interrupted.",
-            "Check the path; an earlier checkpoint is whole.",
+            f"It has no {RECORD_NAME}: it is something else, or an interrupted save.",
+            "Check the path, or use an earlier checkpoint.",
         )
     if size > MAX_RECORD_BYTES:
-        raise _damaged(f"It has {size} bytes, more than any record")
+        raise _damaged(f"It has {size} bytes, more than a record may have")
     record = parse_record(source.open(RECORD_NAME).read(0, size))
     wrong = [file.path for file in record.files if source.sizes.get(file.path) != file.size]
     if wrong:
         raise DeltaError(
             f"{source.where} is not a whole checkpoint",
-            f"{wrong[0]!r} is missing or not of the size in the record ({len(wrong)} files).",
+            f"{wrong[0]!r} is missing or not of the record's size ({len(wrong)} files).",
             "Get it again, or go back to an earlier checkpoint.",
         )
     return record
@@ -152,7 +153,7 @@ _FORMAT = canonical.Format("deltaweights-dcp", FORMAT_VERSION, "This checkpoint"
 
 
 def parse_record(data: bytes) -> CheckpointRecord:
-    """The checked record that ``data`` is the JSON of; raises as :func:`read_record` does."""
+    """Parse and check the record with the JSON ``data``; raises like :func:`read_record`."""
     record = canonical.decode(data, CheckpointRecord, _FORMAT, _damaged, CheckpointRecord.to_json)
     validate(record)
     return record
@@ -165,7 +166,7 @@ def _damaged(why: str) -> ManifestError:
 
 
 def validate(record: CheckpointRecord) -> None:
-    """The rules that types cannot tell.
+    """Check the rules that types cannot express.
 
     Raises:
         ManifestError: the record breaks one.
@@ -173,13 +174,13 @@ def validate(record: CheckpointRecord) -> None:
     paths = {file.path for file in record.files}
     unsafe = [path for path in paths if not is_safe_path(path) or not path.endswith(".safetensors")]
     if unsafe or len(paths) != len(record.files):
-        raise _damaged(f"It names a file twice, or in a way that none is named: {unsafe[:1]}")
+        raise _damaged(f"It names a file twice, or has an invalid file name: {unsafe[:1]}")
     for name, tensor in record.tensors.items():
         if name in record.values:
             raise _damaged(f"{name!r} is both a tensor and a value")
         _validate_tensor(name, tensor)
         if tensor.base and not record.base:
-            raise _damaged(f"Tensor {name!r} has a base, the checkpoint has none")
+            raise _damaged(f"Tensor {name!r} has a base, but the checkpoint has none")
     files = [shard.file for tensor in record.tensors.values() for shard in tensor.shards]
     files += [value.file for value in record.values.values()]
     if max(files, default=-1) >= len(paths):
@@ -194,6 +195,6 @@ def _validate_tensor(name: str, tensor: ShardedTensor) -> None:
     if math.prod(max(1, size) for size in tensor.shape) >= 1 << 58:
         raise _damaged(f"Tensor {name!r} is larger than any tensor can be")
     if len({shard.offsets for shard in tensor.shards}) != len(tensor.shards):
-        raise _damaged(f"Two shards of tensor {name!r} begin in one place")
+        raise _damaged(f"Two shards of tensor {name!r} begin at the same place")
     if not fill(tensor.shape, [shard.box for shard in tensor.shards]):
-        raise _damaged(f"The shards of tensor {name!r} do not make it up, each element once")
+        raise _damaged(f"The shards of tensor {name!r} do not hold each element exactly once")

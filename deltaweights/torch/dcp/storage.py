@@ -5,8 +5,8 @@
     dcp.save(state, storage_writer=DeltaStorageWriter("step-100", base="org/model"))
     dcp.load(state, storage_reader=DeltaStorageReader("step-100", base="org/model"))
 
-A shard is coded against the same part of the base's tensor. What has no counterpart in the base (an
-optimizer's state) is coded alone. docs/train.md tells how to use it, and docs/format.md what the files are.
+A shard is coded against the same part of the base's tensor. Tensors without a counterpart in the base (an
+optimizer's state) are coded alone. docs/train.md explains the use, and docs/format.md the files.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from .folder import DeltaFolder, StoredPart, open_base
 from .record import RECORD_NAME, CheckpointRecord, parse_record
 from .write import create_file, first_line, load_value, make_record, require_storable, write_items
 
-#: The files of saves to one folder, whole or not.
+#: The files of all saves to a folder, complete or not.
 _FILE_NAME = re.compile(r"delta-\d{5,}-[0-9a-f]{16}\.safetensors(\.partial)?", re.ASCII)
 
 
@@ -58,22 +58,22 @@ class DeltaStorageWriter(StorageWriter):
     """Writes a distributed checkpoint as deltas: pass it to ``dcp.save`` or ``dcp.async_save``.
 
     Args:
-        path: the folder to write, on a file system that all ranks share. A checkpoint that is there is
-            replaced, in one step, when the new one is whole.
-        base: what shards are coded against: a folder, a file or a Hub id of safetensors, an earlier
-            distributed checkpoint (``DeltaStorageReader(path, base=…)``, or its path if its own base is on
-            the Hub or it has none), or None, which codes every tensor alone.
-        rename: pairs of a regular expression, searched in a name of the state, and its replacement, to get
-            the base's name. Where the base has none of that name, the name without its first part counts.
-        threads: how many threads of each rank encode.
+        path: the folder to write, on a file system that all ranks share. An existing checkpoint there is
+            replaced, in one step, once the new one is complete.
+        base: the base for the shards: a folder, a file or a Hub id of safetensors; an earlier distributed
+            checkpoint (``DeltaStorageReader(path, base=…)``, or its path if its own base is on the Hub or it
+            has none); or None, which codes every tensor alone.
+        rename: pairs of a regular expression, searched in a name of the state, and its replacement, which
+            gives the base's name. If the base lacks that name, the name without its first part counts.
+        threads: number of threads of each rank that encode.
 
-    A tensor is coded alone where the base has none of that name and shape, in the same dtype or in a float
-    dtype that converts to it. Strided tensors of any dtype that is not quantized can be saved, and values
+    A tensor is coded alone if the base has none of that name and shape, in the same dtype or in a float dtype
+    that converts to it. The state may hold strided tensors of any dtype that is not quantized, and values
     that ``torch.load(…, weights_only=True)`` reads.
 
-    Errors reach the caller inside torch's ``CheckpointException``, whose ``failures`` has each rank's own:
-    :class:`CheckpointError` or :class:`DeltaError` where the base cannot be read, :class:`OutputError` where
-    the state cannot be saved or the folder not be written.
+    Errors reach the caller inside torch's ``CheckpointException``, whose ``failures`` holds each rank's
+    error: :class:`CheckpointError` or :class:`DeltaError` if the base cannot be read, :class:`OutputError` if
+    the state cannot be saved or the folder cannot be written.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class DeltaStorageWriter(StorageWriter):
         return {**self.__dict__, "_opened": None}
 
     def close(self) -> None:
-        """Close the base's files, which else stay open for the next save."""
+        """Close the base's files, which otherwise stay open for the next save."""
         if self._opened:
             self._opened.close()
             self._opened = None
@@ -116,11 +116,11 @@ class DeltaStorageWriter(StorageWriter):
         if not kwargs.get("use_collectives", True):
             raise OutputError(
                 "A distributed checkpoint needs use_collectives=True",
-                "Its one record is made of what all ranks wrote.",
+                "Its record is made from the results of all ranks.",
             )
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Find out now what would fail later."""
+        """Check the plan now, since errors during the save come late."""
         for item in plan.items:
             require_storable(item)
         opener = _opener(self._base)
@@ -132,7 +132,7 @@ class DeltaStorageWriter(StorageWriter):
         ):
             raise OutputError(
                 f"{folder} cannot be written",
-                "It holds the checkpoint that the new one would be coded against.",
+                "It holds the base of the new checkpoint.",
                 "Choose another folder.",
             )
         return plan
@@ -151,7 +151,7 @@ class DeltaStorageWriter(StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the record: with it, the checkpoint is whole. Then remove what an earlier one has left."""
+        """Write the record, which completes the checkpoint. Then remove the files of an earlier one."""
         record = make_record(metadata, [result for one_rank in results for result in one_rank])
         folder = local_path(self.checkpoint_id)
         with create_file(folder, RECORD_NAME) as file:
@@ -160,28 +160,28 @@ class DeltaStorageWriter(StorageWriter):
             file.write_at(0, data)
             file.commit()
         mine = {file.path for file in record.files}
-        with suppress(OSError):  # the checkpoint is whole: what cannot be removed only takes space
+        with suppress(OSError):  # the checkpoint is complete: files left over only take space
             for path in folder.iterdir():
                 if _FILE_NAME.fullmatch(path.name) and path.name not in mine:
                     path.unlink(missing_ok=True)
 
 
 class DeltaStorageReader(StorageReader):
-    """Reads what :class:`DeltaStorageWriter` wrote: pass it to ``dcp.load``, on any number of ranks.
+    """Reads checkpoints of :class:`DeltaStorageWriter`: pass it to ``dcp.load``, on any number of ranks.
 
     Args:
         path: the checkpoint: a folder or a Hub id.
-        base: the base that the writer had, wherever it is now; for an earlier distributed checkpoint
+        base: the base that the writer used, wherever it is now; for an earlier distributed checkpoint,
             ``DeltaStorageReader(path, base=…)``. If None, the Hub repository that the checkpoint names.
-        threads: how many threads of each rank decode.
+        threads: number of threads of each rank that decode.
 
-    Each rank reads what it needs of checkpoint and base. Before anything is loaded, the base's names, dtypes
-    and shapes are compared, and some chunks of every shard. Every chunk's checksums are compared when it is
-    decoded. Values that are not tensors are read with ``weights_only=True``, whatever the planner does.
+    Each rank reads only the parts of checkpoint and base that it needs. Before loading, it compares the
+    base's names, dtypes and shapes, and some chunks of every shard. Every chunk's checksums are compared when
+    it is decoded. Values that are not tensors are read with ``weights_only=True``, whatever the planner does.
 
-    Errors reach the caller inside torch's ``CheckpointException``, whose ``failures`` has each rank's own:
-    :class:`BaseMismatchError`, :class:`CheckpointError` where the base cannot be read, :class:`DeltaError`
-    where the checkpoint is missing or damaged.
+    Errors reach the caller inside torch's ``CheckpointException``, whose ``failures`` holds each rank's
+    error: :class:`BaseMismatchError`, :class:`CheckpointError` if the base cannot be read,
+    :class:`DeltaError` if the checkpoint is missing or damaged.
     """
 
     def __init__(
@@ -199,20 +199,21 @@ class DeltaStorageReader(StorageReader):
         return {**self.__dict__, "_folder": None, "_failure": None}
 
     def open(self) -> DeltaFolder:
-        """The checkpoint and its base, opened; the caller closes it.
+        """Open the checkpoint and its base; the caller closes them.
 
         Raises:
             DeltaError: the checkpoint is missing or damaged.
             CheckpointError: the base cannot be found or read.
-            BaseMismatchError: it is not the base.
+            BaseMismatchError: the base is the wrong one.
         """
         return DeltaFolder(open_source(self.checkpoint_id), _opener(self._base))
 
     def check_files(self) -> None:
-        """Compare the SHA-256 of every file of the checkpoint with its record; the base's bytes are not read.
+        """Compare the SHA-256 of every file of the checkpoint with its record. Does not read the base's
+        bytes.
 
         Raises:
-            DeltaError: one differs, or as :meth:`open`.
+            DeltaError: one differs, or as for :meth:`open`.
         """
         folder = self.open()
         try:
@@ -221,7 +222,7 @@ class DeltaStorageReader(StorageReader):
             folder.close()
 
     def close(self) -> None:
-        """Close the checkpoint's and the base's files, which else stay open until the next load."""
+        """Close the checkpoint's and the base's files, which otherwise stay open until the next load."""
         if self._folder:
             self._folder.close()
             self._folder = None
@@ -236,8 +237,8 @@ class DeltaStorageReader(StorageReader):
         return "://" not in os.fspath(checkpoint_id)
 
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
-        """torch's metadata, made from the record. An error is kept for :meth:`set_up_storage_reader`: here,
-        torch would take it for a checkpoint of another layout, and hide it."""
+        """torch's metadata, made from the record. An error is kept for :meth:`set_up_storage_reader`, since
+        torch would hide it here, as if the checkpoint had a different layout."""
         self.close()
         self._failure = None
         try:
@@ -254,7 +255,7 @@ class DeltaStorageReader(StorageReader):
             raise self._failure
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Compare the base, as far as that is quick, before anything is loaded."""
+        """Check the base quickly before anything is loaded."""
         assert self._folder is not None
         shards = {self._shard(item) for item in plan.items if item.type == LoadItemType.TENSOR}
         with Workers(self._threads) as workers:
@@ -288,8 +289,8 @@ class DeltaStorageReader(StorageReader):
         return done
 
     def _value(self, name: str) -> io.BytesIO:
-        """A value as ``torch.save`` writes it: written again from what is safe to read, since a planner may
-        well unpickle whatever it is given."""
+        """A value in the form of ``torch.save``, written anew from safely read data, since a planner may
+        unpickle it without restrictions."""
         assert self._folder is not None
         data = self._folder.value(name)
         try:
@@ -298,7 +299,7 @@ class DeltaStorageReader(StorageReader):
             raise DeltaError(
                 f"{name} in {self._folder.where} cannot be loaded",
                 f"torch.load(…, weights_only=True) does not read it: {first_line(error)}",
-                "If it is yours: see add_safe_globals of torch for classes of your own.",
+                "If you trust it, allow its classes: see add_safe_globals of torch.",
             ) from error
         clean = io.BytesIO()
         torch.save(value, clean)
@@ -307,7 +308,7 @@ class DeltaStorageReader(StorageReader):
 
 
 def _opener(base: Readable | DeltaStorageReader | None) -> Callable[[], BaseTensors] | None:
-    """What opens a base, if there is one."""
+    """The function that opens the base; None without a base."""
     if base is None:
         return None
     return base.open if isinstance(base, DeltaStorageReader) else partial(open_base, base)
@@ -315,7 +316,7 @@ def _opener(base: Readable | DeltaStorageReader | None) -> Callable[[], BaseTens
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """The part ``box`` of a shard, which lies in these chunks of it."""
+    """The part ``box`` of a shard, and the shard's chunks that hold it."""
 
     item: ReadItem
     shard: StoredPart
@@ -347,7 +348,7 @@ def _copies(wanted: Sequence[_Wanted], planner: LoadPlanner) -> Iterator[_Copy]:
         if tuple(out.size()) != one.box.sizes:
             raise CheckpointError(
                 f"{one.item.dest_index.fqn} cannot be loaded",
-                f"There are {list(one.box.sizes)} elements of it for a tensor of {list(out.size())}.",
+                f"Its part has the shape {list(one.box.sizes)}, but the tensor has {list(out.size())}.",
             )
         for index in one.chunks:
             yield _Copy(one, index, out)

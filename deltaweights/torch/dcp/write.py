@@ -1,4 +1,4 @@
-"""What one rank writes of a distributed checkpoint, and the record that is made of what all ranks wrote."""
+"""Writes one rank's part of a distributed checkpoint, and makes the record from all ranks' results."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ from .record import (
 
 _METADATA = {"format": "deltaweights-dcp"}
 
-#: More bytes than an element of any dtype has.
+#: At least the bytes of an element of any dtype.
 _ELEMENT_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What a rank tells the coordinator of one item: how many bytes it has and, for the shard of a tensor,
-    which part it is, torch's name for its dtype, and the base tensor that it is coded against."""
+    """A rank's message to the coordinator about one item: its bytes and, for the shard of a tensor, its part,
+    torch's name for its dtype, and its base tensor."""
 
     nbytes: int
     box: Box | None
@@ -59,7 +59,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """An item in the file that holds it, by a rank that was given this base."""
+    """An item in its file, written by a rank with this base."""
 
     item: Item
     file: FileRecord
@@ -68,7 +68,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """An item's bytes, and what they are coded as and against."""
+    """An item's bytes, their dtype, and their base."""
 
     data: NDArray[np.uint8]
     code: str
@@ -78,10 +78,10 @@ class _Part:
 
 
 def create_file(folder: Path, name: str) -> PartialFile:
-    """A new file in a folder that is made if need be.
+    """Create a file in a folder, which is created if missing.
 
     Raises:
-        OutputError: it cannot be made.
+        OutputError: it cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def create_file(folder: Path, name: str) -> PartialFile:
 
 
 def require_storable(item: WriteItem) -> None:
-    """Raise :class:`OutputError` where the item is a tensor of a kind that has no plain bytes."""
+    """Raise :class:`OutputError` if the item is a tensor without plain bytes."""
     properties = item.tensor_data and item.tensor_data.properties
     if properties and (properties.layout != torch.strided or _name(properties.dtype) not in DTYPES):
         raise OutputError(
@@ -112,15 +112,15 @@ def write_items(
     rules: Sequence[CompiledRule],
     threads: int,
 ) -> list[WriteResult]:
-    """Write one file with all that this rank has to save.
+    """Write one file with all items of this rank.
 
     Raises:
-        OutputError: an item cannot be saved, or the folder not be written.
+        OutputError: an item cannot be saved, or the folder cannot be written.
         CheckpointError, DeltaError: the base cannot be read.
     """
     values = {item.index.fqn: _value(item, planner) for item in items if item.tensor_data is None}
     done: list[Item] = []
-    # No two saves share a file's name: an earlier checkpoint in this folder stays whole until this one is.
+    # File names are unique per save, so an earlier checkpoint stays complete until this one is.
     name = f"delta-{rank:05d}-{secrets.token_hex(8)}.safetensors"
     with Workers(threads) as workers, create_file(folder, name) as file:
         payloads = PayloadFile(file, _largest(items, values), _METADATA)
@@ -159,13 +159,13 @@ def _largest(items: Sequence[WriteItem], values: dict[str, bytes]) -> dict[str, 
 
 
 def _value(item: WriteItem, planner: SavePlanner) -> bytes:
-    """The bytes of a value, which a reader will take."""
+    """The bytes of a value, checked like a reader would."""
     data = planner.resolve_data(item)
     assert isinstance(data, io.BytesIO)
     if len(data.getbuffer()) > MAX_VALUE_BYTES:
         raise OutputError(
             f"{item.index.fqn} cannot be saved as a delta",
-            f"It is a value of {len(data.getbuffer()):,} bytes; no more than {MAX_VALUE_BYTES:,} are read.",
+            f"It is a value of {len(data.getbuffer()):,} bytes; readers accept at most {MAX_VALUE_BYTES:,}.",
             "Keep large tensors in dicts or lists, not in tuples or objects: then each is saved as a tensor.",
         )
     try:
@@ -180,7 +180,7 @@ def _value(item: WriteItem, planner: SavePlanner) -> bytes:
 
 
 def load_value(data: bytes) -> Any:
-    """What ``torch.save`` made ``data`` of; raises whatever torch does where that is more than plain data."""
+    """Load a value from the bytes of ``torch.save``; raises torch's error if it is more than plain data."""
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
@@ -200,7 +200,7 @@ def _resolve(
     base: BaseTensors | None,
     rules: Sequence[CompiledRule],
 ) -> _Part:
-    """A shard's bytes, off the device, and its part of the base."""
+    """A shard's bytes, copied from the device, and its part of the base."""
     fqn, chunk = item.index.fqn, planned.chunk
     tensor = planner.resolve_data(item)
     assert isinstance(tensor, torch.Tensor)
@@ -208,7 +208,7 @@ def _resolve(
     if tensor.size() != chunk.sizes or dtype not in DTYPES:
         raise OutputError(
             f"{fqn} cannot be saved",
-            f"It is {tensor.dtype} {list(tensor.size())}, its plan says {list(chunk.sizes)}.",
+            f"It is {tensor.dtype} {list(tensor.size())}, but its plan says {list(chunk.sizes)}.",
         )
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     data = plain.reshape(-1).view(torch.uint8).numpy()
@@ -238,10 +238,10 @@ def _encoded(part: _Part, plan: ChunkPlan, workers: Workers) -> Generator[CodedC
 
 
 def make_record(metadata: Metadata, results: Sequence[WriteResult]) -> CheckpointRecord:
-    """The record of what all ranks wrote.
+    """Make the record from the results of all ranks.
 
     Raises:
-        OutputError: they contradict each other, or it cannot hold what the planner keeps.
+        OutputError: they contradict each other, or the record cannot hold the planner's data.
     """
     written: dict[str, list[Written]] = {}
     for result in results:
@@ -258,7 +258,7 @@ def make_record(metadata: Metadata, results: Sequence[WriteResult]) -> Checkpoin
             tensors[name] = _tensor(name, tuple(stored.size), written[name], numbers)
     bases = {one.base for one in everything}
     if len(bases) > 1:
-        raise OutputError("The ranks did not save against one base", "They were given different ones.")
+        raise OutputError("The ranks did not save against the same base", "They were given different ones.")
     has_base = any(tensor.base for tensor in tensors.values())
     return CheckpointRecord(
         base=bases.pop() if has_base else None,
@@ -284,15 +284,16 @@ def _tensor(
     ]
     if not fill(shape, [shard.box for shard in shards]):
         raise OutputError(
-            f"{name} is not whole",
-            "The ranks that save together have only a part of it, or parts of it twice.",
+            f"{name} is incomplete",
+            "The ranks that save together hold only a part of it, or parts of it twice.",
             "Save with all ranks that hold a part of the state, and without no_dist=True.",
         )
     return ShardedTensor(dtype, shape, counterpart, tuple(sorted(shards, key=lambda shard: shard.offsets)))
 
 
 def _paths(planner_data: Any) -> dict[str, tuple[str | int, ...]] | None:
-    """torch's default planners keep where in the nested state each name stands; others may keep anything."""
+    """The path of each name in the nested state, as torch's default planners keep it. Other planners may keep
+    anything."""
     if planner_data is None:
         return None
     if isinstance(planner_data, dict) and all(
@@ -301,7 +302,7 @@ def _paths(planner_data: Any) -> dict[str, tuple[str | int, ...]] | None:
     ):
         return planner_data
     raise OutputError(
-        "What the planner keeps cannot be saved",
+        "The planner's data cannot be saved",
         f"It is {type(planner_data).__name__}, not names and places in lists, as for the default planner.",
         "Use a planner derived from torch's DefaultSavePlanner.",
     )

@@ -1,4 +1,4 @@
-"""Checkpoints as deltas in the Trainer of transformers."""
+"""Saves checkpoints as deltas in the Trainer of transformers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from .checkpoints import DeltaCheckpointer
 
 
 class DeltaCallback(TrainerCallback):
-    """Saves the model with ``checkpointer`` every ``every`` steps, and at the end of the training.
+    """Saves the model with ``checkpointer`` every ``every`` steps, and at the end of training.
 
-    Only the first of several processes saves; a model that is sharded over them cannot be saved so. Training
-    that begins anew in a folder with checkpoints goes on counting after the last one.
+    Only the first of several processes saves, so a model that is sharded over them cannot be saved. Training
+    that restarts in a folder with checkpoints continues their step count.
 
     Args:
-        checkpointer: stays open when the training ends, with all that was saved written.
-        every: a number of optimizer steps.
+        checkpointer: stays open after training, with all checkpoints written.
+        every: number of optimizer steps between checkpoints.
 
     Raises:
         ValueError: ``every`` is less than 1.
@@ -33,7 +33,7 @@ class DeltaCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Find out which step of the checkpoints the Trainer's first step is.
+        """Align the checkpoints' steps with the Trainer's.
 
         Raises:
             OutputError: the Trainer resumes before the last checkpoint.
@@ -51,14 +51,14 @@ class DeltaCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Save, if it is time."""
+        """Save if a checkpoint is due."""
         if state.global_step % self.every == 0:
             self._save(state, kwargs["model"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Save the last step, and wait until all is written."""
+        """Save the last step, and wait until it is written."""
         if state.global_step % self.every:
             self._save(state, kwargs["model"])
         self.checkpointer.wait()

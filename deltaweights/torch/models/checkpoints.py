@@ -1,8 +1,8 @@
-"""A training run's checkpoints as deltas: written beside the training, each published whole or not at all.
+"""Saves a training run's checkpoints as deltas, in the background, each complete or not at all.
 
-A checkpoint is a folder ``step-00000400``, a delta against the base, or ``step-00000500-on-00000400``, one
-against the checkpoint named. Each gets its name by one renaming, so a process that is killed loses at most
-the checkpoint it was writing.
+A checkpoint is a folder ``step-00000400``, a delta against the base, or ``step-00000500-on-00000400``, a
+delta against the named checkpoint. Each gets its name by one rename, so a killed process loses at most the
+checkpoint that it was writing.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _PARTIAL, _TRASH, _LOCK = ".partial", ".trash", ".lock"
 
 
 def list_checkpoints(folder: Location) -> dict[int, list[Path]]:
-    """The checkpoints in ``folder``, in the order of their steps: for each step the deltas that make it, the
-    one against the base first. ``load_into``, ``apply_delta`` and ``verify_delta`` take such a list.
+    """List the checkpoints in ``folder`` by step: for each step its chain of deltas, the one against the base
+    first. ``load_into``, ``apply_delta`` and ``verify_delta`` accept such a chain.
 
-    A checkpoint that lacks one before it is left out. May be called while another process trains.
+    A checkpoint with an incomplete chain is left out. Safe to call while another process trains.
     """
     root = local_path(folder)
     found = {}
@@ -60,7 +60,7 @@ def list_checkpoints(folder: Location) -> dict[int, list[Path]]:
 
 @dataclass(frozen=True)
 class _Made:
-    """The checkpoint written last: what the next one may be made against."""
+    """The checkpoint written last, a possible base for the next one."""
 
     step: int
     depth: int
@@ -69,30 +69,30 @@ class _Made:
 
 
 class DeltaCheckpointer:
-    """Keeps checkpoints of a model in ``folder``, each as a delta; a context manager.
+    """Saves checkpoints of a model in ``folder``, each as a delta; a context manager.
 
-    :meth:`save` copies the weights to the CPU's memory and returns; a thread of its own does the rest.
-    Weights, buffers and config come back bit for bit. The state of optimizer, scheduler and random generators
-    is not kept.
+    :meth:`save` copies the weights to the CPU's memory and returns; a background thread does the rest.
+    Weights, buffers and config are restored bit for bit. The state of optimizer, scheduler and random
+    generators is not saved.
 
-    Memory: a copy of the weights on the CPU (pinned where they come from CUDA); with ``anchor_every`` above
-    1, two.
+    Memory: one copy of the weights on the CPU (pinned if they come from CUDA), or two with ``anchor_every``
+    above 1.
 
     Args:
-        folder: where the checkpoints go; made if need be. One process at a time may write to it.
-        base: what they are deltas against: a folder, one .safetensors file or a Hub id. It has to stay the
-            same.
-        anchor_every: every so many checkpoints, one is made against the base; those between, against the one
-            before, which makes them smaller and slower to restore. 1: all against the base. At most 100.
-        keep: how many of the last checkpoints to keep; None: all. Those that a kept one is made against stay.
-        files: as for :func:`save_delta`: a folder whose other files belong to every checkpoint.
+        folder: the folder for the checkpoints, created if missing. Only one process at a time may write to
+            it.
+        base: the base of the deltas: a folder, one .safetensors file or a Hub id. It must not change.
+        anchor_every: one of this many checkpoints is a delta against the base; the others are deltas against
+            the one before, so smaller but slower to restore. 1: all against the base. At most 100.
+        keep: number of checkpoints to keep; None keeps all. Checkpoints that a kept one needs stay too.
+        files: as for :func:`save_delta`; its other files belong to every checkpoint.
         max_shard_size: as for :func:`save_delta`.
         rename, base_repo, base_revision, base_license, target_repo, target_license, chunk_bytes: as for
             :func:`deltaweights.make_delta`.
-        threads: how many encode, in the background.
+        threads: number of threads that encode in the background.
 
     Raises:
-        OutputError: ``folder`` cannot be written to, or another process does.
+        OutputError: ``folder`` cannot be written to, or another process writes to it.
         ValueError: a number is out of range.
     """
 
@@ -149,23 +149,23 @@ class DeltaCheckpointer:
         try:
             self.close()
         except Exception:
-            if exc[0] is None:  # else that is the error to report
+            if exc[0] is None:  # else the first error is the one to report
                 raise
 
     @property
     def steps(self) -> list[int]:
-        """The steps of the checkpoints that are there, in order."""
+        """The steps of the existing checkpoints, in order."""
         return list(list_checkpoints(self.folder))
 
     def save(self, step: int, state: nn.Module | Mapping[str, Tensor]) -> None:
-        """Keep the weights of ``state`` as the checkpoint of ``step``.
+        """Save the weights of ``state`` as the checkpoint of ``step``.
 
-        Returns as soon as they are copied. A save that comes before the last one is written waits for that.
+        Returns once they are copied. If the previous checkpoint is still being written, waits for it.
 
         Raises:
             OutputError: there is a checkpoint of this step or a later one.
             CheckpointError: a tensor cannot be saved.
-            DeltaWeightsError: what went wrong with the checkpoint before this one, which was not kept.
+            DeltaWeightsError: the previous checkpoint failed, and was not saved.
             ValueError: ``step`` is negative.
         """
         if step < 0:
@@ -175,8 +175,8 @@ class DeltaCheckpointer:
         if later:
             raise OutputError(
                 f"Checkpoint {step} cannot be written to {self.folder}",
-                f"It holds one of step {later[-1]}.",
-                f"Remove those of a run that was given up: discard_after({step - 1}).",
+                f"It holds a checkpoint of step {later[-1]}.",
+                f"To drop the later checkpoints: discard_after({step - 1}).",
             )
         layout = self._copy(lay_out(state, self._max_shard_size))
         self._job = self._thread.submit(self._write, step, layout)
@@ -192,7 +192,7 @@ class DeltaCheckpointer:
             result_of(job)
 
     def close(self) -> None:
-        """:meth:`wait`, and let go of the folder."""
+        """:meth:`wait`, and unlock the folder."""
         try:
             self.wait()
         finally:
@@ -216,14 +216,14 @@ class DeltaCheckpointer:
         """Load a checkpoint's weights into ``model``, bit for bit.
 
         Args:
-            step: which; None: the last one.
+            step: the checkpoint's step; None for the last one.
             device, strict, shards, sha256, threads, progress: as for :func:`load_into`.
 
         Returns:
             The step.
 
         Raises:
-            CheckpointError: there is no such checkpoint; and what :func:`load_into` raises.
+            CheckpointError: there is no such checkpoint. Also raises the errors of :func:`load_into`.
         """
         self.wait()
         chains = list_checkpoints(self.folder)
@@ -249,7 +249,7 @@ class DeltaCheckpointer:
         return step
 
     def discard_after(self, step: int) -> None:
-        """Delete all checkpoints of later steps than ``step``: to train on from there."""
+        """Delete all checkpoints of later steps than ``step``, to resume training from there."""
         self.wait()
         self._made = None
         for other, chain in sorted(list_checkpoints(self.folder).items(), reverse=True):
@@ -257,7 +257,7 @@ class DeltaCheckpointer:
                 self._remove(chain[-1])
 
     def _copy(self, layout: Layout) -> Layout:
-        """The layout with its tensors copied to this checkpointer's memory, which is used again and again."""
+        """The layout with its tensors copied to this checkpointer's memory, which is reused."""
         spare = self._snapshots.pop(0) if len(self._snapshots) >= self._sets else {}
         snapshot: dict[str, Tensor] = {}
         for tensors, _ in layout.shards.values():
@@ -274,11 +274,12 @@ class DeltaCheckpointer:
 
     @property
     def _sets(self) -> int:
-        """How many copies of the weights are kept: the one being written, and the one it is made against."""
+        """The number of copies of the weights: the one being written, and its base if that is a
+        checkpoint."""
         return 1 if self._anchor_every == 1 else 2
 
     def _write(self, step: int, layout: Layout) -> None:
-        """Make and publish one checkpoint; in the background."""
+        """Write and publish one checkpoint, in the background."""
         made, self._made = self._made, None
         parent = made if made and made.depth + 1 < self._anchor_every else None
         unfinished = self.folder / _PARTIAL
@@ -304,8 +305,8 @@ class DeltaCheckpointer:
         return _KnownBase(self.base, self._known) if isinstance(source, LocalSource) else source
 
     def _prune(self) -> None:
-        """Delete all but the last ``keep`` checkpoints and those that they are made against. The newest
-        first: a checkpoint that is in others' chains goes after them."""
+        """Delete all except the last ``keep`` checkpoints and those that they need. The newest go first, so
+        that no checkpoint loses one that it needs."""
         if self._keep is None:
             return
         chains = list_checkpoints(self.folder)
@@ -315,7 +316,8 @@ class DeltaCheckpointer:
                 self._remove(chain[-1])
 
     def _remove(self, path: Path) -> None:
-        """Under another name first, so that no half of it is ever taken for a checkpoint."""
+        """Delete a checkpoint. It is renamed first, so that a half-deleted one is never taken for a
+        checkpoint."""
         trash = self.folder / _TRASH
         shutil.rmtree(trash, ignore_errors=True)
         _rename(path, trash)
@@ -323,7 +325,7 @@ class DeltaCheckpointer:
 
 
 class _KnownBase(LocalSource):
-    """The base on disk, with the SHA-256 of files that were read before and have not changed since."""
+    """The base on disk, with the known SHA-256 of files that have not changed since they were read."""
 
     def __init__(self, root: Location, known: Mapping[str, str]) -> None:
         super().__init__(root)
@@ -334,24 +336,24 @@ class _KnownBase(LocalSource):
 
 
 def _like(tensor: Tensor, spare: Tensor | None) -> Tensor:
-    """Memory on the CPU for a copy of ``tensor``: ``spare``, if that is such."""
+    """Memory on the CPU for a copy of ``tensor``: ``spare`` if it fits."""
     if spare is not None and (spare.shape, spare.dtype) == (tensor.shape, tensor.dtype):
         return spare
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
 
 def _copy_bytes(source: Tensor, copy: Tensor) -> None:
-    """Copy to the CPU; from CUDA, without waiting for it."""
+    """Copy to the CPU, asynchronously from CUDA."""
     if source.device.type == "cpu":
-        # One core's memcpy: where other threads are at work, torch waits for all its own, and takes six times
-        # as long.
+        # memcpy on one core: torch would wait for all its threads, and take six times as long beside busy
+        # ones.
         np.copyto(byte_view(copy).numpy(), byte_view(source).numpy())
     else:
         copy.copy_(source, non_blocking=source.is_cuda)
 
 
 def _lock(folder: Path) -> IO[bytes]:
-    """Make the folder, and hold its lock until the file is closed (or the process ends)."""
+    """Create the folder, and lock it until the returned file is closed or the process ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / _LOCK, "wb")  # noqa: SIM115
@@ -375,7 +377,7 @@ def _lock(folder: Path) -> IO[bytes]:
 
 
 def _rename(old: Path, new: Path) -> None:
-    """Rename a folder to another name beside it, for good."""
+    """Rename a folder within its parent, and flush the change to disk."""
     try:
         os.rename(old, new)
         flush_folder(new.parent)

@@ -1,8 +1,8 @@
-"""Which files a state would be saved as: names, shards, index and config, but no bytes of weights.
+"""Plans the files of a saved state: names, shards, index and config, without the bytes of weights.
 
-What transformers' ``save_pretrained`` writes of its own models, and huggingface_hub's
-``save_torch_state_dict`` of all others: tied weights once, in shards of at most so many bytes, with an index
-where there are several.
+The layout is that of transformers' ``save_pretrained`` for its own models, and of huggingface_hub's
+``save_torch_state_dict`` for all others: tied weights once, in shards of limited size, with an index if there
+are several.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
 _PATTERN = "model{suffix}.safetensors"
 _INDEX = "model.safetensors.index.json"
 
-#: What a shard is made of: its tensors by name, contiguous, and its metadata.
+#: The content of a shard: its tensors by name, contiguous, and its metadata.
 Shard = tuple[dict[str, Tensor], dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The files of a state: shards by path, and the bytes of the others."""
+    """The files of a state: shards by path, and the bytes of the other files."""
 
     shards: dict[str, Shard] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
 
 
 def lay_out(state: nn.Module | Mapping[str, Tensor], max_shard_size: int | str | None = None) -> Layout:
-    """The files that ``state`` would be saved as.
+    """Return the files that ``state`` would be saved as.
 
     Args:
-        state: a model, or its tensors by name. Nothing is copied but tensors that are not contiguous.
-        max_shard_size: in bytes, or a text like ``"5GB"``; None: the default of the library
-            that saves such a state.
+        state: a model, or its tensors by name. Only tensors that are not contiguous are copied.
+        max_shard_size: in bytes, or a text like ``"5GB"``; if None, the default of the library that saves
+            such a state.
 
     Raises:
         CheckpointError: a tensor cannot be saved, tied weights cannot be told apart, or a transformers model
@@ -76,7 +76,7 @@ def _parts(split: Any) -> list[tuple[str, list[str]]]:
 
 
 def _dense(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state as its bytes will be read: detached, contiguous, nothing left to be negated or conjugated."""
+    """The state with readable bytes: detached, contiguous, with lazy negation and conjugation resolved."""
     return {name: tensor.detach().resolve_conj().resolve_neg().contiguous() for name, tensor in state.items()}
 
 
@@ -99,8 +99,8 @@ def _obstacle(tensor: object) -> str:
 
 
 def _without_ties(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Of tensors that share memory, the one that covers all of it; and for each name that is left out, the
-    name that stays (the first in the alphabet)."""
+    """For tensors that share memory, the one that covers all of it. Also maps each name that is left out to
+    the name that stays (the first in alphabetical order)."""
     removed: dict[str, str] = {}
     for names in sharing(state):
         whole = sorted(
@@ -112,7 +112,7 @@ def _without_ties(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
         if not whole:
             raise CheckpointError(
                 "Tensors that share memory cannot be saved",
-                f"Of {sorted(names)}, none covers all of it.",
+                f"None of {sorted(names)} covers all of it.",
                 "Clone those that should be independent.",
             )
         removed |= {name: whole[0] for name in sorted(names) if name != whole[0]}
@@ -129,8 +129,8 @@ def _pretrained(model: nn.Module) -> PreTrainedModel | None:
 
 
 def _lay_out_pretrained(model: PreTrainedModel, size: dict[str, Any]) -> Layout:
-    """As ``model.save_pretrained`` does it, in the same order; with that library's own functions for what
-    depends on the kind of model (which names stay of tied weights, how a checkpoint's tensors were fused)."""
+    """Follow ``model.save_pretrained`` step by step. transformers' own functions decide everything that
+    depends on the kind of model (which tied names stay, how a checkpoint's tensors were fused)."""
     try:
         from transformers.core_model_loading import revert_weight_conversion
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -154,7 +154,7 @@ def _lay_out_pretrained(model: PreTrainedModel, size: dict[str, Any]) -> Layout:
         state = remove_tied_weights_from_state_dict(state, model)
     except RuntimeError as error:
         raise CheckpointError(
-            "Tied weights cannot be saved", f"{error}", "Tie them by the config."
+            "Tied weights cannot be saved", f"{error}", "Tie them through the config."
         ) from error
     tensors = _dense(revert_weight_conversion(model, state))
     split = split_torch_state_dict_into_shards(

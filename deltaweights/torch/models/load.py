@@ -1,4 +1,4 @@
-"""A target into memory: base and delta are decoded into the tensors themselves, no file is written."""
+"""Loads a target into memory: decodes base and delta straight into tensors, without writing files."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ...storage import Location, OutputFolder, Readable
 from ...workers import Lane, Meter, ProgressCallback, Workers, batches
 from ..tensors import byte_view, dtype_of, settle, torch_shape
 
-#: Bytes that a thread takes at once.
+#: Bytes that a thread decodes at once.
 _BATCH_BYTES = 16 << 20
 
 
 class LoadReport(NamedTuple):
-    """Names that only the model has, and names that only the target has; as ``load_state_dict`` of torch."""
+    """Names that only the model has, and names that only the target has, like torch's ``load_state_dict``."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
@@ -44,29 +44,28 @@ def load_state_dict(
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Tensor]:
-    """The target's tensors, by name, decoded from base and delta.
+    """Return the target's tensors, by name, decoded from base and delta.
 
-    Memory: the tensors, and some chunks of at most 4 MiB for each thread. Where two shards hold a tensor of
-    one name, the first shard's counts.
+    Memory: the tensors, and some chunks of at most 4 MiB for each thread. If two shards hold a tensor of the
+    same name, the first shard's counts.
 
     Args:
-        delta: a folder or a Hub id; or several in the order in which they were made, each from the target of
-            the one before.
+        delta: a folder or a Hub id; or several, oldest first, each made from the target of the one before.
         base: a folder, one file or a Hub id; if None, the repository that the (first) delta names.
-        device: where the tensors go.
-        dtype: what floating-point tensors are converted to; None: as they are stored.
+        device: the device of the tensors.
+        dtype: the dtype for floating-point tensors; None keeps the stored one.
         shards: load only from the target's shards whose path matches this pattern, such as
             ``"model*.safetensors"``.
-        sha256: also compare the SHA-256 of each shard, where all of it is loaded unconverted to the CPU; that
-            takes about twice as long. Without it, what is certain is this: every chunk of base and target
-            that was used has the XXH3-64 checksum that the delta records. That finds any damage and any wrong
-            base; it is no proof against somebody who makes up a false delta.
-        threads: how many; if None, the number of usable cores, but no more than 8.
-        progress: called with a phase ("load"), bytes done, bytes in all.
+        sha256: also compare the SHA-256 of each shard that is loaded in full, unconverted, to the CPU; that
+            takes about twice as long. Without it, every used chunk of base and target still has the XXH3-64
+            checksum that the delta records. That finds any damage and any wrong base, but does not protect
+            against a forged delta.
+        threads: number of threads; if None, the number of usable cores, at most 8.
+        progress: called with a phase ("load"), bytes done and total bytes.
 
     Raises:
         CheckpointError: base or delta cannot be found or read, or torch lacks a dtype.
-        BaseMismatchError: the base is not the right one.
+        BaseMismatchError: the base is the wrong one.
         DeltaError: the delta is incomplete or damaged.
     """
     tensors: dict[str, Tensor] = {}
@@ -77,7 +76,7 @@ def load_state_dict(
         shape = torch_shape(name, recipe.info.dtype, recipe.info.shape)
         try:
             tensors[name] = torch.empty(shape, dtype=kept, device=device)
-        # No such shape, no such memory, or no such device.
+        # An impossible shape, too little memory, or no such device.
         except (RuntimeError, TypeError, OverflowError, AssertionError) as error:
             why = f"{list(shape)} of {kept}: {error}".splitlines()[0]
             raise CheckpointError(f"Tensor {name!r} cannot be loaded", f"{why}.") from error
@@ -85,7 +84,7 @@ def load_state_dict(
 
     with open_recipe(delta, base) as target:
         found = _tensors_by_shard(target, shards)
-        links(target)[0].check_published()  # finds a wrong base on the Hub before it is fetched
+        links(target)[0].check_published()  # finds a wrong base on the Hub before the download
         _fill(target, found, take, sha256, threads, progress)
     return {name: tensors[name] for names in found.values() for name in names}
 
@@ -102,30 +101,30 @@ def load_into(
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> LoadReport:
-    """Load the target's tensors into ``model``, without a copy of them in between.
+    """Load the target's tensors into ``model``, without an intermediate copy.
 
-    The target's names, shapes and the model's are compared first. Tensors keep the model's dtype, as with
-    ``Module.load_state_dict``; the bytes are the target's where both dtypes are the same. Tied weights are
-    loaded once, and may be missing under all names but one. Hooks of ``load_state_dict`` are not run.
+    The names and shapes of target and model are compared first. Tensors keep the model's dtype, as with
+    ``Module.load_state_dict``; where both dtypes are the same, the bytes are the target's. Tied weights are
+    loaded once, and need only one of their names in the target. Hooks of ``load_state_dict`` are not run.
 
-    Memory: the model, and some chunks of at most 4 MiB for each thread; a whole tensor more where the model's
-    is not contiguous.
+    Memory: the model, and some chunks of at most 4 MiB for each thread; plus a whole tensor if the model's is
+    not contiguous.
 
     Args:
-        model: where the weights go. Parameters and persistent buffers on the meta device get memory on
+        model: receives the weights. Parameters and persistent buffers on the meta device get memory on
             ``device``; all others are overwritten in place.
-        device: for what is on the meta device.
+        device: the device for tensors on the meta device.
         strict: whether missing or unexpected names are an error.
         delta, base, shards, sha256, threads, progress: as for :func:`load_state_dict`.
 
     Returns:
-        The names that are missing and unexpected, for ``strict=False``.
+        The missing and unexpected names, for ``strict=False``.
 
     Raises:
         CheckpointError: names or shapes do not fit, or the model has buffers on the meta device that no
-            checkpoint holds; the model is as before. Or base or delta cannot be found or read.
-        BaseMismatchError, DeltaError: as for :func:`load_state_dict`; some of the model's weights may be new
-            ones by then, so do not go on with it.
+            checkpoint holds; the model is unchanged. Or base or delta cannot be found or read.
+        BaseMismatchError, DeltaError: as for :func:`load_state_dict`. Some of the model's weights may be
+            overwritten by then, so do not use the model.
     """
     with open_recipe(delta, base) as target:
         found = _tensors_by_shard(target, shards)
@@ -137,7 +136,7 @@ def load_into(
         names = dict.fromkeys(name for shard in found.values() for name in shard)
         report = _compare(model, state, names, strict)
         _check_shapes(target, {name: state[name] for name in names if name in state})
-        links(target)[0].check_published()  # finds a wrong base on the Hub before it is fetched
+        links(target)[0].check_published()  # finds a wrong base on the Hub before the download
         chosen = _one_of_each(state, set(names))
         wanted = {path: [name for name in shard if name in chosen] for path, shard in found.items()}
         _leave_meta(model, {id(state[name]) for name in chosen}, torch.device(device))
@@ -150,7 +149,7 @@ def write_files(delta: Deltas, out: Location, base: Readable | None = None) -> l
     """Write the target's files that hold no weights (config, tokenizer, …) to the folder ``out``.
 
     Returns:
-        Their paths, sorted. The shards' indexes are left out: there would be no shards to it.
+        Their paths, sorted, without the shards' indexes, since no shards are written.
 
     Raises:
         CheckpointError: base or delta cannot be found or read.
@@ -188,10 +187,10 @@ def _tensors_by_shard(target: TargetRecipe, shards: str) -> dict[str, list[str]]
 def _compare(
     model: nn.Module, state: Mapping[str, Tensor], names: Mapping[str, None], strict: bool
 ) -> LoadReport:
-    """Which names fit.
+    """Compare the names of target and model.
 
     Raises:
-        CheckpointError: some do not, and ``strict``.
+        CheckpointError: some differ, and ``strict`` is set.
     """
     loaded = {_memory(state[name]) for name in names if name in state}
     report = LoadReport(
@@ -223,14 +222,14 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _memory(tensor: Tensor) -> tuple[object, ...]:
-    """What two names of the same weights have in common."""
+    """A key that is equal for two names of the same weights."""
     if tensor.is_meta:
         return (id(tensor),)
     return tensor.device, tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _check_shapes(target: TargetRecipe, state: Mapping[str, Tensor]) -> None:
-    """Raise :class:`CheckpointError` where the model's tensor cannot hold the target's of that name."""
+    """Raise :class:`CheckpointError` if the model's tensor cannot hold the target's tensor of that name."""
     entries = {entry.name: entry for entry in reversed(target.manifest.tensors) if entry.file is not None}
     for name, tensor in state.items():
         if hasattr(tensor, "full_tensor"):
@@ -249,13 +248,15 @@ def _check_shapes(target: TargetRecipe, state: Mapping[str, Tensor]) -> None:
 
 
 def _one_of_each(state: Mapping[str, Tensor], names: set[str]) -> set[str]:
-    """The names to load. Of several for one memory, the last: what ``load_state_dict`` leaves there."""
+    """The names to load. Of several names for the same memory, the last one counts, as with
+    ``load_state_dict``."""
     last = {_memory(tensor): name for name, tensor in state.items() if name in names}
     return set(last.values())
 
 
 def _leave_meta(model: nn.Module, wanted: set[int], device: torch.device) -> None:
-    """Give memory to the parameters and buffers on the meta device whose id is in ``wanted``; ties hold."""
+    """Give memory to the parameters and buffers on the meta device whose id is in ``wanted``, and keep
+    ties."""
     made: dict[int, Tensor] = {}
 
     def real(tensor: Tensor) -> Tensor:
@@ -280,7 +281,7 @@ def _fill(
     threads: int | None,
     progress: ProgressCallback | None,
 ) -> None:
-    """Decode the tensors ``names`` of each shard into what ``take`` gives for them."""
+    """Decode the tensors ``names`` of each shard into the memory from ``take``."""
     recipes = (target.shard(path).tensors[name] for path in names for name in names[path])
     meter = Meter(progress, "load", sum(recipe.info.nbytes for recipe in recipes))
     with Workers(threads) as workers, torch.no_grad():
@@ -290,14 +291,14 @@ def _fill(
             recipe = target.shard(path)
             wanted = set(names[path])
             chosen = [tensor for name, tensor in recipe.tensors.items() if name in wanted]
-            target.read_tables(chosen)  # before memory is taken: payloads that long must exist
+            target.read_tables(chosen)  # proves that the payloads exist before memory is taken
             slots = [_Slot(tensor, take(tensor)) for tensor in chosen]
             settle(slot.tensor for slot in slots)
             is_whole = len(chosen) == len(recipe.tensors) and all(slot.direct is not None for slot in slots)
             digest = hashlib.sha256(recipe.header.raw) if sha256 and is_whole else None
             with target.expect((slot.recipe, i) for slot in slots for i in range(slot.recipe.plan.count)):
                 rows = chain.from_iterable(slot.rows(lane.batch_bytes) for slot in slots)
-                # To hand over each row alone takes as long as to decode it.
+                # Handing over each row alone takes as long as decoding it.
                 some = batches(rows, _BATCH_BYTES, lambda row: row[0].recipe.plan.length(*row[1:]))
                 for batch in lane.map(_decode, some):
                     for slot, first, stop in batch:
@@ -329,7 +330,8 @@ class _Scratch(threading.local):
         self._buffers: dict[bool, Tensor] = {}
 
     def take(self, nbytes: int, device: torch.device) -> Tensor:
-        """So many bytes (uint8) to be copied to ``device``: pinned, if it copies from there by itself."""
+        """``nbytes`` bytes (uint8) for a copy to ``device``: pinned if the device can copy from it
+        directly."""
         is_pinned = device.type == "cuda"
         if is_pinned not in self._buffers or len(self._buffers[is_pinned]) < nbytes:
             self._buffers[is_pinned] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=is_pinned)
@@ -340,9 +342,9 @@ _scratch = _Scratch()
 
 
 class _Slot:
-    """A tensor of the model and how to rebuild it. There are three ways, the fastest that is possible is
-    taken: straight into the tensor's memory; by way of a row of chunks (another device, another dtype); by
-    way of a whole tensor (one that is not contiguous, or whose elements are cut by chunks)."""
+    """A tensor of the model and its recipe. It is rebuilt in the fastest possible way: straight into the
+    tensor's memory; through a row of chunks (for a different device or dtype); or through a whole tensor (for
+    one that is not contiguous, or whose elements cross chunks)."""
 
     def __init__(self, recipe: TensorRecipe, tensor: Tensor) -> None:
         self.recipe = recipe
@@ -359,14 +361,14 @@ class _Slot:
                 self.direct = self.flat.numpy()
 
     def rows(self, nbytes: int) -> Iterator[_Row]:
-        """All chunks in order, in rows; to be asked for when the first of them is to be decoded."""
+        """All chunks in order, in rows. Call it just before the first is decoded."""
         if not self.is_chunked:
             self.whole = torch.empty(self.tensor.shape, dtype=self.dtype)
         for first, end in self.recipe.plan.rows(nbytes):
             yield self, first, end
 
     def decode(self, first: int, end: int) -> None:
-        """Rebuild chunks ``first`` to ``end - 1``; from any thread."""
+        """Rebuild chunks ``first`` to ``end - 1``, in any thread."""
         start, stop = self.recipe.plan.bounds(first, end)
         if self.direct is not None:
             self.recipe.decode(first, end, self.direct[start:stop])
@@ -379,7 +381,7 @@ class _Slot:
             self.flat[start // self.size : stop // self.size].copy_(elements)
 
     def finish(self) -> None:
-        """After the last chunk."""
+        """Complete the tensor after the last chunk."""
         if self.whole is not None:
             self.tensor.copy_(self.whole)
             self.whole = None

@@ -1,4 +1,4 @@
-"""Tensors in memory as the safetensors files that they would be saved as, and a checkpoint of them."""
+"""Presents tensors in memory as the safetensors files that they would be saved as, and as a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ...dtypes import DTYPES
 from ...storage import ReadableFile, Source, file_blocks
 from ..tensors import byte_view, code_of, settle, stored_shape
 
-#: The order of tensors in a file that safetensors writes: by dtype in this order, then by name.
+#: The order of tensors in safetensors files: by dtype in this order, then by name.
 _ORDER = tuple(DTYPES)
 
 #: A file's bytes: in the CPU's memory as an array, elsewhere as a uint8 tensor.
@@ -27,7 +27,7 @@ _Piece: TypeAlias = "NDArray[np.uint8] | Tensor"
 
 
 class MemoryFile(ReadableFile):
-    """Pieces of memory, one after the other, as a file."""
+    """A file made of pieces of memory, one after the other."""
 
     def __init__(self, path: str, pieces: Iterable[_Piece]) -> None:
         self._pieces = [piece for piece in pieces if len(piece)]
@@ -35,7 +35,7 @@ class MemoryFile(ReadableFile):
         super().__init__(path, size)
 
     def _read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
-        """From another device, only these bytes are copied."""
+        """Copies only these bytes from another device."""
         done = 0
         while done < out.size:
             number = bisect_right(self._starts, offset + done) - 1
@@ -51,14 +51,13 @@ class MemoryFile(ReadableFile):
 class MemorySource(Source):
     """Files in memory as a :class:`Source`.
 
-    The tensors are not copied: what is read is what they hold at that time. So they must not change while a
-    delta is made of them.
+    The tensors are not copied, so they must not change while a delta is made from them.
 
     Args:
         shards: for each path, the tensors by name (dense and contiguous, on any device) and the metadata.
         files: the other files' bytes.
-        others: more files, from somewhere else; of two with one path, that in memory counts.
-        digests: the SHA-256 of files, in hex, where they are known: they are not read to find it.
+        others: more files, from a different source; the file in memory counts if both have the same path.
+        digests: known SHA-256 of files, in hex, which saves reading them.
     """
 
     def __init__(
@@ -85,11 +84,11 @@ class MemorySource(Source):
 
     @property
     def is_remote(self) -> bool:
-        """Whether the files that are not in memory are."""
+        """Whether the files that are not in memory are remote."""
         return bool(self._others and self._others.is_remote)
 
     def _other(self, path: str) -> Source | None:
-        """Where the file comes from, if not from memory."""
+        """The source of the file, if it is not in memory."""
         return self._others if path in self._elsewhere else None
 
     def open(self, path: str) -> ReadableFile:
@@ -103,7 +102,7 @@ class MemorySource(Source):
         return other.name(path) if other else f"{path} of {self.where}"
 
     def full_path(self, path: str) -> Path | None:
-        """Where the file lies, if it is not in memory."""
+        """The file's path, if it is not in memory."""
         other = self._other(path)
         return other.full_path(path) if other else None
 
@@ -113,17 +112,17 @@ class MemorySource(Source):
         return other.blocks(path) if other else file_blocks(self._files[path])
 
     def published_sha256(self, path: str) -> str | None:
-        """The SHA-256 that is known of the file."""
+        """The known SHA-256 of the file."""
         other = self._other(path)
         return self._digests.get(path) or (other.published_sha256(path) if other else None)
 
     def checked_sha256(self, path: str) -> str | None:
-        """The SHA-256 that is known of a file in memory."""
+        """The known SHA-256 of a file in memory."""
         other = self._other(path)
         return other.checked_sha256(path) if other else self._digests.get(path)
 
     def fingerprint(self, path: str) -> str:
-        """Another text for every source: nobody could tell whether memory was changed."""
+        """A different text for every source, since changes of memory cannot be detected."""
         return f"{path}:{self._mark}"
 
     def cancel(self) -> None:
@@ -142,7 +141,7 @@ def _without_weights(source: Source) -> set[str]:
 
 
 def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[_Piece]:
-    """The bytes of a safetensors file, as that library would write it; metadata sorted by key."""
+    """The bytes of a safetensors file, as the library would write it, with metadata sorted by key."""
     codes = {name: code_of(name, tensor.dtype) for name, tensor in tensors.items()}
     infos, position = [], 0
     for name in sorted(tensors, key=lambda name: (_ORDER.index(codes[name]), name)):

@@ -1,4 +1,4 @@
-"""Live weights to a delta, as if they had been saved to a folder first."""
+"""Saves live weights as a delta, as if they had been saved to a folder first."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ def save_delta(
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Manifest:
-    """Write to the folder ``out`` what a model in memory adds to ``base``; the target is never written.
+    """Write a delta from ``base`` to a model in memory to the folder ``out``, without writing the target.
 
-    The delta is, byte for byte, the one that ``make_delta`` makes of the saved folder: saved by
-    ``save_pretrained``, with config and generation config, where it is a transformers model (version 5); by
-    huggingface_hub's ``save_torch_state_dict`` where it is another model or a state dict. (Where that one
-    notes several tied names in one file's metadata, in no fixed order, here they are sorted.)
+    The delta equals, byte for byte, the one that ``make_delta`` makes from the saved folder. A transformers
+    model (version 5) counts as saved by ``save_pretrained``, with config and generation config; any other
+    model or state dict as saved by huggingface_hub's ``save_torch_state_dict``. (The latter notes several
+    tied names in a file's metadata in no fixed order; here they are sorted.)
 
     Args:
-        state: the model, or its tensors by name, on any device; it must not change until this returns. From
-            another device than the CPU, one chunk at a time is copied. Tensors that are not contiguous are
-            copied as a whole.
+        state: the model, or its tensors by name, on any device; it must not change until this returns.
+            Devices other than the CPU are copied chunk by chunk. Tensors that are not contiguous are copied
+            as a whole.
         base: a folder, one .safetensors file, or a Hub id.
         out: the folder to write; new or empty.
         files: a folder or Hub id whose other files (tokenizer, license, model card, custom code) belong to
-            the target too: all but .safetensors files and their index. A config made from the model counts
-            more.
-        max_shard_size: bytes, or a text like ``"5GB"``; None: the default of the library above.
+            the target too: all except .safetensors files and their index. A config made from the model takes
+            precedence.
+        max_shard_size: bytes, or a text like ``"5GB"``; if None, the default of the library above.
         rename, base_repo, base_revision, base_license, target_repo, target_license, chunk_bytes, force,
             threads, progress: as for :func:`deltaweights.make_delta`.
 

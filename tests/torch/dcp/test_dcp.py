@@ -394,7 +394,7 @@ def _shard(fields: Fields) -> Fields:
 CONTRADICTIONS: dict[str, tuple[Callable[[Fields], Any], str]] = {
     "outside": (lambda f: _shard(f).update(offsets=[1]), "do not make it up"),
     "gap": (lambda f: _shard(f).update(sizes=[63]), "do not make it up"),
-    "twice": (lambda f: f["tensors"]["model.norm"]["shards"].append(_shard(f)), "begin in one place"),
+    "twice": (lambda f: f["tensors"]["model.norm"]["shards"].append(_shard(f)), "begin at the same place"),
     "rank": (lambda f: _shard(f).update(offsets=[0, 0]), "do not make it up"),
     "negative": (lambda f: _shard(f).update(offsets=[-1]), ">= 0"),
     "huge": (lambda f: f["tensors"]["model.norm"].update(shape=[2**40, 2**40]), "larger than any tensor"),
@@ -499,8 +499,8 @@ def test_what_ranks_say_has_to_fit_together() -> None:
     metadata = Metadata({"w": tensor})
     assert make_record(metadata, [_written(5, 5), _written(0, 5)]).tensors["w"].shape == (10,)
     for results, message in (
-        ([_written(0, 5)], "is not whole"),
-        ([_written(0, 10), _written(5, 5)], "is not whole"),
+        ([_written(0, 5)], "is incomplete"),
+        ([_written(0, 10), _written(5, 5)], "is incomplete"),
         ([_written(0, 5), _written(5, 5, dtype="float64")], "alike"),
         ([_written(0, 5), _written(5, 5, counterpart=DcpBaseTensor("w", "F32"))], "alike"),
         ([_written(0, 5), _written(5, 5, base=BaseIdentity("safetensors"))], "against one base"),

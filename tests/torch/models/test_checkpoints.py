@@ -133,7 +133,7 @@ def test_memory_of_copies_is_used_again(qwen2: Trio, folder: Path) -> None:
 def test_steps_go_up_unless_later_ones_are_discarded(qwen2: Trio, folder: Path) -> None:
     with DeltaCheckpointer(folder, qwen2.base, anchor_every=4) as checkpointer:
         states = train(checkpointer, range(1, 5))
-        with pytest.raises(OutputError, match="It holds one of step 4"):
+        with pytest.raises(OutputError, match="It holds a checkpoint of step 4"):
             checkpointer.save(3, tiny_qwen2())
         with pytest.raises(ValueError, match="not at least 0"):
             checkpointer.save(-1, tiny_qwen2())

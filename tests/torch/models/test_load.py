@@ -323,7 +323,7 @@ def test_chunks_that_cut_elements_are_no_crash(qwen2: Trio, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("array", "why"),
     [
-        (Array("F6_E2M3", (4,), b"abc"), "F6_E2M3, for which torch"),
+        (Array("F6_E2M3", (4,), b"abc"), "F6_E2M3, which torch"),
         (Array("F4", (2, 3), b"abc"), "pairs along the last dimension"),
         (Array("F32", (2**63, 0), b""), r"\[9223372036854775808, 0\] of torch.float32"),
     ],
