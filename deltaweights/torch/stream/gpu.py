@@ -1,7 +1,6 @@
-"""Chunks that lie on a GPU: patched and checked there.
+"""Patches and checks chunks on a GPU.
 
-Whatever cannot be done there, or comes out wrong, is the caller's to do on the CPU, which also finds out what
-is the matter.
+If that is impossible or goes wrong, the caller does the work on the CPU, which also finds the cause.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ...codec.constants import XXH3_KEYS, XXH3_LAST_FACTOR, XXH3_LENGTH_FACTOR, 
 
 Words = NDArray[np.uint64]
 
-_WORD = 8  # bytes; the kernel reads whole ones
+_WORD = 8  # bytes; the kernel reads whole words
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
@@ -31,7 +30,7 @@ _log = logging.getLogger("deltaweights")
 
 @cache
 def _has_triton() -> bool:
-    """Whether there is Triton 3.2 or later; 3.0 computes other things."""
+    """Whether Triton 3.2 or later is installed; 3.0 computes wrong results."""
     try:
         from triton import __version__
     except ImportError:
@@ -45,26 +44,27 @@ def _runs_kernels(device: torch.device) -> bool:
 
 @cache
 def _passes_test(device: torch.device) -> bool:
-    """Whether a kernel can be compiled and run there, and is right: Triton needs a C compiler, for one."""
+    """Whether a kernel compiles, runs and gives the right result there. Triton needs a C compiler, for
+    example."""
     data = torch.arange(4096, dtype=torch.int16).view(torch.uint8)
     try:
         there = data.to(device)
         found = Checksums(device, [addresses(there, 0, len(there))]).values()
-    except Exception as error:  # whatever it is, there is another way
+    except Exception as error:  # whatever it is, the CPU can do the work
         _log.info("no kernels on %s: %s", device, error)
         return False
     return int(found[0]) == codec.checksum(data.numpy())
 
 
 def is_usable(device: torch.device) -> bool:
-    """Whether chunks can be worked on there: on a CUDA device, if there is Triton, as there is with torch's
-    builds for CUDA on Linux from 2.6 on, and it works."""
+    """Whether kernels run on the device: it must be a CUDA device with a working Triton, which torch's CUDA
+    builds for Linux include since 2.6."""
     return _runs_kernels(device) and _passes_test(device)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """What is asked of a device within this is done in one order, whoever asks: on its default stream. (The
-    caller's own thread may be on another, and is one of those that work.)"""
+    """Use the device's default stream within the block, so that the work of all threads runs in one order.
+    (The caller's thread works too, and may use a different stream.)"""
     return torch.cuda.stream(torch.cuda.default_stream(device)) if device.type == "cuda" else nullcontext()
 
 
@@ -74,14 +74,14 @@ def upload(array: NDArray[Any], device: torch.device) -> Tensor:
 
 
 class Elements(NamedTuple):
-    """Elements for some places (int32[m]) of a tensor: what stood there, or is to."""
+    """Old or new elements for some places (int32[m]) of a tensor."""
 
     tensor: Tensor
     places: Tensor
     values: Tensor
 
     def put(self) -> None:
-        """Write them. That takes no memory."""
+        """Write them. This allocates no memory."""
         from . import gpu_kernels
 
         if len(self.places):
@@ -90,20 +90,20 @@ class Elements(NamedTuple):
 
 
 def _blocks(places: NDArray[np.int32] | Tensor) -> int:
-    """How many programs move elements at so many places."""
+    """The number of programs that move the elements at ``places``."""
     from . import gpu_kernels
 
     return -(-len(places) // int(gpu_kernels.PATCH_BLOCK.value))
 
 
 def patch(data: Tensor, patches: Sequence[tuple[int, codec.Patch]]) -> Elements:
-    """Move elements of ``data``; returns those that were there.
+    """Move elements of ``data``. Returns the old ones.
 
     Args:
         data: bytes (uint8) on a device that :func:`is_usable`, fewer than 2^31, at an address that is a
             multiple of the elements' size.
-        patches: one or more, of elements of one size, and from which byte of ``data`` on each counts; all
-            places are different, and within the data.
+        patches: one or more pairs of a patch and the byte of ``data`` where it begins, all with elements of
+            the same size; all places are different, and within the data.
     """
     from . import gpu_kernels
 
@@ -122,7 +122,7 @@ def patch(data: Tensor, patches: Sequence[tuple[int, codec.Patch]]) -> Elements:
 
 
 def addresses(data: Tensor, start: int, end: int) -> tuple[int, int]:
-    """Where these bytes of ``data`` (uint8) lie, for :class:`Checksums`."""
+    """The addresses of these bytes of ``data`` (uint8), for :class:`Checksums`."""
     return data.data_ptr() + start, data.data_ptr() + end
 
 
@@ -132,11 +132,12 @@ def can_check(data: Tensor, start: int, end: int) -> bool:
 
 
 class Checksums:
-    """The XXH3-64 of stretches of memory on a device, being computed.
+    """A running computation of the XXH3-64 of memory spans on a device.
 
     Args:
         device: one that :func:`is_usable`.
-        spans: the address of the first byte and behind the last, of what :func:`can_check`. It has to stay.
+        spans: the addresses of the first byte and after the last, of spans that pass :func:`can_check`. The
+            memory must stay allocated.
     """
 
     def __init__(self, device: torch.device, spans: Sequence[tuple[int, int]]) -> None:
@@ -156,7 +157,7 @@ class Checksums:
                 )
 
     def values(self) -> Words:
-        """[spans]; waits for them, and for all that was asked of the device before."""
+        """The checksums, [spans]; waits for them, and for all earlier work of the device."""
         with on(self._found.device):
             found = self._found.cpu()
         return _merged(found.numpy().view(np.uint64), self._lengths.view(np.uint64))
@@ -164,7 +165,7 @@ class Checksums:
 
 @cache
 def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The kernel's keys and what its accumulators begin with."""
+    """The kernel's keys and the initial values of its accumulators."""
     keys, start = (np.array(words, np.uint64).view(np.int64) for words in (XXH3_KEYS[:32], XXH3_START))
     return torch.tensor(keys, device=device), torch.tensor(start, device=device)
 

@@ -1,10 +1,9 @@
-# mypy: ignore-errors
-# Triton types what is in here.
-"""What runs on a GPU, in Triton: checksums of chunks, and patches.
+# mypy: ignore-errors Triton assigns the types in this module.
+"""GPU kernels in Triton: checksums of chunks, and patches.
 
-One program, of one warp, works on one chunk, or on one block of a patch. Chunks are addressed as numbers, so
-that those of many tensors go into one launch. The tests run all of it in Triton's interpreter as well, which
-needs no GPU.
+One program, of one warp, works on one chunk, or on one block of a patch. Chunks are given by address, so that
+one launch handles chunks of many tensors. The tests also run all kernels in Triton's interpreter, which needs
+no GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ PATCH_BLOCK = tl.constexpr(1024)
 
 @triton.jit
 def _restored(bits, zigzag, width: tl.constexpr):
-    """The element that lies `zigzag` from the base's `bits` (see ulp.restore): uint32, of `width` bits."""
+    """The element at distance `zigzag` from the base's `bits` (see ulp.restore): uint32, of `width` bits."""
     top: tl.constexpr = width - 1
     full: tl.constexpr = (1 << width) - 1
     magnitude: tl.constexpr = full >> 1
@@ -33,7 +32,7 @@ def _restored(bits, zigzag, width: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def patch(elements, places, distances, others, count, width: tl.constexpr):
-    """Move `count` elements at different places; what was there goes to `others`.
+    """Move `count` elements at different places, and store the old ones in `others`.
 
     elements    int8, int16 or int32 of `width` bits
     places      int32[count]
@@ -53,7 +52,7 @@ def patch(elements, places, distances, others, count, width: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def put(elements, places, others, count):
-    """Set elements to what :func:`patch` left in `others`; the arguments are the same."""
+    """Set elements to those that :func:`patch` stored in `others`; the arguments are the same."""
     index = tl.program_id(0) * PATCH_BLOCK + tl.arange(0, PATCH_BLOCK)
     is_one = index < count
     place = tl.load(places + index, mask=is_one, other=0)
@@ -62,7 +61,7 @@ def put(elements, places, others, count):
 
 @triton.jit
 def _mixed(data, key, swapped):
-    """What stripes add to the accumulators, before it is summed."""
+    """The contributions of stripes to the accumulators, before the sum."""
     word = data ^ key
     return (word & 0xFFFFFFFF) * (word >> 32) + swapped
 
@@ -73,8 +72,8 @@ def xxh3_accumulators(addresses, lengths, keys, start, accumulators):
 
     addresses      int64[chunks], multiples of 8
     lengths        int64[chunks], multiples of 8, above 240
-    keys           int64[24 + 8]: the default secret's words, then those from its byte 121 on
-    start          int64[8]: what the accumulators begin with
+    keys           int64[24 + 8]: the default secret's words, then those beginning at its byte 121
+    start          int64[8]: the initial values of the accumulators
     accumulators   int64[chunks, 8], written
     """
     chunk = tl.program_id(0)
@@ -88,7 +87,7 @@ def xxh3_accumulators(addresses, lengths, keys, start, accumulators):
     total = tl.load(start + lane).to(tl.uint64, bitcast=True)
     blocks = (length - 1) // 1024
     block = 0
-    while block < blocks:  # with NumPy 2.4 the interpreter of Triton 3.6 has no range
+    while block < blocks:  # Triton 3.6's interpreter has no range with NumPy 2.4
         total += tl.sum(_mixed(tl.load(words + straight), key, tl.load(words + swapped)), axis=0)
         total = (total ^ (total >> 47) ^ scramble) * 0x9E3779B1
         words += 128

@@ -1,4 +1,4 @@
-"""Chunks on GPUs taken through a weight stream's updates where they lie."""
+"""Applies a weight stream's updates to chunks on GPUs, in place."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from . import gpu
 from .payloads import Chunk, StreamPayload
 from .state import StateTensor, plan_of
 
-#: Chunks in a row that are patched at once.
+#: The number of adjacent chunks to patch at once.
 _AT_ONCE = 64
 
-#: A tensor, its bytes on a GPU, and chunks of it in a row.
+#: A tensor, its bytes on a GPU, and some of its adjacent chunks.
 _Group: TypeAlias = tuple[StateTensor, Tensor, list[Chunk]]
 
 
 class _Patched(NamedTuple):
-    """Chunks of a tensor that went through all their steps."""
+    """Chunks of a tensor after all their steps."""
 
     memory: Tensor
     chunks: list[Chunk]
@@ -33,7 +33,7 @@ class _Patched(NamedTuple):
 
 
 class GpuPatches:
-    """What was patched on GPUs, with what is needed to undo it."""
+    """The patches made on GPUs, and the elements needed to undo them."""
 
     def __init__(self) -> None:
         self._overwritten: list[gpu.Elements] = []
@@ -44,10 +44,10 @@ class GpuPatches:
         steps_of: Callable[[Chunk], Iterable[StreamPayload]],
         workers: Workers,
     ) -> list[Chunk]:
-        """Take all chunks that can be through their steps, and check them.
+        """Take all possible chunks through their steps, and check them.
 
-        Returns those that cannot: on other devices, not coded as patches, or not where a kernel reads them.
-        Where any comes out wrong, all that were on its device are left as they were and returned.
+        Returns the other chunks: those on other devices, not coded as patches, or not aligned for a kernel.
+        If a chunk comes out wrong, all chunks on its device are restored and returned.
         """
         elsewhere: list[Chunk] = []
         groups: list[_Group] = []
@@ -61,7 +61,7 @@ class GpuPatches:
                 groups.append((tensor, memory, chunks[first : first + _AT_ONCE]))
         try:
             return elsewhere + self._patch_all(groups, steps_of, workers)
-        except torch.cuda.OutOfMemoryError:  # what was there takes it; chunks by themselves take none
+        except torch.cuda.OutOfMemoryError:  # the old elements take memory; single chunks need none
             self.put_back()
             return elsewhere + [chunk for *_, chunks in groups for chunk in chunks]
 
@@ -71,7 +71,8 @@ class GpuPatches:
         steps_of: Callable[[Chunk], Iterable[StreamPayload]],
         workers: Workers,
     ) -> list[Chunk]:
-        """See :meth:`apply`. By one thread: two would spend more time on Python's lock than they save."""
+        """See :meth:`apply`. One thread does this: two would spend more time on Python's lock than they
+        save."""
         left: list[Chunk] = []
         patched: list[_Patched] = []
         for group in groups:
@@ -84,7 +85,7 @@ class GpuPatches:
         return left
 
     def put_back(self) -> None:
-        """Make the tensors what they were."""
+        """Restore the tensors."""
         _put_back(self._overwritten)
 
     def _patch(
@@ -94,7 +95,7 @@ class GpuPatches:
         chunks: Sequence[Chunk],
         steps_of: Callable[[Chunk], Iterable[StreamPayload]],
     ) -> tuple[list[Chunk], list[_Patched]]:
-        """Take chunks in a row of one tensor through their steps: (those that cannot be, the others)."""
+        """Take adjacent chunks of one tensor through their steps. Returns (chunks left, patched chunks)."""
         plan = plan_of(tensor)
         first = plan.span(chunks[0][1])[0]
         memory = memory[first : plan.span(chunks[-1][1])[1]]
@@ -121,14 +122,14 @@ class GpuPatches:
     def _read(
         self, steps: Sequence[StreamPayload], index: int, nbytes: int, dtype: str
     ) -> list[codec.Patch] | None:
-        """What changes in a chunk at each step; None where one of them is no patch."""
+        """The changes in a chunk at each step; None if one of them is not a patch."""
         found = []
         if any(payload.method(index) != codec.Method.SPARSE for payload in steps):
-            return None  # without reading it
+            return None  # without reading the data
         for payload in steps:
             try:
                 patch = codec.read_patch(*payload.chunk(index), nbytes, dtype)
-            except PayloadError:  # whoever decodes it otherwise says what is wrong
+            except PayloadError:  # decoding on the CPU reports the error
                 return None
             if patch is None:
                 return None
@@ -136,7 +137,7 @@ class GpuPatches:
         return found
 
     def _check(self, patched: Sequence[_Patched]) -> list[Chunk]:
-        """Check chunks on one device; returns all of them, unpatched, where one is wrong."""
+        """Check chunks on one device. If one is wrong, restores and returns all of them."""
         device = patched[0].memory.device
         sums = gpu.Checksums(device, [span for one in patched for span in one.spans])
         if sums.values().tolist() == [value for one in patched for value in one.expected]:
@@ -148,7 +149,7 @@ class GpuPatches:
 
 
 def _put_back(overwritten: list[gpu.Elements]) -> None:
-    """Undo it, the last first; none is left, and the devices are done with it."""
+    """Undo the patches, the last one first, empty the list, and wait for the devices."""
     tensors = [one.tensor for one in overwritten]
     while overwritten:
         overwritten[-1].put()

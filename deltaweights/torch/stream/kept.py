@@ -1,4 +1,4 @@
-"""The state that was published last, as its publisher keeps it, and payloads of what comes after it."""
+"""Keeps a publisher's last state, and writes the payloads of the next one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .state import StateTensor, owners, plan_of
 
 _METADATA = {"format": "deltaweights-stream"}
 
-#: What may not change within a stream: of every tensor name, dtype, shape, and which one it is tied to.
+#: The facts that are fixed within a stream: name, dtype, shape and tie of every tensor.
 StateLayout = list[tuple[str, str, tuple[int, ...], str | None]]
 
 
@@ -32,7 +32,7 @@ def layout_of(state: Mapping[str, StateTensor]) -> StateLayout:
 
 
 class KeptState:
-    """A copy of a state's bytes in the CPU's memory, pinned where the state is on a CUDA device, with the
+    """A copy of a state's bytes in the CPU's memory, pinned if the state is on a CUDA device, with the
     checksums of its chunks. Tied tensors are kept once."""
 
     def __init__(self, state: Mapping[str, StateTensor], workers: Workers) -> None:
@@ -53,7 +53,7 @@ class KeptState:
         return sum(kept.size for kept in self._bytes.values())
 
     def take(self, state: Mapping[str, StateTensor], workers: Workers) -> None:
-        """Keep another state of the same layout."""
+        """Keep a new state of the same layout."""
 
         def copy(name: str, index: int) -> int:
             start, end = self._plans[name].span(index)
@@ -65,7 +65,7 @@ class KeptState:
             self._sums[name][index] = value
 
     def tensors(self) -> tuple[StreamTensor, ...]:
-        """What a record says of the tensors."""
+        """The record's entries for the tensors."""
         digests = {name: tensor_digest(sums.tobytes()) for name, sums in self._sums.items()}
         return tuple(
             StreamTensor(name, code, shape, digests[like or name], like)
@@ -75,9 +75,9 @@ class KeptState:
     def write_update(
         self, file: PartialFile, state: Mapping[str, StateTensor], workers: Workers
     ) -> list[str]:
-        """Write what ``state`` adds to the state that is kept, and keep ``state`` instead.
+        """Write an update from the kept state to ``state``, and keep ``state`` instead.
 
-        If it raises, what is kept is neither.
+        After an error, the kept bytes are a mix of both.
 
         Returns:
             The names of the tensors that changed.
@@ -91,8 +91,8 @@ class KeptState:
                 old[:] = new
             return coded
 
-        # To leave out tensors that did not change keeps the header short. Where a look takes a copy, it is
-        # not worth it; of those that did change, it ends at the first difference.
+        # Leaving out unchanged tensors keeps the header short. The comparison stops at the first difference,
+        # but is not worth a copy from a device.
         names = [name for name in self._plans if not self._is_same(name, state[name])]
         return self._write(file, names, encode, workers)
 
@@ -103,7 +103,7 @@ class KeptState:
         )
 
     def write_anchor(self, file: PartialFile, workers: Workers) -> None:
-        """Write the state that is kept, by itself."""
+        """Write the kept state, without a base."""
 
         def encode(name: str, index: int) -> list[CodedChunk]:
             start, end = self._plans[name].span(index)
@@ -120,7 +120,8 @@ class KeptState:
         *,
         is_anchor: bool = False,
     ) -> list[str]:
-        """A safetensors file of payloads, except for tensors that are the same. Returns the others' names."""
+        """Write a safetensors file of payloads, except for unchanged tensors. Returns the names of the
+        others."""
         plans = {name: self._plans[name] for name in names}
         payloads = PayloadFile(file, {name: plan.nbytes for name, plan in plans.items()}, _METADATA)
         jobs = ((name, index) for name, plan in plans.items() for index in range(plan.count))

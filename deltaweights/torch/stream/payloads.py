@@ -1,4 +1,4 @@
-"""Payload files of a weight stream, read: what each of them has for every chunk of every tensor."""
+"""Reads payload files of a weight stream: each file's data for every chunk of every tensor."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ...storage.local import LocalFile
 from .records import StateRecord, damaged, tensor_digest
 from .state import StateTensor, plan_of
 
-#: A tensor's name, and which of its chunks.
+#: A tensor's name, and the index of one of its chunks.
 Chunk: TypeAlias = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class StreamStep:
-    """A payload file that is here, and the record of the state that it leads to. An anchor's leads there from
+    """A local payload file, and the record of the state that it leads to. An anchor's file leads there from
     nothing, an update's from the state before."""
 
     record: StateRecord
@@ -32,11 +32,11 @@ class StreamStep:
 
 
 class _StreamFaults(Faults):
-    """The faults of a weight stream's file. Its SHA-256 was compared when it was fetched, and what it is
-    applied to is in memory: nothing of it can come wrong."""
+    """The faults of a weight stream's file. Its SHA-256 was compared after the download, and the tensors are
+    in memory, so no network is involved."""
 
     def damaged(self, path: str, why: str) -> DeltaError:
-        """The error to raise where the file at ``path`` is not what was published."""
+        """The error to raise if the file at ``path`` differs from the published one."""
         return damaged(path, why)
 
     def is_damaged(self, path: str) -> bool:
@@ -44,11 +44,11 @@ class _StreamFaults(Faults):
         return False
 
     def wrong_base(self, why: str) -> BaseMismatchError:
-        """The error to raise where the model is not as it was left."""
+        """The error to raise if the model has changed since the last sync."""
         return BaseMismatchError(
-            "The model is not in the state that it was left in",
+            "The model has changed since the last sync",
             f"{why[0].upper()}{why[1:]}.",
-            "Nothing but sync may write to it; load the base again, or let the publisher write an anchor.",
+            "Only sync may write to it: load the base again, or let the publisher write an anchor.",
         )
 
 
@@ -59,20 +59,21 @@ class StreamPayload(StoredPayload):
     """One tensor's payload in a file of a stream."""
 
     def chunk(self, index: int) -> tuple[int, NDArray[np.uint8]]:
-        """How a chunk is coded, and its data, valid until this thread reads more."""
+        """A chunk's method, and its data, valid until this thread reads more."""
         return self.method(index), self.read_data(index, index + 1)
 
     def follows(self, digest: str | None) -> bool:
-        """Whether it is made against a tensor of this digest, and keeps the chunks that it calls the same."""
+        """Whether it was made against a tensor with this digest, including the chunks that it calls the
+        same."""
         records, _ = self.table
         same = records["method"] == codec.Method.SAME
         is_same = (records["base"] == records["target"])[same].all()
         return bool(is_same) and tensor_digest(records["base"].tobytes()) == digest
 
     def fault(self, index: int, base: NDArray[np.uint8] | None, why: str) -> DeltaWeightsError:
-        """The error where ``base`` and a chunk's data do not make its target: one of the two is wrong."""
+        """The error if ``base`` and a chunk's data do not give its target: one of the two is wrong."""
         if base is not None and not self.is_from(index, base):
-            return self.faults.wrong_base(f"its tensor {self.name!r} was changed by somebody else")
+            return self.faults.wrong_base(f"its tensor {self.name!r} was changed by other code")
         return self.damaged(f"Chunk {index}: {why}")
 
 
@@ -87,7 +88,7 @@ def read_payloads(step: StreamStep, state: Mapping[str, StateTensor]) -> dict[st
     found = {}
     for info in shard.header.tensors:
         if info.name not in own:
-            raise damaged(where, f"It has a payload for {info.name!r}, which its record does not have")
+            raise damaged(where, f"It has a payload for {info.name!r}, which its record lacks")
         tensor = state[info.name]
         payload = StreamPayload(info.name, tensor.code, plan_of(tensor), Tensor(info, shard), _FAULTS)
         if tensor_digest(payload.table[0]["target"].tobytes()) != own[info.name].digest:

@@ -1,4 +1,4 @@
-"""The trainer's side of a weight stream: what changed since the last state, published as an update."""
+"""The trainer's side of a weight stream: publishes the changes since the last state as an update."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from .transport import Gone, Publication, open_transport, other_writer
 
 @dataclass(frozen=True, slots=True)
 class PublishReport:
-    """What :meth:`DeltaPublisher.publish` did.
+    """The result of :meth:`DeltaPublisher.publish`.
 
     Attributes:
         step: the step that was published.
         number: its place in the stream.
         state: the state's digest.
-        changed: names of the tensors that changed, tied ones once; empty where there is no update.
-        update_bytes, anchor_bytes: size of the payload files; 0 where there is none.
+        changed: names of the tensors that changed, tied ones once; empty if there is no update.
+        update_bytes, anchor_bytes: size of the payload files; 0 if there is none.
         state_bytes: size of all tensors, tied ones once.
     """
 
@@ -55,30 +55,31 @@ class PublishReport:
 
 
 class DeltaPublisher:
-    """Publishes the states of a model, each as what changed since the one before. A context manager.
+    """Publishes the states of a model, each as the changes since the one before. A context manager.
 
-    A copy of the state's bytes stays in the CPU's memory (pinned where the state is on a CUDA device). Nobody
-    else may write to the stream meanwhile. Where the stream exists already, it is continued: with an update
-    if its newest state is ``base``, else with an anchor.
+    A copy of the state's bytes stays in the CPU's memory (pinned if the state is on a CUDA device). No other
+    publisher may write to the stream meanwhile. An existing stream is continued: with an update if its newest
+    state is ``base``, else with an anchor.
 
     Args:
         location: a folder, an fsspec URL (``s3://bucket/run-7``), or a repository on the Hub
-            (``hf://org/name``), made where there is none.
+            (``hf://org/name``), created if missing.
         base: the model that training starts from, or its ``state_dict()``: dense tensors of any dtype that
             safetensors has, on any device. Its tensors are the stream's: names, dtypes and shapes stay.
-        step: the step that ``base`` is.
-        anchor_every: after so many updates, a state is published whole as well, for those who come late; None
-            for never.
-        anchor_base: also publish ``base`` whole. Without, only who has these weights can join before the
-            first other anchor.
-        keep_anchors: what comes before so many anchors is removed; None keeps all.
-        public: make a public repository on the Hub, or accept one.
-        threads: how many; the number of usable cores, at most 8, if None.
+        step: the step of ``base``.
+        anchor_every: number of updates after which a state is also published whole, for late subscribers;
+            None for never.
+        anchor_base: also publish ``base`` whole. Without it, only subscribers with these weights can join
+            before the first other anchor.
+        keep_anchors: number of anchors to keep; older files are removed. None keeps all.
+        public: create a public repository on the Hub, or accept an existing one.
+        threads: number of threads; if None, the number of usable cores, at most 8.
 
     Raises:
-        OutputError: the stream cannot be written to, somebody else writes to it, or it is another model's.
+        OutputError: the stream cannot be written to, another publisher writes to it, or it belongs to a
+            different model.
         CheckpointError: ``base`` has tensors without bytes, or of a dtype that safetensors does not have.
-        DeltaError: the stream that is there is damaged.
+        DeltaError: the existing stream is damaged.
     """
 
     def __init__(
@@ -104,13 +105,13 @@ class DeltaPublisher:
             self._folder = opened.enter_context(self._transport.writing())
             self._head, self._newest = self._find_newest()
             self._names = set(self._transport.names())
-            #: Attempts are numbered too: nothing that a failed one left has the name of a later one's files.
+            #: Attempts are numbered too, so that a failed one's files never share a name with a later one's.
             self._number = max((number_of(name) or 0 for name in self._names), default=-1)
             self._anchors = self._find_anchors()
             self._kept = KeptState(state, workers)
             if self._newest:
                 self._require_layout(_layout_in(self._newest), self._kept.layout)
-                #: Whether what is kept is the newest state: else there is nothing to update.
+                #: Whether the kept state is the newest state, so that an update can follow it.
                 self._is_current = self._newest.state == state_digest(self._kept.tensors())
             else:
                 self._publish(step, None, workers, with_anchor=anchor_base)
@@ -126,31 +127,31 @@ class DeltaPublisher:
         self.close()
 
     def close(self) -> None:
-        """Let somebody else write to the stream. Nothing can be published afterwards."""
+        """Release the stream for other publishers. This one cannot publish afterwards."""
         self._opened.close()
 
     def publish(self, step: int, state: State, *, anchor: bool | None = None) -> PublishReport:
         """Publish the state after ``step``.
 
-        When this returns, readers see it. If it raises, they see the state before (or, where only the answer
-        of a server was lost, this one), and the next call publishes an anchor instead of an update. ``state``
-        must not change meanwhile.
+        When this returns, readers see the state. After an error, they see the state before (or this one, if
+        only a server's answer was lost), and the next call publishes an anchor instead of an update.
+        ``state`` must not change meanwhile.
 
         Args:
-            step: any number of the caller's, from 0 on.
-            state: the model or its ``state_dict()``, with the same names, dtypes, shapes and ties as ever.
-            anchor: whether to publish the state whole as well; if None, when ``anchor_every`` says so.
+            step: a number chosen by the caller, at least 0.
+            state: the model or its ``state_dict()``, with the stream's names, dtypes, shapes and ties.
+            anchor: whether to publish the state whole as well; if None, ``anchor_every`` decides.
 
         Raises:
-            OutputError: somebody else wrote to the stream, or it cannot be written to.
-            DeltaWeightsError: ``state`` has other tensors.
+            OutputError: another publisher wrote to the stream, or it cannot be written to.
+            DeltaWeightsError: ``state`` has different tensors.
         """
         tensors = state_of(state)
         self._require_layout(self._kept.layout, layout_of(tensors))
         if anchor is None:
             since = self._number + 1 - (self._anchors[-1].number if self._anchors else 0)
             anchor = self._anchor_every is not None and since >= self._anchor_every
-        follows, self._is_current = self._is_current, False  # until this is done, what is kept is no state
+        follows, self._is_current = self._is_current, False  # until this is done, the kept bytes are a mix
         with Workers(self._threads) as workers:
             if not follows:
                 self._settle()
@@ -179,7 +180,7 @@ class DeltaPublisher:
             ) from None
 
     def _find_anchors(self) -> list[StateReference]:
-        """Those that decide what can be removed, oldest first."""
+        """The anchors that decide which files can be removed, oldest first."""
         found: list[StateReference] = []
         record = self._newest
         while record and (self._keep_anchors is None or len(found) < self._keep_anchors):
@@ -190,7 +191,7 @@ class DeltaPublisher:
         return found
 
     def _settle(self) -> None:
-        """After an attempt that failed: find out whether it came through all the same."""
+        """After a failed attempt, find out whether it succeeded nevertheless."""
         head, newest = self._find_newest()
         if head == self._head:
             return
@@ -204,15 +205,15 @@ class DeltaPublisher:
         differ = sorted({row[0] for row in set(ours) ^ set(theirs)})
         raise DeltaWeightsError(
             f"The state does not belong to the stream at {self._transport.where}",
-            f"Tensor {differ[0]!r} is missing, new, tied otherwise, or has another dtype or shape"
+            f"Tensor {differ[0]!r} is missing, new, tied differently, or has a different dtype or shape"
             + (f", and so are {len(differ) - 1} more." if differ[1:] else "."),
-            "Start another stream for another model.",
+            "Start a new stream for a different model.",
         )
 
     def _publish(
         self, step: int, state: Mapping[str, StateTensor] | None, workers: Workers, *, with_anchor: bool
     ) -> PublishReport:
-        """Publish ``state`` as an update; if None, the state that is kept, without one."""
+        """Publish ``state`` as an update; if None, publish the kept state without an update."""
         _check_at_least(0, step=step)
         self._number += 1
         payloads: dict[str, StreamFile] = {}
@@ -238,7 +239,7 @@ class DeltaPublisher:
         )
 
     def _record(self, step: int, payloads: Mapping[str, StreamFile]) -> StateRecord:
-        """The record of the state that is kept."""
+        """The record of the kept state."""
 
         def payload(kind: Literal["update", "anchor"]) -> StreamFile | None:
             return payloads.get(payload_name(self._number, self._writer, kind))
@@ -257,7 +258,7 @@ class DeltaPublisher:
         )
 
     def _announce(self, record: StateRecord, payloads: Mapping[str, StreamFile]) -> None:
-        """Make the record the newest, and remove what no chain needs any more."""
+        """Make the record the newest, and remove files that no chain needs any more."""
         reference = _reference(record)
         anchors = [*self._anchors, reference] if record.anchor else self._anchors
         if self._keep_anchors is not None:
@@ -291,4 +292,4 @@ def _layout_in(record: StateRecord) -> StateLayout:
 def _check_at_least(least: int, **values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < least:
-            raise ValueError(f"{name} is {value}; it has to be at least {least}")
+            raise ValueError(f"{name} is {value}; it must be at least {least}")

@@ -1,8 +1,8 @@
-"""What a weight stream says of itself: its head and its records, as canonical JSON.
+"""The documents of a weight stream: its head and its records, as canonical JSON.
 
 A stream is a folder of published states, each a record ``N.json`` with the payloads that lead to it.
-``head.json`` names the newest. docs/format.md gives the meaning of every field. All of it is untrusted
-until :func:`read_head` or :func:`read_record` returned.
+``head.json`` names the newest. docs/format.md explains every field. Everything is untrusted until
+:func:`read_head` or :func:`read_record` returns.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ...manifest import Sha256, Shape, Size
 HEAD_NAME = "head.json"
 FORMAT_VERSION = 1
 
-#: Bytes of a tensor in a chunk: fixed, so that a chunk can be followed through any number of updates. More
-#: than in a delta: where little changes, much of the time is what any chunk costs, and none is sampled here.
+#: Bytes of a tensor in a chunk, fixed so that a chunk can be followed through any number of updates. More
+#: than in a delta, since fixed costs per chunk dominate small updates, and chunks are not sampled here.
 CHUNK_BYTES = 1 << 21
 
-#: Far above any real head or record (about 300 bytes a tensor).
+#: Far above any real head or record (about 300 bytes per tensor).
 MAX_HEAD_BYTES = 1 << 12
 MAX_RECORD_BYTES = 1 << 26
 
@@ -63,7 +63,7 @@ class Head:
 @dataclass(frozen=True, slots=True)
 class StreamTensor:
     """One tensor of a state: safetensors dtype and shape, digest of its bytes. With ``like``, it always has
-    the bytes of the tensor of that name, and no payload of its own."""
+    the bytes of the tensor of that name, and no own payload."""
 
     name: str
     dtype: str
@@ -84,10 +84,10 @@ class StreamFile:
 class StateRecord:
     """One published state.
 
-    ``update`` leads here from the state ``previous``; ``anchor`` leads here from nothing. Where there is
-    neither, a stream begins for those who have these weights already. ``last_anchor`` is the newest state
-    before this one that has an anchor. ``writer`` is a part of the names of its files, so that two writers do
-    not overwrite each other's.
+    ``update`` leads here from the state ``previous``; ``anchor`` leads here from nothing. A state with
+    neither begins a stream for subscribers that already have these weights. ``last_anchor`` is the newest
+    earlier state with an anchor. ``writer`` is a part of its files' names, so that two writers do not
+    overwrite each other's files.
     """
 
     number: Number
@@ -108,12 +108,12 @@ class StateRecord:
 
 
 def record_name(number: int) -> str:
-    """The file of the record ``number``."""
+    """The file name of the record ``number``."""
     return f"{number:010d}.json"
 
 
 def payload_name(number: int, writer: str, kind: Literal["update", "anchor"]) -> str:
-    """A payload file of the state ``number``."""
+    """The name of a payload file of the state ``number``."""
     return f"{number:010d}-{writer}.{kind}.safetensors"
 
 
@@ -151,19 +151,19 @@ def read_head(data: bytes, where: str) -> Head:
         where: its name in messages.
 
     Raises:
-        FormatVersionError: its format version is not known here.
+        FormatVersionError: this version of deltaweights does not know its format version.
         DeltaError: it is damaged.
     """
     return canonical.decode(data, Head, _HEADS, partial(damaged, where))
 
 
 def read_record(data: bytes, reference: StateReference, where: str) -> StateRecord:
-    """Read and check the record that ``reference`` names; raises as :func:`read_head` does."""
+    """Read and check the record that ``reference`` names; raises like :func:`read_head`."""
     if hashlib.sha256(data).hexdigest() != reference.record:
         raise damaged(where, "Its SHA-256 is not the one that was published")
     record = canonical.decode(data, StateRecord, _RECORDS, partial(damaged, where))
     if (record.number, record.state) != (reference.number, reference.state):
-        raise damaged(where, "It is the record of another state")
+        raise damaged(where, "It is the record of a different state")
     _validate(record, where)
     return record
 
@@ -180,7 +180,7 @@ def _validate(record: StateRecord, where: str) -> None:
             tensor.shape,
             tensor.digest,
         ):
-            raise damaged(where, f"Tensor {tensor.name!r} is said to be like one that it cannot be like")
+            raise damaged(where, f"Tensor {tensor.name!r} refers to a tensor that it cannot be equal to")
     if record.state != state_digest(record.tensors):
         raise damaged(where, "Its digest is not that of its tensors")
     if (record.update is None) != (record.previous is None):
@@ -191,7 +191,7 @@ def _validate(record: StateRecord, where: str) -> None:
 
 
 def damaged(where: str, why: str) -> DeltaError:
-    """The error for a file of a stream that is not as it was published."""
+    """The error for a file of a stream that differs from the published one."""
     return DeltaError(
         f"{where} is damaged", f"{why}.", "Sync again; if that does not help, publish an anchor."
     )

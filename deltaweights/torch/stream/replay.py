@@ -1,4 +1,4 @@
-"""StreamPayload files of a weight stream, one after the other, onto the tensors of a model."""
+"""Applies the payload files of a weight stream, one after the other, to the tensors of a model."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from .payloads import Chunk, StreamPayload, StreamStep, read_payloads
 from .records import CHUNK_BYTES, damaged
 from .state import StateTensor, owners, plan_of
 
-#: Chunks that a thread takes at once.
+#: The number of chunks that a thread takes at once.
 _BATCH = 8
 
-_WRONG = "it does not decode to what was encoded"
+_WRONG = "it does not decode to the bytes that were encoded"
 
 
 class _Buffers(threading.local):
-    """Each thread's memory for two chunks, to decode from one to the other."""
+    """Each thread's memory for two chunks, to decode from one to the other and back."""
 
     def __init__(self) -> None:
         self.pair = [np.empty(CHUNK_BYTES, np.uint8) for _ in range(2)]
 
 
 class Replay:
-    """What leads the tensors of ``state`` to the last step's record.
+    """Brings the tensors of ``state`` to the last step's record.
 
-    A chunk is taken through all steps at once: what is between is nowhere but in two buffers a thread.
+    A chunk is taken through all steps at once, so intermediate bytes exist only in two buffers per thread.
 
     Args:
-        before: the digest of every tensor as it is, by name; not needed where the first step is an anchor.
+        before: the current digest of every tensor, by name; not needed if the first step is an anchor.
 
     Raises:
         DeltaError: a file or a record contradicts another.
-        CheckpointError: tensors are tied that are not the same after the last step.
+        CheckpointError: tied tensors would differ after the last step.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Replay:
         self._state = state
         self._starts_anew = steps[0].is_anchor
         self._payloads: dict[str, list[StreamPayload]] = {}
-        # Tied tensors are one and the same memory here, whatever they are at the publisher's.
+        # Tied tensors share memory here, whether or not the publisher ties them.
         first = owners(state)
         own = set(first.values())
         for step in steps:
@@ -72,22 +72,22 @@ class Replay:
                     "Untie them, as the publisher does.",
                 )
         self._buffers = _Buffers()
-        #: Chunks that are written already, and what was there.
+        #: Chunks already written, and their old elements.
         self._overwritten: list[tuple[Chunk, list[codec.Overwritten]]] = []
         self._gpu_patches = GpuPatches()
-        #: Chunks that are checked and still to be written.
+        #: Chunks checked but not yet written.
         self._checked: list[Chunk] = []
 
     def apply(self, workers: Workers, *, in_place: bool) -> None:
         """Bring the tensors to the last step. Every chunk is checked after every step.
 
-        A chunk of which little changes gets that where it lies, on a GPU too, or else in a copy that is
-        written back to its device. What was there is kept until all chunks are checked, unless ``in_place``.
-        Other chunks are decoded and checked, and when all are, decoded again and written; ``in_place``, each
-        is written as soon as it is checked.
+        A chunk with few changes is patched in its own memory, also on a GPU, or else in a copy that is
+        written back to its device. The old elements are kept until all chunks are checked, unless
+        ``in_place``. Other chunks are decoded and checked first; once all are right, they are decoded again
+        and written. With ``in_place``, each is written as soon as it is checked.
 
         Raises:
-            BaseMismatchError: the tensors are not what the first update was made from.
+            BaseMismatchError: the tensors differ from those that the first update was made from.
             DeltaError: a payload is damaged.
                 With both, the tensors are as they were, unless ``in_place``.
         """
@@ -104,7 +104,8 @@ class Replay:
             self._state[name].finish()
 
     def _each(self, workers: Workers, chunks: Iterable[Chunk], work: Callable[[Chunk], object]) -> None:
-        """Do the work for all chunks, some at a time: to hand over each alone takes as long as its work."""
+        """Do the work for all chunks, in batches, since handing over a single chunk takes as long as its
+        work."""
 
         def work_all(batch: list[Chunk]) -> None:
             for chunk in batch:
@@ -112,12 +113,12 @@ class Replay:
 
         remaining = iter(chunks)
         batches = iter(lambda: list(islice(remaining, _BATCH)), [])
-        with closing(workers.map(work_all, batches)) as done:  # in the end no thread is at work any more
+        with closing(workers.map(work_all, batches)) as done:  # on exit, no thread is still working
             for _ in done:
                 pass
 
     def _patch_on_gpus(self, workers: Workers) -> list[Chunk]:
-        """Patch what lies on GPUs there; returns the chunks that are left."""
+        """Patch chunks on GPUs there. Returns the chunks that are left."""
         if self._starts_anew:
             return list(self._chunks())
         state = {name: self._state[name] for name in self._payloads}
@@ -129,7 +130,7 @@ class Replay:
                 yield name, index
 
     def _stage(self, chunk: Chunk) -> None:
-        """Make sure that a chunk can be decoded; write it if that can be undone."""
+        """Check that a chunk can be decoded, and write it if that can be undone."""
         overwritten = self._patch(chunk)
         if overwritten is not None:
             self._overwritten.append((chunk, overwritten))
@@ -137,7 +138,7 @@ class Replay:
             self._checked.append(chunk)
 
     def _put_back(self) -> None:
-        """Undo what was written."""
+        """Undo all writes."""
         self._gpu_patches.put_back()
         while self._overwritten:
             chunk, overwritten = self._overwritten.pop()
@@ -152,7 +153,7 @@ class Replay:
                 self._state[chunk[0]].write(self._span(chunk)[0], data)
 
     def _write(self, chunk: Chunk) -> None:
-        """Write a chunk that is known to be right."""
+        """Write a chunk that was checked."""
         tensor = self._state[chunk[0]]
         if tensor.is_on_cpu:
             self._decode(chunk, check=False, into=self._read(chunk))
@@ -166,20 +167,20 @@ class Replay:
         return plan_of(self._state[name]).span(index)
 
     def _read(self, chunk: Chunk) -> NDArray[np.uint8]:
-        """A chunk as it is: the tensor's own memory on a CPU, else a copy."""
+        """A chunk's current bytes: the tensor's own memory on a CPU, else a copy."""
         return self._state[chunk[0]].read(*self._span(chunk))
 
     def _give_back(self, chunk: Chunk, memory: NDArray[np.uint8]) -> None:
-        """Write what :meth:`_read` gave and was changed since, if it is a copy."""
+        """Write the changed memory from :meth:`_read` back, if it is a copy."""
         tensor = self._state[chunk[0]]
         if not tensor.is_on_cpu:
             tensor.write(self._span(chunk)[0], memory)
 
     def _patch(self, chunk: Chunk) -> list[codec.Overwritten] | None:
-        """Take a chunk through all steps where it lies, if each of them changes little of it.
+        """Take a chunk through all steps in its own memory, if each of them changes little.
 
-        Returns what was there before each step; None where it cannot be done so. Raises as :meth:`apply`
-        does. With both, nothing is written in the end.
+        Returns the old elements of each step; None if that is impossible. Raises like :meth:`apply`. In both
+        cases, nothing stays written.
         """
         name, index = chunk
         tensor = self._state[name]
@@ -211,10 +212,10 @@ class Replay:
     def _decode(
         self, chunk: Chunk, *, check: bool, into: NDArray[np.uint8] | None = None
     ) -> NDArray[np.uint8] | None:
-        """A chunk after the last step, valid until this thread decodes more; None where it stays as it is.
+        """A chunk after the last step, valid until this thread decodes more; None if it does not change.
 
         Args:
-            into: the chunk's own memory, to decode the last step to that.
+            into: the chunk's own memory, to which the last step is decoded.
         """
         tensor = self._state[chunk[0]]
         start, end = self._span(chunk)

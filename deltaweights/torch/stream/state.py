@@ -1,4 +1,4 @@
-"""A model's state as bytes: every tensor readable and writable in chunks, on whatever device it lies."""
+"""A model's state as bytes: every tensor is readable and writable in chunks, on any device."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ State: TypeAlias = "nn.Module | Mapping[str, Tensor]"
 
 
 class StateTensor:
-    """One tensor, as its bytes in row-major order.
+    """One tensor as bytes in row-major order.
 
     Attributes:
         name: its name in the state.
-        code: its safetensors dtype.
-        shape: as a safetensors header gives it.
-        nbytes: how many bytes it has.
-        identity: another one for every tensor with bytes of its own; tied tensors have the same.
+        code: its safetensors dtype code.
+        shape: its shape in a safetensors header.
+        nbytes: its size in bytes.
+        identity: a key that only tied tensors share.
     """
 
     def __init__(self, name: str, tensor: Tensor) -> None:
@@ -61,27 +61,27 @@ class StateTensor:
 
     @property
     def device(self) -> torch.device:
-        """Where its bytes are."""
+        """The device of its bytes."""
         return self._flat.device
 
     @property
     def is_on_cpu(self) -> bool:
-        """Whether its bytes are read without a copy."""
+        """Whether its bytes can be read without a copy."""
         return self._bytes is not None
 
     @property
     def is_on_cuda(self) -> bool:
-        """Whether its bytes are copied faster to pinned memory."""
+        """Whether copies of its bytes are faster to pinned memory."""
         return self._tensor.is_cuda
 
     @property
     def on_gpu(self) -> Tensor | None:
-        """Its bytes (uint8) on a GPU that chunks can be worked on; None elsewhere."""
+        """Its bytes (uint8) on a GPU that can run kernels; None elsewhere."""
         return self._flat if gpu.is_usable(self._flat.device) else None
 
     @property
     def version(self) -> int:
-        """Another number whenever torch has changed the tensor in place, as far as torch keeps count."""
+        """A number that changes when torch changes the tensor in place, as far as torch counts."""
         return 0 if self._tensor.is_inference() else self._tensor._version
 
     def read(self, start: int, end: int) -> NDArray[np.uint8]:
@@ -92,25 +92,25 @@ class StateTensor:
         return copy
 
     def write(self, start: int, data: NDArray[np.uint8]) -> None:
-        """Replace the bytes from ``start`` on by ``data`` (uint8)."""
+        """Replace the bytes beginning at ``start`` by ``data`` (uint8)."""
         if self._bytes is not None:
             self._bytes[start : start + data.size] = data
         else:
             self._flat[start : start + data.size].copy_(torch.from_numpy(data))
 
     def finish(self) -> None:
-        """Bring what was written into a tensor whose bytes are not in row-major order."""
+        """Copy written bytes into a tensor whose memory is not in row-major order."""
         if self._is_copy:
             with torch.no_grad():
                 self._tensor.copy_(self._flat.view(self._tensor.dtype).view(self._tensor.shape))
 
 
 def state_of(state: State) -> dict[str, StateTensor]:
-    """The state's tensors, sorted by name. Their devices have done what was asked of them.
+    """The state's tensors, sorted by name. Waits for all work on their devices.
 
     Raises:
-        CheckpointError: there is none; one has no bytes (sparse, meta), or no dtype that safetensors has; two
-            have some of their bytes in common, and not all.
+        CheckpointError: there are none; a tensor has no bytes (sparse, meta), or a dtype that safetensors
+            lacks; or two tensors share some bytes but not all.
     """
     named = state.state_dict() if isinstance(state, nn.Module) else state
     tensors = {name: tensor for name, tensor in sorted(named.items()) if isinstance(tensor, Tensor)}
@@ -118,19 +118,19 @@ def state_of(state: State) -> dict[str, StateTensor]:
         raise CheckpointError("The state has no tensors", "", "Pass a model or its state_dict().")
     found = {name: StateTensor(name, tensor) for name, tensor in tensors.items()}
     settle(tensors.values())
-    # Others than contiguous ones may lie between each other without a byte in common.
+    # Tensors that are not contiguous may interleave without sharing a byte.
     for names in sharing({name: tensor for name, tensor in tensors.items() if tensor.is_contiguous()}):
         if len({found[name].identity for name in names}) > 1:
             raise CheckpointError(
                 "Tensors of the state overlap",
-                f"Of {names}, some have a part of another's bytes.",
-                "Pass the one that has all of them, or clone those that should be independent.",
+                f"Some of {names} share a part of their bytes.",
+                "Pass the one that holds all the bytes, or clone those that should be independent.",
             )
     return found
 
 
 def owners(state: Mapping[str, StateTensor]) -> dict[str, str]:
-    """For every tensor the first one, by name, that has the same memory: mostly itself."""
+    """For every tensor, the first one by name that has the same memory, usually itself."""
     first: dict[object, str] = {}
     return {
         name: first.setdefault(tensor.identity, name) if tensor.nbytes else name
@@ -139,12 +139,12 @@ def owners(state: Mapping[str, StateTensor]) -> dict[str, str]:
 
 
 def plan_of(tensor: StateTensor) -> ChunkPlan:
-    """How a tensor's bytes are cut, with a base or without."""
+    """The plan that cuts a tensor's bytes into chunks, with a base or without."""
     return ChunkPlan(tensor.nbytes, tensor.nbytes, CHUNK_BYTES)
 
 
 def digests(state: Mapping[str, StateTensor], workers: Workers) -> dict[str, str]:
-    """The digest of every tensor, as records have it. Reads all bytes, those of tied tensors once."""
+    """The digest of every tensor, as in records. Reads all bytes, those of tied tensors once."""
     first = owners(state)
     found = {
         name: tensor_digest(sums.tobytes())

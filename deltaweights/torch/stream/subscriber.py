@@ -1,4 +1,4 @@
-"""The inference engine's side of a weight stream: a model brought to the newest state, in place."""
+"""The inference engine's side of a weight stream: brings a model to the newest state, in place."""
 
 from __future__ import annotations
 
@@ -27,22 +27,21 @@ from .replay import Replay
 from .state import State, StateTensor, digests, state_of
 from .transport import Gone, open_transport
 
-#: How often to look for a way anew, where files are removed on the way.
+#: The number of attempts to find a way, since files may be removed meanwhile.
 _ATTEMPTS = 5
 
-#: A way to the newest state: records, oldest first, and which of their files to take.
+#: A way to the newest state: records, oldest first, and the file to use of each.
 _Way: TypeAlias = "list[tuple[StateRecord, Literal['update', 'anchor']]]"
 
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """What :meth:`DeltaSubscriber.sync` did.
+    """The result of :meth:`DeltaSubscriber.sync`.
 
     Attributes:
-        step, number, state: the state that the model is in now: the publisher's step, its place in the
-            stream, its digest.
-        updates: how many updates were applied.
-        from_anchor: whether it went through a state that was published whole.
+        step, number, state: the model's state now: the publisher's step, its place in the stream, its digest.
+        updates: number of updates applied.
+        from_anchor: whether the way began with an anchor.
         nbytes: size of the payload files read.
     """
 
@@ -56,8 +55,8 @@ class SyncReport:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What the model's tensors hold: the state's digest and theirs, by name. ``marks`` tells whether they are
-    the same tensors still, untouched as far as torch notices."""
+    """The known content of the model's tensors: the state's digest and theirs, by name. ``marks`` shows
+    whether they are still the same tensors, unchanged as far as torch notices."""
 
     marks: object
     state: str
@@ -69,11 +68,11 @@ class DeltaSubscriber:
 
     Args:
         location: the stream's folder, fsspec URL, or repository on the Hub (``hf://org/name``).
-        in_place: keep nothing to undo an update with. Else whatever was written is put back where a chunk
-            turns out to be wrong; memory is two chunks a thread and six bytes for each bf16 weight that
-            changes, and chunks of which much changes are decoded twice, first to check all of them. In place
-            a part of the model is written by then, and the last anchor replaces all of it.
-        threads: how many; if None, the number of usable cores, at most 8.
+        in_place: keep nothing to undo an update. By default, if a chunk turns out wrong, all changes are
+            undone. That takes two chunks of memory per thread and six bytes for each changed bf16 weight, and
+            chunks with many changes are decoded twice, first to check all of them. With ``in_place``, a wrong
+            chunk leaves the model partly written, and the last anchor replaces all of it.
+        threads: number of threads; if None, the number of usable cores, at most 8.
     """
 
     def __init__(self, location: Location, *, in_place: bool = False, threads: int | None = None) -> None:
@@ -85,18 +84,18 @@ class DeltaSubscriber:
     def sync(self, model: State) -> SyncReport:
         """Bring ``model`` to the stream's newest state, bit for bit.
 
-        It may be in any state of the stream, or in another: then the last anchor leads there. The whole way
-        is looked up and checked before anything is written, and nobody may use the model while this runs. If
-        anything is wrong, the model is as it was (``in_place`` aside); if this is interrupted in the middle
-        of writing or undoing, the next call notices. Where the model is there already, nothing is read but
-        the head.
+        The model may be in any state of the stream, or in none: then the last anchor leads there. The whole
+        way is found and checked before anything is written. Do not use the model while this runs. If anything
+        is wrong, the model is unchanged (except with ``in_place``). If this is interrupted while it writes or
+        undoes changes, the next call notices. If the model is in the newest state already, only the head is
+        read.
 
         Args:
-            model: a model, or tensors by name: the publisher's names, dtypes and shapes. They may lie on any
-                device, and be tied or not as they like.
+            model: a model, or tensors by name, with the publisher's names, dtypes and shapes. They may be on
+                any device, and tied or not.
 
         Raises:
-            CheckpointError: there is no stream, it cannot be read, or the model is another one.
+            CheckpointError: there is no stream, it cannot be read, or it belongs to a different model.
             BaseMismatchError: the model is in no state of the stream, and there is no anchor.
             DeltaError: the stream is damaged.
         """
@@ -106,7 +105,7 @@ class DeltaSubscriber:
                 with Workers(self._threads) as workers:
                     return self._sync(state, workers)
             except Gone:
-                continue  # what was looked up was removed meanwhile: there is a newer state
+                continue  # files were removed meanwhile, so there is a newer state
         raise DeltaError(
             f"{self._transport.where} is not a whole stream",
             "Its head names files that are missing.",
@@ -119,7 +118,7 @@ class DeltaSubscriber:
             raise CheckpointError(
                 f"There is no weight stream at {self._transport.where}",
                 "It has no head yet.",
-                "Check the place, or wait.",
+                "Check the location, or wait.",
             )
         head = read_head(data, self._transport.where)
         known = self._recognise(state, workers)
@@ -131,8 +130,8 @@ class DeltaSubscriber:
         if not ways:
             raise BaseMismatchError(
                 "The model is in no state of the stream",
-                f"{self._transport.where} does not have an update from it, nor an anchor.",
-                "Load the base that the publisher began with, or publish an anchor.",
+                f"{self._transport.where} has neither an update from it nor an anchor.",
+                "Load the publisher's base, or publish an anchor.",
             )
         for number, way in enumerate(ways, 1):
             try:
@@ -143,7 +142,8 @@ class DeltaSubscriber:
         raise AssertionError
 
     def _recognise(self, state: Mapping[str, StateTensor], workers: Workers) -> _Known:
-        """Which state the tensors are in: as it was left, or else by their bytes."""
+        """The state that the tensors are in: the last one if they are unchanged, or else found by their
+        bytes."""
         marks = _marks(state)
         if self._known is None or self._known.marks != marks:
             found = digests(state, workers)
@@ -162,14 +162,14 @@ class DeltaSubscriber:
         if differ:
             raise CheckpointError(
                 f"The model does not fit the stream at {self._transport.where}",
-                f"Tensor {differ[0]!r} is missing, new, or has another dtype or shape"
+                f"Tensor {differ[0]!r} is missing, new, or has a different dtype or shape"
                 + (f", and so are {len(differ) - 1} more." if differ[1:] else "."),
                 "Pass the model that the publisher trains, or its tensors under the publisher's names.",
             )
 
     def _ways(self, newest: StateRecord, here: str) -> Iterator[_Way]:
-        """From the state ``here`` to the newest: by updates alone, and from the last anchor; the one with
-        fewer bytes first."""
+        """The ways from the state ``here`` to the newest: by updates alone, and from the last anchor, the one
+        with fewer bytes first."""
         updates: _Way = []
         anchored: _Way = []
         chain: _Way = []
@@ -185,7 +185,7 @@ class DeltaSubscriber:
         yield from sorted(filter(None, (chain, anchored)), key=_nbytes)
 
     def _back_from(self, record: StateRecord) -> Iterator[StateRecord]:
-        """The record and those before it, as far as they are there."""
+        """The record and those before it, as far as they exist."""
         yield record
         while record.previous:
             try:
@@ -206,7 +206,7 @@ class DeltaSubscriber:
                 opened.callback(file.close)
                 steps.append(StreamStep(record, file, kind == "anchor"))
             replay = Replay(state, steps, known.tensors)
-            self._known = None  # until it is known again
+            self._known = None  # unknown until this is done
             replay.apply(workers, in_place=self._in_place)
         found = {tensor.name: tensor.digest for tensor in newest.tensors}
         self._known = _Known(_marks(state), newest.state, found)

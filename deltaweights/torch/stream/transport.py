@@ -1,7 +1,8 @@
-"""Where a weight stream lies: a folder, an fsspec URL, a repository on the Hub.
+"""The places of weight streams: a folder, an fsspec URL, a repository on the Hub.
 
-Readers see a head only when all that it names is there. A second writer is refused: by a lock on the folder,
-by a record's name that only one can create, or by a commit that has to follow the one that was read.
+Readers see a head only after all the files that it names. A second writer is refused: by a lock on the
+folder, by a record's name that only one writer can create, or by a commit that must follow the one that was
+read.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from .records import HEAD_NAME, MAX_HEAD_BYTES, StreamFile, damaged, number_of
 
 
 class Gone(Exception):  # noqa: N818
-    """A file of the stream is not there: never was, or was removed meanwhile."""
+    """A file of the stream does not exist, or was removed meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """What a writer adds: payload files, which lie in its folder; the record; the head; and files to remove.
-    ``expected`` is the head that has to be there before, None for none."""
+    """A writer's change: payload files, which are in its folder; the record; the head; and files to remove.
+    ``expected`` is the required current head, None for no head."""
 
     payloads: Mapping[str, StreamFile]
     record: tuple[str, bytes]
@@ -48,30 +49,31 @@ class Transport(Protocol):
     where: str
 
     def head(self) -> bytes | None:
-        """The head as it is now; None where there is no stream yet."""
+        """The current head; None if there is no stream yet."""
 
     def read(self, name: str, limit: int) -> bytes:
-        """A small file of at most ``limit`` bytes. Raises :class:`Gone` where it is not there."""
+        """Read a small file of at most ``limit`` bytes. Raises :class:`Gone` if it does not exist."""
 
     def fetch(self, name: str, file: StreamFile, folder: Path) -> LocalFile:
-        """A payload file with the SHA-256 that its record says, brought into ``folder`` if it is far away.
+        """Open a payload file after comparing its SHA-256 with its record. A remote file is downloaded to
+        ``folder``.
 
         Raises:
-            Gone: it is not there.
+            Gone: it does not exist.
             DeltaError: it is damaged.
         """
 
     def names(self) -> list[str]:
-        """The stream's files, but for the head."""
+        """The names of the stream's files, except the head."""
 
     def writing(self) -> AbstractContextManager[OutputFolder]:
-        """The folder in which payload files are written, as a context manager."""
+        """The folder for writing payload files, as a context manager."""
 
     def publish(self, folder: OutputFolder, new: Publication) -> None:
-        """Add to the stream; a reader sees all of it or nothing.
+        """Publish a change. Readers see all of it or nothing.
 
         Raises:
-            OutputError: somebody else has written to the stream.
+            OutputError: another publisher wrote to the stream.
         """
 
 
@@ -84,16 +86,16 @@ def open_transport(location: Location, *, public: bool = False) -> Transport:
 
 
 def other_writer(where: str) -> OutputError:
-    """The error where two publishers write to one stream."""
+    """The error if two publishers write to the same stream."""
     return OutputError(
-        f"Somebody else writes to the stream at {where}",
-        "Its head is not the one that this publisher left there.",
-        "Stop one of the two, or choose another place.",
+        f"Another publisher writes to the stream at {where}",
+        "Its head is not the last one from this publisher.",
+        "Stop one of the two, or choose a different location.",
     )
 
 
 def _checked(path: Path, name: str, file: StreamFile, where: str) -> LocalFile:
-    """The local file, if it is the one in the record."""
+    """Open a local file, if it is the one in the record."""
     opened = LocalFile(name, path)
     sha256 = hashlib.sha256()
     if opened.size == file.size:
@@ -154,12 +156,12 @@ class FolderTransport:
 
 @contextmanager
 def _temporary_folder() -> Iterator[OutputFolder]:
-    """For payload files on their way to somewhere else."""
+    """A folder for payload files before their upload."""
     with tempfile.TemporaryDirectory(prefix="deltaweights-") as name, OutputFolder(name) as folder:
         yield folder
 
 
-#: What an error of a file system far away has for its number where the server is busy or out of reach.
+#: The error numbers of remote file systems if the server is busy or unreachable.
 _PASSING_NUMBERS = {
     errno.EAGAIN,
     errno.EBUSY,
@@ -169,7 +171,7 @@ _PASSING_NUMBERS = {
     errno.EHOSTUNREACH,
 }
 
-#: What else says so, by the names of Python's own errors, aiohttp's and botocore's: not all are OSErrors.
+#: The names of other such errors, in Python, aiohttp and botocore: not all are OSErrors.
 _PASSING_NAMES = {
     "ClientConnectionError",
     "ClientPayloadError",
@@ -180,7 +182,7 @@ _PASSING_NAMES = {
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether another attempt may go better: no connection, no answer, a busy or broken server."""
+    """Whether a retry may succeed: no connection, no answer, a busy or broken server."""
     status = getattr(error, "status", getattr(error, "code", None))  # aiohttp's, or gcsfs's
     if isinstance(status, int):
         return is_passing_status(status)
@@ -206,7 +208,8 @@ class UrlTransport:
 
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:
-        """fsspec has no errors of its own: its file systems raise whatever their libraries do."""
+        """Explain errors within the block. fsspec has none of its own: its file systems raise those of their
+        libraries."""
         try:
             yield
         except (DeltaWeightsError, CancelledError):
@@ -323,7 +326,7 @@ class HubTransport:
     @contextmanager
     def writing(self) -> Iterator[OutputFolder]:
         require_login()
-        find_branch(self._repo_id, None, private=not self._public)  # made, if there is none
+        find_branch(self._repo_id, None, private=not self._public)  # creates it if missing
         with _temporary_folder() as folder:
             yield folder
 

@@ -392,10 +392,10 @@ def _shard(fields: Fields) -> Fields:
 
 
 CONTRADICTIONS: dict[str, tuple[Callable[[Fields], Any], str]] = {
-    "outside": (lambda f: _shard(f).update(offsets=[1]), "do not make it up"),
-    "gap": (lambda f: _shard(f).update(sizes=[63]), "do not make it up"),
+    "outside": (lambda f: _shard(f).update(offsets=[1]), "do not hold each element exactly once"),
+    "gap": (lambda f: _shard(f).update(sizes=[63]), "do not hold each element exactly once"),
     "twice": (lambda f: f["tensors"]["model.norm"]["shards"].append(_shard(f)), "begin at the same place"),
-    "rank": (lambda f: _shard(f).update(offsets=[0, 0]), "do not make it up"),
+    "rank": (lambda f: _shard(f).update(offsets=[0, 0]), "do not hold each element exactly once"),
     "negative": (lambda f: _shard(f).update(offsets=[-1]), ">= 0"),
     "huge": (lambda f: f["tensors"]["model.norm"].update(shape=[2**40, 2**40]), "larger than any tensor"),
     "dtype": (lambda f: f["tensors"]["model.norm"].update(dtype="save"), "unknown dtype 'save'"),
@@ -403,7 +403,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Fields], Any], str]] = {
     "path": (lambda f: f["files"][0].update(path="../x.safetensors"), "names a file"),
     "other file": (lambda f: f["files"][0].update(path="model.bin"), "names a file"),
     "files": (lambda f: f["files"].append(f["files"][0]), "names a file twice"),
-    "no base": (lambda f: f.update(base=None), "the checkpoint has none"),
+    "no base": (lambda f: f.update(base=None), "but the checkpoint has none"),
     "base": (lambda f: f["base"].update(kind="delta"), "does not say which"),
     "both": (
         lambda f: f["values"].update({"model.norm": f["values"]["run.step"]}),
@@ -503,11 +503,11 @@ def test_what_ranks_say_has_to_fit_together() -> None:
         ([_written(0, 10), _written(5, 5)], "is incomplete"),
         ([_written(0, 5), _written(5, 5, dtype="float64")], "alike"),
         ([_written(0, 5), _written(5, 5, counterpart=DcpBaseTensor("w", "F32"))], "alike"),
-        ([_written(0, 5), _written(5, 5, base=BaseIdentity("safetensors"))], "against one base"),
+        ([_written(0, 5), _written(5, 5, base=BaseIdentity("safetensors"))], "against the same base"),
     ):
         with pytest.raises(OutputError, match=message):
             make_record(metadata, results)
-    with pytest.raises(OutputError, match="What the planner keeps"):
+    with pytest.raises(OutputError, match="The planner.s data"):
         make_record(replace(metadata, planner_data=[1]), [_written(5, 5), _written(0, 5)])
 
 

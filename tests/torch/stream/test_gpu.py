@@ -212,7 +212,7 @@ def test_a_chunk_that_comes_out_wrong_leaves_the_state_as_it_was(
         torch.cuda.synchronize()
     follower["large"].data.view(torch.int16)[-3] ^= 1  # behind torch's back: no version is counted
     before = raw_state(follower)
-    with pytest.raises(BaseMismatchError, match="was changed by somebody else"):
+    with pytest.raises(BaseMismatchError, match="was changed by other code"):
         subscriber.sync(follower)
     assert raw_state(follower) == before
     assert sorted(calls) == [1, 3]
