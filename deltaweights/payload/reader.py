@@ -154,7 +154,7 @@ class StoredPayload:
         except PayloadError as error:
             raise self.damaged(error.what) from error
         if not self.leads_to(index, out):
-            raise self.damaged(f"Chunk {index} does not decode to what was encoded")
+            raise self.damaged(f"Chunk {index} does not decode to the bytes that were encoded")
 
     def leads_to(self, index: int, chunk: NDArray[np.uint8]) -> bool:
         """Whether ``chunk`` equals the chunk that was encoded, by its checksum."""

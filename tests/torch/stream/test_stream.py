@@ -185,7 +185,7 @@ def test_a_second_writer_is_an_error(place: str) -> None:
                 published = bits(model)
                 for step in (1, 2):
                     train(model, step)
-                    with pytest.raises(OutputError, match="Somebody else writes"):
+                    with pytest.raises(OutputError, match="Another publisher writes"):
                         first.publish(step, model)
             engine = Net()
             DeltaSubscriber(place).sync(engine)
