@@ -156,7 +156,7 @@ def payload_of(case: Case) -> tuple[str, bytes]:
 def digest_of_inputs() -> str:
     """One of all that is encoded."""
     digest = hashlib.sha256()
-    for case in cases().values():
+    for _, case in sorted(cases().items()):
         digest.update(b"" if case.base is None else case.base.data)
         digest.update(case.target.data)
     return digest.hexdigest()
