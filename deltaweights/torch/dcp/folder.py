@@ -331,7 +331,7 @@ class StoredPart(PayloadReader):
 
     def chunk(self, index: int) -> NDArray[np.uint8]:
         """The bytes of chunk ``index``; raises as :meth:`decode`."""
-        self.table  # noqa: B018  # a payload that long must exist before so much memory is taken
+        self.read_table()
         out = np.empty(self.plan.length(index, index + 1), np.uint8)
         self.decode(index, index + 1, out)
         return out
