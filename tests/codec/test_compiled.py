@@ -156,6 +156,17 @@ def test_without_a_library_and_a_compiler_the_error_names_the_fix(monkeypatch: p
     assert "numba" in caught.value.fix
 
 
+def test_the_error_names_the_kernel_that_a_library_lacks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "deltaweights.codec.build", None)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(jit, "why_none", lambda: "")
+    with pytest.raises(DeltaWeightsError) as caught:
+        jit.compiled("standalone", "byte_bits", ["u2.1", "i"])
+    assert caught.value.why.startswith("The prebuilt kernels lack standalone.byte_bits(u2.1, i). ")
+
+
 def test_kernels_that_are_not_there_can_not_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(library.CHOICE, "pdp-11")
     with pytest.raises(DeltaWeightsError, match="pdp-11"):
