@@ -101,8 +101,8 @@ class StoredPayload:
             raise self.damaged(error.what) from error
 
     def read_table(self) -> None:
-        """Read and check the chunk records now: memory for a tensor is taken only where its payload is as long
-        as they say. Raises as :attr:`table` does."""
+        """Read and check the chunk records now: memory for a tensor is taken only where its payload is as
+        long as they say. Raises as :attr:`table` does."""
         _ = self.table
 
     @property

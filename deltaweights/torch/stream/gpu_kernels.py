@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# Triton types what is in here.
+# Triton reads annotations itself (`tl.constexpr`, dtypes to compile for): parameters can have no others.
 """What runs on a GPU, in Triton: checksums of chunks, and patches.
 
 One program, of one warp, works on one chunk, or on one block of a patch. Chunks are addressed as numbers, so
