@@ -5,13 +5,23 @@ UV := $(BIN)/uv
 INSTALL := $(UV) pip install --quiet --constraint constraints.txt --build-constraint constraints.txt
 export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: demo test kernels test-levels test-matrix dist smoke check check-lock lock docs format bench clean
+.PHONY: demo test test-random fuzz kernels test-levels test-matrix dist smoke check check-lock lock docs format bench clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
 
 test: kernels
 	$(BIN)/pytest -q -n auto --dist worksteal
+
+# Examples that no run saw before: whatever fails prints the line that reproduces it.
+test-random: kernels
+	$(BIN)/pytest -q -n auto --dist worksteal -m hypothesis --hypothesis-profile=random
+
+# Each target for so many seconds, by atheris where that can be installed.
+FUZZ_SECONDS ?= 60
+fuzz: kernels
+	$(INSTALL) --only-binary :all: --group fuzz || echo "atheris cannot be installed here."
+	$(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS)
 
 # The codec's kernels, for the best level that this processor runs.
 kernels: .venv/.build

@@ -78,7 +78,7 @@ def make_delta(
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Manifest:
-    """Write a delta, which holds what ``target`` adds to ``base``, to the folder ``delta``.
+    """Write the delta from ``base`` to ``target`` to the folder ``delta``.
 
     Args:
         base, target: a folder, one .safetensors file, or a Hub id. Checkpoints on the Hub stream through
@@ -135,7 +135,7 @@ def make_delta(
 
 
 def check_chunk_bytes(chunk_bytes: int) -> None:
-    """Raise :class:`ValueError` where ``chunk_bytes`` is out of range."""
+    """Raise :class:`ValueError` if ``chunk_bytes`` is out of range."""
     if not 4096 <= chunk_bytes <= MAX_CHUNK_BYTES or chunk_bytes % 4096:
         raise ValueError(f"chunk_bytes is {chunk_bytes}, not a multiple of 4096 up to {MAX_CHUNK_BYTES}")
 
@@ -365,8 +365,8 @@ class _Encoder:
         return base_files, tuple(files), entries
 
     def _digest_base(self) -> dict[str, str]:
-        """The SHA-256 of the base's files, except for those that pass while shards are written. Of a file on
-        the Hub that is not read for the delta, the one that is published."""
+        """The SHA-256 of the base's files, except for those hashed while shards are written. Files on the Hub
+        that the delta does not need are not read: their published SHA-256 counts."""
         source, digests = self._old.source, {}
         passing = {shard.path for shard in self._passing.values()}
         for path in source.sizes:

@@ -125,7 +125,7 @@ def _check_whole(source: Source, progress: ProgressCallback | None) -> None:
         raise DeltaError(
             f"{source.where} is not a whole delta",
             f"{first.path}: {first.kind}: {first.detail}{more}",
-            "Run the diff again; `verify_delta` lists all that is wrong.",
+            "Run the diff again; `verify_delta` lists all problems.",
         )
     if CARD_NAME not in source.sizes:
         raise DeltaError(
@@ -134,7 +134,7 @@ def _check_whole(source: Source, progress: ProgressCallback | None) -> None:
 
 
 def _check_copies(manifest: Manifest) -> None:
-    """Raise :class:`DeltaError` where the delta holds a file of its base instead of a reference to it.
+    """Raise :class:`DeltaError` if the delta holds a file of its base instead of a reference to it.
 
     The manifest does not show copies inside tensors or archives."""
     base = {(record.size, record.sha256) for record in manifest.base.files if record.size}

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 from setuptools import build_meta
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 _ROOT = Path(__file__).resolve().parent.parent
+_C_COMPILER = _ROOT / "deltaweights" / "codec" / "build" / "c_compiler.py"
 _COMPILER = ["llvmlite>=0.45,<0.51", "numba>=0.62,<0.69", "numpy", "wheel", "xxhash", "zstandard"]
 #: The tags of a release's wheels. Of the C library, kernels need three functions that every one has.
 _TAGS = {
@@ -132,7 +134,7 @@ def _tags(platform: str | None) -> tuple[str, ...]:
 
 def _compiler_links() -> bool:
     """Whether there is a C compiler that can link: one may be there in name only."""
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    compiler = run_path(str(_C_COMPILER))["c_compiler"]()
     if compiler is None:
         return False
     with tempfile.TemporaryDirectory() as work:

@@ -33,6 +33,15 @@ settings.register_profile(
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+#: Examples that no run saw before, and more of them: `make test-random`.
+settings.register_profile(
+    "random",
+    settings.get_profile("deltaweights"),
+    derandomize=False,
+    database=None,
+    max_examples=500,
+    print_blob=True,
+)
 settings.load_profile("deltaweights")
 
 #: Small, so that small tensors have several chunks.

@@ -117,7 +117,7 @@ def test_a_disk_of_any_size_gives_our_error_and_the_run_goes_on(
     sharded: Trio, disk: SmallDisk, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     """Larger by one page each time: the disk fills up at every place there is."""
-    monkeypatch.setattr("deltaweights.checkpoint.OutputFolder.require_space", lambda self, nbytes: None)
+    monkeypatch.setattr("deltaweights.storage.OutputFolder.require_space", lambda self, nbytes: None)
     out, right = disk.folder / "out", digests(sharded.target if verb == "apply" else sharded.delta)
     finished: dict[str, str] = {}
     for pages in range(1, 1000):

@@ -59,7 +59,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "__init__",
     ),
     "codec/build": (
-        "signatures targets",
+        "c_compiler signatures targets",
         "bitcode vector_operations",
         "machine_code",
         "library",

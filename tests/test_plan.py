@@ -348,7 +348,10 @@ def test_rates_are_for_people() -> None:
 
 def test_of_many_tensors_the_last_chunk_is_sampled_unless_it_is_short() -> None:
     lengths = [4096 * 9 + 4, 4096 * 9 + 255, 4096 * 9 + 256, 4096 * 9, 4, 0] * 30
-    recipes: list[Any] = [SimpleNamespace(plan=ChunkPlan(nbytes, nbytes, 4096)) for nbytes in lengths]
+    recipes: list[Any] = [
+        SimpleNamespace(plan=ChunkPlan(nbytes, nbytes, 4096), needs_base=lambda index: True)
+        for nbytes in lengths
+    ]
     found = {id(recipe): index for recipe, index in sample_chunks(recipes)}
     assert len(found) == 150
     for recipe, nbytes in zip(recipes, lengths, strict=True):

@@ -37,9 +37,15 @@ def compiled(module: str, kernel: str, kinds: list[str]) -> FoundKernel:
     except ImportError as error:
         raise DeltaWeightsError(
             "The codec has no machine code for this computer",
-            f"There are no prebuilt kernels: {why_none()}. They cannot be compiled: {error}.",
+            f"{_why_compile(module, kernel, kinds)} It cannot be compiled: {error}.",
             "In a clone run `pip install .`, or `pip install 'numba<0.69'` to compile them when first used.",
         ) from error
+
+
+def _why_compile(module: str, kernel: str, kinds: list[str]) -> str:
+    if why := why_none():
+        return f"There are no prebuilt kernels: {why}."
+    return f"The prebuilt kernels lack {module}.{kernel}({', '.join(kinds)})."
 
 
 def _load(code: bytes) -> int:

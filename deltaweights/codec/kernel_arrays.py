@@ -11,6 +11,8 @@ Bytes = NDArray[np.uint8]
 Words = NDArray[np.uint16]
 Numbers = NDArray[np.uint32]
 Longs = NDArray[np.int64]
+Moves = NDArray[np.int32]
+Floats = NDArray[np.float32]
 Elements = NDArray[Any]
 
 
@@ -37,7 +39,7 @@ class ChunkSpace(NamedTuple):
     contexts: Bytes  # [n]
     planes: Bytes  # [0 or 3 or 7, n + SPARE]
     sizes: Longs  # [7], zeros before: how much of each plane is filled
-    sums: NDArray[np.float32]  # [n // UNIT + 1]
+    sums: Floats  # [n // UNIT + 1]
     scales: Longs  # one a segment
     above: Numbers  # one a segment
     one_context: Bytes  # zeros, one a segment

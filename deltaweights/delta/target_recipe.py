@@ -167,7 +167,7 @@ class TargetRecipe:
         recipes = [recipe for recipe in recipes if not recipe.is_read]
         with self.source.expect(recipe.table_span for recipe in recipes):
             for recipe in recipes:
-                recipe.table  # noqa: B018
+                recipe.read_table()
 
     @contextmanager
     def expect(self, chunks: Iterable[tuple[TensorRecipe, int]]) -> Iterator[None]:
@@ -190,7 +190,7 @@ class TargetRecipe:
         Raises:
             BaseMismatchError, DeltaError: base or delta contradicts the manifest.
         """
-        recipe.table  # noqa: B018  # proves that the payload exists before memory is taken
+        recipe.read_table()
         plan, end = recipe.plan, recipe.info.nbytes if end is None else end
         data = np.empty(end - start, np.uint8)
         wanted = range(plan.index_at(start), plan.index_at(end - 1) + 1) if end > start else range(0)

@@ -146,7 +146,7 @@ class DeltaWriter:
         return TargetFile(path, size, digest, "verbatim", stored)
 
     def _same(self, path: str, digest: str) -> Iterator[bytes]:
-        """The blocks of a file that was read before. Raises where they are no longer the same."""
+        """The blocks of a file that was read before. Raises CheckpointError if they have changed."""
         sha256 = hashlib.sha256()
         for block in self._target.blocks(path):
             sha256.update(block)

@@ -68,7 +68,7 @@ class Faults(ABC):
         if self.is_proven(base.path):
             return CheckpointError(
                 f"{base.path} does not arrive as it is published",
-                f"{place[0].upper()}{place[1:]} of its tensor {base.name!r} came wrong twice.",
+                f"{place[0].upper()}{place[1:]} of its tensor {base.name!r} arrived damaged twice.",
                 self.remedy(base.path),
             )
         return self.wrong_base(f"its tensor {base.name!r} differs in {place}")

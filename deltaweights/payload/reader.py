@@ -100,6 +100,11 @@ class StoredPayload:
         except PayloadError as error:
             raise self.damaged(error.what) from error
 
+    def read_table(self) -> None:
+        """Read and check the chunk records now: memory for a tensor is taken only where its payload is as
+        long as they say. Raises as :attr:`table` does."""
+        _ = self.table
+
     @property
     def _table_bytes(self) -> int:
         return self.plan.count * codec.RECORD.itemsize

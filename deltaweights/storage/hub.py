@@ -111,7 +111,7 @@ class HubSource(Source):
         """The file's bytes in order, in blocks of at most 1 MiB.
 
         Raises:
-            CheckpointError: at the end, where their SHA-256 is not the one that the Hub publishes.
+            CheckpointError: at the end, if their SHA-256 differs from the one that the Hub publishes.
         """
         file = self.open(path)
         sha256 = hashlib.sha256()

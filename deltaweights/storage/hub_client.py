@@ -171,9 +171,9 @@ class Downloader:
     def _odd(self, path: str, why: str) -> HubReadError:
         repo_id, commit = self._repository.repo_id, self._repository.commit
         return HubReadError(
-            f"The answer for {path} of {repo_id} is not what was asked for",
+            f"The answer for {path} of {repo_id} does not match the request",
             f"{why[0].upper()}{why[1:]}: the Hub, or a proxy on the way, does not serve ranges of files.",
-            f"Get the files another way, and pass their folder: hf download {repo_id} --revision {commit}",
+            f"Download the files, and pass their folder: hf download {repo_id} --revision {commit}",
         )
 
 

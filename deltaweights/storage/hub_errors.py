@@ -75,11 +75,11 @@ def _answer(error: Exception, repo_id: str, revision: str | None, path: str) -> 
     status = error.response.status_code
     what = f"The Hub refuses to serve {repo_id}"
     why = f"It answers {status} {' '.join((error.server_message or error.response.reason_phrase).split())}."
-    fix = "Run the same command again later: what is finished is kept."
+    fix = "Run the same command again later: finished files are kept."
     if isinstance(error, errors.GatedRepoError):  # before RepositoryNotFoundError, its base class
         what = f"{repo_id} is gated"
-        why = "It can be read only by those who asked for access on its page and got it."
-        fix = f"Ask there: {page} and log in with that account: hf auth login"
+        why = "Only users who were granted access on its page can read it."
+        fix = f"Ask for access: {page} and log in with that account: hf auth login"
     elif isinstance(error, errors.RepositoryNotFoundError):
         what = f"{repo_id} cannot be found"
         why = "There is no file or folder of that name here, nor a repository on the Hub that you may read."
@@ -130,7 +130,7 @@ def _obstacle(error: Exception, repo_id: str, revision: str | None) -> Lines:
     elif isinstance(error, (http_error(), ConnectionError, TimeoutError, errors.LocalEntryNotFoundError)):
         what = "Cannot reach the Hub"
         why = f"{constants.ENDPOINT} does not answer for {repo_id}: {said}."
-        fix = "Check the network and run the same command again: what is finished is kept."
+        fix = "Check the network and run the same command again: finished files are kept."
     elif isinstance(error, OSError):
         what, why = "Cannot use the local Hub cache", f"{said}."
         fix = f"It is in {constants.HF_HUB_CACHE}; set HF_HUB_CACHE to use a different folder."

@@ -164,12 +164,12 @@ class Source(ABC):
         return None
 
     def checked_sha256(self, path: str) -> str | None:
-        """The file's SHA-256 (hex), where every byte that is read of it is known to be right, so that nothing
-        is gained by computing it; None elsewhere. A copy in a cache may have changed: it has none."""
+        """The file's SHA-256 (hex), if every byte read from it is known to be right, so that computing it is
+        pointless; else None. A copy in a cache may have changed, so it has none."""
         return None
 
     def require_sha256(self, path: str, sha256: str) -> None:
-        """Compare the SHA-256 of the bytes that were read with what is published, if anything is.
+        """Compare the SHA-256 of the bytes read with the published one, if there is one.
 
         Raises:
             CheckpointError: they differ.
@@ -178,7 +178,7 @@ class Source(ABC):
         published = self.published_sha256(path) or cached_sha256(copy)
         if published in (None, sha256):
             return
-        why = f"Its SHA-256 is {sha256}; {published} is published."
+        why = f"Its SHA-256 is {sha256}; the published one is {published}."
         if copy:
             raise CheckpointError(
                 f"The copy of {self.name(path)} in the Hub cache is damaged",
@@ -186,7 +186,7 @@ class Source(ABC):
                 f"Remove {copy} and download it again.",
             )
         raise HubReadError(
-            f"{self.name(path)} was damaged on the way", why, "Run the same command again.", retryable=True
+            f"{self.name(path)} was damaged in transit", why, "Run the same command again.", retryable=True
         )
 
     def expect(self, spans: Iterable[Span]) -> AbstractContextManager[None]:

@@ -24,14 +24,14 @@ _CODEC = Path(codec.__file__).parent
 _ROUND_TRIP = """
 import sys
 import numpy as np
-from deltaweights import codec
+from deltaweights import payload
 
 base = np.arange(1 << 15, dtype=np.uint16).view(np.uint8)
 for moved in (1, 1 << 9):  # few elements, and many
     target = base.copy()
     target[:: 4096 // moved] ^= 1
-    payload = payload.encode(base, target, "BF16")
-    assert np.array_equal(payload.decode(base, payload, "BF16"), target)
+    coded = payload.encode(base, target, "BF16")
+    assert np.array_equal(payload.decode(base, coded, "BF16"), target)
 sys.exit("numba" in sys.modules or "llvmlite" in sys.modules)
 """
 
@@ -82,7 +82,7 @@ def test_the_prebuilt_kernels_need_no_compiler() -> None:
 def test_the_library_has_every_kernel_that_the_codec_calls() -> None:
     """By name here; all other tests show that it has them for every type, since none of them compiles."""
     called = set()
-    for path in _CODEC.glob("*.py"):
+    for path in (*_CODEC.glob("*.py"), *_CODEC.glob("methods/*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 called.add((node.value.id, node.attr))
@@ -154,6 +154,17 @@ def test_without_a_library_and_a_compiler_the_error_names_the_fix(monkeypatch: p
     with pytest.raises(DeltaWeightsError, match="no machine code for this computer") as caught:
         _byte_bits()
     assert "numba" in caught.value.fix
+
+
+def test_the_error_names_the_kernel_that_a_library_lacks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "deltaweights.codec.build", None)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(jit, "why_none", lambda: "")
+    with pytest.raises(DeltaWeightsError) as caught:
+        jit.compiled("standalone", "byte_bits", ["u2.1", "i"])
+    assert caught.value.why.startswith("The prebuilt kernels lack standalone.byte_bits(u2.1, i). ")
 
 
 def test_kernels_that_are_not_there_can_not_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,9 +154,9 @@ def payload_of(case: Case) -> tuple[str, bytes]:
 
 
 def digest_of_inputs() -> str:
-    """One of all that is encoded."""
+    """One of all that is encoded, by name: no table's order is part of it."""
     digest = hashlib.sha256()
-    for case in cases().values():
+    for _, case in sorted(cases().items()):
         digest.update(b"" if case.base is None else case.base.data)
         digest.update(case.target.data)
     return digest.hexdigest()

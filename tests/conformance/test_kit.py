@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-from . import kit
+from . import damage, kit
 
 READERS = {
     "deltaweights": ["-m", "deltaweights", "apply", "{delta}", "--base", "{base}", "-o", "{out}", "-q"],
@@ -35,25 +36,25 @@ BAD = {
 
 @pytest.mark.parametrize(("code", "why"), BAD.values(), ids=BAD)
 def test_the_kit_finds_what_is_wrong(code: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {"v1": {"no manifest": kit.damage.DAMAGES["v1"]["no manifest"]}}
-    monkeypatch.setattr(kit.damage, "DAMAGES", few)
+    few = {"v1": {"no manifest": damage.DAMAGES["v1"]["no manifest"]}}
+    monkeypatch.setattr(damage, "DAMAGES", few)
     found = [outcome.why for outcome in kit.run([sys.executable, "-c", f"import os, sys; {code}"])]
     assert why in found
 
 
 def test_every_damage_changes_something(tmp_path: Path) -> None:
-    for fixture, name, damage in kit.damage.cases():
+    for fixture, name, change in damage.cases():
         folder = tmp_path / fixture / name.replace("/", "")
         for side in ("delta", "base"):
-            kit.shutil.copytree(kit.FIXTURES / fixture / side, folder / side)
+            shutil.copytree(kit.FIXTURES / fixture / side, folder / side)
         before = kit.digests(folder)
-        damage(folder / "delta", folder / "base")
+        change(folder / "delta", folder / "base")
         assert kit.digests(folder) != before, name
 
 
 def test_sealing_alone_changes_nothing(tmp_path: Path) -> None:
     for fixture in kit.FIXTURES.glob("v*"):
-        delta = Path(kit.shutil.copytree(fixture / "delta", tmp_path / fixture.name))
+        delta = Path(shutil.copytree(fixture / "delta", tmp_path / fixture.name))
         before = kit.digests(delta)
-        kit.damage.seal(delta, kit.damage._read(delta))
+        damage.seal(delta, damage._read(delta))
         assert kit.digests(delta) == before

@@ -491,7 +491,7 @@ def test_whatever_the_hub_answers_the_error_is_ours(hub: HubServer, status: int,
 
 def test_bytes_that_are_wrong_each_time_are_never_taken(shelf: HubServer, tmp_path: Path) -> None:
     shelf.fail("org/base", "model-00001-of-00003.safetensors", on="content", times=None, flip_byte=300_000)
-    with pytest.raises(CheckpointError, match=r"tensor 'layer\.0' came wrong twice"):
+    with pytest.raises(CheckpointError, match=r"tensor 'layer\.0' arrived damaged twice"):
         apply_delta("org/delta", tmp_path / "out")
     assert not list((tmp_path / "out").glob("*-00001-*"))
 
@@ -500,7 +500,7 @@ def test_bytes_that_are_wrong_each_time_are_never_taken(shelf: HubServer, tmp_pa
 def test_diff_finds_bytes_of_the_target_that_are_wrong(shelf: HubServer, tmp_path: Path, file: str) -> None:
     """Nothing else could: they would become part of the delta."""
     shelf.fail("org/target", file, on="content", times=None, flip_byte=150_000)
-    with pytest.raises(CheckpointError, match="was damaged on the way"):
+    with pytest.raises(CheckpointError, match="was damaged in transit"):
         make_delta("org/base", "org/target", tmp_path / "delta")
     assert not (tmp_path / "delta" / "deltaweights.json").exists()
 
@@ -527,7 +527,7 @@ def test_a_gated_repository_is_told_from_a_missing_one(
         assert not caught.value.retryable
         assert (
             caught.value.fix
-            == f"Ask there: {hub.endpoint}/org/gated and log in with that account: hf auth login"
+            == f"Ask for access: {hub.endpoint}/org/gated and log in with that account: hf auth login"
         )
 
 

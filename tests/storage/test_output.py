@@ -254,7 +254,7 @@ def test_a_second_writer_is_refused(folder: OutputFolder) -> None:
     program = """
 import sys
 from deltaweights import OutputError
-from deltaweights.checkpoint import OutputFolder
+from deltaweights.storage import OutputFolder
 try:
     with OutputFolder(sys.argv[1]):
         print("got in")

@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Numba and LLVM type what is in here.
 """LLVM bitcode of a kernel, for no processor in particular, with the C function that calls it.
 
 That function is
@@ -15,9 +13,10 @@ int64_t, a double or a bool, is written to *result. A status other than zero sta
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -73,7 +72,7 @@ def bitcode_of(signature: Signature, name: str) -> Bitcode:
 
 
 @contextmanager
-def _unoptimized():
+def _unoptimized() -> Iterator[None]:
     """Within it kernels are compiled as they are: what one calls is optimised with it, once, at the end."""
     level = config.OPT
     config.OPT = type(level)(0)
@@ -83,7 +82,7 @@ def _unoptimized():
         config.OPT = level
 
 
-def _type_of(kind):
+def _type_of(kind: str) -> Any:
     if kind in _SCALARS:
         return _SCALARS[kind]
     if kind.endswith(")"):
@@ -93,12 +92,12 @@ def _type_of(kind):
     return array(_ELEMENTS[element], int(dimensions))
 
 
-def _parts(held):
-    """What the comma separates that stands in no parentheses."""
+def _parts(held: str) -> list[str]:
+    """The parts between those commas that are outside parentheses."""
     return re.findall(r"(?:[^,()]|\([^()]*\))+", held)  # no tuple holds one that holds a third
 
 
-def _kind_of_result(kind):
+def _kind_of_result(kind: Any) -> str:
     if kind == types.none:
         return "n"
     if kind == types.boolean:
@@ -106,7 +105,7 @@ def _kind_of_result(kind):
     return "f" if kind == types.float64 else "i"
 
 
-def _entry(context, described, name):
+def _entry(context: Any, described: Any, name: str) -> ir.Module:
     """The module with the C function that calls the kernel."""
     flat = [_POINTER]
     for kind in _leaves(described.argtypes):
@@ -129,7 +128,7 @@ def _entry(context, described, name):
     return module
 
 
-def _leaves(kinds):
+def _leaves(kinds: Iterable[Any]) -> Iterator[Any]:
     """The types, and instead of tuples what they hold."""
     for kind in kinds:
         if isinstance(kind, types.NamedTuple):
@@ -138,7 +137,7 @@ def _leaves(kinds):
             yield kind
 
 
-def _argument(context, builder, kind, left):
+def _argument(context: Any, builder: ir.IRBuilder, kind: Any, left: Iterator[ir.Value]) -> Any:
     """Numba's value of a type, made of what is left of the arguments."""
     if isinstance(kind, types.NamedTuple):
         return context.make_tuple(builder, kind, [_argument(context, builder, k, left) for k in kind])
@@ -148,10 +147,10 @@ def _argument(context, builder, kind, left):
     return builder.trunc(given, ir.IntType(1)) if kind == types.boolean else given
 
 
-def _array(context, builder, kind, numpy_object):
+def _array(context: Any, builder: ir.IRBuilder, kind: Any, numpy_object: ir.Value) -> Any:
     """Numba's array from NumPy's, which begins with data, nd and the address of the lengths."""
 
-    def field(number, kind_of_field):
+    def field(number: int, kind_of_field: ir.Type) -> ir.Value:
         place = builder.gep(numpy_object, [_LONG(8 * number)], source_etype=_BYTE)
         return builder.load(place, typ=kind_of_field)
 

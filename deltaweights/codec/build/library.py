@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# LLVM types what is in here.
 """A platform's library: the kernels for each level of its processors, and what the codec reads of it.
 
 Besides the kernels it exports
@@ -16,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,7 +32,8 @@ from ..library import ABOUT, CPUID, FAMILY, XCR0, digest_of_sources, entry_name
 from ..processor import LEVELS, levels_by
 from ..processor import platform as host_platform
 from ..tables import laplace_family
-from .bitcode import bitcode_of
+from .bitcode import Bitcode, bitcode_of
+from .c_compiler import c_compiler
 from .machine_code import emit, initialize, object_of
 from .signatures import signatures
 from .targets import CompileTarget, targets_of
@@ -76,10 +74,8 @@ def build(platform: str, levels: Sequence[str], out: Path) -> None:
         ProcessPoolExecutor(min(len(_PARTS), os.cpu_count() or 1), get_context("spawn")) as processes,
     ):
         parts = list(processes.map(_compile_part, _PARTS, [targets] * len(_PARTS)))
-        objects, results = [], {}
-        for part_objects, part_results in parts:
-            objects += part_objects
-            results |= part_results
+        objects = [content for part, _ in parts for content in part]
+        results = {number: kind for _, part in parts for number, kind in part.items()}
         objects.append(_data(digest, list(targets), results, next(iter(targets.values()))))
         files = []
         for number, content in enumerate(objects):
@@ -93,21 +89,22 @@ def _compile_part(
 ) -> tuple[list[bytes], dict[int, str]]:
     """(an object file for each target, the kind of each kernel's result) of the kernels of some modules."""
     kernels = {n: s for n, s in enumerate(signatures()) if s.module in modules}
-    objects, results = [], {}
     neutral = {n: bitcode_of(signature, entry_name(n, 0)) for n, signature in kernels.items()}
-    for m, target in enumerate(targets.values()):
-        named = [
-            code._replace(name=entry_name(n, m), entry=code.entry.replace(entry_name(n, 0), entry_name(n, m)))
-            for n, code in neutral.items()
-        ]
-        objects.append(object_of(named, target))
-    for n, code in neutral.items():
-        results[n] = code.result
-    return objects, results
+    objects = [
+        object_of([_renamed(code, n, m) for n, code in neutral.items()], target)
+        for m, target in enumerate(targets.values())
+    ]
+    return objects, {n: code.result for n, code in neutral.items()}
+
+
+def _renamed(code: Bitcode, kernel: int, level: int) -> Bitcode:
+    """A kernel's code for the first level, by the name that it has for another one."""
+    old, new = entry_name(kernel, 0), entry_name(kernel, level)
+    return code._replace(name=new, entry=code.entry.replace(old, new))
 
 
 def _data(digest: str, levels: list[str], results: dict[int, str], target: CompileTarget) -> bytes:
-    """The object file of what is no kernel."""
+    """The object file of everything that is no kernel."""
     initialize()
     lines = [digest, compiler(), " ".join(levels)]
     for n, (module, kernel, kinds) in enumerate(signatures()):
@@ -159,7 +156,7 @@ def _linkers(platform: str) -> Iterator[list[str]]:
 
     The package ziglang links for all platforms; a compiler on macOS would want that system's own libraries.
     """
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    compiler = c_compiler()
     if compiler and platform.startswith("linux") and platform == host_platform():
         yield [compiler]
     if find_spec("ziglang"):

@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# LLVM types what is in here.
 """Object files for one target, of kernels as :mod:`.bitcode` has them."""
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ def object_of(kernels: Iterable[Bitcode], target: CompileTarget, *, jit: bool = 
     return emit(module, target, jit=jit)
 
 
-def _linked(kernel):
+def _linked(kernel: Bitcode) -> llvm.ModuleRef:
     """A kernel's module, whose functions give way to the same ones of another kernel's."""
     module = llvm.parse_assembly(kernel.entry)
     module.link_in(llvm.parse_bitcode(kernel.code))
@@ -52,7 +50,7 @@ def _linked(kernel):
     return module
 
 
-def emit(module, target, *, jit=False):
+def emit(module: llvm.ModuleRef, target: CompileTarget, *, jit: bool = False) -> bytes:
     """Optimise a module for a target and return its object file."""
     model = "jitdefault" if jit else "default"
     back_end = llvm.Target.from_triple(target.triple).create_target_machine(
@@ -67,4 +65,5 @@ def emit(module, target, *, jit=False):
         is_known = function.name in _KNOWN or function.name.startswith("llvm.")
         if function.is_declaration and not is_known:
             raise NotImplementedError(f"a kernel needs {function.name}, which not every process has")
-    return back_end.emit_object(module)
+    code: bytes = back_end.emit_object(module)
+    return code

@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# LLVM types what is in here.
 """The vector operations that processors do in different ways, written for one target.
 
 Kernels call them by name (:mod:`..kernels.vectors`); :func:`define` gives the definitions that a module
@@ -9,8 +7,8 @@ lanes or of 16 bytes, by a table with an order for each mask. LLVM finds a way f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba.core import cgutils
@@ -26,11 +24,12 @@ def define(names: Iterable[str], target: CompileTarget) -> str:
         operation, lanes, width = _parsed(name)
         kind = ir.VectorType(ir.IntType(width), lanes)
         mask = ir.VectorType(I1, lanes)
-        emit, result, rest = {
+        ways: dict[str, tuple[Callable[..., Any], ir.Type, list[ir.Type]]] = {
             "expand_load": (_expand_load, kind, []),
             "compress": (_compress, ir.VoidType(), [POINTER]),
             "compress_before": (_compress_before, I64, [POINTER, I64]),
-        }[operation]
+        }
+        emit, result, rest = ways[operation]
         given = [POINTER if operation == "expand_load" else kind, mask, *rest]
         function = ir.Function(module, ir.FunctionType(result, given), name)
         function.attributes.add("alwaysinline")
@@ -156,14 +155,15 @@ def _pieces(builder: ir.IRBuilder, kind: ir.VectorType, mask: Vec) -> list[_Piec
 def _reorder(emitter: _Emitter, data: ir.Value, piece: _Piece, way: str) -> ir.Value:
     """The lanes of a piece's data, expanded or compressed."""
     builder, bytes_kind, kind = emitter.builder, ir.VectorType(I8, 16), piece.kind
-    size = kind.count * kind.element.width // 8
+    shuffle, size = emitter.target.shuffle, kind.count * kind.element.width // 8
+    assert shuffle
     table = _orders(builder, kind.count, kind.element.width // 8, way)
     row = address(builder, table, builder.shl(piece.mask, int64(4)), I8)
     order = builder.load(row, typ=bytes_kind, align=16)
     data = builder.bitcast(data, ir.VectorType(I8, size))
     if size < 16:
         data = _picked(builder, data, range(16))
-    found = call(builder, emitter.target.shuffle, bytes_kind, [(bytes_kind, data), (bytes_kind, order)])
+    found = call(builder, shuffle, bytes_kind, [(bytes_kind, data), (bytes_kind, order)])
     return builder.bitcast(found if size == 16 else _picked(builder, found, range(size)), kind)
 
 

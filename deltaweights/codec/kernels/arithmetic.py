@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Numba and LLVM type what is in here.
 """Arithmetic with floats that has the same result on every machine, to the last bit.
 
 An encoder's choices depend on it, and payloads are the same everywhere. So the kernels take nothing from
@@ -8,12 +6,14 @@ the C library, which differs between systems, and leave no sum to LLVM to reorde
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from .kernel import array, kernel, room
+from ..kernel_arrays import Floats
+from .kernel import array, intrinsic, kernel, room
 
 _LANES = 16
 _FRACTION, _BIAS = np.int64((1 << 52) - 1), np.int64(1023)
@@ -25,23 +25,23 @@ _SERIES = tuple(2.0 / (0.6931471805599453 * (2 * k + 1)) for k in range(11))
 
 
 @intrinsic
-def _bits_of(typingctx, value):
-    def codegen(context, builder, signature, args):
+def _bits_of(typingctx: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.IntType(64))
 
     return types.int64(types.float64), codegen
 
 
 @intrinsic
-def _float_of(typingctx, bits):
-    def codegen(context, builder, signature, args):
+def _float_of(typingctx: Any, bits: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.DoubleType())
 
     return types.float64(types.int64), codegen
 
 
 @kernel(types.float64(types.float64))
-def log2(value):
+def log2(value: float) -> float:
     """The logarithm of a positive, normal number; exact for powers of two."""
     bits = _bits_of(value)
     exponent = (bits >> 52) - _BIAS
@@ -55,11 +55,11 @@ def log2(value):
     high = _SERIES[6] + z * (_SERIES[7] + z * _SERIES[8])
     top = _SERIES[9] + z * _SERIES[10]
     cube = z * z * z
-    return np.float64(exponent) + s * (low + cube * (middle + cube * (high + cube * top)))
+    return np.float64(exponent) + s * (low + cube * (middle + cube * (high + cube * top)))  # type: ignore[no-any-return]
 
 
 @kernel(types.float32(array(types.float32)))
-def sum_of(values):
+def sum_of(values: Floats) -> float:
     """The sum of float32s, in sixteen interleaved sums that are then added up in order."""
     sums = _partial_sums()
     for lane in range(_LANES):
@@ -73,4 +73,4 @@ def sum_of(values):
     for half in (8, 4, 2, 1):
         for lane in range(half):
             sums[lane] += sums[lane + half]
-    return sums[0]
+    return sums[0]  # type: ignore[no-any-return]

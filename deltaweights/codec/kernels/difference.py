@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Numba and LLVM type what is in here.
 """A chunk of floats against its base, compiled: distances, contexts and what to choose.
 
 `2 * exponent - scale` is the worth of one ULP against the neighbourhood's mean update, in half
@@ -40,10 +38,22 @@ from ..constants import (
     TWEAK,
     UNIT,
 )
+from ..kernel_arrays import (
+    Bytes,
+    ChunkSpace,
+    Elements,
+    Floats,
+    Longs,
+    Moves,
+    Numbers,
+    OpenDelta,
+    RunSpace,
+    Words,
+)
 from ..tables import DIRECT_BITS, TOKENS, ZERO_SCALE
 from . import runs, simd
 from .arithmetic import log2, sum_of
-from .kernel import array, kernel, room
+from .kernel import Integer, array, kernel, room
 
 _OFFSET = 100  # histogram row of a ULP that is worth the mean update
 # What one more table costs, about: small chunks take theirs from the family, large ones write them down, and
@@ -70,27 +80,27 @@ _states, _settings, _rest = room(types.uint32, 64), room(types.int64, 4), room(t
 
 
 @kernel(inline="always")
-def distance(base, target, top):
+def distance(base: Integer, target: Integer, top: int) -> int:
     """The zigzagged distance from an element to another (see ulp.distance); `top` is the sign's place."""
     magnitude = (1 << top) - 1
     sign = (base >> top) & 1
     steps = (target ^ (-((target >> top) & 1) & magnitude)) - (base ^ (-sign & magnitude))
     steps = (steps ^ -sign) + sign
-    return ((steps << 1) ^ -((steps >> top) & 1)) & ((magnitude << 1) | 1)
+    return ((steps << 1) ^ -((steps >> top) & 1)) & ((magnitude << 1) | 1)  # type: ignore[return-value]
 
 
 @kernel(inline="always")
-def restored(bits, zigzag, top):
+def restored(bits: Integer, zigzag: Integer, top: int) -> int:
     """The element that lies `zigzag` from `bits` (see ulp.restore); `top` is its sign's place."""
     magnitude = (1 << top) - 1
     value, sign = np.int64(zigzag), (bits >> top) & 1
     steps = (((value >> 1) & magnitude) ^ -(value & 1) ^ -sign) + sign
     ordered = (bits ^ (-sign & magnitude)) + steps
-    return (ordered ^ (-((ordered >> top) & 1) & magnitude)) & ((magnitude << 1) | 1)
+    return (ordered ^ (-((ordered >> top) & 1) & magnitude)) & ((magnitude << 1) | 1)  # type: ignore[return-value]
 
 
 @kernel()
-def distances(base, target, values):
+def distances(base: Elements, target: Elements, values: Elements) -> None:
     """The zigzagged ULP distance of each element into values (see ulp.distance)."""
     done = simd.distance_vectors(len(values), base, target, values)
     top = 8 * base.itemsize - 1
@@ -99,7 +109,7 @@ def distances(base, target, values):
 
 
 @kernel()
-def restore(base, values, out):
+def restore(base: Elements, values: Elements, out: Elements) -> None:
     """The inverse of `distances`: the target's elements into out."""
     done = simd.restore_vectors(len(out), base, values, out)
     top = 8 * base.itemsize - 1
@@ -108,13 +118,13 @@ def restore(base, values, out):
 
 
 @kernel()
-def rebias_of(mask):
+def rebias_of(mask: int) -> int:
     """What to take off an exponent to see it as one of eight bits (F64; others have no more)."""
     return 1023 - 127 if mask > 255 else 0
 
 
 @kernel()
-def unit_moves(base, values, shift, mask, sums):
+def unit_moves(base: Elements, values: Numbers, shift: int, mask: int, sums: Floats) -> None:
     """Sum of |distance| * 2**exponent over each `UNIT` elements (the last may be short)."""
     buffer = _block_of_moves()
     rebias = rebias_of(mask)
@@ -124,7 +134,7 @@ def unit_moves(base, values, shift, mask, sums):
         part = base[first:last]
         done = simd.move_vectors(last - first, part, values[first:last], buffer, shift, mask)
         for i in range(done, last - first):
-            exponent = max(((np.int64(part[i]) >> shift) & mask) - rebias, 0)
+            exponent: int = max(((np.int64(part[i]) >> shift) & mask) - rebias, 0)  # type: ignore[assignment]
             steps = np.float32((np.int64(values[first + i]) + 1) >> 1)
             buffer[i] = steps * np.float32(2.0 ** (min(exponent, 190) - 127))
         for unit in range(first, last, UNIT):
@@ -132,7 +142,7 @@ def unit_moves(base, values, shift, mask, sums):
 
 
 @kernel()
-def drift(base, shifts, shift, mask, out):
+def drift(base: Numbers, shifts: Numbers, shift: int, mask: int, out: Numbers) -> None:
     """The elements moved by the shift of their mantissa; those with an exponent of 0 stay.
 
     shifts   uint32[2**k], k at most `shift`: which one is told by the mantissa's top k bits
@@ -156,7 +166,7 @@ def drift(base, shifts, shift, mask, out):
 
 
 @kernel()
-def _find_steps(shifts, starts, steps):
+def _find_steps(shifts: Numbers, starts: Numbers, steps: Numbers) -> bool:
     """Where shifts differ from those before, and by how much; False where that is more often than there is
     room. (Decay makes few steps: to compare with each takes two thirds of the time that looking up takes.)
 
@@ -177,7 +187,7 @@ def _find_steps(shifts, starts, steps):
 
 
 @kernel()
-def scales_from(sums, count, log_segment, mask, scales):
+def scales_from(sums: Floats, count: int, log_segment: int, mask: int, scales: Longs) -> int:
     """The scale of each segment: 2 * log2(mean |distance| * 2**exponent), rounded.
 
     Segments that did not move get a scale far below the lowest of the others, so that their
@@ -197,18 +207,29 @@ def scales_from(sums, count, log_segment, mask, scales):
             scale = np.int64(-(1 << 20))
         scales[s] = scale
     if lowest == 1 << 20:
-        lowest = 0
+        lowest = 0  # type: ignore[assignment]
     base_scale = np.int64(1 << 20)
     for s in range(len(scales)):
         scales[s] = max(scales[s], lowest - _STILL)
         if log_segment == 0:
             scales[s] &= ~1  # keeps all contexts even, to be two half octaves wide
         base_scale = min(base_scale, scales[s])
-    return base_scale
+    return base_scale  # type: ignore[return-value]
 
 
 @kernel()
-def contexts_of(base, first, shift, mask, scales, log_segment, lowest, step, last, contexts):
+def contexts_of(
+    base: Elements,
+    first: int,
+    shift: int,
+    mask: int,
+    scales: Longs,
+    log_segment: int,
+    lowest: int,
+    step: int,
+    last: int,
+    contexts: Bytes,
+) -> None:
     """Contexts of a block of elements, the first of which is number `first` of the chunk.
 
     clamp((2 * exponent - scale - lowest) >> step, 0, last), scale being that of the element's segment.
@@ -224,17 +245,26 @@ def contexts_of(base, first, shift, mask, scales, log_segment, lowest, step, las
 
 
 @kernel()
-def low_bytes(lowest, step, context):
+def low_bytes(lowest: int, step: int, context: Integer) -> int:
     """How many low bytes of a wide element's distance go to planes in a context.
 
     The rest keeps a mean of 4 to 1024, which tokens resolve well.
     """
     octaves = -(lowest + (context << step)) >> 1
-    return min(max((octaves - 2) >> 3, 0), 3)
+    return min(max((octaves - 2) >> 3, 0), 3)  # type: ignore[return-value]
 
 
 @kernel()
-def sample_rows(base, values, shift, mask, scales, log_segment, wide, space):
+def sample_rows(
+    base: Elements,
+    values: Numbers,
+    shift: int,
+    mask: int,
+    scales: Longs,
+    log_segment: int,
+    wide: bool,
+    space: ChunkSpace,
+) -> tuple[int, int]:
     """Histogram of (row, token) into a ChunkSpace's tables, rows being contexts that nothing clamps: (first
     row, rows)."""
     part, contexts = space.run.leading[: len(values)], space.contexts[: len(values)]
@@ -251,11 +281,11 @@ def sample_rows(base, values, shift, mask, scales, log_segment, wide, space):
         contexts[i] -= low
     keys, counters = space.run.keys[: len(values)], space.run.counters
     runs.count_tokens(contexts, part, DIRECT_BITS, 7, keys, counters, space.run.tables[: high - low + 1])
-    return low - _OFFSET, high - low + 1
+    return low - _OFFSET, high - low + 1  # type: ignore[return-value]
 
 
 @kernel()
-def entropy(row):
+def entropy(row: Numbers) -> float:
     """Bits of the tokens counted in a row under their own frequencies, as a sample shows it.
 
     A sample's entropy falls short of the source's by half a nat for each token it has met but one.
@@ -271,7 +301,7 @@ def entropy(row):
 
 
 @kernel()
-def raw_bits(rows, first):
+def raw_bits(rows: Numbers, first: int) -> float:
     """The bits of wide distances that no table sees: those after tokens, and the low bytes in planes."""
     bits = np.int64(0)
     for r in range(len(rows)):
@@ -282,7 +312,9 @@ def raw_bits(rows, first):
 
 
 @kernel()
-def trim_rows(rows, step, scale_up, table_bits, first, wide):
+def trim_rows(
+    rows: Numbers, step: int, scale_up: float, table_bits: float, first: int, wide: bool
+) -> tuple[int, int, float]:
     """The span of rows worth a table each: rows beyond are clamped to the nearest.
 
     Merges the outermost rows inwards as long as that costs less than `table_bits`, `scale_up` being
@@ -320,13 +352,13 @@ def trim_rows(rows, step, scale_up, table_bits, first, wide):
 
 
 @kernel()
-def segments_of(count, log_segment):
+def segments_of(count: int, log_segment: int) -> int:
     """How many scales `count` elements have."""
     return 1 if log_segment == 0 else (count + (1 << log_segment) - 1) >> log_segment
 
 
 @kernel()
-def list_bits(scales, base_scale, scale_up):
+def list_bits(scales: Longs, base_scale: int, scale_up: float) -> float:
     """About what the list of scales costs: its entropy, its table and its states."""
     counts = _a_table()
     counts[:] = 0
@@ -339,7 +371,7 @@ def list_bits(scales, base_scale, scale_up):
 
 
 @kernel()
-def is_clustered(base, target):
+def is_clustered(base: Elements, target: Elements) -> bool:
     """Whether far more changed in some places than in most, as where training met few rows."""
     if len(base) < 2 * SAMPLED:
         return False
@@ -354,7 +386,7 @@ def is_clustered(base, target):
 
 
 @kernel()
-def take_sample(elements, size, sample):
+def take_sample(elements: Elements, size: int, sample: Elements) -> int:
     """About `size` elements, `PATCH` in a row, evenly spread, into sample; all of a short array. How many."""
     patch, stride = PATCH, len(elements) // size * PATCH
     if len(elements) < 2 * size:
@@ -369,7 +401,16 @@ def take_sample(elements, size, sample):
 
 
 @kernel()
-def choose_contexts(base, target, shift, mask, wide, scale_up, space, layout):
+def choose_contexts(
+    base: Elements,
+    target: Elements,
+    shift: int,
+    mask: int,
+    wide: bool,
+    scale_up: float,
+    space: ChunkSpace,
+    layout: Longs,
+) -> float:
     """The cheapest segment length and span of contexts for a sample of a chunk.
 
     base, target   the sample: patches of `PATCH` elements, so that segments are whole
@@ -409,7 +450,9 @@ def choose_contexts(base, target, shift, mask, wide, scale_up, space, layout):
 
 
 @kernel(types.void(_numbers, _numbers, types.int64, types.int64, array(types.int32, 2), _longs))
-def collect_moves(base, target, stride, shift, moves, counts):
+def collect_moves(
+    base: Numbers, target: Numbers, stride: int, shift: int, moves: Moves, counts: Longs
+) -> None:
     """What every `stride`-th element moved by, bits less bits, by the top bits of its mantissa.
 
     moves    int32[2**k, most]: rows are filled from the left and keep the first that come
@@ -424,7 +467,7 @@ def collect_moves(base, target, stride, shift, moves, counts):
 
 
 @kernel(types.float64(array(types.int32, 2), _longs, _numbers))
-def fit_shifts(moves, counts, shifts):
+def fit_shifts(moves: Moves, counts: Longs, shifts: Numbers) -> float:
     """For each stretch of mantissas the move around which an eighth of its elements lie closest.
 
     moves    int32[2**k, most], ascending in each row as far as `counts` says it is filled
@@ -449,8 +492,11 @@ def fit_shifts(moves, counts, shifts):
 
 
 @kernel()
-def encode(base, target, shift, mask, wide, family, space):
-    """Code a chunk but for its planes; where the head ends, or BAD where it would be longer than the target.
+def encode(
+    base: Elements, target: Elements, shift: int, mask: int, wide: bool, family: Numbers, space: ChunkSpace
+) -> int:
+    """Code a chunk except for its planes; where the head ends, or BAD where the code would be longer than the
+    target.
 
     base, target   uint8, uint16, uint32 or uint64[n]
     shift, mask    where the exponent is: (bits >> shift) & mask
@@ -486,7 +532,9 @@ def encode(base, target, shift, mask, wide, family, space):
 
 
 @kernel()
-def choose_layout(base, target, shift, mask, wide, space, layout):
+def choose_layout(
+    base: Elements, target: Elements, shift: int, mask: int, wide: bool, space: ChunkSpace, layout: Longs
+) -> float:
     """:func:`choose_contexts` by a sample of a chunk."""
     size = MORE_SAMPLED if is_clustered(base, target) else SAMPLED
     count = take_sample(base, size, space.some)
@@ -496,7 +544,7 @@ def choose_layout(base, target, shift, mask, wide, space, layout):
 
 
 @kernel()
-def put_head(head, layout, base_scale, tweak):
+def put_head(head: Bytes, layout: Longs, base_scale: int, tweak: int) -> None:
     """The first HEAD bytes of a delta."""
     head[0], head[1], head[2] = layout[LOG_SEGMENT], layout[STEP], layout[TABLES]
     runs.put_number(head, 3, layout[LOWEST], 2)
@@ -505,7 +553,7 @@ def put_head(head, layout, base_scale, tweak):
 
 
 @kernel()
-def encode_list(values, one_context, family, space, at):
+def encode_list(values: Numbers, one_context: Bytes, family: Numbers, space: RunSpace, at: int) -> int:
     """Write a run of one context into a RunSpace's head, its words too; where it ends."""
     own = _members()[:1]
     own[0] = 0
@@ -514,7 +562,7 @@ def encode_list(values, one_context, family, space, at):
 
 
 @kernel(types.void(_longs, types.boolean, types.int64, _longs))
-def members(layout, wide, tweak, found):
+def members(layout: Longs, wide: bool, tweak: int, found: Longs) -> None:
     """Each context's member of the family: its mean distance is 2**(-context / 2) ULPs.
 
     found   int64[layout[TABLES]], written
@@ -527,7 +575,7 @@ def members(layout, wide, tweak, found):
 
 
 @kernel(types.void(_longs, _longs))
-def plane_limits(layout, limits):
+def plane_limits(layout: Longs, limits: Longs) -> None:
     """For each of planes 0..2 how many contexts, from the lowest on, put a byte into it."""
     limits[:] = 0
     for c in range(layout[TABLES]):
@@ -536,7 +584,7 @@ def plane_limits(layout, limits):
 
 
 @kernel(types.void(_numbers, _bytes, _longs, array(types.uint8, 2), _longs))
-def split_bytes(values, contexts, layout, planes, sizes):
+def split_bytes(values: Numbers, contexts: Bytes, layout: Longs, planes: Bytes, sizes: Longs) -> None:
     """Move the low bytes of wide distances to planes 0..2; sizes: how many there are.
 
     planes: uint8[.., count + SPARE]
@@ -555,7 +603,9 @@ def split_bytes(values, contexts, layout, planes, sizes):
 
 
 @kernel(types.boolean(_numbers, _bytes, _longs, _bytes, _longs, _longs))
-def append_bytes(values, contexts, limits, planes, cursors, starts):
+def append_bytes(
+    values: Numbers, contexts: Bytes, limits: Longs, planes: Bytes, cursors: Longs, starts: Longs
+) -> bool:
     """Put the low bytes back behind the values of a block; False where the planes lack them."""
     for p in range(2, -1, -1):
         limit = np.uint8(limits[p])
@@ -578,7 +628,9 @@ def append_bytes(values, contexts, limits, planes, cursors, starts):
 
 
 @kernel()
-def measure(base, target, shift, mask, layout, scales, space):
+def measure(
+    base: Elements, target: Elements, shift: int, mask: int, layout: Longs, scales: Longs, space: ChunkSpace
+) -> int:
     """Distances of a whole chunk as uint32, their contexts, and the scales of its segments; the lowest scale.
 
     scales   int64, one a segment; read where there is but one, else written
@@ -599,14 +651,16 @@ def measure(base, target, shift, mask, layout, scales, space):
             block = contexts[first:stop]
             contexts_of(part, first, shift, mask, scales, 0, lowest, step, last, block)
     if log_segment == 0:
-        return scales[0]
+        return scales[0]  # type: ignore[no-any-return]
     base_scale = scales_from(sums, count, log_segment, mask, scales)
     contexts_of(base, 0, shift, mask, scales, log_segment, lowest, step, last, contexts)
     return base_scale
 
 
 @kernel()
-def block_distances(base, target, first, values, planes, sizes):
+def block_distances(
+    base: Elements, target: Elements, first: int, values: Numbers, planes: Bytes, sizes: Longs
+) -> None:
     """Distances of a block as uint32; the low halves of 64-bit ones go to planes 3..6, from `first` on."""
     if base.itemsize < 8:
         distances(base, target, values)
@@ -624,7 +678,7 @@ def block_distances(base, target, first, values, planes, sizes):
 
 
 @kernel()
-def decode(base, out, opened):
+def decode(base: Elements, out: Elements, opened: OpenDelta) -> int:
     """Fill out from a kernel_arrays.OpenDelta; FINE, or what of it does not fit.
 
     base, out   uint8, uint16, uint32 or uint64[n]
@@ -640,7 +694,7 @@ def decode(base, out, opened):
 
 
 @kernel()
-def open_chunk(count, opened, states, settings):
+def open_chunk(count: int, opened: OpenDelta, states: Numbers, settings: Longs) -> int:
     """Read all of a delta but its values: fills the scales, slots and words of a kernel_arrays.OpenDelta.
 
     count     elements
@@ -667,7 +721,16 @@ def open_chunk(count, opened, states, settings):
 
 
 @kernel()
-def decode_elements(base, scales, opened, words, settings, states, rest, out):
+def decode_elements(
+    base: Elements,
+    scales: Longs,
+    opened: OpenDelta,
+    words: Words,
+    settings: Longs,
+    states: Numbers,
+    rest: Longs,
+    out: Elements,
+) -> bool:
     """Fill out from an open run; False where the run or the planes do not fit.
 
     scales           int64, one a segment
@@ -706,7 +769,15 @@ def decode_elements(base, scales, opened, words, settings, states, rest, out):
 
 
 @kernel()
-def decode_narrow(base, scales, opened, words, settings, states, out):
+def decode_narrow(
+    base: Elements,
+    scales: Longs,
+    opened: OpenDelta,
+    words: Words,
+    settings: Longs,
+    states: Numbers,
+    out: Elements,
+) -> int:
     """Fill the whole steps of out (elements of 8 or 16 bits) from a run of 64 lanes; the word cursor."""
     layout, slots, shift, mask = opened.layout, opened.slots, opened.shift, opened.mask
     log_segment, step, lowest, last = layout[LOG_SEGMENT], layout[STEP], layout[LOWEST], layout[TABLES] - 1
@@ -729,7 +800,7 @@ def decode_narrow(base, scales, opened, words, settings, states, out):
 
 
 @kernel()
-def share_of_long_values(base, scales, opened, precision):
+def share_of_long_values(base: Elements, scales: Longs, opened: OpenDelta, precision: int) -> float:
     """About what part of a chunk's values has more raw bits than are inline, by the contexts of a sample."""
     layout, shares, total, seen = opened.layout, _shares(), 0.0, 0
     contexts = _block_of_bytes()[:_PLACE]
@@ -751,7 +822,9 @@ def share_of_long_values(base, scales, opened, precision):
 
 
 @kernel()
-def _restore_long(base, values, planes, cursors, starts, out):
+def _restore_long(
+    base: Elements, values: Numbers, planes: Bytes, cursors: Longs, starts: Longs, out: Elements
+) -> bool:
     """Restore a block of 64-bit elements, the low halves of whose distances fill planes 3..6."""
     for p in range(3, 7):
         if cursors[p] + len(out) > starts[p + 1]:

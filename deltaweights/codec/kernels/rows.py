@@ -1,15 +1,15 @@
-# mypy: ignore-errors
-# Numba and LLVM type what is in here.
-"""Chunks next to each other, decoded and checked, or compared, in one call: for each chunk and each checksum
-alone a thread would have to wait for Python's lock, which is most of what many threads do otherwise.
+"""Chunks next to each other, decoded and checked, or compared, in one call. With a call for each chunk and
+each checksum, threads would wait for Python's lock most of the time.
 
 Only what most chunks are is decoded here: elements of at most 32 bits, methods SAME, DELTA, SPARSE and DRIFT,
-planes that are not by zstd. The rest, and what is not right, is left to :mod:`..chunk`, which says why.
+planes that are not by zstd. Everything else, and everything
+that is damaged, is left to :mod:`..methods.chunk`, which says why.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..constants import (
     AFTER,
@@ -40,7 +40,7 @@ from ..constants import (
     WIDE_PLANES,
     XXH3_SHORT,
 )
-from ..kernel_arrays import OpenDelta
+from ..kernel_arrays import Bytes, Elements, Longs, Numbers, OpenDelta, RowSpace
 from ..tables import BYTE_BITS, PRECISION
 from . import difference, runs, subset
 from .kernel import kernel
@@ -51,10 +51,23 @@ _PLANE_HEAD = 9
 
 
 @kernel()
-def decode(records, coded, step, base_bytes, base, out_bytes, out, shift, mask, family, space, is_right):
+def decode(
+    records: Bytes,
+    coded: Bytes,
+    step: int,
+    base_bytes: Bytes,
+    base: Elements,
+    out_bytes: Bytes,
+    out: Elements,
+    shift: int,
+    mask: int,
+    family: Numbers,
+    space: RowSpace,
+    is_right: NDArray[np.bool_],
+) -> bool:
     """Decode what can be of some chunks of elements of 8 or 16 bits.
 
-    records     uint8: the chunks' records (payload.RECORD)
+    records     uint8: the chunks' records (see constants.py)
     coded       uint8: the data of all chunks
     step        how many elements all chunks but the last have
     base, out   unsigned[n], apart; base_bytes and out_bytes: the same memory as uint8
@@ -69,7 +82,20 @@ def decode(records, coded, step, base_bytes, base, out_bytes, out, shift, mask, 
 
 
 @kernel()
-def decode_wide(records, coded, step, base_bytes, base, out_bytes, out, shift, mask, family, space, is_right):
+def decode_wide(
+    records: Bytes,
+    coded: Bytes,
+    step: int,
+    base_bytes: Bytes,
+    base: Elements,
+    out_bytes: Bytes,
+    out: Elements,
+    shift: int,
+    mask: int,
+    family: Numbers,
+    space: RowSpace,
+    is_right: NDArray[np.bool_],
+) -> bool:
     """The same for elements of 32 bits."""
     return _decode(
         records, coded, step, base_bytes, base, out_bytes, out, shift, mask, family, space, is_right, True
@@ -78,8 +104,20 @@ def decode_wide(records, coded, step, base_bytes, base, out_bytes, out, shift, m
 
 @kernel()
 def _decode(
-    records, coded, step, base_bytes, base, out_bytes, out, shift, mask, family, space, is_right, wide
-):  # fmt: skip
+    records: Bytes,
+    coded: Bytes,
+    step: int,
+    base_bytes: Bytes,
+    base: Elements,
+    out_bytes: Bytes,
+    out: Elements,
+    shift: int,
+    mask: int,
+    family: Numbers,
+    space: RowSpace,
+    is_right: NDArray[np.bool_],
+    wide: bool | None,
+) -> bool:
     """:func:`decode`. `wide` is None for elements of 8 or 16 bits: Numba then leaves out what only wider ones
     have, which would take a quarter more time to compile."""
     at, right = 0, 0
@@ -101,7 +139,7 @@ def _decode(
             behind = _drift(data, before, result, shift, mask, family, space)
             if behind == BAD:
                 continue
-            method, data, before = np.int64(data[1]), data[behind:], result
+            method, data, before = np.int64(data[1]), data[behind:], result  # type: ignore[assignment]
         if _decode_chunk(method, data, before, result, shift, mask, wide, family, space):
             is_right[c] = xxh3(out_bytes[first:last]) == get_number(record, AFTER, 8)
             right += is_right[c]
@@ -109,12 +147,13 @@ def _decode(
 
 
 @kernel()
-def _is_simple(method, data):
+def _is_simple(method: int, data: Bytes) -> bool:
     """Whether a chunk of 32-bit elements has no plane by zstd, as far as can be seen: found out late, it
-    would have been decoded for nothing. (Its caller then brings it without: see :mod:`..plain`.)"""
+    would have been decoded for nothing. (The caller then brings it without such planes: see
+    :mod:`..methods.without_zstd`.)"""
     at = 0
     if method == DRIFT:
-        method, at = np.int64(data[1]) if len(data) > 1 else SAME, _section_end(data, DRIFT_HEAD)
+        method, at = np.int64(data[1]) if len(data) > 1 else SAME, _section_end(data, DRIFT_HEAD)  # type: ignore[assignment]
     if method == SPARSE and at != BAD:
         if at + SPARSE_HEAD > len(data):
             return False
@@ -136,7 +175,17 @@ def _is_simple(method, data):
 
 
 @kernel()
-def _decode_chunk(method, data, base, out, shift, mask, wide, family, space):
+def _decode_chunk(
+    method: int,
+    data: Bytes,
+    base: Elements,
+    out: Elements,
+    shift: int,
+    mask: int,
+    wide: bool | None,
+    family: Numbers,
+    space: RowSpace,
+) -> bool:
     """Fill out, perhaps base itself, from a chunk's data; whether that can be done."""
     if method == SAME:
         return len(data) == 0 and _copy(base, out)
@@ -146,9 +195,11 @@ def _decode_chunk(method, data, base, out, shift, mask, wide, family, space):
 
 
 @kernel()
-def _drift(data, base, out, shift, mask, family, space):
-    """Fill out with a drifted chunk's drifted base (layout: see :mod:`..drift`); where what is coded against
-    that begins, or BAD."""
+def _drift(
+    data: Bytes, base: Elements, out: Elements, shift: int, mask: int, family: Numbers, space: RowSpace
+) -> int:
+    """Fill out with a drifted chunk's drifted base (layout: see :mod:`..methods.drift`); where what is coded
+    against that begins, or BAD."""
     if len(data) < DRIFT_HEAD or data[0] > MOST_SHIFTS_LOG or len(space.shifts) < 1 << data[0]:
         return BAD
     shifts, last = space.shifts[: 1 << data[0]], np.uint32(0)
@@ -162,7 +213,9 @@ def _drift(data, base, out, shift, mask, family, space):
 
 
 @kernel()
-def compare(base_bytes, base, target_bytes, target, step, found):
+def compare(
+    base_bytes: Bytes, base: Elements, target_bytes: Bytes, target: Elements, step: int, found: Longs
+) -> None:
     """Checksums of chunks of base and target, and how many elements differ.
 
     base, target   unsigned[n]; base_bytes and target_bytes: the same memory as uint8
@@ -179,21 +232,31 @@ def compare(base_bytes, base, target_bytes, target, step, found):
 
 
 @kernel()
-def _copy(source, out):
+def _copy(source: Elements, out: Elements) -> bool:
     for i in range(len(out)):
         out[i] = source[i]
     return True
 
 
 @kernel(inline="always")
-def _signed(data, at, size):
+def _signed(data: Bytes, at: int, size: int) -> int:
     value, sign = get_number(data, at, size), np.int64(1) << (8 * size - 1)
-    return (value ^ sign) - sign
+    return (value ^ sign) - sign  # type: ignore[return-value]
 
 
 @kernel()
-def _decode_delta(data, base, out, shift, mask, wide, family, space):
-    """Fill out, perhaps base itself, from a delta (layout: see :mod:`..floats`); whether that can be done."""
+def _decode_delta(
+    data: Bytes,
+    base: Elements,
+    out: Elements,
+    shift: int,
+    mask: int,
+    wide: bool | None,
+    family: Numbers,
+    space: RowSpace,
+) -> bool:
+    """Fill out, perhaps base itself, from a delta (layout: see :mod:`..methods.floats`); whether that can be
+    done."""
     count = len(out)
     first, end = _run_of(data, count, wide, family, space)
     if first == BAD:
@@ -203,7 +266,7 @@ def _decode_delta(data, base, out, shift, mask, wide, family, space):
 
 
 @kernel()
-def _run_of(data, count, wide, family, space):
+def _run_of(data: Bytes, count: int, wide: bool | None, family: Numbers, space: RowSpace) -> tuple[int, int]:
     """Where in a delta of at most `count` elements the run is, its planes being brought to the space; BAD
     twice where it can be no delta, as far as its head tells, or planes are by zstd."""
     if len(data) < HEAD:
@@ -222,7 +285,7 @@ def _run_of(data, count, wide, family, space):
 
 
 @kernel(inline="always")
-def _section_end(data, at):
+def _section_end(data: Bytes, at: int) -> int:
     """Where the section at data[at] ends, which begins with its length, or BAD; BAD also from there."""
     if at == BAD or at + 4 > len(data) or at + 4 + get_number(data, at, 4) > len(data):
         return BAD
@@ -230,7 +293,7 @@ def _section_end(data, at):
 
 
 @kernel()
-def _read_planes(data, at, count, family, space):
+def _read_planes(data: Bytes, at: int, count: int, family: Numbers, space: RowSpace) -> bool:
     """Whether data[at:] is the planes of a delta of 32-bit elements, each of at most `count` bytes, which are
     brought to the space, one behind the other."""
     filled = 0
@@ -249,7 +312,7 @@ def _read_planes(data, at, count, family, space):
 
 
 @kernel()
-def _plane_length(data, at):
+def _plane_length(data: Bytes, at: int) -> int:
     """How long the plane is whose head is at data[at]; BAD where that or what is stored does not fit."""
     if at + _PLANE_HEAD > len(data) or at + _PLANE_HEAD + get_number(data, at + 5, 4) > len(data):
         return BAD
@@ -257,7 +320,7 @@ def _plane_length(data, at):
 
 
 @kernel(inline="always")
-def _plane_end(data, at):
+def _plane_end(data: Bytes, at: int) -> int:
     """Where the plane at data[at] ends; BAD where it is by zstd or does not fit, and from there."""
     if at == BAD or _plane_length(data, at) == BAD or data[at] not in (RAW, FILL, RANS):
         return BAD
@@ -265,7 +328,9 @@ def _plane_end(data, at):
 
 
 @kernel()
-def _read_plane(data, at, family, space, numbers, out):
+def _read_plane(
+    data: Bytes, at: int, family: Numbers, space: RowSpace, numbers: Numbers, out: Elements
+) -> int:
     """Fill out, as long as the plane whose head is at data[at]; where that ends, or BAD where it is by zstd
     or does not fit.
 
@@ -287,7 +352,18 @@ def _read_plane(data, at, family, space, numbers, out):
 
 
 @kernel()
-def _opened(data, first, end, count, ahead, shift, mask, wide, family, space):
+def _opened(
+    data: Bytes,
+    first: int,
+    end: int,
+    count: int,
+    ahead: int,
+    shift: int,
+    mask: int,
+    wide: bool | None,
+    family: Numbers,
+    space: RowSpace,
+) -> OpenDelta:
     """A delta of at most so many elements, its run from `first` to `end`, as a kernel_arrays.OpenDelta."""
     layout, segments, listed = space.layout, count // UNIT + 1, data[:0]
     layout[LOG_SEGMENT], layout[STEP], layout[LOWEST] = data[0], data[1], _signed(data, 3, 2)
@@ -302,9 +378,18 @@ def _opened(data, first, end, count, ahead, shift, mask, wide, family, space):
 
 
 @kernel()
-def _decode_sparse(data, base, out, shift, mask, wide, family, space):
-    """Fill out, perhaps base itself, from a sparse chunk's data (layout: see :mod:`..sparse`); whether it is
-    one, and the plane is not by zstd."""
+def _decode_sparse(
+    data: Bytes,
+    base: Elements,
+    out: Elements,
+    shift: int,
+    mask: int,
+    wide: bool | None,
+    family: Numbers,
+    space: RowSpace,
+) -> bool:
+    """Fill out, perhaps base itself, from a sparse chunk's data (layout: see :mod:`..methods.sparse`);
+    whether it is one, and the plane is not by zstd."""
     if len(data) < SPARSE_HEAD:
         return False
     cutoff, follows, exceptions = _signed(data, 0, 2), data[2], get_number(data, 3, 4)
@@ -326,13 +411,13 @@ def _decode_sparse(data, base, out, shift, mask, wide, family, space):
     if first == BAD or not subset.restore_at(base, places, values):
         return False
     none = np.int64(0)  # a constant would have Numba compile it once more
-    opened = _opened(data, first, end, len(base), none, shift, mask, wide, family, space)
+    opened = _opened(data, first, end, len(base), none, shift, mask, wide, family, space)  # type: ignore[arg-type]
     cutoff, chosen, changed = min(cutoff, mask), space.chosen, space.changed
     return subset.decode(base, out, cutoff, active, places, values, chosen, changed, opened) == FINE
 
 
 @kernel()
-def _read_marks(data, at, family, space, active):
+def _read_marks(data: Bytes, at: int, family: Numbers, space: RowSpace, active: Bytes) -> int:
     """Which units are active, from the plane at data[at]; where it ends, or BAD."""
     marks = space.marks[: (len(active) + 7) >> 3]
     if _plane_length(data, at) != len(marks):

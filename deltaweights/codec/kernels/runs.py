@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Numba and LLVM type what is in here.
 """Runs of tokens, compiled: the tables, then the rANS stream of many lanes.
 
 A *run* codes `n` values (uint32), each under one of a few contexts (uint8) that both sides know.
@@ -36,11 +34,11 @@ from ..constants import (  # fmt: skip
     TWEAK,
     WAYS,
 )
-from ..kernel_arrays import RunSpace
+from ..kernel_arrays import Bytes, Elements, Longs, Numbers, RunSpace, Words
 from ..tables import DIRECT_BITS, PRECISION, SCALES, TOKENS
 from . import simd
 from .arithmetic import log2
-from .kernel import array, kernel, room
+from .kernel import Integer, array, kernel, room
 
 _TOTAL, _SMALL_TOTAL = 1 << 14, 1 << 6  # what explicit weights add up to, about; the second for small runs
 _MANTISSA = 3  # explicit tables: bits kept after a weight's highest bit
@@ -66,33 +64,33 @@ _block_of_bytes, _block_of_numbers = room(types.uint8, BLOCK), room(types.uint32
 
 
 @kernel(inline="always")
-def token_of(value, direct_bits):
+def token_of(value: Integer, direct_bits: int) -> int:
     """The token of a value (see tables.token_of)."""
     if value < (1 << direct_bits):
-        return np.int64(value)
+        return np.int64(value)  # type: ignore[return-value]
     octave = floor_log2(value)
     return (
-        (1 << direct_bits)
+        (1 << direct_bits)  # type: ignore[return-value]
         + ((octave - direct_bits) << 2)
         + np.int64((value >> np.uint32(octave - 2)) & np.uint32(3))
     )
 
 
 @kernel(inline="always")
-def floor_log2(value):
+def floor_log2(value: Integer) -> int:
     """The place of the highest set bit of a positive uint32."""
-    return np.int64(simd.bit_length(np.uint32(value))) - 1
+    return np.int64(simd.bit_length(np.uint32(value))) - 1  # type: ignore[return-value]
 
 
 @kernel(inline="always")
-def raw_bits_of(token, direct_bits):
+def raw_bits_of(token: int, direct_bits: int) -> int:
     """How many low bits of the value follow a token (see tables.raw_bits_of)."""
     direct = 1 << direct_bits
     return 0 if token < direct else ((token - direct) >> 2) + direct_bits - 2
 
 
 @kernel(inline="always")
-def _lead_of(token, direct_bits):
+def _lead_of(token: int, direct_bits: int) -> int:
     """The value of a token, without its raw bits (see tables.lead_of)."""
     return token if token < 1 << direct_bits else 4 | (token & 3)
 
@@ -101,7 +99,7 @@ def _lead_of(token, direct_bits):
 
 
 @kernel(types.void(_numbers, _i, _numbers))
-def fit_frequencies(weights, precision, frequencies):
+def fit_frequencies(weights: Numbers, precision: int, frequencies: Numbers) -> None:
     """Frequencies adding up to 2**precision: each present token gets 1 and its share of the rest.
 
     `weights` and `frequencies` are uint32[TOKENS]; what rounding leaves goes to the first of the
@@ -129,7 +127,7 @@ def fit_frequencies(weights, precision, frequencies):
 
 
 @kernel(types.void(_tables, _i, _i, _i, _numbers))
-def family_weights(family, member, spread, highest, weights):
+def family_weights(family: Numbers, member: int, spread: int, highest: int, weights: Numbers) -> None:
     """The weights of one member of the family, tokens up to `highest` all present.
 
     A `spread` of k half octaves averages the members k below, 0 (twice) and k above: heavier tails.
@@ -145,7 +143,7 @@ def family_weights(family, member, spread, highest, weights):
 
 
 @kernel(_i(_i, _i))
-def coarse_weight(kind, mantissa):
+def coarse_weight(kind: int, mantissa: int) -> int:
     """The weight that an explicit table means by a bit length and up to three mantissa bits."""
     if kind == 0:
         return 0
@@ -155,14 +153,14 @@ def coarse_weight(kind, mantissa):
 
 
 @kernel(types.void(_numbers, _i, _i, _numbers))
-def coarsen(counts, total, aim, weights):
+def coarsen(counts: Numbers, total: Integer, aim: int, weights: Numbers) -> None:
     """Counts to the weights an explicit table can say, `aim` in all, about; every positive count stays so."""
     for t in range(TOKENS):
         count = np.int64(counts[t])
         if count == 0:
             weights[t] = 0
             continue
-        weight = max(count * aim // total, 1)
+        weight: int = max(count * aim // total, 1)  # type: ignore[assignment]
         kind = floor_log2(weight) + 1
         dropped = kind - 1 - min(kind - 1, _MANTISSA)
         weights[t] = (
@@ -171,7 +169,7 @@ def coarsen(counts, total, aim, weights):
 
 
 @kernel(_i(_bytes, _i, _i, _i))
-def _put(data, bit, value, count):
+def _put(data: Bytes, bit: int, value: Integer, count: int) -> int:
     """Append `count` bits of `value`, lowest first, at position `bit`; the bytes start as zero."""
     for i in range(count):
         if (value >> i) & 1:
@@ -181,18 +179,18 @@ def _put(data, bit, value, count):
 
 
 @kernel(_i(_bytes, _i, _i, _i))
-def _get(data, bit, end, count):
+def _get(data: Bytes, bit: int, end: int, count: int) -> int:
     """`count` bits from position `bit`; bits beyond byte `end` read as zero."""
     value = 0
     for i in range(count):
         if (bit >> 3) < end:
-            value |= np.int64((data[bit >> 3] >> np.uint8(bit & 7)) & 1) << i
+            value |= np.int64((data[bit >> 3] >> np.uint8(bit & 7)) & 1) << i  # type: ignore[assignment]
         bit += 1
     return value
 
 
 @kernel(types.UniTuple(_i, 2)(_numbers))
-def table_span(weights):
+def table_span(weights: Numbers) -> tuple[int, int]:
     """(first, last) token present; (0, -1) for an empty table."""
     first, last = 0, TOKENS - 1
     while first < TOKENS and weights[first] == 0:
@@ -203,7 +201,7 @@ def table_span(weights):
 
 
 @kernel(_i(_bytes, _i, _numbers))
-def put_table(data, bit, weights):
+def put_table(data: Bytes, bit: int, weights: Numbers) -> int:
     """Write one explicit table: first token, last token (8 bits each), then each weight.
 
     A weight is its bit length, as the difference to the one before (zigzag, unary; 12 before the
@@ -231,7 +229,7 @@ def put_table(data, bit, weights):
 
 
 @kernel(_i(_bytes, _i, _i, _numbers))
-def get_table(data, bit, end, weights):
+def get_table(data: Bytes, bit: int, end: int, weights: Numbers) -> int:
     """Read what `put_table` wrote into weights (uint32[TOKENS]); the next bit, or BAD."""
     weights[:] = 0
     first, last = _get(data, bit, end, 8), _get(data, bit + 8, end, 8)
@@ -254,7 +252,7 @@ def get_table(data, bit, end, weights):
 
 
 @kernel(_real(_numbers, _numbers, _i))
-def table_cost(counts, frequencies, precision):
+def table_cost(counts: Numbers, frequencies: Numbers, precision: int) -> float:
     """Bits that `counts` tokens take under `frequencies`; infinite where one has none."""
     bits = 0.0
     for t in range(TOKENS):
@@ -266,7 +264,7 @@ def table_cost(counts, frequencies, precision):
 
 
 @kernel(types.UniTuple(_i, 2)(_tables, _longs, _tables, _i))
-def fit_family(counts, members, family, highest):
+def fit_family(counts: Numbers, members: Longs, family: Numbers, highest: int) -> tuple[int, int]:
     """(tweak, spread) under which all tokens take the fewest bits, all tables being the family's."""
     best, best_tweak, best_spread = np.inf, 0, 0
     weights, frequencies = _a_table(), _a_table()
@@ -284,8 +282,18 @@ def fit_family(counts, members, family, highest):
 
 @kernel(_real(_tables, _longs, _i, _tables, _i, _i, _i, _flag, _bytes, _tables, _tables))
 def choose_tables(
-    counts, members, tweak, family, spread, precision, highest, small, explicit, weights, frequencies
-):  # fmt: skip
+    counts: Numbers,
+    members: Longs,
+    tweak: int,
+    family: Numbers,
+    spread: int,
+    precision: int,
+    highest: int,
+    small: bool,
+    explicit: Bytes,
+    weights: Numbers,
+    frequencies: Numbers,
+) -> float:
     """For each context the cheaper of an explicit table and the family's; the cost in bits.
 
     counts       uint32[contexts, TOKENS]
@@ -315,7 +323,7 @@ def choose_tables(
 
 
 @kernel(_i(_bytes, _bytes, _tables))
-def write_tables(out, explicit, weights):
+def write_tables(out: Bytes, explicit: Bytes, weights: Numbers) -> int:
     """One table a context into out (zeros before); how many bytes."""
     bit = 0
     for c in range(len(explicit)):
@@ -326,7 +334,15 @@ def write_tables(out, explicit, weights):
 
 
 @kernel(_i(_bytes, _longs, _tables, _i, _i, _i, _tables))
-def read_tables(data, members, family, spread, precision, highest, frequencies):
+def read_tables(
+    data: Bytes,
+    members: Longs,
+    family: Numbers,
+    spread: int,
+    precision: int,
+    highest: int,
+    frequencies: Numbers,
+) -> int:
     """The tables that data begins with into frequencies; how many bytes they took, or BAD."""
     weights, bit, end = _a_table(), 0, len(data)
     for c in range(len(members)):
@@ -347,7 +363,7 @@ def read_tables(data, members, family, spread, precision, highest, frequencies):
 
 
 @kernel(_i(_tables, _i, _numbers))
-def fill_slots(frequencies, direct_bits, slots):
+def fill_slots(frequencies: Numbers, direct_bits: int, slots: Numbers) -> int:
     """Fill slots (uint32, tables << precision): what a lane's low bits and its context stand for.
 
     A slot is raw bit count << 27 | leading part << 23 | frequency << 11 | slot - start; where no
@@ -361,7 +377,7 @@ def fill_slots(frequencies, direct_bits, slots):
     direct = highest < 1 << direct_bits
     for c in range(len(frequencies)):
         for t in range(highest + 1):
-            frequency = np.int64(frequencies[c, t])
+            frequency: int = np.int64(frequencies[c, t])  # type: ignore[assignment]
             if frequency > 0:
                 value = t if direct else raw_bits_of(t, direct_bits) << 4 | _lead_of(t, direct_bits)
                 entry = np.uint32(value << 23 | frequency << 11)
@@ -376,7 +392,7 @@ def fill_slots(frequencies, direct_bits, slots):
 
 
 @kernel(_i(_i, _i))
-def log_span(direct_bits, value_bits):
+def log_span(direct_bits: int, value_bits: int) -> int:
     """log2 of how many tokens values of so many bits may have: the length of a row of keys."""
     if direct_bits == 8:
         return 8
@@ -384,7 +400,15 @@ def log_span(direct_bits, value_bits):
 
 
 @kernel(types.void(_bytes, _numbers, _i, _i, _words, _numbers, _tables))
-def count_tokens(contexts, values, direct_bits, span, keys, counts, total):
+def count_tokens(
+    contexts: Bytes,
+    values: Numbers,
+    direct_bits: int,
+    span: int,
+    keys: Words,
+    counts: Numbers,
+    total: Numbers,
+) -> None:
     """How often each token comes in each context into total.
 
     keys     uint16, written: context << span | token of each value
@@ -411,7 +435,17 @@ def count_tokens(contexts, values, direct_bits, span, keys, counts, total):
 
 
 @kernel(_i(_words, _i, _numbers, _words, _numbers, _numbers, _i, _i, _i))
-def _encode_scalar(words, at, table, keys, values, states, first, count, precision):
+def _encode_scalar(
+    words: Words,
+    at: int,
+    table: Numbers,
+    keys: Words,
+    values: Numbers,
+    states: Numbers,
+    first: int,
+    count: int,
+    precision: int,
+) -> int:
     """One step of `count` lanes, values from `first`, in front of `at`; the new `at`.
 
     The mirror image of `_decode_scalar`: raw bits of the second pull, of the first, then tokens.
@@ -420,7 +454,7 @@ def _encode_scalar(words, at, table, keys, values, states, first, count, precisi
     for pull in (2, 1):
         for lane in range(count - 1, -1, -1):
             value = np.int64(values[first + lane])
-            raw = (np.int64(table[keys[first + lane]]) >> 11) & 31
+            raw: int = (np.int64(table[keys[first + lane]]) >> 11) & 31  # type: ignore[assignment]
             rest = max(raw - inline, 0)
             width = min(rest, 16) if pull == 1 else max(rest - 16, 0)
             if width == 0:
@@ -434,7 +468,7 @@ def _encode_scalar(words, at, table, keys, values, states, first, count, precisi
             states[lane] = (state << width) | (part & ((1 << width) - 1))
     for lane in range(count - 1, -1, -1):
         value, entry = np.int64(values[first + lane]), np.int64(table[keys[first + lane]])
-        frequency, raw, start = entry >> 16, (entry >> 11) & 31, entry & 2047
+        frequency, raw, start = entry >> 16, (entry >> 11) & 31, entry & 2047  # type: ignore[assignment]
         width = min(raw, inline)
         state = np.int64(states[lane])
         if state >> (32 - precision - width) >= frequency:
@@ -447,19 +481,31 @@ def _encode_scalar(words, at, table, keys, values, states, first, count, precisi
 
 
 @kernel(types.void(_tables, _i, _i, _i, _numbers))
-def fill_encoder_table(frequencies, direct_bits, tail, span, table):
+def fill_encoder_table(frequencies: Numbers, direct_bits: int, tail: int, span: int, table: Numbers) -> None:
     """uint32, 1 << span entries a context: frequency << 16 | raw bit count << 11 | start, by key (see
     `count_tokens`)."""
     for c in range(len(frequencies)):
         start = 0
         for t in range(1 << span):
-            frequency = np.int64(frequencies[c, t])
+            frequency: int = np.int64(frequencies[c, t])  # type: ignore[assignment]
             table[c << span | t] = frequency << 16 | (raw_bits_of(t, direct_bits) + tail) << 11 | start
             start += frequency
 
 
 @kernel(_i(_words, _tables, _words, _numbers, _i, _i, _i, _i, _i, _numbers, _numbers))
-def encode_words(words, frequencies, keys, values, lanes, direct_bits, tail, span, precision, table, states):
+def encode_words(
+    words: Words,
+    frequencies: Numbers,
+    keys: Words,
+    values: Numbers,
+    lanes: int,
+    direct_bits: int,
+    tail: int,
+    span: int,
+    precision: int,
+    table: Numbers,
+    states: Numbers,
+) -> int:
     """Code the values into the end of `words` (3 a value, and WORDS_SPARE); where the words begin.
 
     frequencies  uint32[tables, TOKENS], each table adding up to 1 << precision
@@ -486,7 +532,18 @@ def encode_words(words, frequencies, keys, values, lanes, direct_bits, tail, spa
 
 
 @kernel(_i(_bytes, _numbers, _longs, _tables, _i, _i, _i, _real, _space, _i))
-def encode_run(contexts, values, members, family, direct_bits, value_bits, tail, limit, space, at):
+def encode_run(
+    contexts: Bytes,
+    values: Numbers,
+    members: Longs,
+    family: Numbers,
+    direct_bits: int,
+    value_bits: int,
+    tail: int,
+    limit: float,
+    space: RunSpace,
+    at: int,
+) -> int:
     """Code a run with the cheapest tables found; where its head ends, or BAD where it would be too long.
 
     contexts     uint8[n], each below len(members)
@@ -532,7 +589,18 @@ def encode_run(contexts, values, members, family, direct_bits, value_bits, tail,
 
 
 @kernel(types.Tuple((_i, _real))(_longs, _i, _tables, _i, _i, _real, _flag, _flag, _tables, _bytes))
-def cheapest_tables(members, tweak, family, spread, highest, raw, coarse, small, tables, explicit):
+def cheapest_tables(
+    members: Longs,
+    tweak: int,
+    family: Numbers,
+    spread: int,
+    highest: int,
+    raw: float,
+    coarse: bool,
+    small: bool,
+    tables: Numbers,
+    explicit: Bytes,
+) -> tuple[int, float]:
     """(0, or 1 where probabilities of one bit less than PRECISION are taken; bits of the run)
 
     raw          bits of the run that no table has a part in
@@ -554,7 +622,7 @@ def cheapest_tables(members, tweak, family, spread, highest, raw, coarse, small,
 
 
 @kernel(types.Tuple((_i, _real))(_tables, _i))
-def highest_and_raw_bits(counts, direct_bits):
+def highest_and_raw_bits(counts: Numbers, direct_bits: int) -> tuple[int, float]:
     """The highest token that comes, and how many raw bits follow all tokens."""
     highest, bits = 0, np.int64(0)
     for c in range(len(counts)):
@@ -566,7 +634,7 @@ def highest_and_raw_bits(counts, direct_bits):
 
 
 @kernel(_i(_real, _i))
-def lane_code(size, count):
+def lane_code(size: float, count: int) -> int:
     """Half the logarithm of how many lanes a run of that many bytes gets: each wastes two."""
     code = 0
     for least, lanes in _LANES_FROM:
@@ -575,7 +643,7 @@ def lane_code(size, count):
 
 
 @kernel(_i(_bytes, _i, _i, _i))
-def put_number(out, at, value, size):
+def put_number(out: Bytes, at: int, value: Integer, size: int) -> int:
     """Write the low `size` bytes of an integer; where they end."""
     for place in range(size):
         out[at + place] = (value >> 8 * place) & 255
@@ -583,7 +651,7 @@ def put_number(out, at, value, size):
 
 
 @kernel(_i(_bytes, _i, _words))
-def put_words(out, at, words):
+def put_words(out: Bytes, at: int, words: Words) -> int:
     """Write words; where they end."""
     for i in range(len(words)):
         at = put_number(out, at, np.int64(words[i]), 2)
@@ -594,26 +662,38 @@ def put_words(out, at, words):
 
 
 @kernel(inline="always")
-def get_number(data, at, size):
+def get_number(data: Bytes, at: int, size: int) -> int:
     """The integer of `size` bytes at data[at]: unsigned, below 64 bits."""
     value = np.int64(0)
     for place in range(size):
         value |= np.int64(data[at + place]) << 8 * place
-    return value
+    return value  # type: ignore[return-value]
 
 
 @kernel(inline="always")
-def _refill(words, at, end, state):
+def _refill(words: Words, at: int, end: int, state: Integer) -> tuple[int, int]:
     """A lane below the floor takes one word; beyond the end it takes the floor: (state, at)."""
     if state >= STATE_FLOOR:
-        return state, at
-    return ((state << 16) | np.int64(words[at]) if at < end else np.int64(STATE_FLOOR)), at + 1
+        return state, at  # type: ignore[return-value]
+    return ((state << 16) | np.int64(words[at]) if at < end else np.int64(STATE_FLOOR)), at + 1  # type: ignore[return-value]
 
 
 @kernel(_i(_words, _i, _i, _numbers, _bytes, _numbers, _numbers, _longs, _i, _i, _i, _flag, _i))
 def _decode_scalar(
-    words, at, end, slots, contexts, values, states, rest, first, count, precision, direct, tail
-):
+    words: Words,
+    at: int,
+    end: int,
+    slots: Numbers,
+    contexts: Bytes,
+    values: Numbers,
+    states: Numbers,
+    rest: Longs,
+    first: int,
+    count: int,
+    precision: int,
+    direct: bool,
+    tail: int,
+) -> int:
     """One step of `count` lanes, values from `first`; the new `at`, beyond `end` when exhausted.
 
     `rest` is scratch, int64[64]: the raw bits each lane still waits for.
@@ -630,7 +710,7 @@ def _decode_scalar(
         values[first + lane] = (lead << width) | (state & ((1 << width) - 1))
         states[lane], at = _refill(words, at, end, state >> width)
         rest[lane] = raw - width
-        more |= raw > width
+        more |= raw > width  # type: ignore[assignment]
     for _ in range(2 if more else 0):
         for lane in range(count):
             width = min(rest[lane], 16)
@@ -644,12 +724,21 @@ def _decode_scalar(
 
 
 @kernel(_i(_bytes, _longs, _tables, _i, _tables, _numbers, _numbers, _longs))
-def open_head(data, members, family, direct_bits, frequencies, slots, states, settings):
+def open_head(
+    data: Bytes,
+    members: Longs,
+    family: Numbers,
+    direct_bits: int,
+    frequencies: Numbers,
+    slots: Numbers,
+    states: Numbers,
+    settings: Longs,
+) -> int:
     """Read the head of a run that takes up all of `data`; where its words begin, or BAD.
 
     frequencies  uint32[len(members), TOKENS], scratch
     slots      uint32, len(members) << PRECISION
-    states     uint32[64], settings int64[4]: written, but for settings[TAIL]
+    states     uint32[64], settings int64[4]: written, except for settings[TAIL]
     """
     if len(data) < 2:
         return BAD
@@ -670,11 +759,20 @@ def open_head(data, members, family, direct_bits, frequencies, slots, states, se
             return BAD
         states[lane] = state
     settings[LANES], settings[BITS], settings[DIRECT] = lanes, precision, highest < 1 << direct_bits
-    return at + 4 * lanes
+    return at + 4 * lanes  # type: ignore[no-any-return]
 
 
 @kernel(_i(_words, _i, _numbers, _bytes, _numbers, _longs, _numbers, _longs))
-def decode_values(words, at, slots, contexts, values, settings, states, rest):
+def decode_values(
+    words: Words,
+    at: int,
+    slots: Numbers,
+    contexts: Bytes,
+    values: Numbers,
+    settings: Longs,
+    states: Numbers,
+    rest: Longs,
+) -> int:
     """Decode len(contexts) values, whole steps unless they are the run's last; the word cursor.
 
     settings     int64[4], see constants.py; a tail wants a run of bytes
@@ -709,7 +807,7 @@ def decode_values(words, at, slots, contexts, values, settings, states, rest):
 
 
 @kernel(_flag(_words, _i, _i, _numbers))
-def ended_well(words, at, lanes, states):
+def ended_well(words: Words, at: int, lanes: int, states: Numbers) -> bool:
     """Whether a run used up exactly its words and left every lane as the encoder began it."""
     if at != len(words) - GUARD:
         return False
@@ -720,7 +818,17 @@ def ended_well(words, at, lanes, states):
 
 
 @kernel(_i(_bytes, _longs, _tables, _i, _tables, _numbers, _numbers, _longs, _words))
-def open_run(data, members, family, direct_bits, frequencies, slots, states, settings, words):
+def open_run(
+    data: Bytes,
+    members: Longs,
+    family: Numbers,
+    direct_bits: int,
+    frequencies: Numbers,
+    slots: Numbers,
+    states: Numbers,
+    settings: Longs,
+    words: Words,
+) -> int:
     """Read all of a run but its values; how many of `words` are written, or BAD where it cannot be one.
 
     words        uint16, scratch; the others as in :func:`open_head`. A run of more than len(words) - GUARD
@@ -740,7 +848,15 @@ def open_run(data, members, family, direct_bits, frequencies, slots, states, set
 
 
 @kernel()
-def decode_list(data, family, direct_bits, tail, frequencies, words, out):
+def decode_list(
+    data: Bytes,
+    family: Numbers,
+    direct_bits: int,
+    tail: int,
+    frequencies: Numbers,
+    words: Words,
+    out: Elements,
+) -> bool:
     """Fill out (unsigned[n]) from a run of one context that takes up all of `data`; False where it is none.
 
     frequencies  uint32[1, TOKENS], scratch
@@ -768,13 +884,21 @@ def decode_list(data, family, direct_bits, tail, frequencies, words, out):
 
 
 @kernel(_flag(_bytes, _tables, _i, _i, _tables, _words, _numbers))
-def decode_numbers(data, family, direct_bits, tail, frequencies, words, out):
+def decode_numbers(
+    data: Bytes,
+    family: Numbers,
+    direct_bits: int,
+    tail: int,
+    frequencies: Numbers,
+    words: Words,
+    out: Numbers,
+) -> bool:
     """:func:`decode_list` into uint32[n]: compiled once for whoever calls it."""
     return decode_list(data, family, direct_bits, tail, frequencies, words, out)
 
 
 @kernel()
-def read_list(data, at, family, frequencies, words, out):
+def read_list(data: Bytes, at: int, family: Numbers, frequencies: Numbers, words: Words, out: Numbers) -> int:
     """Fill out (uint32[n]) from a run of one context at data[at], behind its length as u32; where it ends, or
     BAD where there is none. The others as in :func:`decode_list`."""
     if at + 4 > len(data):
@@ -787,7 +911,7 @@ def read_list(data, at, family, frequencies, words, out):
 
 
 @kernel(_i(_bytes, _tables, _tables, _words, _tables))
-def decode_lists(data, family, frequencies, words, out):
+def decode_lists(data: Bytes, family: Numbers, frequencies: Numbers, words: Words, out: Numbers) -> int:
     """Fill the rows of out (uint32[lists, n]) from runs of one context in a row, each behind its length as
     u32; where they end, or BAD where there are no such runs. The others as in :func:`decode_list`."""
     at = 0

@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Numba and LLVM type what is in here.
 """The two loops that must be fast, written as LLVM vector operations for Numba.
 
 `decode_64`, `encode_64` and the like do the bulk of every token run for :mod:`.runs`.
@@ -13,15 +11,16 @@ The arithmetic is that of tests/codec/reference.py, line for line; the operation
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.typing.templates import Signature
-from numba.extending import intrinsic
 
 from ..constants import RING, WAYS
+from .kernel import intrinsic
 from .vectors import (
     F32,
     I1,
@@ -55,6 +54,12 @@ class _Loop:
     """What both directions share: array pointers, lane states and the word cursor."""
 
     names: tuple[str, ...]  # of the arguments, which become attributes
+    words: ir.Value
+    table: ir.Value
+    states: ir.Value
+    at: ir.Value
+    steps: ir.Value
+    precision: ir.Value
 
     def __init__(
         self,
@@ -110,10 +115,31 @@ class _Loop:
         return mask.choose(state >> 16, state)
 
 
-class _ValueLoop(_Loop):
+class _ReadLoop(_Loop, ABC):
+    """Decoding."""
+
+    end: ir.Value
+    tail: ir.Value  # only where values come from an array of contexts
+
+    @abstractmethod
+    def begin(self, place: Callable[[int], ir.Value]) -> None:
+        """Prepare a step."""
+
+    @abstractmethod
+    def context(self, v: int, place: ir.Value) -> Vec:
+        """The contexts of vector `v`, whose first value is at `place`."""
+
+    @abstractmethod
+    def put(self, values: list[Vec], place: Callable[[int], ir.Value]) -> None:
+        """Take a step's values."""
+
+
+class _ValueLoop(_ReadLoop):
     """Decoding: contexts come from an array, values go to one."""
 
     names = ("words", "table", "contexts", "values", "states", "at", "end", "steps", "precision", "tail")
+    contexts: ir.Value
+    values: ir.Value
 
     def begin(self, place: Callable[[int], ir.Value]) -> None:
         """Nothing to prepare for a step."""
@@ -126,7 +152,7 @@ class _ValueLoop(_Loop):
             store(self.b, value, self.values, place(v))
 
 
-class _FloatLoop(_Loop):
+class _FloatLoop(_ReadLoop):
     """Decoding: contexts come from the base's elements, and the target's go out; nothing else is stored.
 
     Elements have 8 or 16 bits and are worked 32 at a time, in lanes of 16 bits.
@@ -134,6 +160,17 @@ class _FloatLoop(_Loop):
 
     names = ("words", "table", "base", "out", "states", "at", "end", "steps", "precision", "shift",
              "mask", "scales", "log_segment", "first", "lowest", "step", "last", "ahead")  # fmt: skip
+    base: ir.Value
+    out: ir.Value
+    shift: ir.Value
+    mask: ir.Value
+    scales: ir.Value
+    log_segment: ir.Value
+    first: ir.Value
+    lowest: ir.Value
+    step: ir.Value
+    last: ir.Value
+    ahead: ir.Value
 
     def __init__(self, context: Any, builder: ir.IRBuilder, signature: Signature, args: list[ir.Value],
                  vectors: int) -> None:  # fmt: skip
@@ -180,18 +217,18 @@ def _any(loop: _Loop, masks: list[Vec]) -> ir.Value:
     return total.any()
 
 
-def _decode_slot(loop: _Loop, v: int, place: ir.Value) -> Vec:
+def _decode_slot(loop: _ReadLoop, v: int, place: ir.Value) -> Vec:
     """What each lane of vector `v` holds next (see runs.fill_slots)."""
     one = Vec(loop.b, loop.bits._lift(1))
     low = loop.get(v) & ((one << loop.bits) - 1)
     return gather(loop.b, loop.table, (loop.context(v, place) << loop.bits) | low)
 
 
-def _take_token(loop: _Loop, v: int, slot: Vec) -> None:
+def _take_token(loop: _ReadLoop, v: int, slot: Vec) -> None:
     loop.set(v, ((slot >> 11) & 4095) * (loop.get(v) >> loop.bits) + (slot & 2047))
 
 
-def _decode_step_wide(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
+def _decode_step_wide(loop: _ReadLoop, place: Callable[[int], ir.Value]) -> None:
     """One step whose tokens may carry raw bits."""
     b = loop.b
     slots, values = _decode_inline(loop, place)
@@ -207,7 +244,7 @@ def _decode_step_wide(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
     loop.put([Vec(b, b.load(cell, typ=vector_of(I32))) for cell in cells], place)
 
 
-def _decode_step_raw(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
+def _decode_step_raw(loop: _ReadLoop, place: Callable[[int], ir.Value]) -> None:
     """The same where many tokens carry more raw bits than are inline.
 
     No branch has to be foreseen: to have been wrong costs as much as the gathers that were begun for nothing.
@@ -221,7 +258,7 @@ def _decode_step_raw(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
     loop.put([Vec(loop.b, loop.b.load(cell, typ=vector_of(I32))) for cell in cells], place)
 
 
-def _decode_inline(loop: _Loop, place: Callable[[int], ir.Value]) -> tuple[list[Vec], list[Vec]]:
+def _decode_inline(loop: _ReadLoop, place: Callable[[int], ir.Value]) -> tuple[list[Vec], list[Vec]]:
     """(slots, values) of a step, of the values' raw bits those that are inline."""
     loop.begin(place)
     slots = [_decode_slot(loop, v, place(v)) for v in loop.vectors]  # gathers first: they overlap
@@ -233,21 +270,21 @@ def _decode_inline(loop: _Loop, place: Callable[[int], ir.Value]) -> tuple[list[
     return slots, values
 
 
-def _beyond_inline(loop: _Loop, slots: list[Vec]) -> tuple[list[Vec], list[Vec]]:
+def _beyond_inline(loop: _ReadLoop, slots: list[Vec]) -> tuple[list[Vec], list[Vec]]:
     """How many raw bits the second and the third pull take."""
     rest = [(slot >> 27).less(loop.inline) for slot in slots]
     first = [r.at_most(16) for r in rest]
     return first, [r - f for r, f in zip(rest, first, strict=True)]
 
 
-def _decode_raw(loop: _Loop, values: list[ir.Value], counts: list[Vec]) -> None:
+def _decode_raw(loop: _ReadLoop, values: list[ir.Value], counts: list[Vec]) -> None:
     """Pull up to 16 more raw bits a lane and append them to the values."""
     for v in loop.vectors:
         value = Vec(loop.b, loop.b.load(values[v], typ=vector_of(I32)))
         loop.b.store(_take_bits(loop, v, value, counts[v]).value, values[v])
 
 
-def _take_bits(loop: _Loop, v: int, value: Vec, count: Vec) -> Vec:
+def _take_bits(loop: _ReadLoop, v: int, value: Vec, count: Vec) -> Vec:
     """`value << count`, filled up with the states' lowest bits, which they lose."""
     state = loop.get(v)
     rest = state >> count
@@ -255,7 +292,7 @@ def _take_bits(loop: _Loop, v: int, value: Vec, count: Vec) -> Vec:
     return ((value - rest) << count) + state
 
 
-def _decode_step_direct(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
+def _decode_step_direct(loop: _ReadLoop, place: Callable[[int], ir.Value]) -> None:
     """One step in which every token is its own value."""
     loop.begin(place)
     slots = [_decode_slot(loop, v, place(v)) for v in loop.vectors]  # gathers first: they overlap
@@ -265,7 +302,7 @@ def _decode_step_direct(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
     loop.put([slot >> 23 for slot in slots], place)
 
 
-def _decode_step_tail(loop: _Loop, place: Callable[[int], ir.Value]) -> None:
+def _decode_step_tail(loop: _ReadLoop, place: Callable[[int], ir.Value]) -> None:
     """One step in which every token carries as many raw bits: `tail`, all inline."""
     loop.begin(place)
     slots = [_decode_slot(loop, v, place(v)) for v in loop.vectors]
@@ -342,6 +379,9 @@ class _WriteLoop(_Loop):
     """Encoding."""
 
     names = ("words", "table", "keys", "entries", "values", "states", "at", "steps", "precision")
+    keys: ir.Value
+    entries: ir.Value
+    values: ir.Value
 
     def slot(self, step: ir.Value) -> ir.Value:
         """Where in the ring a step's entries begin."""
@@ -367,8 +407,8 @@ class _WriteLoop(_Loop):
 
 
 def _make_decoder(
-    step: Callable[[_Loop, Callable[[int], ir.Value]], None], kind: type[_Loop], vectors: int
-) -> Any:
+    step: Callable[[_ReadLoop, Callable[[int], ir.Value]], None], kind: type[_ReadLoop], vectors: int
+) -> Callable[..., int]:
     def typer(typingctx: Any, *kinds: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             loop = kind(context, builder, signature, args, vectors)
@@ -384,7 +424,7 @@ def _make_decoder(
     return _intrinsic(typer, kind.names)
 
 
-def _make_encoder(vectors: int) -> Any:
+def _make_encoder(vectors: int) -> Callable[..., int]:
     def typer(typingctx: Any, *kinds: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             loop = _WriteLoop(context, builder, signature, args, vectors)
@@ -402,12 +442,13 @@ def _make_encoder(vectors: int) -> Any:
     return _intrinsic(typer, _WriteLoop.names)
 
 
-def _intrinsic(typer: Callable[..., Any], names: Iterable[str]) -> Any:
+def _intrinsic(typer: Callable[..., Any], names: Iterable[str]) -> Callable[..., int]:
     """`typer` as an intrinsic. Numba reads the number of parameters off a function, so it is spelled out."""
     listed = ", ".join(names)
     scope: dict[str, Any] = {"typer": typer}
     exec(f"def fixed(typingctx, {listed}): return typer(typingctx, {listed})", scope)  # noqa: S102
-    return intrinsic(scope["fixed"])
+    made: Callable[..., int] = intrinsic(scope["fixed"])
+    return made
 
 
 # ------------------------------------------------------------------------------ float transforms
@@ -442,7 +483,7 @@ def _store_as(builder: ir.IRBuilder, vector: Vec, array: tuple[Any, ir.Type], at
     builder.store(value, address(builder, data, at, element), align=element.width // 8)
 
 
-def _elementwise(body: Callable[..., None], arity: int, least_width: int = 8) -> Any:
+def _elementwise(body: Callable[..., None], arity: int, least_width: int = 8) -> Callable[..., int]:
     """An intrinsic `f(count, *arrays and scalars)` that works whole vectors of its arrays.
 
     `body(builder, kind, at, *arguments)` handles the elements at..at + kind.count, `kind` being
@@ -483,7 +524,8 @@ def _sign(vector: Vec) -> Vec:
 
 def _mirror(vector: Vec) -> Vec:
     """Bits in numeric order: negative numbers have their magnitude bits flipped. Self-inverse."""
-    return vector ^ (_sign(vector) & ((1 << (vector.value.type.element.width - 1)) - 1))
+    magnitude: int = (1 << (vector.value.type.element.width - 1)) - 1
+    return vector ^ (_sign(vector) & magnitude)
 
 
 def _distance_body(builder: Any, kind: Any, at: Any, base: Any, target: Any, values: Any) -> None:
@@ -528,7 +570,7 @@ def _contexts_of(
         offset = builder.select(builder.icmp_signed(sign, offset, bound), bound, offset)
     shift, mask, offset, step, last = (builder.trunc(a, element) for a in (shift, mask, offset, step, last))
     exponent = (bits >> shift) & mask
-    place = ((exponent << 1) - offset).shift_signed(step)
+    place: Vec = ((exponent << 1) - offset).shift_signed(step)
     return place.clamp_signed(last)
 
 
@@ -621,7 +663,7 @@ context_vectors = _elementwise(_context_body, 10, 16)
 move_vectors = _elementwise(_move_body, 5, 32)
 
 
-def _make_sift(merge: bool) -> Any:
+def _make_sift(merge: bool) -> Callable[[Any, int, int, int, Any, int, Any], int]:
     """`select_vectors` and, with `merge`, `merge_vectors`: the two ways through a subset."""
 
     def typer(typingctx: Any, base: Any, shift: Any, mask: Any, cutoff: Any, chosen: Any,
@@ -672,7 +714,7 @@ select_vectors = _make_sift(merge=False)
 merge_vectors = _make_sift(merge=True)
 
 
-def _make_byte_mover(push: bool) -> Any:
+def _make_byte_mover(push: bool) -> Callable[[Any, Any, int, Any, int], int]:
     """`push_bytes` and `pop_bytes`: low bytes from or to a plane, in the lanes of low contexts."""
 
     def typer(typingctx: Any, values: Any, contexts: Any, limit: Any, plane: Any, at: Any) -> Any:

@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Numba and LLVM type what is in here.
 """Floats without a base, compiled: the leading byte entropy-coded, the others as byte planes.
 
 Rotated so that the sign comes last, a float's leading byte is its exponent (all of it in BF16 and
@@ -12,6 +10,7 @@ import numpy as np
 from numba import types
 
 from ..constants import BAD, BLOCK, GUARD, LANES, TAIL
+from ..kernel_arrays import Bytes, Elements, Numbers, Words
 from ..tables import BYTE_BITS, PRECISION
 from . import runs
 from .arithmetic import log2
@@ -24,7 +23,7 @@ _slots, _states = room(types.uint32, 1 << PRECISION), room(types.uint32, 64)
 
 
 @kernel()
-def rotated_byte(bits, place, out):
+def rotated_byte(bits: Elements, place: int, out: Elements) -> None:
     """Byte `place` (0 = lowest) of each element, rotated so that its sign comes last, into out."""
     # One shift takes the byte from above the sign's new place, the sign itself being byte 0's.
     top, shift = 8 * bits.itemsize - 1, 8 * place - 1
@@ -38,7 +37,7 @@ def rotated_byte(bits, place, out):
 
 
 @kernel()
-def upper_words(bits, out):
+def upper_words(bits: Elements, out: Numbers) -> None:
     """The upper 16 bits of each element (uint16 or wider), rotated so that its sign comes last."""
     top = 8 * bits.itemsize - 1
     if bits.itemsize == 2:
@@ -51,7 +50,7 @@ def upper_words(bits, out):
 
 
 @kernel()
-def enter_window(words, bias, span, values):
+def enter_window(words: Numbers, bias: int, span: int, values: Numbers) -> int:
     """Words as their distance from the bias, 1 to span - 1, and 0 for those farther off; how many are."""
     outside = 0
     for i in range(len(words)):
@@ -63,7 +62,7 @@ def enter_window(words, bias, span, values):
 
 
 @kernel()
-def join(leading, planes, out):
+def join(leading: Numbers, planes: Bytes, out: Elements) -> None:
     """The elements with these leading bits (uint32[n]) and planes of lower bytes (uint8[.., n])."""
     size = out.itemsize
     if size <= 4:
@@ -84,7 +83,9 @@ def join(leading, planes, out):
 
 
 @kernel()
-def decode_joined(data, family, frequencies, words, planes, out):
+def decode_joined(
+    data: Bytes, family: Numbers, frequencies: Numbers, words: Words, planes: Bytes, out: Elements
+) -> bool:
     """Fill out (unsigned[n]) from a run of leading bytes and the other planes; False: bad.
 
     data     uint8, all of the run
@@ -110,7 +111,7 @@ def decode_joined(data, family, frequencies, words, planes, out):
 
 
 @kernel()
-def byte_bits(values, stride):
+def byte_bits(values: Bytes, stride: int) -> float:
     """The order-0 entropy of bytes in bits each, from every `stride`-th run of 256."""
     counts = _counts_of_bytes()
     counts[:] = 0

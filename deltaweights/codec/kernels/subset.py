@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Numba and LLVM type what is in here.
 """The elements of a chunk worth coding, compiled: what sparse chunks are reduced to.
 
 Where a fine-tune moved few weights, they are those whose ULP is small: the others could not follow
@@ -12,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..constants import BAD, FINE, SUBSET_UNIT
+from ..kernel_arrays import Bytes, Elements, Numbers, OpenDelta
 from . import difference, simd
 from .kernel import kernel
 
@@ -20,7 +19,7 @@ _AT_ONCE = 32  # elements that are compared at once
 
 
 @kernel()
-def count_exponents(base, shift, mask, counts):
+def count_exponents(base: Elements, shift: int, mask: int, counts: Numbers) -> None:
     """How many elements have each exponent, in four parts that add up: uint32[4, mask + 1]."""
     counts[:] = 0
     whole = len(base) & ~3
@@ -32,7 +31,7 @@ def count_exponents(base, shift, mask, counts):
 
 
 @kernel(inline="always")
-def _stretch(active, unit):
+def _stretch(active: Bytes, unit: int) -> int:
     """The unit after the last of those that are active, or inactive, in a row from `unit` on."""
     last = unit + 1
     while last < len(active) and active[last] == active[unit]:
@@ -41,13 +40,15 @@ def _stretch(active, unit):
 
 
 @kernel(inline="always")
-def _worked(part):
+def _worked(part: Elements) -> int:
     """How many elements of a stretch the vector loops work."""
     return len(part) - len(part) % (64 // part.itemsize) if part.itemsize <= 4 else 0
 
 
 @kernel()
-def choose(base, source, shift, mask, cutoff, active, chosen):
+def choose(
+    base: Elements, source: Elements, shift: int, mask: int, cutoff: int, active: Bytes, chosen: Elements
+) -> int:
     """The chosen elements of `source` in a row (chosen by `base`); how many.
 
     base, source   unsigned[n]
@@ -64,13 +65,15 @@ def choose(base, source, shift, mask, cutoff, active, chosen):
             at = simd.select_vectors(part, shift, mask, cutoff, chosen, at, wanted)
             for i in range(_worked(part), len(part)):
                 chosen[at] = wanted[i]
-                at += ((np.int64(part[i]) >> shift) & mask) <= cutoff
+                at += ((np.int64(part[i]) >> shift) & mask) <= cutoff  # type: ignore[assignment]
         unit = after
     return at
 
 
 @kernel()
-def merge(base, shift, mask, cutoff, active, chosen, out):
+def merge(
+    base: Elements, shift: int, mask: int, cutoff: int, active: Bytes, chosen: Elements, out: Elements
+) -> None:
     """Fill out with the base, the chosen elements replaced by those in `chosen`, in order.
 
     `out` may be `base` itself.
@@ -85,7 +88,7 @@ def merge(base, shift, mask, cutoff, active, chosen, out):
             for i in range(_worked(part), len(part)):
                 inside = ((np.int64(part[i]) >> shift) & mask) <= cutoff
                 result[i] = chosen[at] if inside else part[i]
-                at += inside
+                at += inside  # type: ignore[assignment]
         else:
             for i in range(len(part)):
                 result[i] = part[i]
@@ -93,8 +96,18 @@ def merge(base, shift, mask, cutoff, active, chosen, out):
 
 
 @kernel()
-def decode(base, out, cutoff, active, places, restored, chosen, changed, opened):
-    """Fill out from the delta of the chosen elements, and what others became; see :func:`.delta.decode`.
+def decode(
+    base: Elements,
+    out: Elements,
+    cutoff: int,
+    active: Bytes,
+    places: Numbers,
+    restored: Elements,
+    chosen: Elements,
+    changed: Elements,
+    opened: OpenDelta,
+) -> int:
+    """Fill out from the delta of the chosen elements, and what others became; see :func:`.difference.decode`.
 
     base, out          unsigned[n], out perhaps base itself
     cutoff, active     what is chosen, see :func:`choose`
@@ -113,7 +126,7 @@ def decode(base, out, cutoff, active, places, restored, chosen, changed, opened)
 
 
 @kernel(inline="always")
-def _find_places(gaps, limit):
+def _find_places(gaps: Numbers, limit: int) -> bool:
     """Gaps (each the distance from the place before, less one) to places, where they stand.
 
     False where one is not below `limit`.
@@ -128,11 +141,11 @@ def _find_places(gaps, limit):
 
 
 @kernel()
-def restore_at(base, places, values):
+def restore_at(base: Elements, places: Numbers, values: Numbers) -> bool:
     """The target's elements at some places; False where a place is beyond the base.
 
     base     unsigned[n], of at most 32 bits
-    places   uint32[m]: gaps between them before (see sparse.py), places after
+    places   uint32[m]: gaps between them before (see :mod:`..methods.sparse`), places after
     values   uint32[m]: zigzagged distances before, elements after
     """
     if not _find_places(places, len(base)):
@@ -144,7 +157,7 @@ def restore_at(base, places, values):
 
 
 @kernel()
-def move(elements, places, values):
+def move(elements: Elements, places: Numbers, values: Numbers) -> bool:
     """Bring a base's elements at some places to the target's, where they stand.
 
     False, and nothing is moved, where a place is beyond them.
@@ -165,10 +178,10 @@ def move(elements, places, values):
 
 
 @kernel(inline="always")
-def _differing(base, target, first):
+def _differing(base: Elements, target: Elements, first: int) -> np.uint32:
     """Which of the 32 elements from `first` on differ, as a uint32; those beyond the end do not."""
     if first + _AT_ONCE <= len(base):
-        return simd.differing(base, target, first)
+        return simd.differing(base, target, first)  # type: ignore[no-any-return]
     differ = np.uint32(0)
     for i in range(len(base) - first):
         differ |= np.uint32(base[first + i] != target[first + i]) << np.uint32(i)
@@ -176,7 +189,7 @@ def _differing(base, target, first):
 
 
 @kernel()
-def count_changes(base, target):
+def count_changes(base: Elements, target: Elements) -> int:
     """How many elements of two arrays (unsigned[n]) differ."""
     found = 0
     for first in range(0, len(base), _AT_ONCE):
@@ -185,7 +198,16 @@ def count_changes(base, target):
 
 
 @kernel()
-def find_changes(base, target, shift, mask, gaps, distances, active, moved):
+def find_changes(
+    base: Elements,
+    target: Elements,
+    shift: int,
+    mask: int,
+    gaps: Numbers,
+    distances: Numbers,
+    active: Bytes,
+    moved: Numbers,
+) -> int:
     """Where target differs from base: how many times, or BAD for more often than there is room.
 
     base, target  unsigned[n], of at most 32 bits
@@ -215,7 +237,9 @@ def find_changes(base, target, shift, mask, gaps, distances, active, moved):
 
 
 @kernel()
-def keep_outside(base, shift, mask, cutoff, gaps, distances):
+def keep_outside(
+    base: Elements, shift: int, mask: int, cutoff: int, gaps: Numbers, distances: Elements
+) -> int:
     """Keep those changes whose element's exponent is above the cutoff: how many, the first ones now.
 
     base              unsigned[n]

@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# Numba and LLVM type what is in here.
 """Vectors as LLVM has them: what instructions do to all lanes, and to some of them.
 
 Three operations have no scalar look:
@@ -92,7 +90,7 @@ class Vec:
     def at_most(self, other: Vec | ir.Value | int) -> Vec:
         return (self < other).choose(self, Vec(self.b, self._lift(other)))
 
-    def less(self, other: int) -> Vec:
+    def less(self, other: Vec | int) -> Vec:
         """The difference, but not below zero."""
         return Vec(self.b, (self < other).choose(other, self).value) - other
 
@@ -218,7 +216,7 @@ def firm_load(builder: ir.IRBuilder, where: ir.Value, kind: ir.Type) -> ir.Value
     return loaded
 
 
-class _FirmLoad(ir.instructions.LoadInstr):
+class _FirmLoad(ir.instructions.LoadInstr):  # type: ignore[misc]
     """A volatile load."""
 
     def descr(self, buf: list[str]) -> None:

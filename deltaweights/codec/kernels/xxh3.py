@@ -1,21 +1,21 @@
-# mypy: ignore-errors
-# Numba and LLVM type what is in here.
-"""XXH3-64, compiled, for kernels that check what they read and write: between them and the xxhash library,
-which is called from Python, a thread would have to wait for Python's lock.
+"""XXH3-64, compiled, for kernels that check what they read and write: to call the xxhash library, a thread
+would have to wait for Python's lock.
 
 Method and numbers: https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from ..constants import XXH3_KEYS, XXH3_LAST_FACTOR, XXH3_LENGTH_FACTOR, XXH3_SCRAMBLE_FACTOR, XXH3_START
-from .kernel import array, kernel, room
+from ..kernel_arrays import Bytes
+from .kernel import array, intrinsic, kernel, room
 from .vectors import I8, I32, I64, Vec, address, int64
 
 _STRIPE, _STRIPES = 64, 16  # bytes of a stripe, and stripes of a block
@@ -26,7 +26,7 @@ _half, _low = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
 @kernel(types.int64(array(types.uint8)))
-def xxh3(data):
+def xxh3(data: Bytes) -> int:
     """The hash of more than 240 bytes, seed 0, as a signed number of the same bits."""
     sums, blocks = _accumulators(), (len(data) - 1) // (_STRIPE * _STRIPES)
     for i in range(8):
@@ -44,11 +44,11 @@ def xxh3(data):
     for i in range(0, 8, 2):
         found += _folded(sums[i] ^ _keys[_MERGE + i], sums[i + 1] ^ _keys[_MERGE + i + 1])
     found = (found ^ (found >> np.uint64(37))) * np.uint64(XXH3_LAST_FACTOR)
-    return np.int64(found ^ (found >> _half))
+    return np.int64(found ^ (found >> _half))  # type: ignore[return-value]
 
 
 @kernel(inline="always")
-def _folded(a, b):
+def _folded(a: np.uint64, b: np.uint64) -> np.uint64:
     """The product's lower 64 bits XOR its upper ones."""
     middle = (a >> _half) * (b & _low) + (((a & _low) * (b & _low)) >> _half)
     other = (a & _low) * (b >> _half) + (middle & _low)
@@ -56,11 +56,11 @@ def _folded(a, b):
 
 
 @intrinsic
-def _mix(typingctx, data, at, stripes, keys, key, sums):
+def _mix(typingctx: Any, data: Any, at: Any, stripes: Any, keys: Any, key: Any, sums: Any) -> Any:
     """Add so many stripes of data[at:] to the eight sums, the keys of the first beginning at keys[key]."""
     kind = ir.VectorType(I64, 8)
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         bytes_of, words_of, into = (
             context.make_array(kind_of)(context, builder, args[i]).data
             for i, kind_of in ((0, data), (3, keys), (5, sums))

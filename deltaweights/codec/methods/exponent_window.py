@@ -30,7 +30,7 @@ from .ulp import FloatFormat
 Bytes = NDArray[np.uint8]
 TAIL = 5  # bits of a value that are raw
 _SPAN = 1 << 8 + TAIL
-_TOKENS, _SLOTS = 8, 1 << 11  # tokens of an exponent; what a table's frequencies add up to
+_TOKENS, _SLOTS = 8, 1 << 11  # tokens of an exponent; the sum of a table's frequencies
 _OUTSIDE_BITS = 15  # the approximate cost of a word outside, without the entropy of its presence
 _RARE_BITS = 2.9  # the approximate cost of each slot that a table gives to a token too rare for it
 _GLANCE = 1 << 15  # sampled elements, to place the window and estimate the size

@@ -93,7 +93,7 @@ class _Changes(NamedTuple):
     """The changes in a chunk, in this thread's working memory."""
 
     gaps: NDArray[np.uint32]  # [m]: the number of elements between a change and the one before
-    distances: NDArray[Any]  # [m]: zigzagged; uint32, or uint64 where elements have 64 bits
+    distances: NDArray[Any]  # [m]: zigzagged; uint32, or uint64 if elements have 64 bits
     active: Bytes  # [units]: 1 if something changed
     moved: NDArray[np.uint32]  # [mask + 1]: the number of changes per exponent
 

@@ -136,7 +136,7 @@ class DeltaFolder:
         if (named.kind, named.checksum) != (base.identity.kind, base.identity.checksum):
             kinds = {"delta": "an earlier distributed checkpoint", "safetensors": "safetensors files"}
             other = (
-                "and this is another one"
+                "and this is a different one"
                 if named.kind == base.identity.kind
                 else f"not {kinds[base.identity.kind]}"
             )
@@ -331,7 +331,7 @@ class StoredPart(PayloadReader):
 
     def chunk(self, index: int) -> NDArray[np.uint8]:
         """The bytes of chunk ``index``; raises like :meth:`decode`."""
-        self.table  # noqa: B018  # proves that the payload exists before memory is taken
+        self.read_table()
         out = np.empty(self.plan.length(index, index + 1), np.uint8)
         self.decode(index, index + 1, out)
         return out

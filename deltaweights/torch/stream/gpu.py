@@ -30,7 +30,7 @@ _log = logging.getLogger("deltaweights")
 
 @cache
 def _has_triton() -> bool:
-    """Whether Triton 3.2 or later is installed; 3.0 computes wrong results."""
+    """Whether Triton 3.2 or later is installed; 3.0 computes different results."""
     try:
         from triton import __version__
     except ImportError:
@@ -50,7 +50,7 @@ def _passes_test(device: torch.device) -> bool:
     try:
         there = data.to(device)
         found = Checksums(device, [addresses(there, 0, len(there))]).values()
-    except Exception as error:  # whatever it is, the CPU can do the work
+    except Exception as error:  # after any error, the CPU does the work
         _log.info("no kernels on %s: %s", device, error)
         return False
     return int(found[0]) == codec.checksum(data.numpy())

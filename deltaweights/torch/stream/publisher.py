@@ -176,7 +176,7 @@ class DeltaPublisher:
             raise DeltaError(
                 f"{self._transport.where} is not a whole stream",
                 f"{reference.name} is missing.",
-                "Choose another place.",
+                "Choose a different location.",
             ) from None
 
     def _find_anchors(self) -> list[StateReference]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -212,3 +213,10 @@ def test_weights_that_are_tied_against_the_config_are_refused(qwen2: Trio, tmp_p
     layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
     with pytest.raises(CheckpointError, match="Tied weights cannot be saved"):
         save_delta(model, qwen2.base, tmp_path / "delta")
+
+
+def test_it_takes_all_that_make_delta_takes() -> None:
+    """With the same defaults: an option that one of them learns is not forgotten in the other."""
+    own, wanted = (signature(function).parameters for function in (save_delta, make_delta))
+    options = {name: one.default for name, one in wanted.items() if one.kind is one.KEYWORD_ONLY}
+    assert {name: own[name].default for name in options} == options

@@ -1,0 +1,1 @@
+"""Hostile bytes for everything that is parsed: ``python -m fuzz [TARGET ...] [--seconds N]``."""
