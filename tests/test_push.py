@@ -605,7 +605,7 @@ def test_files_that_the_repository_ignores_are_missed(writer: HubServer, release
 def test_a_card_that_the_hub_does_not_take(writer: HubServer, release: Release, tmp_path: Path) -> None:
     delta = shutil.copytree(release.delta, tmp_path / "delta")
     (delta / "README.md").write_text("---\n{unclosed: [\n---\n")
-    with pytest.raises(OutputError, match="does not take the files") as caught:
+    with pytest.raises(OutputError, match="refuses the files") as caught:
         push_delta(delta, REPO)
     assert "README" in caught.value.why
     assert published(writer) == {}

@@ -424,7 +424,7 @@ def test_a_base_is_not_replaced_under_another_name(tmp_path: Path) -> None:
     source = LocalSource(tmp_path / "base" / "Model.safetensors")
     with OutputFolder(tmp_path / "base") as folder:
         folder.require_apart(["config.json", "sub/model.safetensors"], [source])
-        with pytest.raises(OutputError, match="which the result is made from"):
+        with pytest.raises(OutputError, match="which the output is made from"):
             folder.require_apart(["model.safetensors"], [source])
 
 

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# Triton reads annotations itself (`tl.constexpr`, dtypes to compile for): so parameters cannot have others.
+# Triton reads annotations itself (`tl.constexpr`, dtypes to compile for), so parameters cannot have others.
 """GPU kernels in Triton: checksums of chunks, and patches.
 
 One program, of one warp, works on one chunk, or on one block of a patch. Chunks are given by address, so that

@@ -507,7 +507,7 @@ def test_what_ranks_say_has_to_fit_together() -> None:
     ):
         with pytest.raises(OutputError, match=message):
             make_record(metadata, results)
-    with pytest.raises(OutputError, match="The planner.s data"):
+    with pytest.raises(OutputError, match="The planner's data"):
         make_record(replace(metadata, planner_data=[1]), [_written(5, 5), _written(0, 5)])
 
 
