@@ -579,7 +579,7 @@ def test_a_delta_inside_base_or_target_is_refused(diff: Differ, side: str, place
     before = contents(diff.folder)
     with pytest.raises(OutputError, match="cannot be written to") as caught:
         make_delta(diff.base, diff.target, diff.folder / side / place.format(side=side), force=True)
-    assert "which it is made from" in caught.value.why
+    assert "which the delta is made from" in caught.value.why
     assert contents(diff.folder) == before
     assert not list(diff.folder.rglob("delta"))
 

@@ -345,8 +345,8 @@ def _like(tensor: Tensor, spare: Tensor | None) -> Tensor:
 def _copy_bytes(source: Tensor, copy: Tensor) -> None:
     """Copy to the CPU, asynchronously from CUDA."""
     if source.device.type == "cpu":
-        # memcpy on one core: torch would wait for all its threads, and take six times as long beside busy
-        # ones.
+        # memcpy on one core: beside busy threads, torch's copy waits for all its own and takes six times as
+        # long.
         np.copyto(byte_view(copy).numpy(), byte_view(source).numpy())
     else:
         copy.copy_(source, non_blocking=source.is_cuda)
