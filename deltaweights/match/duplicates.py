@@ -61,11 +61,15 @@ def find_duplicates(
     likes: dict[Tensor, Match] = {}
     for group in groups:
         costs = list(workers.map(partial(_cost, chunk_bytes), group))
-        kept = group[costs.index(min(costs))]
+        kept = min(zip(costs, map(_is_renamed, group), group, strict=True), key=lambda one: one[:2])[2]
         for match, cost in zip(group, costs, strict=True):
             if match is not kept and cost > _REFERENCE_BYTES:
                 likes[match.target] = replace(match, shared_bytes=0, like=kept.target)
     return [likes.get(match.target, match) for match in matches]
+
+
+def _is_renamed(match: Match) -> bool:
+    return match.base is None or match.base.name != match.target.name
 
 
 def _split(groups: _Groups, key: Callable[[Match], Hashable], workers: Workers | None = None) -> _Groups:

@@ -1,11 +1,12 @@
-"""Finds the base tensor for each target tensor: by name, by rename rule, by common prefix, by equal bytes."""
+"""Which base tensor each target tensor is compared with: by name or rename rule, by the words that both
+sides' names share, by equal or similar bytes."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from ..checkpoint import Checkpoint, Tensor
 from ..codec import is_convertible, rescale
 from ..dtypes import DTYPE_BITS
 from ..errors import DeltaWeightsError
+from .similarity import find_similar
 
 _BLOCK_BYTES = 1 << 20
 
@@ -28,6 +30,8 @@ _MAX_BLOCKS = 64
 #: A rename rule: a regular expression, searched in a target tensor's name, and its replacement (``re.sub``),
 #: which gives the base tensor's name.
 RenameRule = tuple[str, str]
+
+_Key = tuple[str, tuple[int, ...]]
 
 CompiledRule = tuple[re.Pattern[str], str]
 
@@ -76,9 +80,19 @@ def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameR
     used = set(found.values())
     unmatched = [tensor for tensor in target.tensors if tensor not in found]
     free = [tensor for tensor in base.tensors if tensor not in used]
-    found.update(_match_prefixes(unmatched, free))
+    found.update(_match_common_words(unmatched, free))
+    used = set(found.values())
+    unmatched = [tensor for tensor in unmatched if tensor not in found]
+    found.update(_match_prefixes(unmatched, [tensor for tensor in free if tensor not in used]))
     unmatched = [tensor for tensor in unmatched if tensor not in found]
     found.update(_match_bytes(unmatched, base, target))
+    unmatched = [tensor for tensor in unmatched if tensor not in found]
+    by_name = {  # a rule is the user's word
+        tensor: other
+        for tensor, other in found.items()
+        if tensor.info.shape == other.info.shape and renamed(tensor.info.name, rules) == tensor.info.name
+    }
+    found.update(find_similar(by_name, unmatched, base, target))
     return [match_pair(tensor, found.get(tensor)) for tensor in target.tensors]
 
 
@@ -128,6 +142,36 @@ def _shared_bytes(target: Tensor, base: Tensor) -> int:
         return 0
     rows = min(new.shape[0], old.shape[0])
     return rows * new.nbytes // new.shape[0] if new.shape[0] else 0
+
+
+def _match_common_words(unmatched: Sequence[Tensor], free: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    """Match names that are the same without the words that only one side uses, wherever they stand: what
+    wrappers put in (``_orig_mod.``, ``_fsdp_wrapped_module.``, ``module.``). Numbers are not such words."""
+    ours, theirs = _words(unmatched), _words(free)
+    common = ours & theirs
+
+    def key(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
+        words = (word for word in tensor.info.name.split(".") if word in common or word.isdigit())
+        return ".".join(words), tensor.info.shape
+
+    targets, bases = _by_key(unmatched, key), _by_key(free, key)
+    found = {
+        tensors[0]: bases[name][0]
+        for name, tensors in targets.items()
+        if name[0] and len(tensors) == 1 and len(bases.get(name, ())) == 1
+    }
+    return found if len(found) > 1 else {}  # one name alone shows no consistent difference
+
+
+def _words(tensors: Iterable[Tensor]) -> set[str]:
+    return {word for tensor in tensors for word in tensor.info.name.split(".")}
+
+
+def _by_key(tensors: Iterable[Tensor], key: Callable[[Tensor], _Key]) -> dict[_Key, list[Tensor]]:
+    found: dict[_Key, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(key(tensor), []).append(tensor)
+    return found
 
 
 def _match_prefixes(unmatched: Iterable[Tensor], free: Iterable[Tensor]) -> dict[Tensor, Tensor]:
