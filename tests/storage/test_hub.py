@@ -198,7 +198,7 @@ def test_diff_fetches_what_it_compares_and_what_it_hashes(
     make_delta("org/base", "org/target", tmp_path / "delta", threads=2)
     compared = sum(600_000 for _ in range(8))  # all but layer.5
     whole = sum(path.stat().st_size for path in large.base.rglob("*.safetensors"))
-    assert compared + whole <= shelf.weight_bytes("org/base") <= 1.05 * (compared + whole)
+    assert 0.95 * (compared + whole) <= shelf.weight_bytes("org/base") <= 1.05 * (compared + whole)
     size = sum(path.stat().st_size for path in large.target.glob("*.safetensors"))
     assert size <= shelf.weight_bytes("org/target") <= 1.001 * size
 
