@@ -8,7 +8,8 @@ nothing of that size is ever on disk. Then these run, as a user would type them:
   verify --base  deltaweights verify delta --base BASE      rebuilds in memory, writes nothing
 
 Figures: memory at most 768 MiB; disk at most the delta and 8 GiB (at smaller scales that part of it); at most
-1.05 times as many bytes fetched as are needed; every file's SHA-256 is the one that the Hub publishes.
+1.05 times as many bytes fetched as are needed, and for diff 1.5 times, since what it reads of the base out
+of order is read once more for the base's SHA-256; every file's SHA-256 is the one that the Hub publishes.
 
     python benchmarks/rehearsal.py --scale 1/64
     nohup python benchmarks/rehearsal.py --scale 1 --folder /somewhere > log 2>&1 &
@@ -48,7 +49,7 @@ REPOS: dict[qwen.Side, str] = {"base": "rehearsal/Qwen2.5-72B", "target": "rehea
 _SEED = 0
 _MEMORY = 768 * MIB
 _DISK = 8 * pairs.GIB
-_FETCHED = 1.05
+_FETCHED = {"diff": 1.5, "verify --base": 1.05}
 #: Of the target's bytes; to know beforehand whether the disk has room.
 _DELTA_SHARE = 0.22
 
@@ -300,11 +301,15 @@ def rows_of(results: Results) -> list[list[str]]:
         ["CPU time of the Hub's process, s", *(f"{step.hub_cpu:.1f}" for step in steps), ""],
         ["GB of target per second", *(f"{results.target_bytes / step.wall / 1e9:.2f}" for step in steps), ""],
         ["GB fetched", *(f"{step.fetched / 1e9:.2f}" for step in steps), ""],
-        ["fetched / needed", *(f"{step.fetched / step.needed:.3f}" for step in steps), f"{_FETCHED}"],
+        ["fetched / needed", *(f"{step.fetched / step.needed:.3f}" for step in steps), _limits()],
         ["requests to the Hub", *(f"{step.requests}" for step in steps), ""],
         ["peak memory, MiB", *(f"{step.memory / MIB:.0f}" for step in steps), f"{_MEMORY // MIB}"],
         ["peak disk, GiB", *(f"{step.disk / pairs.GIB:.2f}" for step in steps), f"{disk / pairs.GIB:.2f}"],
     ]
+
+
+def _limits() -> str:
+    return " and ".join(map(str, _FETCHED.values()))
 
 
 def find_missed(results: Results) -> list[str]:
@@ -315,8 +320,8 @@ def find_missed(results: Results) -> list[str]:
             missed.append(f"{name} takes more than {_MEMORY // MIB} MiB")
         if step.disk > results.delta_bytes + _disk_limit(results):
             missed.append(f"{name} takes more disk than the delta and {_disk_limit(results) // MIB} MiB")
-        if step.fetched > _FETCHED * step.needed:
-            missed.append(f"{name} fetches more than {_FETCHED} times what it needs")
+        if step.fetched > _FETCHED[name] * step.needed:
+            missed.append(f"{name} fetches more than {_FETCHED[name]} times what it needs")
     return missed
 
 

@@ -7,6 +7,7 @@ checkpoint.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,12 +55,16 @@ from .storage import (
     Location,
     OutputFolder,
     Readable,
+    Source,
     Span,
     is_same,
     is_within,
     local_path,
 )
 from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches, result_of
+
+#: What is hashed at a time.
+_BLOCK_BYTES = 1 << 20
 
 
 def make_delta(
@@ -305,6 +310,14 @@ class _Row(NamedTuple):
             return 0
         return codec.rescale(self.nbytes, self.match.target.dtype, self.match.base.dtype)
 
+    @property
+    def base_span(self) -> Span:
+        """Where they are in the base's files."""
+        assert self.match.base
+        dtypes = self.match.target.dtype, self.match.base.dtype
+        start, end = self.plan.bounds(self.first, self.end)
+        return self.match.base.span(codec.rescale(start, *dtypes), codec.rescale(end, *dtypes))
+
 
 class _Batch(NamedTuple):
     """Encoded chunks, and the bytes of target and base as they were read."""
@@ -312,6 +325,7 @@ class _Batch(NamedTuple):
     chunks: list[CodedChunk]
     target: NDArray[np.uint8]
     base: NDArray[np.uint8]
+    base_spans: list[Span]  # where those of the base are in its files
 
 
 class _Encoder:
@@ -326,9 +340,9 @@ class _Encoder:
         chunk_bytes: int,
         meter: Meter,
     ) -> None:
-        self._passing: dict[str, Shard] = {}  # the base's shards that are hashed while shards are written
-        self._passed: dict[str, str] = {}  # their SHA-256
-        self._used = set[str]()  # the base's shards that the delta is made from
+        self._passing: dict[
+            str, _PassingDigest
+        ] = {}  # of the base's shards that are hashed as they are coded
         self._old = old
         self._new = new
         self._writer = writer
@@ -348,8 +362,7 @@ class _Encoder:
         by_shard: dict[str, list[Match]] = {path: [] for path in self._new.shards}
         for match in matches:
             by_shard[match.target.path].append(match)
-        self._passing = _read_in_order(by_shard, self._old)
-        self._used = {match.base.path for match in matches if match.base and match.shared_bytes}
+        self._passing = {shard.path: _PassingDigest(shard) for shard in _passing(by_shard, self._old)}
         with ThreadPoolExecutor(1) as aside:
             try:
                 digesting = aside.submit(self._digest_base)
@@ -365,15 +378,22 @@ class _Encoder:
         return base_files, tuple(files), entries
 
     def _digest_base(self) -> dict[str, str]:
-        """The SHA-256 of the base's files, except for those hashed while shards are written. Files on the Hub
-        that the delta does not need are not read: their published SHA-256 counts."""
+        """The SHA-256 of the base's files, except for shards that are hashed as they are coded. Of a file on
+        the Hub that is not read for the delta, the published one."""
         source, digests = self._old.source, {}
-        passing = {shard.path for shard in self._passing.values()}
         for path in source.sizes:
-            if path not in passing:
-                far = path not in self._used and source.full_path(path) is None
-                published = source.published_sha256(path) if far else None
+            if path not in self._passing:
+                is_far = source.full_path(path) is None and source.is_remote
+                published = source.published_sha256(path) if is_far else None
                 digests[path] = published or self._writer.digest(source, path)
+        return digests
+
+    def _digest_passed(self) -> dict[str, str]:
+        """The SHA-256 of the shards that were hashed as they were coded."""
+        source, digests = self._old.source, {}
+        for path, passing in self._passing.items():
+            digests[path] = passing.finish(source, self._workers)
+            source.require_sha256(path, digests[path])
         return digests
 
     def _base_records(
@@ -381,7 +401,7 @@ class _Encoder:
     ) -> tuple[FileRecord, ...]:
         """The base's files as they are, or the ``known`` ones if the base is sharded in the same way."""
         source = self._old.source
-        digests = {**digests, **self._passed}
+        digests = {**digests, **self._digest_passed()}
         found = tuple(FileRecord(path, size, digests[path]) for path, size in source.sizes.items())
         told = {file.path: file for file in known if file.path.endswith(".safetensors")}
         if not told or set(told) != set(self._old.shards):
@@ -408,14 +428,11 @@ class _Encoder:
         self, lane: Lane, job: tuple[tuple[str, list[Match]], str]
     ) -> tuple[TargetFile, list[TensorEntry]]:
         (path, matches), name = job
-        base = self._passing.get(path)
         if done := self._writer.finished_before(name):
             self._meter.add(done.target.size)
-            if base:
-                self._passed[base.path] = self._writer.digest(self._old.source, base.path)
             return done.target, list(done.entries)
         shard, plans, entries = self._new.shards[path], self._plans(matches), []
-        digests = _Digests(shard, base, lane)
+        digests = _Digests(shard, self._passing, lane)
         with self._writer.shard(name, shard, plans) as output:
             with self._expect(matches), closing(self._encode_all(lane, matches, digests)) as chunks:
                 for match, plan in zip(matches, plans, strict=True):
@@ -425,12 +442,10 @@ class _Encoder:
                     else:
                         written = output.payloads.write(plan, coded)
                     entries.append(_entry(match, written, self._old))
+            digests.finish()
             self._new.source.require_sha256(path, digests.target)
             target = output.finish(digests.target, entries)
         self._meter.add(shard.header.data_start)
-        if base:
-            self._old.source.require_sha256(base.path, digests.base)
-            self._passed[base.path] = digests.base
         return target, entries
 
     @contextmanager
@@ -462,27 +477,61 @@ class _Encoder:
             yield from batch.chunks
 
 
-class _Digests:
-    """SHA-256 of a target's shard, and of the base's shard that is read along with it, if there is one."""
+class _PassingDigest:
+    """SHA-256 of a base's shard whose bytes are read for the delta, as far as they come in order. What comes
+    out of order (the rest of the shard, where another shard of the target begins) is read once more."""
 
-    def __init__(self, shard: Shard, base: Shard | None, lane: Lane) -> None:
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+        self._sha256 = hashlib.sha256(shard.header.raw)
+        self._end = shard.header.data_start
+        self._lock = threading.Lock()
+
+    def feed(self, start: int, data: memoryview) -> None:
+        """Bytes of the file from ``start`` on; from any thread."""
+        with self._lock:
+            if start == self._end:
+                self._sha256.update(data)
+                self._end += len(data)
+
+    def finish(self, source: Source, workers: Workers) -> str:
+        """The file's SHA-256; reads what is missing."""
+        path, file = self._shard.path, self._shard.file
+        with source.expect([Span(path, self._end, file.size)] if self._end < file.size else []):
+            for start in range(self._end, file.size, _BLOCK_BYTES):
+                workers.check()
+                self._sha256.update(file.read(start, min(_BLOCK_BYTES, file.size - start)))
+        return self._sha256.hexdigest()
+
+
+class _Digests:
+    """SHA-256 of a target's shard, and of the base's shards that are read along with it."""
+
+    def __init__(self, shard: Shard, passing: Mapping[str, _PassingDigest], lane: Lane) -> None:
         self._target = hashlib.sha256(shard.header.raw)
-        self._base = hashlib.sha256(base.header.raw) if base else None
+        self._passing = passing
         self._lane = lane
         self._unfinished: tuple[Callable[[], None], ...] = ()  # the base is hashed at the same time
 
     def update(self, batch: _Batch, buffers: Buffers) -> None:
         """Hash the next batch, and give its memory back to ``buffers``."""
-        self._finish()
-        if self._base and batch.base.size:
-            hashed = self._lane.aside(partial(self._base.update, batch.base.data))
+        self.finish()
+        if any(span.path in self._passing for span in batch.base_spans):
+            hashed = self._lane.aside(partial(self._feed, batch))
             self._unfinished = hashed, partial(buffers.give, batch.base)
         else:
             buffers.give(batch.base)
         self._target.update(batch.target.data)
         buffers.give(batch.target)
 
-    def _finish(self) -> None:
+    def _feed(self, batch: _Batch) -> None:
+        position = 0
+        for path, start, end in batch.base_spans:
+            if path in self._passing:
+                self._passing[path].feed(start, batch.base[position : position + end - start].data)
+            position += end - start
+
+    def finish(self) -> None:
         """Wait until all of the base is hashed."""
         for call in self._unfinished:
             call()
@@ -492,26 +541,20 @@ class _Digests:
     def target(self) -> str:
         return self._target.hexdigest()
 
-    @property
-    def base(self) -> str:
-        assert self._base
-        self._finish()
-        return self._base.hexdigest()
 
-
-def _read_in_order(by_shard: Mapping[str, Sequence[Match]], old: Checkpoint) -> dict[str, Shard]:
-    """The base's shards that are read in full, in order, while a target's shard is coded, by the path of the
-    target's shard. They need not be read again to be hashed."""
+def _passing(by_shard: Mapping[str, Sequence[Match]], old: Checkpoint) -> list[Shard]:
+    """The base's shards that are hashed while shards are coded: those that are read from the first byte to
+    the last for one shard of the target; on the Hub, where a second read costs most, all that are read."""
     found: dict[str, Shard] = {}
-    for path, matches in by_shard.items():
+    for matches in by_shard.values():
         spans = _base_spans(matches)
-        shard = old.shards[spans[0].path] if spans else None
-        if shard and shard not in found.values() and old.source.checked_sha256(shard.path) is None:
+        for shard in {span.path: old.shards[span.path] for span in spans}.values():
             ends = [Span(shard.path, 0, shard.header.data_start), *spans]
             in_order = all(a.path == b.path and a.end == b.start for a, b in pairwise(ends))
-            if in_order and spans[-1].end == shard.file.size:
-                found[path] = shard
-    return found
+            is_far = old.source.is_remote and old.source.full_path(shard.path) is None
+            if is_far or (in_order and spans[-1].end == shard.file.size):
+                found[shard.path] = shard
+    return [shard for shard in found.values() if old.source.checked_sha256(shard.path) is None]
 
 
 def _base_spans(matches: Iterable[Match]) -> list[Span]:
@@ -534,7 +577,7 @@ def _encode(rows: list[_Row], buffers: Buffers) -> _Batch:
         old = base[base_position : base_position + row.base_bytes]
         position, base_position = position + new.size, base_position + old.size
         chunks += _encode_row(row, new, old)
-    return _Batch(chunks, target, base)
+    return _Batch(chunks, target, base, [row.base_span for row in rows if row.base_bytes])
 
 
 def _encode_row(row: _Row, target: NDArray[np.uint8], base: NDArray[np.uint8]) -> list[CodedChunk]:

@@ -38,14 +38,15 @@ def find_similar(
 ) -> dict[Tensor, Tensor]:
     """Base tensors that resemble a target tensor which has none, or whose own by name does not resemble it.
 
-    Only samples are read. Of tensors on a network, those that have a base tensor by name are not looked at.
+    Only samples are read, and none over a network, where each would be a request.
 
     Args:
         named: the base tensor of each target tensor that has one by name.
         unmatched: target tensors that have none.
     """
-    is_near = not (base.source.is_remote or target.source.is_remote)
-    checked = [tensor for tensor in named if _can_be_sampled(tensor)] if is_near else []
+    if base.source.is_remote or target.source.is_remote:
+        return {}
+    checked = [tensor for tensor in named if _can_be_sampled(tensor)]
     lone = [tensor for tensor in unmatched if _can_be_sampled(tensor)]
     if not checked and not lone:
         return {}
