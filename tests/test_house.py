@@ -103,9 +103,16 @@ RANKS: dict[str, tuple[str, ...]] = {
         "location",
         "__init__",
     ),
-    "torch": ("tensors", "dcp models stream", "__init__"),
+    "torch": ("tensors wholeness wrappers", "dcp models stream", "__init__"),
     "torch/dcp": ("boxes", "record", "base", "folder write", "storage", "__init__"),
-    "torch/models": ("layout load memory", "checkpoints save", "callback", "__init__"),
+    "torch/models": (
+        "memory pretrained",
+        "conversion layout",
+        "load",
+        "checkpoints from_pretrained save",
+        "callback",
+        "__init__",
+    ),
     "torch/stream": (
         "gpu_kernels records",
         "gpu transport",

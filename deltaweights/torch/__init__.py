@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .models.callback import DeltaCallback as DeltaCallback
     from .models.checkpoints import DeltaCheckpointer as DeltaCheckpointer
     from .models.checkpoints import list_checkpoints as list_checkpoints
+    from .models.from_pretrained import from_pretrained as from_pretrained
     from .models.load import LoadReport as LoadReport
     from .models.load import load_into as load_into
     from .models.load import load_state_dict as load_state_dict

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
@@ -40,6 +46,45 @@ def tiny_mixtral() -> PreTrainedModel:
     )  # fmt: skip
     model: PreTrainedModel = MixtralForCausalLM(config)
     return model
+
+
+def tiny_llava() -> PreTrainedModel:
+    """Its parts have other names in memory than in a checkpoint."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=16),
+        text_config=LlamaConfig(**sizes, vocab_size=64),
+    )
+    model: PreTrainedModel = LlavaForConditionalGeneration(config)
+    return model
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    return cast("nn.Module", torch.compile(model, backend="eager"))
+
+
+def _with_wrapped_layers(model: PreTrainedModel) -> nn.Module:
+    """One layer compiled, one that saves memory, one part that runs on several GPUs."""
+    layers = model.model.layers
+    layers[0] = _compiled(layers[0])
+    layers[1] = checkpoint_wrapper(layers[1])
+    model.model.norm = nn.DataParallel(model.model.norm)
+    return model
+
+
+WRAPPERS: list[Callable[[PreTrainedModel], nn.Module]] = [
+    _compiled,
+    nn.DataParallel,
+    checkpoint_wrapper,
+    lambda model: _compiled(nn.DataParallel(model)),
+    _with_wrapped_layers,
+]
 
 
 def nudge(model: nn.Module, seed: int = 1, std: float = 1e-3) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,10 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
-from torch import Tensor, nn, strided
+from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from ..tensors import sharing
+from ..wholeness import obstacle, require_gathered, require_merged
+from ..wrappers import plain_state
+from .pretrained import pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,22 +46,24 @@ def lay_out(state: nn.Module | Mapping[str, Tensor], max_shard_size: int | str |
     """Return the files that ``state`` would be saved as.
 
     Args:
-        state: a model, or its tensors by name. Only tensors that are not contiguous are copied.
-        max_shard_size: in bytes, or a text like ``"5GB"``; if None, the default of the library that saves
-            such a state.
+        state: a model, or its tensors by name; their names are those without wrappers. Nothing is copied
+            except tensors that are not contiguous.
+        max_shard_size: in bytes, or a text like ``"5GB"``; None: the default of the library
+            that saves such a state.
 
     Raises:
-        CheckpointError: a tensor cannot be saved, tied weights cannot be told apart, or a transformers model
-            is quantized or has adapters.
+        CheckpointError: a tensor cannot be saved, tied weights cannot be told apart, or a model is not whole:
+            it is quantized, has adapters that are not merged, or its parameters are not gathered.
         ValueError: ``max_shard_size`` is not a size.
     """
     size: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-    if isinstance(state, nn.Module):
-        if model := _pretrained(state):
-            return _lay_out_pretrained(model, size)
-        state = state.state_dict()
-    _check(state)
-    kept, removed = _without_ties(state)
+    require_gathered(state)
+    named = plain_state(state)
+    require_merged(state, list(named))
+    model = pretrained(state) if isinstance(state, nn.Module) else None
+    if model:
+        return _lay_out_pretrained(model, named, size)
+    kept, removed = _without_ties(_checked(named))
     tensors = _dense(kept)
     split = split_torch_state_dict_into_shards(tensors, filename_pattern=_PATTERN, **size)
     metadata = {"format": "pt"} | ({} if split.is_sharded else removed)
@@ -80,22 +84,16 @@ def _dense(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().resolve_conj().resolve_neg().contiguous() for name, tensor in state.items()}
 
 
-def _check(state: Mapping[str, Tensor]) -> None:
-    for name, tensor in state.items():
-        if why := _obstacle(tensor):
-            raise CheckpointError(
-                f"{name!r} cannot be saved", f"It is {why}.", "Leave it out, or convert it."
-            )
-
-
-def _obstacle(tensor: object) -> str:
-    if not isinstance(tensor, Tensor):
-        return f"a {type(tensor).__name__}, not a tensor"
-    if hasattr(tensor, "full_tensor"):
-        return "sharded over several processes (a DTensor)"
-    if tensor.is_meta:
-        return "on the meta device: it has no values"
-    return "" if tensor.layout == strided else f"not dense but {tensor.layout}"
+def _checked(state: Mapping[str, object]) -> dict[str, Tensor]:
+    """The state, all of it tensors that can be saved."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in state.items():
+        why, fix = obstacle(value)
+        if why:
+            raise CheckpointError(f"{name!r} cannot be saved", f"It is {why}.", fix)
+        assert isinstance(value, Tensor)
+        tensors[name] = value
+    return tensors
 
 
 def _without_ties(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -119,18 +117,10 @@ def _without_ties(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     return {name: tensor for name, tensor in state.items() if name not in removed}, removed
 
 
-def _pretrained(model: nn.Module) -> PreTrainedModel | None:
-    """The transformers model that ``model`` is or wraps."""
-    library = sys.modules.get("transformers.modeling_utils")  # else it cannot be one
-    if library is None:
-        return None
-    inner = library.unwrap_model(model)
-    return inner if isinstance(inner, library.PreTrainedModel) else None
-
-
-def _lay_out_pretrained(model: PreTrainedModel, size: dict[str, Any]) -> Layout:
-    """Follow ``model.save_pretrained`` step by step. transformers' own functions decide everything that
-    depends on the kind of model (which tied names stay, how a checkpoint's tensors were fused)."""
+def _lay_out_pretrained(model: PreTrainedModel, named: Mapping[str, object], size: dict[str, Any]) -> Layout:
+    """As ``model.save_pretrained`` does it, in the same order; with that library's own functions for what
+    depends on the kind of model (which names stay of tied weights, how a checkpoint's tensors were fused).
+    ``named`` is the model's state, which its wrappers gave."""
     try:
         from transformers.core_model_loading import revert_weight_conversion
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -146,10 +136,8 @@ def _lay_out_pretrained(model: PreTrainedModel, size: dict[str, Any]) -> Layout:
             "It is quantized, or has adapters that are not merged.",
             "Merge them; or save it with save_pretrained and use make_delta on the folder.",
         )
-    state = dict(model.state_dict())
-    for name in model._keys_to_ignore_on_save or ():
-        state.pop(name, None)
-    _check(state)
+    ignored = model._keys_to_ignore_on_save or ()
+    state = _checked({name: value for name, value in named.items() if name not in ignored})
     try:
         state = remove_tied_weights_from_state_dict(state, model)
     except RuntimeError as error:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
@@ -21,13 +23,19 @@ from ...errors import CheckpointError
 from ...storage import Location, OutputFolder, Readable
 from ...workers import Lane, Meter, ProgressCallback, Workers, batches
 from ..tensors import byte_view, dtype_of, settle, torch_shape
+from ..wholeness import obstacle, require_gathered, some
+from ..wrappers import plain_state
+from .conversion import Fit, Fusion, fit_names
 
 #: Bytes that a thread decodes at once.
 _BATCH_BYTES = 16 << 20
 
+_log = logging.getLogger("deltaweights")
+
 
 class LoadReport(NamedTuple):
-    """Names that only the model has, and names that only the target has, like torch's ``load_state_dict``."""
+    """Names that only the model has, and names that only the target has; as ``load_state_dict`` of torch.
+    The first are what was not loaded."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
@@ -84,8 +92,8 @@ def load_state_dict(
 
     with open_recipe(delta, base) as target:
         found = _tensors_by_shard(target, shards)
-        links(target)[0].check_published()  # finds a wrong base on the Hub before the download
-        _fill(target, found, take, sha256, threads, progress)
+        links(target)[0].check_published()  # finds a wrong base on the Hub before it is fetched
+        _fill(target, found, take, sha256, threads, _meter(target, found, progress))
     return {name: tensors[name] for names in found.values() for name in names}
 
 
@@ -103,45 +111,45 @@ def load_into(
 ) -> LoadReport:
     """Load the target's tensors into ``model``, without an intermediate copy.
 
-    The names and shapes of target and model are compared first. Tensors keep the model's dtype, as with
-    ``Module.load_state_dict``; where both dtypes are the same, the bytes are the target's. Tied weights are
-    loaded once, and need only one of their names in the target. Hooks of ``load_state_dict`` are not run.
+    The target's names, shapes and the model's are compared first. Tensors keep the model's dtype, as with
+    ``Module.load_state_dict``; the bytes are the target's where both dtypes are the same. Tied weights are
+    loaded once, and may be missing under all names except one. Hooks of ``load_state_dict`` are not run.
 
-    Memory: the model, and some chunks of at most 4 MiB for each thread; plus a whole tensor if the model's is
-    not contiguous.
+    Names are compared without what wrappers put into them (torch.compile, DDP, FSDP, activation
+    checkpointing), on both sides. Where transformers holds a model under other names than it saves it, its
+    own conversion applies.
+
+    Memory: the model, and some chunks of at most 4 MiB for each thread; a whole tensor more where the model's
+    is not contiguous, and, where transformers fuses tensors, those of one layer twice.
 
     Args:
         model: receives the weights. Parameters and persistent buffers on the meta device get memory on
             ``device``; all others are overwritten in place.
-        device: the device for tensors on the meta device.
-        strict: whether missing or unexpected names are an error.
+        device: for what is on the meta device.
+        strict: whether missing or unexpected names are an error. If not, a warning is logged that names them.
         delta, base, shards, sha256, threads, progress: as for :func:`load_state_dict`.
 
     Returns:
         The missing and unexpected names, for ``strict=False``.
 
     Raises:
-        CheckpointError: names or shapes do not fit, or the model has buffers on the meta device that no
-            checkpoint holds; the model is unchanged. Or base or delta cannot be found or read.
-        BaseMismatchError, DeltaError: as for :func:`load_state_dict`. Some of the model's weights may be
-            overwritten by then, so do not use the model.
+        CheckpointError: names or shapes do not fit, the model has tensors that cannot be written to (sharded,
+            quantized) or buffers on the meta device that no checkpoint holds; the model is as before. Or base
+            or delta cannot be found or read.
+        BaseMismatchError, DeltaError: as for :func:`load_state_dict`; some of the model's weights may be new
+            ones by then, so do not go on with it.
     """
     with open_recipe(delta, base) as target:
         found = _tensors_by_shard(target, shards)
-        state = {
-            name: tensor
-            for name, tensor in model.state_dict(keep_vars=True).items()
-            if isinstance(tensor, Tensor)
-        }
-        names = dict.fromkeys(name for shard in found.values() for name in shard)
-        report = _compare(model, state, names, strict)
-        _check_shapes(target, {name: state[name] for name in names if name in state})
-        links(target)[0].check_published()  # finds a wrong base on the Hub before the download
-        chosen = _one_of_each(state, set(names))
-        wanted = {path: [name for name in shard if name in chosen] for path, shard in found.items()}
-        _leave_meta(model, {id(state[name]) for name in chosen}, torch.device(device))
-        state = model.state_dict(keep_vars=True)
-        _fill(target, wanted, lambda recipe: state[recipe.info.name].detach(), sha256, threads, progress)
+        state = _state_of(model)
+        fit = fit_names(model, state, [name for shard in found.values() for name in shard])
+        places = _places(target, fit, state)
+        report = _compare(model, state, places, strict)
+        links(target)[0].check_published()  # finds a wrong base on the Hub before it is fetched
+        chosen = _one_of_each(state, {place for fitting in places.values() for place in fitting})
+        places = {name: [one for one in fitting if one in chosen] for name, fitting in places.items()}
+        _leave_meta(model, {id(state[place]) for place in chosen}, torch.device(device))
+        _Loading(target, found, fit, _state_of(model), sha256, threads).run(places, progress)
     return report
 
 
@@ -184,41 +192,101 @@ def _tensors_by_shard(target: TargetRecipe, shards: str) -> dict[str, list[str]]
     return found
 
 
+def _state_of(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own tensors by plain name.
+
+    Raises:
+        CheckpointError: one has no bytes that could be written to.
+    """
+    require_gathered(model)
+    state = {k: v for k, v in plain_state(model, keep_vars=True).items() if isinstance(v, Tensor)}
+    for name, tensor in state.items():
+        why, _ = obstacle(tensor)
+        if why and not tensor.is_meta:
+            raise CheckpointError(
+                "The model cannot be loaded into",
+                f"{name!r} is {why}.",
+                "Load it before it is sharded, quantized or wrapped so; or use distributed checkpoints.",
+            )
+    return state
+
+
+def _places(target: TargetRecipe, fit: Fit, state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """For each name of the target, the model's that get something of it: none where the model has no place.
+
+    Raises:
+        CheckpointError: the model's tensor has another shape.
+    """
+    entries = {entry.name: entry for entry in reversed(target.manifest.tensors) if entry.file is not None}
+    shapes = {
+        name: torch_shape(name, entries[name].dtype, entries[name].shape)
+        for name in (*fit.renamed, *(source for fusion in fit.fusions for source in fusion.sources))
+    }
+    places: dict[str, list[str]] = {}
+    for name, place in fit.renamed.items():
+        places[name] = _fitting({place: shapes[name]}, state)
+    for fusion in fit.fusions:
+        made = fusion.convert({name: torch.empty(shapes[name], device="meta") for name in fusion.sources})
+        fitting = _fitting({place: tuple(tensor.shape) for place, tensor in made.items()}, state)
+        places |= dict.fromkeys(fusion.sources, fitting)
+    return places
+
+
+def _fitting(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> list[str]:
+    """The names that the model has, too.
+
+    Raises:
+        CheckpointError: with another shape.
+    """
+    for name, shape in shapes.items():
+        if name in state and shape != tuple(state[name].shape):
+            raise CheckpointError(
+                "The target does not fit the model",
+                f"Tensor {name!r} is {list(shape)} in the target, {list(state[name].shape)} in the model.",
+                "Make the model from the target's own config: write_files gets it.",
+            )
+    return [name for name in shapes if name in state]
+
+
 def _compare(
-    model: nn.Module, state: Mapping[str, Tensor], names: Mapping[str, None], strict: bool
+    model: nn.Module, state: Mapping[str, Tensor], places: Mapping[str, list[str]], strict: bool
 ) -> LoadReport:
     """Compare the names of target and model.
 
     Raises:
         CheckpointError: some differ, and ``strict`` is set.
     """
-    loaded = {_memory(state[name]) for name in names if name in state}
+    filled = {place for fitting in places.values() for place in fitting}
+    loaded = {_memory(state[name]) for name in filled}
     report = LoadReport(
-        [name for name in state if name not in names and _memory(state[name]) not in loaded],
-        [name for name in names if name not in state],
+        [name for name in state if name not in filled and _memory(state[name]) not in loaded],
+        [name for name, fitting in places.items() if not fitting],
     )
     kind = type(model).__name__
-    if strict and (report.missing_keys or report.unexpected_keys):
-        raise CheckpointError(
-            f"The target does not fit the model, a {kind}",
-            f"It lacks {_some(report.missing_keys)}; the model lacks {_some(report.unexpected_keys)}.",
-            "Pass strict=False to load what fits, or load_state_dict and rename.",
+    if report.missing_keys or report.unexpected_keys:
+        lacks = f"It lacks {some(report.missing_keys)}; the model lacks {some(report.unexpected_keys)}."
+        if strict:
+            raise CheckpointError(
+                f"The target does not fit the model, a {kind}",
+                lacks,
+                "Pass strict=False to load what fits and no more, or load_state_dict and rename.",
+            )
+        _log.warning(
+            "Only a part of the %s is loaded: %d of %d tensors. %s",
+            kind,
+            len(state) - len(report.missing_keys),
+            len(state),
+            lacks,
         )
     held = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
     others = [name for name, buffer in model.named_buffers() if buffer.is_meta and id(buffer) not in held]
     if strict and others:
         raise CheckpointError(
             f"The model, a {kind}, has buffers on the meta device that no checkpoint holds",
-            f"They are {_some(others)}.",
+            f"They are {some(others)}.",
             "Make it under accelerate.init_empty_weights(), which leaves buffers where they are.",
         )
     return report
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first few names."""
-    shown = ", ".join(map(repr, names[:3])) or "none"
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
 
 
 def _memory(tensor: Tensor) -> tuple[object, ...]:
@@ -226,25 +294,6 @@ def _memory(tensor: Tensor) -> tuple[object, ...]:
     if tensor.is_meta:
         return (id(tensor),)
     return tensor.device, tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride()
-
-
-def _check_shapes(target: TargetRecipe, state: Mapping[str, Tensor]) -> None:
-    """Raise :class:`CheckpointError` if the model's tensor cannot hold the target's tensor of that name."""
-    entries = {entry.name: entry for entry in reversed(target.manifest.tensors) if entry.file is not None}
-    for name, tensor in state.items():
-        if hasattr(tensor, "full_tensor"):
-            raise CheckpointError(
-                "The model cannot be loaded into",
-                f"{name!r} is sharded over several processes (a DTensor).",
-                "Load it before it is sharded, or use distributed checkpoints.",
-            )
-        shape = torch_shape(name, entries[name].dtype, entries[name].shape)
-        if shape != tuple(tensor.shape):
-            raise CheckpointError(
-                "The target does not fit the model",
-                f"Tensor {name!r} is {list(shape)} in the target, {list(tensor.shape)} in the model.",
-                "Make the model from the target's own config: write_files gets it.",
-            )
 
 
 def _one_of_each(state: Mapping[str, Tensor], names: set[str]) -> set[str]:
@@ -273,17 +322,68 @@ def _leave_meta(model: nn.Module, wanted: set[int], device: torch.device) -> Non
                     slots[key] = real(tensor)  # type: ignore[assignment]
 
 
+@dataclass(frozen=True)
+class _Loading:
+    """Decodes a target's tensors into a model's."""
+
+    target: TargetRecipe
+    found: Mapping[str, list[str]]
+    fit: Fit
+    state: Mapping[str, Tensor]
+    sha256: bool
+    threads: int | None
+
+    def run(self, places: Mapping[str, list[str]], progress: ProgressCallback | None) -> None:
+        """Fill the model's tensors at ``places`` (by the target's names)."""
+        wanted = [name for name, fitting in places.items() if fitting]
+        meter = _meter(self.target, self._by_shard(wanted), progress)
+        direct = {name: places[name][0] for name in self.fit.renamed if places[name]}
+
+        def take(recipe: TensorRecipe) -> Tensor:
+            return self.state[direct[recipe.info.name]].detach()
+
+        _fill(self.target, self._by_shard(direct), take, self.sha256, self.threads, meter)
+        for fusion in self.fit.fusions:
+            if places[fusion.sources[0]]:
+                self._fuse(fusion, places[fusion.sources[0]], meter)
+
+    def _fuse(self, fusion: Fusion, places: list[str], meter: Meter) -> None:
+        tensors: dict[str, Tensor] = {}
+
+        def take(recipe: TensorRecipe) -> Tensor:
+            name, code = recipe.info.name, recipe.info.dtype
+            shape = torch_shape(name, code, recipe.info.shape)
+            tensors[name] = torch.empty(shape, dtype=dtype_of(name, code))
+            return tensors[name]
+
+        _fill(self.target, self._by_shard(fusion.sources), take, self.sha256, self.threads, meter)
+        with torch.no_grad():
+            made = fusion.convert(tensors)
+            for place in places:
+                self.state[place].copy_(made[place])
+
+    def _by_shard(self, names: Iterable[str]) -> dict[str, list[str]]:
+        wanted = set(names)
+        chosen = {path: [name for name in shard if name in wanted] for path, shard in self.found.items()}
+        return {path: names for path, names in chosen.items() if names}
+
+
+def _meter(
+    target: TargetRecipe, names: Mapping[str, Sequence[str]], progress: ProgressCallback | None
+) -> Meter:
+    recipes = (target.shard(path).tensors[name] for path in names for name in names[path])
+    return Meter(progress, "load", sum(recipe.info.nbytes for recipe in recipes))
+
+
 def _fill(
     target: TargetRecipe,
     names: Mapping[str, Sequence[str]],
     take: Callable[[TensorRecipe], Tensor],
     sha256: bool,
     threads: int | None,
-    progress: ProgressCallback | None,
+    meter: Meter,
 ) -> None:
-    """Decode the tensors ``names`` of each shard into the memory from ``take``."""
-    recipes = (target.shard(path).tensors[name] for path in names for name in names[path])
-    meter = Meter(progress, "load", sum(recipe.info.nbytes for recipe in recipes))
+    """Decode the tensors ``names`` of each shard into what ``take`` gives for them."""
     with Workers(threads) as workers, torch.no_grad():
         workers.at_stop(target.cancel)
 

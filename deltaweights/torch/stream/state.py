@@ -15,6 +15,8 @@ from ...errors import CheckpointError
 from ...payload import ChunkPlan
 from ...workers import Workers
 from ..tensors import byte_view, code_of, settle, sharing, stored_shape
+from ..wholeness import obstacle, require_gathered, require_merged
+from ..wrappers import plain_state
 from . import gpu
 from .records import CHUNK_BYTES, tensor_digest
 
@@ -34,11 +36,9 @@ class StateTensor:
     """
 
     def __init__(self, name: str, tensor: Tensor) -> None:
-        if tensor.layout != torch.strided or tensor.is_meta:
-            kind = "on the meta device" if tensor.is_meta else f"{tensor.layout}"
-            raise CheckpointError(
-                f"Tensor {name!r} has no bytes to read", f"It is {kind}.", "Pass dense tensors with data."
-            )
+        why, fix = obstacle(tensor)
+        if why:
+            raise CheckpointError(f"Tensor {name!r} has no bytes to read", f"It is {why}.", fix)
         self.name = name
         self.code = code_of(name, tensor.dtype)
         self.shape = stored_shape(name, tensor)
@@ -106,14 +106,17 @@ class StateTensor:
 
 
 def state_of(state: State) -> dict[str, StateTensor]:
-    """The state's tensors, sorted by name. Waits for all work on their devices.
+    """The state's tensors, sorted by name: the names that they have without wrappers. Their devices have done
+    what was asked of them.
 
     Raises:
-        CheckpointError: there are none; a tensor has no bytes (sparse, meta), or a dtype that safetensors
-            lacks; or two tensors share some bytes but not all.
+        CheckpointError: there is none; one has no bytes (sparse, meta, quantized), or no dtype that
+            safetensors has; two have some of their bytes in common, and not all; the model is not whole.
     """
-    named = state.state_dict() if isinstance(state, nn.Module) else state
+    require_gathered(state)
+    named = plain_state(state)
     tensors = {name: tensor for name, tensor in sorted(named.items()) if isinstance(tensor, Tensor)}
+    require_merged(state, list(tensors))
     if not tensors:
         raise CheckpointError("The state has no tensors", "", "Pass a model or its state_dict().")
     found = {name: StateTensor(name, tensor) for name, tensor in tensors.items()}

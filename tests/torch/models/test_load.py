@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from deltaweights import (
     BaseMismatchError,
@@ -25,11 +28,28 @@ from deltaweights import (
     Manifest,
     make_delta,
 )
-from deltaweights.torch import LoadReport, load_into, load_state_dict, save_delta, write_files
+from deltaweights.torch import (
+    LoadReport,
+    from_pretrained,
+    load_into,
+    load_state_dict,
+    save_delta,
+    write_files,
+)
 
 from ...checkpoints import Array, contents, write_safetensors
 from ...conftest import Trio
-from ..tiny_models import Tied, nudge, raw, raw_state, saved_state, tiny_mixtral, tiny_qwen2
+from ..tiny_models import (
+    WRAPPERS,
+    Tied,
+    nudge,
+    raw,
+    raw_state,
+    saved_state,
+    tiny_llava,
+    tiny_mixtral,
+    tiny_qwen2,
+)
 
 
 @pytest.fixture
@@ -250,18 +270,131 @@ def test_outputs_are_those_of_the_rebuilt_folder(qwen2: Trio, tmp_path: Path) ->
         assert raw(model.eval()(tokens).logits) == raw(reference(tokens).logits)
 
 
-def test_transformers_fuses_the_tensors_that_it_is_given(tmp_path: Path) -> None:
-    """The way for models whose names in memory are not those of the checkpoint."""
+@pytest.mark.parametrize("make", [tiny_mixtral, tiny_llava], ids=["mixtral", "llava"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_names_are_converted_as_transformers_does(
+    tmp_path: Path, make: Callable[[], PreTrainedModel], device: str
+) -> None:
+    """Models whose names in memory are not those of the checkpoint."""
+    model = make()
+    model.save_pretrained(tmp_path / "base")
+    nudge(model)
+    expected = raw_state(model.state_dict())
+    save_delta(model, tmp_path / "base", tmp_path / "delta")
+    assert not set(load_state_dict(tmp_path / "delta", tmp_path / "base")) <= set(model.state_dict())
+    with init_empty_weights(include_buffers=False) if device == "meta" else nullcontext():
+        other = type(model)(copy.deepcopy(model.config))
+    seen: list[tuple[str, int, int]] = []
+    report = load_into(other, tmp_path / "delta", tmp_path / "base", progress=lambda *a: seen.append(a))
+    assert report == LoadReport([], [])
+    assert raw_state(other.state_dict()) == expected
+    assert seen[-1] == ("load", seen[-1][2], seen[-1][2])
+
+
+def test_experts_that_are_missing_are_an_error_and_nothing_is_loaded(tmp_path: Path) -> None:
+    model = tiny_mixtral()
+    (tmp_path / "base").mkdir()
+    model.save_pretrained(tmp_path / "whole")
+    state = saved_state(tmp_path / "whole")
+    save_file(state, tmp_path / "base" / "model.safetensors")
+    gone = next(name for name in state if ".experts.2." in name)
+    save_delta({k: v for k, v in state.items() if k != gone}, tmp_path / "base", tmp_path / "delta")
+    before = raw_state(model.state_dict())
+    nudge(model)
+    changed = raw_state(model.state_dict())
+    assert changed != before
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        load_into(model, tmp_path / "delta", tmp_path / "base")
+    assert raw_state(model.state_dict()) == changed
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_wrappers_are_seen_through(
+    qwen2: Trio, tmp_path: Path, wrap: Callable[[PreTrainedModel], nn.Module]
+) -> None:
+    """What is saved of a wrapped model is what it is without; and what is loaded goes into both."""
+    model = tiny_qwen2()
+    nudge(model)
+    save_delta(model, qwen2.base, tmp_path / "plain")
+    wrapped = wrap(model)
+    save_delta(wrapped, qwen2.base, tmp_path / "wrapped")
+    assert contents(tmp_path / "wrapped") == contents(tmp_path / "plain")
+    expected = raw_state(wrapped.state_dict())
+    nudge(model, seed=2)
+    assert raw_state(wrapped.state_dict()) != expected
+    assert load_into(wrapped, tmp_path / "plain", qwen2.base) == LoadReport([], [])
+    assert raw_state(wrapped.state_dict()) == expected
+
+
+def test_names_that_an_earlier_version_saved_of_wrappers_are_loaded(qwen2: Trio, tmp_path: Path) -> None:
+    model = tiny_qwen2(tied=False, seed=5)
+    (tmp_path / "base").mkdir()
+    state = {f"_orig_mod.module.{name}": value for name, value in model.state_dict().items()}
+    save_file(state, tmp_path / "base" / "model.safetensors")
+    make_delta(tmp_path / "base", tmp_path / "base", tmp_path / "delta")
+    other = tiny_qwen2(tied=False, seed=6)
+    load_into(nn.DataParallel(other), tmp_path / "delta", tmp_path / "base")
+    assert raw_state(other.state_dict()) == raw_state(model.state_dict())
+
+
+def test_what_was_not_loaded_is_returned_and_logged(tied: Trio, caplog: pytest.LogCaptureFixture) -> None:
+    class More(Tied):
+        def __init__(self) -> None:
+            super().__init__()
+            self.more = nn.Linear(2, 2)
+
+    report = load_into(More(), tied.delta, tied.base, strict=False)
+    assert report == LoadReport(["more.weight", "more.bias"], [])
+    assert "'more.weight', 'more.bias'" in caplog.text
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_is_had_in_one_call(tmp_path: Path, tied: bool) -> None:
+    model = tiny_qwen2(tied=tied)
+    model.save_pretrained(tmp_path / "base")
+    nudge(model)
+    assert model.generation_config is not None
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(tmp_path / "target")
+    make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta")
+    loaded = from_pretrained(tmp_path / "delta", tmp_path / "base")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    assert raw_state(loaded.state_dict()) == raw_state(expected.state_dict())
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert loaded.config.to_diff_dict() == expected.config.to_diff_dict()
+    assert loaded.generation_config is not None
+    assert loaded.generation_config.max_new_tokens == 7
+    assert from_pretrained(tmp_path / "delta", tmp_path / "base", dtype=torch.float32).dtype == torch.float32
+
+
+def test_a_model_whose_tensors_are_fused_is_had_in_one_call(tmp_path: Path) -> None:
     model = tiny_mixtral()
     model.save_pretrained(tmp_path / "base")
     nudge(model)
-    model.save_pretrained(tmp_path / "target")
-    make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta")
-    with pytest.raises(CheckpointError, match=r"mlp\.experts\.gate_up_proj"):
-        load_into(model, tmp_path / "delta", tmp_path / "base")
-    state = load_state_dict(tmp_path / "delta", tmp_path / "base")
-    loaded = type(model).from_pretrained(None, config=model.config, state_dict=state)
+    save_delta(model, tmp_path / "base", tmp_path / "delta")
+    loaded = from_pretrained(tmp_path / "delta", tmp_path / "base", model_class=type(model))
     assert raw_state(loaded.state_dict()) == raw_state(model.state_dict())
+
+
+def test_what_transformers_cannot_make_is_an_error(trio: Trio, qwen2: Trio, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="names the class None"):
+        from_pretrained(trio.delta, trio.base)
+    save_delta(saved_state(qwen2.target), qwen2.base, tmp_path / "weights")
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        from_pretrained(tmp_path / "weights", qwen2.base)
+    (tmp_path / "files").mkdir()
+    config = json.loads((qwen2.target / "config.json").read_text())
+    for more, fix in (({}, "model_class"), ({"auto_map": {"AutoModel": "code.Other"}}, "trust_remote_code")):
+        (tmp_path / "files" / "config.json").write_text(
+            json.dumps(config | {"architectures": ["Other"]} | more)
+        )
+        state = saved_state(qwen2.target)
+        save_delta(state, qwen2.base, tmp_path / "delta", files=tmp_path / "files", force=True)
+        with pytest.raises(CheckpointError, match="names the class 'Other'") as caught:
+            from_pretrained(tmp_path / "delta", qwen2.base)
+        assert fix in caught.value.fix
 
 
 def test_chains_are_loaded(qwen2: Trio, tmp_path: Path) -> None:

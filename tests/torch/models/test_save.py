@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from deltaweights import CheckpointError, apply_delta, make_delta
 from deltaweights.storage import open_source
-from deltaweights.torch import save_delta
+from deltaweights.torch import DeltaPublisher, load_into, save_delta
 from deltaweights.torch.models.memory import MemorySource
 from deltaweights.torch.tensors import DTYPES, byte_view
 
@@ -204,6 +205,80 @@ def test_models_with_adapters_are_refused(qwen2: Trio, tmp_path: Path) -> None:
     model._hf_peft_config_loaded = True
     with pytest.raises(CheckpointError, match="adapters that are not merged"):
         save_delta(model, qwen2.base, tmp_path / "delta")
+
+
+def with_adapters(folder: Path) -> Any:
+    """A real model of PEFT's on a saved one."""
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
+    return peft.get_peft_model(model, config)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_of_peft_is_refused_until_it_is_merged(qwen2: Trio, tmp_path: Path) -> None:
+    model = with_adapters(qwen2.base)
+    for state in (model, model.state_dict(), nn.DataParallel(model)):
+        with pytest.raises(CheckpointError, match="adapters that are not merged") as caught:
+            save_delta(state, qwen2.base, tmp_path / "delta")
+        assert "merge_and_unload()" in caught.value.fix
+    with pytest.raises(CheckpointError, match="adapters that are not merged"):
+        DeltaPublisher(tmp_path / "stream", model)
+    manifest = save_delta(model.merge_and_unload(), qwen2.base, tmp_path / "delta")
+    assert {entry.status for entry in manifest.tensors} == {"same", "changed"}
+    assert sum(entry.status == "changed" for entry in manifest.tensors) == 4
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.0.q_proj.base_layer.weight", "layers.0.q_proj.lora_A.default.weight"]
+)
+def test_names_of_adapters_among_others_are_refused(qwen2: Trio, tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match="adapters that are not merged"):
+        save_delta({"embed.weight": torch.ones(3), name: torch.ones(3)}, qwen2.base, tmp_path / "delta")
+
+
+def test_an_adapter_alone_is_saved(tmp_path: Path) -> None:
+    state = {f"base_model.model.layers.0.q_proj.lora_{k}.weight": torch.ones(3) for k in "AB"}
+    (tmp_path / "base").mkdir()
+    save_file(state, tmp_path / "base" / "model.safetensors")
+    manifest = save_delta(state, tmp_path / "base", tmp_path / "delta")
+    assert [entry.status for entry in manifest.tensors] == ["same", "same"]
+
+
+def test_placeholders_of_zero_3_are_refused_until_they_are_gathered(qwen2: Trio, tmp_path: Path) -> None:
+    """Not deepspeed itself: what it leaves of parameters between two gathers."""
+    model = tiny_qwen2()
+    whole = {name: parameter.data for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.ds_shape = parameter.shape  # type: ignore[attr-defined]
+        if "norm" not in name:  # small ones stay
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
+    for state in (model, model.state_dict(), nn.DataParallel(model)):
+        with pytest.raises(CheckpointError, match="ZeRO-3") as caught:
+            save_delta(state, qwen2.base, tmp_path / "delta")
+        assert "GatheredParameters" in caught.value.fix
+        with pytest.raises(CheckpointError, match="ZeRO-3"):
+            DeltaPublisher(tmp_path / "stream", state)
+    with pytest.raises(CheckpointError, match="ZeRO-3"):
+        load_into(model, qwen2.delta, qwen2.base)
+    for name, parameter in model.named_parameters():
+        parameter.data = whole[name]
+    save_delta(model, qwen2.base, tmp_path / "delta")
+
+
+def test_tensors_of_other_tensors_are_refused(qwen2: Trio, tmp_path: Path) -> None:
+    """So are quantized ones: torchao's are of this kind."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = tiny_qwen2()
+    weight = model.model.norm.weight.data
+    model.model.norm.weight = nn.Parameter(TwoTensor(weight, weight))  # type: ignore[no-untyped-call]
+    with pytest.raises(CheckpointError, match="It is a TwoTensor: quantized"):
+        save_delta(model, qwen2.base, tmp_path / "delta")
+    with pytest.raises(CheckpointError, match="It is a TwoTensor: quantized"):
+        DeltaPublisher(tmp_path / "stream", model)
+    with pytest.raises(CheckpointError, match="is a TwoTensor: quantized"):
+        load_into(model, qwen2.delta, qwen2.base)
 
 
 def test_weights_that_are_tied_against_the_config_are_refused(qwen2: Trio, tmp_path: Path) -> None:
