@@ -14,7 +14,7 @@ from .errors import CheckpointError
 from .license import cards
 from .license.rules import text_records
 from .manifest import BaseRecord, Manifest, TargetRecord
-from .match.names import Match, match_pair
+from .match.names import Match, find_named, match_pair
 from .patch import check_base, check_licenses
 from .payload import CHUNK_BYTES
 from .storage import Location, Readable
@@ -113,7 +113,7 @@ def _trace(target: TargetRecipe, old: Checkpoint, new: Checkpoint) -> list[Match
         base: Tensor | None = tensor
         for view in reversed(views):
             base = view.base_of(base.shard.path, base.info.name) if base else None
-        traced.append(match_pair(tensor, base or old.find(tensor.info.name, tensor.shard.path)))
+        traced.append(match_pair(tensor, base or find_named(old, tensor.name, tensor)))
     return traced
 
 

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from . import codec
 from ._version import __version__
-from .checkpoint import Checkpoint, Shard, Tensor, open_checkpoint
+from .checkpoint import Checkpoint, Shard, Tensor
+from .checkpoint.oddities import is_pointer
 from .delta.opening import read_manifest
 from .delta.writer import DeltaWriter
 from .errors import BaseMismatchError, CheckpointError, DeltaError, DeltaWeightsError, OutputError
@@ -54,9 +55,11 @@ from .storage import (
     OutputFolder,
     Readable,
     Span,
+    is_clutter,
     is_same,
     is_within,
     local_path,
+    open_source,
 )
 from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches, result_of
 
@@ -102,7 +105,7 @@ def make_delta(
         ValueError: ``chunk_bytes`` is out of range.
     """
     check_chunk_bytes(chunk_bytes)
-    with open_checkpoint(base) as old, open_checkpoint(target) as new:
+    with _open_base(base) as old, _open_target(target) as new:
         check_place(delta, old, new)
         _check_hub_ids(base_repo, target_repo, base_revision)
         old_id, new_id = old.source.hub_id, new.source.hub_id
@@ -130,6 +133,23 @@ def make_delta(
             threads=threads,
             progress=progress,
         )
+
+
+def _open_base(base: Readable) -> Checkpoint:
+    """The base, without what it need not have: a Git LFS pointer stands for a file that is not there."""
+    source = open_source(base)
+
+    def is_absent(path: str) -> bool:
+        return not path.endswith(".safetensors") and is_pointer(source, path)
+
+    source.leave_out(lambda path: is_clutter(path) or is_absent(path))
+    return Checkpoint(source, may_lack=True)
+
+
+def _open_target(target: Readable) -> Checkpoint:
+    source = open_source(target)
+    source.leave_out(is_clutter)
+    return Checkpoint(source)
 
 
 def check_chunk_bytes(chunk_bytes: int) -> None:
@@ -380,7 +400,7 @@ class _Encoder:
         digests = {**digests, **self._passed}
         found = tuple(FileRecord(path, size, digests[path]) for path, size in source.sizes.items())
         told = {file.path: file for file in known if file.path.endswith(".safetensors")}
-        if not told or set(told) != set(self._old.shards):
+        if not told or set(told) != self._old.shards.keys() | self._old.broken.keys():
             return found
         wrong = [file for file in found if file != told.get(file.path, file)]
         if wrong:

@@ -61,7 +61,8 @@ class DeltaFaults(Faults):
         if self._base is None:
             return set()
         records = self._recorded
-        is_alike = {path for path in records if path.endswith(".safetensors")} == set(self._base.shards)
+        shards = self._base.shards.keys() | self._base.broken.keys()
+        is_alike = {path for path in records if path.endswith(".safetensors")} == shards
         for path in paths:
             source = self._base.source
             told = source.published_sha256(path) or cached_sha256(source.full_path(path))

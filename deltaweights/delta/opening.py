@@ -58,9 +58,9 @@ def open_base(manifest: Manifest, base: Readable | None) -> Checkpoint | None:
         file.stored == "base" for file in manifest.target.files
     )
     if base is not None:
-        return open_checkpoint(base)
+        return open_checkpoint(base, may_lack=True)
     if needs_base and manifest.base.repo_id:  # never a path: a manifest must not name our folders
-        return Checkpoint(open_hub(manifest.base.repo_id, manifest.base.revision))
+        return Checkpoint(open_hub(manifest.base.repo_id, manifest.base.revision), may_lack=True)
     if needs_base:
         raise CheckpointError(
             "This delta needs its base",

@@ -68,11 +68,12 @@ def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameR
 
     Raises:
         DeltaWeightsError: a rename rule is not a valid regular expression or replacement.
+        CheckpointError: a file of the base is broken that should hold a tensor of the target's.
     """
     rules = compile_rules(rename)
     found: dict[Tensor, Tensor] = {}
     for tensor in target.tensors:
-        if candidate := base.find(renamed(tensor.info.name, rules), tensor.shard.path):
+        if candidate := find_named(base, renamed(tensor.info.name, rules), tensor):
             found[tensor] = candidate
     used = set(found.values())
     unmatched = [tensor for tensor in target.tensors if tensor not in found]
@@ -80,7 +81,19 @@ def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameR
     found.update(_match_prefixes(unmatched, free))
     unmatched = [tensor for tensor in unmatched if tensor not in found]
     found.update(_match_bytes(unmatched, base, target))
+    for tensor in unmatched if base.broken else ():
+        if tensor not in found:
+            base.require_found(renamed(tensor.name, rules), tensor.path)
     return [match_pair(tensor, found.get(tensor)) for tensor in target.tensors]
+
+
+def find_named(base: Checkpoint, name: str, target: Tensor) -> Tensor | None:
+    """The base tensor called ``name``; of several, one that ``target`` can be compared with, of its dtype."""
+
+    def misfit(tensor: Tensor) -> tuple[bool, ...]:
+        return not _shared_bytes(target, tensor), tensor.dtype != target.dtype
+
+    return base.closest(name, target.path, misfit)
 
 
 def renamed(name: str, rules: Sequence[CompiledRule]) -> str:

@@ -21,6 +21,14 @@ from .system import read_at, read_bytes_at
 #: Folders and files that belong to tools, not to the checkpoint.
 _LEFT_OUT = re.compile(r"\.git|\.cache|\.deltaweights|.*\.(incomplete|crdownload|part|aria2)")
 
+#: Files that an operating system or a notebook puts beside others: ``._X`` is what macOS writes for every X
+#: on a disk that is not its own.
+_CLUTTER = re.compile(
+    r"\._.*|\.DS_Store|__MACOSX|\.(Spotlight-V100|Trashes|fseventsd|ipynb_checkpoints)"
+    r"|(eh)?thumbs\.db|desktop\.ini",
+    re.IGNORECASE,
+)
+
 
 class LocalFile(ReadableFile):
     """A :class:`ReadableFile` on disk. Uses pread, so memory holds only what was asked for."""
@@ -97,23 +105,25 @@ class LocalSource(Source):
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        place = local_path(root)
+        place = _in_hub_cache(local_path(root))
         left_out: list[str] = []
+        unreadable: dict[str, CheckpointError] = {}
         if place.is_file():
             self._folder, paths = place.parent, [place.name]
         elif place.is_dir():
-            self._folder, paths = place, sorted(_walk(place, left_out))
+            self._folder, paths = place, sorted(_walk(place, left_out, unreadable))
         else:
             raise CheckpointError(
                 f"There is no file or folder {root}", "Nothing has that name.", "Check the path."
             )
         self._opened: dict[str, LocalFile] = {}
         super().__init__(
-            str(root),
+            str(root) if place == local_path(root) else str(place),
             {path: (self._folder / path).stat().st_size for path in paths},
             root=place,
             hub_id=_hub_id(place),
             left_out=tuple(sorted(left_out)),
+            unreadable=unreadable,
         )
 
     def open(self, path: str) -> LocalFile:
@@ -150,17 +160,48 @@ def _hub_id(path: Path) -> HubId:
     return HubId(match[1].replace("--", "/"), match[2]) if match else HubId()
 
 
+def _in_hub_cache(place: Path) -> Path:
+    """The snapshot, where ``place`` is a repository's folder in the Hub cache, or all its snapshots.
+
+    Raises:
+        CheckpointError: there are several snapshots, or several repositories.
+    """
+    root = place.parent if place.name == "snapshots" else place
+    if re.fullmatch(r"models--[^/]+", root.absolute().name) and (root / "snapshots").is_dir():
+        snapshots = sorted(path for path in (root / "snapshots").iterdir() if path.is_dir())
+        main = root / "refs" / "main"
+        named = [path for path in snapshots if main.is_file() and path.name == main.read_text().strip()]
+        if len(found := named or snapshots) == 1:
+            return found[0]
+        what, choices = "is a repository in the Hub cache", snapshots
+    else:
+        choices = sorted(place.glob("models--*/snapshots")) if place.is_dir() else []
+        what = "is a Hub cache"
+    if not choices:
+        return place
+    raise CheckpointError(
+        f"{place} {what}, not a checkpoint",
+        f"It holds {len(choices)} of them.",
+        f"Pass one: {', '.join(map(str, choices[:5]))}{', …' if choices[5:] else ''}",
+    )
+
+
+def is_clutter(path: str) -> bool:
+    """Whether a relative path is one that systems leave in folders, and no part of a model."""
+    return any(map(_CLUTTER.fullmatch, path.split("/")))
+
+
 def is_left_out(path: str) -> bool:
     """Whether a relative path belongs to a tool, not to the checkpoint."""
     return any(map(_LEFT_OUT.fullmatch, path.split("/")))
 
 
-def _walk(root: Path, left_out: list[str]) -> list[str]:
-    def unreadable(error: OSError) -> None:
+def _walk(root: Path, left_out: list[str], unreadable: dict[str, CheckpointError]) -> list[str]:
+    def refuse(error: OSError) -> None:
         raise CheckpointError(f"Cannot read {error.filename}", f"{error.strerror}.") from error
 
-    paths = []
-    for folder, subfolders, names in os.walk(root, onerror=unreadable):
+    paths: list[str] = []
+    for folder, subfolders, names in os.walk(root, onerror=refuse):
         here = Path(folder)
         for name in list(subfolders):
             if _LEFT_OUT.fullmatch(name) or (here / name).is_symlink():
@@ -168,10 +209,12 @@ def _walk(root: Path, left_out: list[str]) -> list[str]:
                 left_out.append(_relative(here / name, root) + "/")
         for name in names:
             path = _relative(here / name, root)
-            if _LEFT_OUT.fullmatch(name) or not _is_regular(here / name):
-                left_out.append(path)
+            try:
+                is_part = not _LEFT_OUT.fullmatch(name) and _is_regular(here / name)
+            except CheckpointError as error:
+                unreadable[path] = error
             else:
-                paths.append(path)
+                (paths if is_part else left_out).append(path)
     return paths
 
 

@@ -129,6 +129,25 @@ def test_of_two_shards_with_one_name_the_one_at_the_same_path_counts(matches: Ma
     assert matches.in_files(base, {"c": {"w": noise(3)}}) == {"c:w": ("a:w", NBYTES)}
 
 
+def test_of_tensors_with_one_name_one_that_can_be_compared_counts(matches: Matcher) -> None:
+    """A quantised copy beside the shards, under the target's own file name."""
+    packed = random_array("U32", (4,))
+    base: Files = {"model": {"w": packed}, "part-1": {"w": noise(1)}}
+    assert matches.in_files(base, {"model": {"w": noise(3)}}) == {"model:w": ("part-1:w", NBYTES)}
+    base = {"model": {"w": f32(weights((4, 3)))}, "part-1": {"w": noise(1)}}
+    assert matches.in_files(base, {"model": {"w": noise(3)}}) == {"model:w": ("part-1:w", NBYTES)}
+
+
+def test_of_tensors_with_one_name_the_one_that_the_index_names_counts(
+    matches: Matcher, tmp_path: Path
+) -> None:
+    index = tmp_path / "1" / "base" / "model.safetensors.index.json"
+    index.parent.mkdir(parents=True)
+    index.write_text('{"weight_map": {"w": "part-1.safetensors"}}')
+    base: Files = {"model": {"w": noise(2)}, "part-1": {"w": noise(1)}}
+    assert matches.in_files(base, {"model": {"w": noise(3)}}) == {"model:w": ("part-1:w", NBYTES)}
+
+
 # By rule ---------------------------------------------------------------------------------------------
 
 

@@ -45,7 +45,9 @@ def open_base(location: Readable) -> BaseTensors:
         CheckpointError, DeltaError: there is none, or it cannot be read.
     """
     source = open_source(location)
-    return DeltaFolder(source, None) if RECORD_NAME in source.sizes else CheckpointBase(Checkpoint(source))
+    if RECORD_NAME in source.sizes:
+        return DeltaFolder(source, None)
+    return CheckpointBase(Checkpoint(source, may_lack=True))
 
 
 class _CheckpointFaults(Faults):
@@ -122,7 +124,7 @@ class DeltaFolder:
         if base is not None:
             return base()
         if named.repo_id:  # never a path: a record must not name our folders
-            return CheckpointBase(Checkpoint(open_hub(named.repo_id, named.revision)))
+            return CheckpointBase(Checkpoint(open_hub(named.repo_id, named.revision), may_lack=True))
         raise CheckpointError(
             f"{self.where} needs its base",
             "It does not say where on the Hub that is.",
