@@ -17,7 +17,7 @@ from .manifest import BaseRecord, Manifest, TargetRecord
 from .match.names import Match, find_named, match_pair
 from .patch import check_base, check_licenses
 from .payload import CHUNK_BYTES
-from .storage import Location, Readable
+from .storage import Location, Readable, output_path
 from .workers import ProgressCallback, Workers
 
 
@@ -56,6 +56,7 @@ def compact_deltas(
         ValueError: ``chunk_bytes`` is out of range.
     """
     check_chunk_bytes(chunk_bytes)
+    output_path(delta)
     with open_recipe(deltas, base) as target:
         first = links(target)[0]
         old = first.base

@@ -58,8 +58,8 @@ from .storage import (
     is_clutter,
     is_same,
     is_within,
-    local_path,
     open_source,
+    output_path,
 )
 from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches, result_of
 
@@ -105,6 +105,7 @@ def make_delta(
         ValueError: ``chunk_bytes`` is out of range.
     """
     check_chunk_bytes(chunk_bytes)
+    output_path(delta)
     with _open_base(base) as old, _open_target(target) as new:
         check_place(delta, old, new)
         _check_hub_ids(base_repo, target_repo, base_revision)
@@ -172,7 +173,7 @@ class CheckpointFacts:
 def check_place(delta: Location, old: Checkpoint, new: Checkpoint) -> None:
     """Raise :class:`DeltaWeightsError` where the delta of these two cannot be written to ``delta``."""
     _check_names(new)
-    _check_apart(local_path(delta), old, new)
+    _check_apart(output_path(delta), old, new)
 
 
 def write_delta(
@@ -198,7 +199,7 @@ def write_delta(
     Raises:
         BaseMismatchError: the base's shards have the names in ``base.files``, but another SHA-256.
     """
-    with Workers(threads) as workers, OutputFolder(local_path(delta)) as folder:
+    with Workers(threads) as workers, OutputFolder(delta) as folder:
         for source in (old.source, new.source):
             workers.at_stop(source.cancel)
         meter = Meter(progress, "diff", sum(new.source.sizes.values()))

@@ -327,6 +327,7 @@ def bom(
     """Write a bill of materials for DELTA: target, base, files, licenses. Needs the extra `bom`."""
     with errors_explained(debug, as_json=False):
         from ..bom import bom_of
+        from ..storage import output_path
 
         time = datetime.fromtimestamp(created, timezone.utc)
         document = bom_of(delta, format.value, created=time)
@@ -334,7 +335,7 @@ def bom(
             typer.echo(document, nl=False)
             return
         try:
-            output.write_bytes(document)
+            output_path(output).write_bytes(document)
         except OSError as error:
             raise OutputError(f"Cannot write {output}", f"{error.strerror}.") from error
 

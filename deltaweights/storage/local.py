@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, OutputError
 from .source import HubId, ReadableFile, Source, file_blocks
 from .system import read_at, read_bytes_at
 
@@ -27,6 +27,11 @@ _CLUTTER = re.compile(
     r"\._.*|\.DS_Store|__MACOSX|\.(Spotlight-V100|Trashes|fseventsd|ipynb_checkpoints)"
     r"|(eh)?thumbs\.db|desktop\.ini",
     re.IGNORECASE,
+)
+
+#: Schemes of URLs that people pass where a folder is meant.
+_SCHEMES = re.compile(
+    "s3a?|gc?s|hf|az|abfss?|adl|wasbs?|hdfs|https?|s?ftp|ssh|file|r2|oss|dbfs", re.IGNORECASE
 )
 
 
@@ -65,12 +70,41 @@ class LocalFile(ReadableFile):
         return data if len(data) == nbytes else super()._read(offset, nbytes)
 
 
+def url_scheme(location: str | os.PathLike[str]) -> str | None:
+    """The scheme of a location that is a URL: ``s3`` of ``s3://bucket/x``, also where that was made a path,
+    in which one of the slashes is lost."""
+    text = os.fspath(location)
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(/?)", text)
+    return match[1].lower() if match and (match[2] or _SCHEMES.fullmatch(match[1])) else None
+
+
+def output_path(location: str | os.PathLike[str]) -> Path:
+    """:func:`local_path` for a folder or file that is to be written.
+
+    Raises:
+        OutputError: it is a URL.
+    """
+    if scheme := url_scheme(location):
+        raise OutputError(
+            f"{os.fspath(location)} is a URL, not a folder",
+            "Deltas, results and checkpoints are written to folders of this machine.",
+            "Write it as a path."
+            if scheme == "file"
+            else "Choose a folder. To publish a delta on the Hub, `push` it; elsewhere, copy the folder.",
+        )
+    return local_path(location)
+
+
 def local_path(location: str | os.PathLike[str]) -> Path:
     """The location as a path, ``~`` resolved.
 
     Raises:
-        CheckpointError: no path can look like this.
+        CheckpointError: no path can look like this, or it is a URL.
     """
+    if url_scheme(location):
+        raise CheckpointError(
+            f"{os.fspath(location)[:200]!r} is a URL, not a file or folder", *_advice(os.fspath(location))
+        )
     try:
         path = Path(location).expanduser()
         path.lstat()
@@ -82,6 +116,24 @@ def local_path(location: str | os.PathLike[str]) -> Path:
             f"{os.fspath(location)[:200]!r} cannot be opened", f"{why}.".capitalize(), "Check the path."
         ) from error
     return path
+
+
+def _advice(url: str) -> tuple[str, str]:
+    """Why a URL cannot be read, and what to write instead."""
+    page = re.match(
+        r"https?:/+(?:huggingface\.co|hf\.co)/(?:models/)?([^/]+/[^/?#]+)(?:/(?:tree|resolve|blob)/([^/?#]+))?",
+        url,
+    )
+    if page:
+        return (
+            "What is on the Hub has a shorter name.",
+            f"Write it as {page[1]}{f'@{page[2]}' if page[2] else ''}",
+        )
+    if url.startswith("hf:"):
+        return "", f"Write it as hf://{url[3:].lstrip('/')}, in quotes: it is no path."
+    if url.startswith("file:"):
+        return "", "Write it as a path."
+    return "Only folders, files and the Hub are read.", "Copy it to this machine, and pass the folder."
 
 
 def free_space(path: Path) -> int:
