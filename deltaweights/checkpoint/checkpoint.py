@@ -109,6 +109,12 @@ class Checkpoint:
                     self.tensors += (Tensor(info, shard) for info in shard.header.tensors)
         if self.broken and not self.shards:
             raise next(iter(self.broken.values()))
+        if not paths and (id := source.hub_id).repo_id and not source.is_remote:
+            raise CheckpointError(
+                f"{id.repo_id} is not whole in the local Hub cache",
+                f"{source.where} has no .safetensors file: only part of it was downloaded.",
+                f"Get all of it: hf download {id.repo_id} --revision {id.revision}",
+            )
         if not paths:
             raise CheckpointError(
                 f"{source.where} holds no .safetensors file",

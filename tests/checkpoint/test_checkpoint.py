@@ -263,6 +263,27 @@ def test_the_hubs_own_variables_say_where_the_cache_is(hub_cache: Path, variable
     assert done.stdout.strip() == COMMIT
 
 
+def test_a_snapshot_in_part_says_what_to_download(hub_cache: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    write_safetensors(target / "m.safetensors", {"a": A})
+    make_delta("org/name", target, tmp_path / "delta")
+    (hub_cache / "models--org--name" / "snapshots" / COMMIT / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=f"org/name is not whole(.|\n)* --revision {COMMIT}"):
+        apply_delta(tmp_path / "delta", tmp_path / "out")
+    write_safetensors(hub_cache / "models--org--name" / "snapshots" / COMMIT / "other.safetensors", {"b": B})
+    with pytest.raises(BaseMismatchError, match=f"lacks model.safetensors(.|\n)*hf download .* {COMMIT}"):
+        apply_delta(tmp_path / "delta", tmp_path / "out")
+
+
+def test_the_deltas_own_commit_is_found_in_a_cache_without_branches(hub_cache: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    write_safetensors(target / "m.safetensors", {"a": A})
+    make_delta("org/name", target, tmp_path / "delta")
+    (hub_cache / "models--org--name" / "refs" / "main").unlink()
+    apply_delta(tmp_path / "delta", tmp_path / "out", base="org/name")
+    assert (tmp_path / "out" / "m.safetensors").read_bytes() == safetensors_bytes({"a": A})
+
+
 def test_a_snapshot_whose_blob_is_gone_is_refused(hub_cache: Path) -> None:
     snapshot = hub_cache / "models--org--name" / "snapshots" / COMMIT
     (snapshot / "config.json").resolve().unlink()
