@@ -33,7 +33,16 @@ from .options import (
     bits,
     rename_rules,
 )
-from .session import errors_explained, in_flags, progress, report, settle_license, show_error
+from .session import (
+    errors_explained,
+    in_flags,
+    open_streams,
+    progress,
+    report,
+    settle_license,
+    show_error,
+    stdout_failed,
+)
 
 if TYPE_CHECKING:
     from ..manifest import Manifest
@@ -362,7 +371,13 @@ def main() -> None:
     # Imports make tens of thousands of objects that stay: looking through them for cycles takes a tenth of
     # start-up.
     gc.set_threshold(100_000)
+    open_streams()
     try:
         app()
     except KeyboardInterrupt:  # before or after the work itself
         sys.exit(130)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        stdout_failed(error)
+        sys.exit(1)
