@@ -23,7 +23,13 @@ from numpy.typing import NDArray
 from . import codec
 from ._version import __version__
 from .checkpoint import Checkpoint, Shard, Tensor
-from .checkpoint.oddities import is_pointer
+from .checkpoint.oddities import (
+    is_excluded,
+    is_pointer,
+    oddities_of_base,
+    oddities_of_target,
+    tell,
+)
 from .delta.opening import read_manifest
 from .delta.writer import DeltaWriter
 from .errors import BaseMismatchError, CheckpointError, DeltaError, DeltaWeightsError, OutputError
@@ -75,6 +81,7 @@ def make_delta(
     base_license: str | None = None,
     target_repo: str | None = None,
     target_license: str | None = None,
+    exclude: Sequence[str] = (),
     chunk_bytes: int = CHUNK_BYTES,
     force: bool = False,
     threads: int | None = None,
@@ -91,6 +98,8 @@ def make_delta(
             in the Hub cache.
         base_license, target_license: license ids; taken from the model cards if None.
         target_repo: the Hub id that the target is or will be published under.
+        exclude: patterns such as ``"*.pt"`` or ``"global_step500"``; files of the target whose path, name or
+            folder one of them fits are left out, and listed in the manifest.
         chunk_bytes: bytes of a tensor that are coded independently; a multiple of 4096.
         force: write even if ``delta`` holds other files; the delta's own files are replaced.
         threads: how many; the number of usable cores, at most 8, if None.
@@ -99,6 +108,10 @@ def make_delta(
     Returns:
         The manifest that was written.
 
+    What is odd about the two, and may be meant, is logged at WARNING by the logger ``deltaweights.inputs``:
+    pointers of Git LFS, shards that an index names and that are not there, dtypes that the safetensors
+    library does not know, names that are usual for secrets, rename rules that change no name.
+
     Raises:
         CheckpointError: a checkpoint cannot be found, read or downloaded.
         OutputError: the folder cannot be used, or its disk is full.
@@ -106,7 +119,7 @@ def make_delta(
     """
     check_chunk_bytes(chunk_bytes)
     output_path(delta)
-    with _open_base(base) as old, _open_target(target) as new:
+    with _open_base(base) as old, _open_target(target, exclude) as new:
         check_place(delta, old, new)
         _check_hub_ids(base_repo, target_repo, base_revision)
         old_id, new_id = old.source.hub_id, new.source.hub_id
@@ -139,18 +152,35 @@ def make_delta(
 def _open_base(base: Readable) -> Checkpoint:
     """The base, without what it need not have: a Git LFS pointer stands for a file that is not there."""
     source = open_source(base)
-
-    def is_absent(path: str) -> bool:
-        return not path.endswith(".safetensors") and is_pointer(source, path)
-
-    source.leave_out(lambda path: is_clutter(path) or is_absent(path))
-    return Checkpoint(source, may_lack=True)
-
-
-def _open_target(target: Readable) -> Checkpoint:
-    source = open_source(target)
     source.leave_out(is_clutter)
-    return Checkpoint(source)
+    others = (path for path in source.sizes if not path.endswith(".safetensors"))
+    pointers = {path for path in others if is_pointer(source, path)}
+    source.leave_out(pointers.__contains__)
+    checkpoint = Checkpoint(source, may_lack=True)
+    tell(oddities_of_base(checkpoint, sorted(pointers)))
+    return checkpoint
+
+
+def _open_target(target: Readable, exclude: Sequence[str]) -> Checkpoint:
+    """The target, without what was excluded, and what is no part of any model."""
+    source = open_source(target)
+    for pattern in exclude:
+        if not any(is_excluded(path, pattern) for path in source.sizes):
+            tell([f"No file of the target is excluded by {pattern!r}."])
+    tell(
+        f"The target's {path} is left out: such a file holds secrets, mostly."
+        for path in source.sizes
+        if _is_env(path) and not any(is_excluded(path, pattern) for pattern in exclude)
+    )
+    source.leave_out(lambda path: any(is_excluded(path, pattern) for pattern in exclude))
+    source.leave_out(lambda path: is_clutter(path) or _is_env(path))
+    checkpoint = Checkpoint(source)
+    tell(oddities_of_target(checkpoint))
+    return checkpoint
+
+
+def _is_env(path: str) -> bool:
+    return path.rpartition("/")[2] == ".env"
 
 
 def check_chunk_bytes(chunk_bytes: int) -> None:

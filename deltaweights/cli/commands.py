@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -36,6 +37,7 @@ from .options import (
 from .session import (
     errors_explained,
     in_flags,
+    kept_warnings,
     open_streams,
     progress,
     report,
@@ -83,6 +85,13 @@ def diff(
     base_license: Annotated[str | None, typer.Option(help="The base's license id.")] = None,
     target_repo: Annotated[str | None, typer.Option(help="The target's Hub id.")] = None,
     target_license: Annotated[str | None, typer.Option(help="The target's license id.")] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Leave out files of TARGET with such a path, name or folder. May be given several times.",
+        ),
+    ] = None,
     force: Force = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -91,7 +100,7 @@ def diff(
 ) -> None:
     """Write what TARGET adds to BASE."""
     rules = rename_rules(rename or ())
-    with errors_explained(debug, as_json, resumes=True), progress(quiet) as shown:
+    with errors_explained(debug, as_json, resumes=True), kept_warnings() as odd, progress(quiet) as shown:
         from ..diff import make_delta
 
         manifest = make_delta(
@@ -104,20 +113,23 @@ def diff(
             base_license=base_license,
             target_repo=target_repo,
             target_license=target_license,
+            exclude=exclude or (),
             force=force,
             threads=threads,
             progress=shown,
         )
-    _report_written(output, manifest, as_json=as_json, quiet=quiet)
+    _report_written(output, manifest, odd, as_json=as_json, quiet=quiet)
 
 
-def _report_written(output: Path, manifest: Manifest, *, as_json: bool, quiet: bool) -> None:
+def _report_written(
+    output: Path, manifest: Manifest, warnings: Sequence[str] = (), *, as_json: bool, quiet: bool
+) -> None:
     """What there is to know of a delta that was just written."""
     from ..inspect import summarise
 
     summary = summarise(manifest)
-    lines = rendering.written_lines(output, summary)
-    report(summary.to_dict(), lines, as_json=as_json, quiet=quiet)
+    lines = rendering.written_lines(output, summary, warnings)
+    report({**summary.to_dict(), "warnings": list(warnings)}, lines, as_json=as_json, quiet=quiet)
 
 
 @app.command()
@@ -298,6 +310,7 @@ def verify(
 def inspect(
     delta: Delta,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    files: Annotated[bool, typer.Option("--files", help="List every file of the target.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -307,7 +320,7 @@ def inspect(
         from ..inspect import inspect_delta
 
         summary = inspect_delta(delta)
-    lines = rendering.summary_lines(summary, every_tensor=tensors)
+    lines = rendering.summary_lines(summary, every_tensor=tensors, every_file=files)
     report(summary.to_dict(), lines, as_json=as_json, quiet=quiet)
 
 

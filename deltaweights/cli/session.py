@@ -135,6 +135,28 @@ def errors_explained(debug: bool, as_json: bool, *, resumes: bool = False) -> It
         raise typer.Exit(130) from None
 
 
+@contextmanager
+def kept_warnings() -> Iterator[list[str]]:
+    """What is told of odd inputs inside the block: it belongs into the report."""
+    kept: list[str] = []
+
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            kept.append(record.getMessage())
+
+    log, keeper = logging.getLogger("deltaweights.inputs"), Keeper()
+    before = log.level, log.propagate
+    log.addHandler(keeper)
+    log.setLevel(logging.WARNING)
+    log.propagate = False
+    try:
+        yield kept
+    finally:
+        log.removeHandler(keeper)
+        log.setLevel(before[0])
+        log.propagate = before[1]
+
+
 # Licenses ------------------------------------------------------------------------------------------------
 
 
