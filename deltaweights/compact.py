@@ -14,10 +14,10 @@ from .errors import CheckpointError
 from .license import cards
 from .license.rules import text_records
 from .manifest import BaseRecord, Manifest, TargetRecord
-from .match.names import Match, match_pair
+from .match.names import Match, find_named, match_pair
 from .patch import check_base, check_licenses
 from .payload import CHUNK_BYTES
-from .storage import Location, Readable
+from .storage import Location, Readable, output_path
 from .workers import ProgressCallback, Workers
 
 
@@ -56,6 +56,7 @@ def compact_deltas(
         ValueError: ``chunk_bytes`` is out of range.
     """
     check_chunk_bytes(chunk_bytes)
+    output_path(delta)
     with open_recipe(deltas, base) as target:
         first = links(target)[0]
         old = first.base
@@ -113,7 +114,7 @@ def _trace(target: TargetRecipe, old: Checkpoint, new: Checkpoint) -> list[Match
         base: Tensor | None = tensor
         for view in reversed(views):
             base = view.base_of(base.shard.path, base.info.name) if base else None
-        traced.append(match_pair(tensor, base or old.find(tensor.info.name, tensor.shard.path)))
+        traced.append(match_pair(tensor, base or find_named(old, tensor.name, tensor)))
     return traced
 
 

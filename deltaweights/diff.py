@@ -24,7 +24,14 @@ from numpy.typing import NDArray
 
 from . import codec
 from ._version import __version__
-from .checkpoint import Checkpoint, Shard, Tensor, open_checkpoint
+from .checkpoint import Checkpoint, Shard, Tensor
+from .checkpoint.oddities import (
+    is_excluded,
+    is_pointer,
+    oddities_of_base,
+    oddities_of_target,
+    tell,
+)
 from .delta.opening import read_manifest
 from .delta.writer import DeltaWriter
 from .errors import BaseMismatchError, CheckpointError, DeltaError, DeltaWeightsError, OutputError
@@ -57,9 +64,11 @@ from .storage import (
     Readable,
     Source,
     Span,
+    is_clutter,
     is_same,
     is_within,
-    local_path,
+    open_source,
+    output_path,
 )
 from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches, result_of
 
@@ -78,6 +87,7 @@ def make_delta(
     base_license: str | None = None,
     target_repo: str | None = None,
     target_license: str | None = None,
+    exclude: Sequence[str] = (),
     chunk_bytes: int = CHUNK_BYTES,
     force: bool = False,
     threads: int | None = None,
@@ -95,7 +105,9 @@ def make_delta(
             Hub cache, if the base is there.
         base_license, target_license: license ids; taken from the model cards if None.
         target_repo: the Hub id that the target is or will be published under.
-        chunk_bytes: bytes of target tensor in a chunk; a multiple of 4096.
+        exclude: patterns such as ``"*.pt"`` or ``"global_step500"``; files of the target whose path, name or
+            folder one of them fits are left out, and listed in the manifest.
+        chunk_bytes: bytes of a tensor that are coded independently; a multiple of 4096.
         force: write even if ``delta`` holds other files; the delta's own files are replaced.
         threads: number of threads; if None, the number of usable cores, at most 8.
         progress: called with a phase ("diff"), bytes done and total bytes.
@@ -103,13 +115,18 @@ def make_delta(
     Returns:
         The manifest that was written.
 
+    What is odd about the two, and may be meant, is logged at WARNING by the logger ``deltaweights.inputs``:
+    pointers of Git LFS, shards that an index names and that are not there, dtypes that the safetensors
+    library does not know, names that are usual for secrets, rename rules that change no name.
+
     Raises:
         CheckpointError: a checkpoint cannot be found, read or downloaded.
         OutputError: the folder cannot be used, or its disk is full.
         ValueError: ``chunk_bytes`` is out of range.
     """
     check_chunk_bytes(chunk_bytes)
-    with open_checkpoint(base) as old, open_checkpoint(target) as new:
+    output_path(delta)
+    with _open_base(base) as old, _open_target(target, exclude) as new:
         check_place(delta, old, new)
         _check_hub_ids(base_repo, target_repo, base_revision)
         old_id, new_id = old.source.hub_id, new.source.hub_id
@@ -139,6 +156,40 @@ def make_delta(
         )
 
 
+def _open_base(base: Readable) -> Checkpoint:
+    """The base, without what it need not have: a Git LFS pointer stands for a file that is not there."""
+    source = open_source(base)
+    source.leave_out(is_clutter)
+    others = (path for path in source.sizes if not path.endswith(".safetensors"))
+    pointers = {path for path in others if is_pointer(source, path)}
+    source.leave_out(pointers.__contains__)
+    checkpoint = Checkpoint(source, may_lack=True)
+    tell(oddities_of_base(checkpoint, sorted(pointers)))
+    return checkpoint
+
+
+def _open_target(target: Readable, exclude: Sequence[str]) -> Checkpoint:
+    """The target, without what was excluded, and what is no part of any model."""
+    source = open_source(target)
+    for pattern in exclude:
+        if not any(is_excluded(path, pattern) for path in source.sizes):
+            tell([f"No file of the target is excluded by {pattern!r}."])
+    tell(
+        f"The target's {path} is left out: such a file holds secrets, mostly."
+        for path in source.sizes
+        if _is_env(path) and not any(is_excluded(path, pattern) for pattern in exclude)
+    )
+    source.leave_out(lambda path: any(is_excluded(path, pattern) for pattern in exclude))
+    source.leave_out(lambda path: is_clutter(path) or _is_env(path))
+    checkpoint = Checkpoint(source)
+    tell(oddities_of_target(checkpoint))
+    return checkpoint
+
+
+def _is_env(path: str) -> bool:
+    return path.rpartition("/")[2] == ".env"
+
+
 def check_chunk_bytes(chunk_bytes: int) -> None:
     """Raise :class:`ValueError` if ``chunk_bytes`` is out of range."""
     if not 4096 <= chunk_bytes <= MAX_CHUNK_BYTES or chunk_bytes % 4096:
@@ -160,7 +211,7 @@ def check_place(delta: Location, old: Checkpoint, new: Checkpoint) -> None:
     """Raise :class:`DeltaWeightsError` if the delta of these two checkpoints cannot be written to
     ``delta``."""
     _check_names(new)
-    _check_apart(local_path(delta), old, new)
+    _check_apart(output_path(delta), old, new)
 
 
 def write_delta(
@@ -186,7 +237,7 @@ def write_delta(
     Raises:
         BaseMismatchError: the base's shards have the names in ``base.files``, but a different SHA-256.
     """
-    with Workers(threads) as workers, OutputFolder(local_path(delta)) as folder:
+    with Workers(threads) as workers, OutputFolder(delta) as folder:
         for source in (old.source, new.source):
             workers.at_stop(source.cancel)
         meter = Meter(progress, "diff", sum(new.source.sizes.values()))
@@ -404,7 +455,7 @@ class _Encoder:
         digests = {**digests, **self._digest_passed()}
         found = tuple(FileRecord(path, size, digests[path]) for path, size in source.sizes.items())
         told = {file.path: file for file in known if file.path.endswith(".safetensors")}
-        if not told or set(told) != set(self._old.shards):
+        if not told or set(told) != self._old.shards.keys() | self._old.broken.keys():
             return found
         wrong = [file for file in found if file != told.get(file.path, file)]
         if wrong:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 
@@ -35,6 +36,30 @@ class TensorSummary(TensorEntry):
 
 
 @dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file of the target that the delta holds whole, compressed or not: its path, what kind of file its
+    name says it is, and how many bytes it has in the delta."""
+
+    path: str
+    kind: str
+    stored_bytes: int
+
+
+#: Kinds of files that training leaves beside a model, by their names.
+_KINDS = (
+    (re.compile(r".*(optim|scheduler|zero_pp|global_step|scaler)"), "training state"),
+    (re.compile(r".*(rng_state|training_args|trainer_state)"), "training state"),
+    (
+        re.compile(r".*\.(bin|pt|pth|ckpt|h5|msgpack|pkl|pickle|onnx|gguf|npz|npy|tflite|ot)$"),
+        "other weights",
+    ),
+    (re.compile(r".*(tokenizer|vocab|merges|spiece|sentencepiece|\.model$|\.tiktoken$)"), "tokenizer"),
+    (re.compile(r".*(tfevents|\.log$|wandb|runs/|logs/)"), "logs"),
+    (re.compile(r".*\.(png|jpe?g|gif|mp4|wav|pdf|ipynb)$"), "media and notebooks"),
+)
+
+
+@dataclass(frozen=True, slots=True)
 class DeltaSummary:
     """What :func:`inspect_delta` tells.
 
@@ -44,6 +69,7 @@ class DeltaSummary:
         size: of target and delta, in bytes.
         counts: how many tensors have each status; those that none has are absent.
         tensors: every tensor of the target, and those that only the base has.
+        stored_whole: the target's files that the delta holds whole, the largest first.
         format_version: of the delta's format.
         tool: the program that wrote the delta.
     """
@@ -54,12 +80,14 @@ class DeltaSummary:
     size: DeltaSize
     counts: dict[Status, int]
     tensors: tuple[TensorSummary, ...]
+    stored_whole: tuple[StoredFile, ...]
     format_version: int
     tool: Tool
 
     def to_dict(self) -> dict[str, object]:
         """The same, ready for JSON: licenses stand in ``license`` only, and ``like`` where there is one."""
         found = msgspec.to_builtins(self)
+        del found["stored_whole"]  # which the files of the target tell
         for side in ("base", "target"):
             del found[side]["license"]
         for tensor in found["tensors"]:
@@ -130,9 +158,24 @@ def summarise(manifest: Manifest) -> DeltaSummary:
         size=DeltaSize(target_bytes, delta_bytes, delta_bytes / max(1, target_bytes)),
         counts={status: counts[status] for status in STATUSES if counts[status]},
         tensors=tuple(map(_summary_of, manifest.tensors)),
+        stored_whole=_stored_whole(manifest),
         format_version=manifest.format_version,
         tool=manifest.tool,
     )
+
+
+def _stored_whole(manifest: Manifest) -> tuple[StoredFile, ...]:
+    sizes = {file.path: file.size for file in manifest.files}
+    found = (
+        StoredFile(file.path, _kind(file.path), sizes[file.source])
+        for file in manifest.target.files
+        if file.stored in ("verbatim", "zstd")
+    )
+    return tuple(sorted(found, key=lambda file: (-file.stored_bytes, file.path)))
+
+
+def _kind(path: str) -> str:
+    return next((kind for pattern, kind in _KINDS if pattern.match(path.lower())), "other files")
 
 
 def _summary_of(entry: TensorEntry) -> TensorSummary:

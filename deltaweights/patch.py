@@ -22,7 +22,7 @@ from .delta.target_recipe import TargetRecipe, check_digest
 from .errors import DeltaError, OutputError
 from .license.rules import landing_place, text_records
 from .manifest import Manifest, TargetFile
-from .storage import Location, OutputFolder, Readable, Source, is_within, local_path, sha256_of
+from .storage import Location, OutputFolder, Readable, Source, is_within, output_path, sha256_of
 from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches
 
 #: Before anything is written, at least _SAMPLED_CHUNKS chunks of the base are compared with the delta, and at
@@ -78,9 +78,9 @@ def apply_delta(
         DeltaError: the delta is incomplete or damaged.
         OutputError: ``out`` holds other files, or its disk is too small.
     """
+    root = output_path(out)
     with open_recipe(delta, base) as target, Workers(threads) as workers:
         workers.at_stop(target.cancel)
-        root = local_path(out)
         _check_apart(root, target)
         check_licenses(target)
         check_base(target, workers, keep=keep_base, progress=progress)

@@ -22,7 +22,7 @@ from .errors import BaseMismatchError
 from .license.rules import LicenseReport, describe, text_records
 from .manifest import MANIFEST_NAME, Manifest, TargetFile
 from .patch import check_base, sample_chunks
-from .storage import Location, Readable, Source, Span, local_path, open_source
+from .storage import Location, Readable, Source, Span, local_path, open_source, output_path
 from .storage.hub_client import cache_folder
 from .storage.local import free_space
 from .storage.read_ahead import WINDOW_BYTES
@@ -151,6 +151,8 @@ def plan_apply(
         CheckpointError: the base or the delta cannot be found or read.
         DeltaError: the delta is incomplete or damaged.
     """
+    if out is not None:
+        output_path(out)
     with ExitStack() as stack:
         source = stack.enter_context(open_source(delta))
         manifest = read_manifest(source)

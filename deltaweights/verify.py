@@ -14,7 +14,7 @@ from .errors import CheckpointError, DeltaWeightsError
 from .license.cards import CARD_NAME
 from .manifest import MANIFEST_NAME, FileRecord, Manifest, TargetFile
 from .patch import check_base, rebuild_shard
-from .storage import HubSource, Location, Readable, Source, open_source, sha256_of
+from .storage import HubSource, Location, Readable, Source, is_clutter, open_source, sha256_of
 from .workers import Lane, Meter, ProgressCallback, Workers
 
 #: Files that the Hub adds to a repository.
@@ -141,6 +141,7 @@ def _compare(
         extra -= _UNLISTED
     elif source.is_remote:
         extra -= {_HUBS_OWN}
+    extra = {path for path in extra if not is_clutter(path)}
     problems = [Problem(place, path, "extra", "is not in the manifest") for path in extra]
 
     def compare(lane: Lane, record: FileRecord | TargetFile) -> Problem | None:

@@ -23,6 +23,8 @@ from safetensors.numpy import save_file
 
 from deltaweights import CheckpointError, Manifest, OutputError, apply_delta, make_delta, verify_delta
 from deltaweights.checkpoint import open_checkpoint
+from deltaweights.checkpoint.oddities import is_secret
+from deltaweights.cli.session import kept_warnings
 from deltaweights.codec import RECORD
 from deltaweights.dtypes import DTYPE_BITS
 from deltaweights.manifest import FileRecord, TensorEntry
@@ -536,6 +538,105 @@ def test_what_belongs_to_tools_is_left_out_and_listed(diff: Differ) -> None:
     assert manifest.target.left_out == (".cache/", ".git/", "m.safetensors.incomplete", "sub/.cache/")
     assert [file.path for file in manifest.target.files] == ["m.safetensors"]
     assert b"secret" not in b"".join(contents(diff.delta).values())
+
+
+@pytest.fixture
+def oddities() -> Iterator[list[str]]:
+    """What is told of odd inputs."""
+    with kept_warnings() as told:
+        yield told
+
+
+def _write_model(folder: Path, shards: int = 1, **others: str) -> None:
+    tensors = {f"t{k}": bf16(weights((16,), k)) for k in range(3)}
+    index = {}
+    for k, (name, array) in enumerate(tensors.items()):
+        path = f"m-{k + 1:05d}-of-00003.safetensors" if shards > 1 else "m.safetensors"
+        index[name] = path
+        write_safetensors(folder / path, {name: array} if shards > 1 else tensors)
+    if shards > 1:
+        (folder / "m.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    for path, text in others.items():
+        (folder / path.replace("__", ".")).write_text(text)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "b" * 64 + "\nsize 17209920\n"
+
+
+def test_a_pointer_of_git_lfs_is_warned_of_and_needs_no_base(tmp_path: Path, oddities: list[str]) -> None:
+    for side in ("base", "target"):
+        _write_model(tmp_path / side, tokenizer__json=POINTER)
+    make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta")
+    assert [text.partition(" is a Git LFS pointer")[0] for text in oddities] == [
+        "The base's tokenizer.json",
+        "The target's tokenizer.json",
+    ]
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")  # as the Hub has it
+    apply_delta(tmp_path / "delta", tmp_path / "out", base=tmp_path / "base")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == POINTER
+
+
+@pytest.mark.parametrize("side", ["base", "target"])
+@pytest.mark.parametrize("has_index", [True, False])
+def test_a_shard_that_is_not_there_is_warned_of(
+    side: str, has_index: bool, tmp_path: Path, oddities: list[str]
+) -> None:
+    for one in ("base", "target"):
+        _write_model(tmp_path / one, 3)
+    (tmp_path / side / "m-00002-of-00003.safetensors").unlink()
+    if not has_index:
+        (tmp_path / side / "m.safetensors.index.json").unlink()
+    make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta")
+    assert [side in text and "m-00002-of-00003.safetensors" in text for text in oddities] == [True]
+
+
+def test_a_stale_index_over_whole_files_is_no_loss(tmp_path: Path, oddities: list[str]) -> None:
+    for side in ("base", "target"):
+        _write_model(tmp_path / side)
+    index = '{"weight_map": {"t0": "old-1.safetensors", "t1": "old-1.safetensors"}}'
+    (tmp_path / "target" / "m.safetensors.index.json").write_text(index)
+    make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta")
+    assert len(oddities) == 1
+    assert "though its tensors are in other files" in oddities[0]
+
+
+def test_a_dtype_that_no_library_reads_is_warned_of(tmp_path: Path, oddities: list[str]) -> None:
+    _write_model(tmp_path / "base")
+    write_safetensors(tmp_path / "target" / "m.safetensors", {"a": Array("", (), b"")})
+    make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta")
+    assert ["'a' has the dtype ''" in text for text in oddities] == [True]
+
+
+def test_whole_models_give_no_warning(trio: Trio, tmp_path: Path, oddities: list[str]) -> None:
+    make_delta(trio.base, trio.target, tmp_path / "delta")
+    assert not oddities
+
+
+def test_what_is_excluded_is_left_out_and_listed(tmp_path: Path, oddities: list[str]) -> None:
+    for side in ("base", "target"):
+        _write_model(tmp_path / side)
+    paths = ("optimizer.pt", "global_step5/mp_rank_0.pt", "runs/1/log.txt", ".env", "keep.txt")
+    for path in paths:
+        (tmp_path / "target" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "target" / path).write_text("x")
+    exclude = ["*.pt", "runs/", "no-such-file"]
+    manifest = make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta", exclude=exclude)
+    assert manifest.target.left_out == tuple(sorted(paths[:4]))
+    assert [file.path for file in manifest.target.files] == ["keep.txt", "m.safetensors"]
+    assert len(oddities) == 2
+    assert "'no-such-file'" in oddities[0]
+    assert ".env is left out" in oddities[1]
+
+
+def test_usual_names_of_secrets_are_known() -> None:
+    secrets = ".env .env.local a/server.pem id_rsa .ssh/id_ed25519 credentials credentials.json hf_token"
+    secrets += (
+        " aws_credentials token token.txt .hf_token secrets.yaml .netrc service-account-key.json api_key.txt"
+    )
+    others = "tokenizer.json added_tokens.json special_tokens_map.json tokenizer.model token_classifier.py"
+    others += " README.md config.json keys.py environment.yml tokenization_x.py vocab.txt model.safetensors"
+    assert [path for path in secrets.split() if not is_secret(path)] == []
+    assert [path for path in others.split() if is_secret(path)] == []
 
 
 def test_hundreds_of_files_need_no_hundreds_of_open_files(diff: Differ) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, HeaderError
 from ..storage.location import Readable, open_source
 from ..storage.source import HEAD_BYTES, ReadableFile, Source, Span
 from .header import Header, TensorInfo, header_length, parse_header
+from .index import read_indexes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,31 +68,54 @@ class Checkpoint:
 
     The source is closed with the checkpoint, and also if opening fails.
 
+    Args:
+        may_lack: files that cannot be read count as absent, shards with a broken header among them, which
+            stand in ``broken`` with their errors: what nobody needs of a base is not to decide over success.
+
     Raises:
-        CheckpointError: it holds no safetensors file, or one of them is broken.
+        CheckpointError: it holds no safetensors file, or one of them is broken (all of them, with
+            ``may_lack``).
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, *, may_lack: bool = False) -> None:
         self.source = source
         self.shards: dict[str, Shard] = {}
+        self.broken: dict[str, CheckpointError] = {}
         self.tensors: list[Tensor] = []
         self._by_name: dict[str, list[Tensor]] = {}
         try:
-            self._read_headers()
+            self._read_headers(may_lack)
         except BaseException:
             source.close()
             raise
         for tensor in self.tensors:
             self._by_name.setdefault(tensor.info.name, []).append(tensor)
-        self.other_files = sorted(set(source.sizes) - set(self.shards))
+        self.other_files = sorted(set(source.sizes) - set(self.shards) - set(self.broken))
 
-    def _read_headers(self) -> None:
+    def _read_headers(self, may_lack: bool) -> None:
         source = self.source
+        if not may_lack:
+            source.require_readable()
+        self.broken |= {path: e for path, e in source.unreadable.items() if path.endswith(".safetensors")}
         paths = sorted(path for path in source.sizes if path.endswith(".safetensors"))
         with source.expect(Span(path, 0, min(HEAD_BYTES, source.sizes[path])) for path in paths):
             for path in paths:
-                self.shards[path] = shard = read_shard(source, path)
-                self.tensors += (Tensor(info, shard) for info in shard.header.tensors)
+                try:
+                    self.shards[path] = shard = read_shard(source, path)
+                except HeaderError as error:
+                    self.broken[path] = error
+                    if not may_lack:
+                        raise
+                else:
+                    self.tensors += (Tensor(info, shard) for info in shard.header.tensors)
+        if self.broken and not self.shards:
+            raise next(iter(self.broken.values()))
+        if not paths and (id := source.hub_id).repo_id and not source.is_remote:
+            raise CheckpointError(
+                f"{id.repo_id} is not whole in the local Hub cache",
+                f"{source.where} has no .safetensors file: only part of it was downloaded.",
+                f"Get all of it: hf download {id.repo_id} --revision {id.revision}",
+            )
         if not paths:
             raise CheckpointError(
                 f"{source.where} holds no .safetensors file",
@@ -118,6 +144,35 @@ class Checkpoint:
 
         return min(found, key=distance, default=None)
 
+    def closest(self, name: str, path: str, misfit: Callable[[Tensor], tuple[bool, ...]]) -> Tensor | None:
+        """The tensor called ``name``; of several, the one with the least ``misfit``, then one in the folder
+        of ``path``, then the one that the index names, then the one at ``path``."""
+        found = self.named(name)
+        if not found[1:]:
+            return found[0] if found else None
+        folder = os.path.dirname(path)
+
+        def distance(tensor: Tensor) -> tuple[bool, ...]:
+            is_indexed = any(index.get(name) == tensor.path for index in self.indexes.values())
+            is_elsewhere = os.path.dirname(tensor.path) != folder
+            return *misfit(tensor), is_elsewhere, not is_indexed, tensor.path != path
+
+        return min(found, key=distance)
+
+    @cached_property
+    def indexes(self) -> dict[str, dict[str, str]]:
+        """For each index, by its path: tensors' names, and the paths of the shards that should hold them."""
+        return read_indexes(self.source)
+
+    def require_found(self, name: str, path: str) -> None:
+        """Raise :class:`CheckpointError` where a broken file should hold the tensor called ``name``: one that
+        the index names, or one at ``path``."""
+        if not self.broken or self.named(name):
+            return
+        for place in (*(index.get(name, "") for index in self.indexes.values()), path):
+            if place in self.broken:
+                raise self.broken[place]
+
 
 def read_shard(source: Source, path: str) -> Shard:
     """Read and check the header of the safetensors file at ``path``.
@@ -137,10 +192,13 @@ def read_header(file: ReadableFile, where: str) -> Shard:
     return Shard(file.path, file, parse_header(head[:length], file.size, where))
 
 
-def open_checkpoint(location: Readable) -> Checkpoint:
+def open_checkpoint(location: Readable, *, may_lack: bool = False) -> Checkpoint:
     """Open the checkpoint at ``location`` (a folder, one .safetensors file, a Hub id, or an open source).
+
+    Args:
+        may_lack: as for :class:`Checkpoint`.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    return Checkpoint(open_source(location))
+    return Checkpoint(open_source(location), may_lack=may_lack)

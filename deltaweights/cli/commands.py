@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -33,7 +34,17 @@ from .options import (
     bits,
     rename_rules,
 )
-from .session import errors_explained, in_flags, progress, report, settle_license, show_error
+from .session import (
+    errors_explained,
+    in_flags,
+    kept_warnings,
+    open_streams,
+    progress,
+    report,
+    settle_license,
+    show_error,
+    stdout_failed,
+)
 
 if TYPE_CHECKING:
     from ..manifest import Manifest
@@ -74,6 +85,13 @@ def diff(
     base_license: Annotated[str | None, typer.Option(help="The base's license id.")] = None,
     target_repo: Annotated[str | None, typer.Option(help="The target's Hub id.")] = None,
     target_license: Annotated[str | None, typer.Option(help="The target's license id.")] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Leave out files of TARGET with such a path, name or folder. May be given several times.",
+        ),
+    ] = None,
     force: Force = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -82,7 +100,7 @@ def diff(
 ) -> None:
     """Write what TARGET adds to BASE."""
     rules = rename_rules(rename or ())
-    with errors_explained(debug, as_json, resumes=True), progress(quiet) as shown:
+    with errors_explained(debug, as_json, resumes=True), kept_warnings() as odd, progress(quiet) as shown:
         from ..diff import make_delta
 
         manifest = make_delta(
@@ -95,20 +113,23 @@ def diff(
             base_license=base_license,
             target_repo=target_repo,
             target_license=target_license,
+            exclude=exclude or (),
             force=force,
             threads=threads,
             progress=shown,
         )
-    _report_written(output, manifest, as_json=as_json, quiet=quiet)
+    _report_written(output, manifest, odd, as_json=as_json, quiet=quiet)
 
 
-def _report_written(output: Path, manifest: Manifest, *, as_json: bool, quiet: bool) -> None:
+def _report_written(
+    output: Path, manifest: Manifest, warnings: Sequence[str] = (), *, as_json: bool, quiet: bool
+) -> None:
     """What there is to know of a delta that was just written."""
     from ..inspect import summarise
 
     summary = summarise(manifest)
-    lines = rendering.written_lines(output, summary)
-    report(summary.to_dict(), lines, as_json=as_json, quiet=quiet)
+    lines = rendering.written_lines(output, summary, warnings)
+    report({**summary.to_dict(), "warnings": list(warnings)}, lines, as_json=as_json, quiet=quiet)
 
 
 @app.command()
@@ -289,6 +310,7 @@ def verify(
 def inspect(
     delta: Delta,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    files: Annotated[bool, typer.Option("--files", help="List every file of the target.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -298,7 +320,7 @@ def inspect(
         from ..inspect import inspect_delta
 
         summary = inspect_delta(delta)
-    lines = rendering.summary_lines(summary, every_tensor=tensors)
+    lines = rendering.summary_lines(summary, every_tensor=tensors, every_file=files)
     report(summary.to_dict(), lines, as_json=as_json, quiet=quiet)
 
 
@@ -327,6 +349,7 @@ def bom(
     """Write a bill of materials for DELTA: target, base, files, licenses. Needs the extra `bom`."""
     with errors_explained(debug, as_json=False):
         from ..bom import bom_of
+        from ..storage import output_path
 
         time = datetime.fromtimestamp(created, timezone.utc)
         document = bom_of(delta, format.value, created=time)
@@ -334,7 +357,7 @@ def bom(
             typer.echo(document, nl=False)
             return
         try:
-            output.write_bytes(document)
+            output_path(output).write_bytes(document)
         except OSError as error:
             raise OutputError(f"Cannot write {output}", f"{error.strerror}.") from error
 
@@ -361,7 +384,13 @@ def main() -> None:
     # Imports make tens of thousands of objects that stay: looking through them for cycles takes a tenth of
     # start-up.
     gc.set_threshold(100_000)
+    open_streams()
     try:
         app()
     except KeyboardInterrupt:  # before or after the work itself
         sys.exit(130)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        stdout_failed(error)
+        sys.exit(1)

@@ -11,13 +11,19 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..inspect import DeltaSummary, TensorSummary
+    from rich.table import Table
+
+    from ..inspect import DeltaSummary, StoredFile, TensorSummary
     from ..license.rules import LicenseReport, SideLicense
     from ..manifest import BaseRecord, TargetRecord
     from ..patch import ApplyReport
     from ..plan import Plan, PlannedReads, Space
     from ..push import PushReport
     from ..verify import VerifyReport
+
+
+#: So many bytes of files that are stored whole are worth a line.
+_MUCH = 1_000_000
 
 
 def plain(text: str) -> str:
@@ -62,13 +68,31 @@ def display_name(side: BaseRecord | TargetRecord | SideLicense, fallback: str) -
 # What a verb did -----------------------------------------------------------------------------------------
 
 
-def written_lines(place: object, summary: DeltaSummary) -> Iterator[str]:
+def written_lines(place: object, summary: DeltaSummary, warnings: Sequence[str] = ()) -> Iterator[str]:
     """A delta that was just written to ``place``."""
     counts = ", ".join(f"{count} {status}" for status, count in summary.counts.items())
     yield f"{place}: {_size_line(summary)}; tensors: {counts or 'none'}"
     if summary.target.left_out:
         yield plain(f"Left out: {', '.join(summary.target.left_out)}")
+    yield from _whole_lines(summary)
+    yield from (plain(f"Warning: {text}") for text in warnings)
     yield from _conflict_lines(summary.license.conflicts)
+
+
+def _whole_lines(summary: DeltaSummary) -> Iterator[str]:
+    """What the delta holds of other files than weights, where that is much."""
+    stored = summary.stored_whole
+    if (total := sum(file.stored_bytes for file in stored)) < _MUCH:
+        return
+    kinds: dict[str, list[StoredFile]] = {}
+    for file in stored:
+        kinds.setdefault(file.kind, []).append(file)
+    shown = (
+        f"{kind} {size(sum(file.stored_bytes for file in files))} ({files[0].path}"
+        + (f" and {len(files) - 1} more)" if files[1:] else ")")
+        for kind, files in kinds.items()
+    )
+    yield plain(f"Stored whole: {size(total)} in {len(stored)} files: {', '.join(shown)}")
 
 
 def push_lines(report: PushReport) -> Iterator[str]:
@@ -108,8 +132,9 @@ def _conflict_lines(conflicts: Sequence[str]) -> Iterator[str]:
 # inspect -------------------------------------------------------------------------------------------------
 
 
-def summary_lines(summary: DeltaSummary, *, every_tensor: bool) -> Iterator[str]:
-    """All that ``inspect`` shows: facts, then a table of tensors, the ten largest payloads or every one."""
+def summary_lines(summary: DeltaSummary, *, every_tensor: bool, every_file: bool = False) -> Iterator[str]:
+    """All that ``inspect`` shows: facts, then a table of tensors, the ten largest payloads or every one; and
+    one of files, if it was asked for, or where much is stored whole."""
     from rich.console import Console
     from rich.table import Table
 
@@ -130,7 +155,26 @@ def summary_lines(summary: DeltaSummary, *, every_tensor: bool) -> Iterator[str]
         console.print(facts)
         console.print()
         console.print(table)
+        if every_file or sum(file.stored_bytes for file in summary.stored_whole) >= _MUCH:
+            console.print()
+            console.print(_file_table(summary, every_file=every_file))
     yield from shown.get().splitlines()
+
+
+def _file_table(summary: DeltaSummary, *, every_file: bool) -> Table:
+    from rich.table import Table
+
+    stored = {file.path: file for file in summary.stored_whole}
+    title = "files" if every_file else "largest files that are stored whole"
+    table = Table(title=title, title_justify="left", box=None)
+    for heading in ("file", "stored", "size", "in the delta"):
+        table.add_column(heading, justify="right" if heading in ("size", "in the delta") else "left")
+    every = {file.path: file for file in summary.target.files}
+    for path in every if every_file else [*stored][:10]:
+        file = every[path]
+        held = size(stored[path].stored_bytes) if path in stored else ""
+        table.add_row(plain(path), file.stored, size(file.size), held)
+    return table
 
 
 def _facts(summary: DeltaSummary) -> Iterator[tuple[str, str]]:

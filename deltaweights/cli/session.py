@@ -5,13 +5,16 @@ Exit codes: 0 done, 1 it failed or differs, 2 wrong usage, 3 a license was not a
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
+import os
 import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -43,13 +46,50 @@ def in_flags(fix: str) -> str:
     return _IN_PYTHON.sub(lambda found: FLAGS[found[0]], fix)
 
 
+# Streams -------------------------------------------------------------------------------------------------
+
+
+#: The streams that were closed when the program began.
+_CLOSED: set[str] = set()
+
+
+def open_streams() -> None:
+    """Make stdin, stdout and stderr fit to be used, whatever they are.
+
+    One that is closed becomes the null device: else the next file that is opened would get its number, and
+    messages. What the terminal's encoding lacks is shown as ``\\u202e``.
+    """
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            _CLOSED.add(name)
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def stdout_failed(error: OSError) -> None:
+    """Say that the report could not be written, and leave nothing for Python to write once more."""
+    show_error(
+        f"Cannot write to stdout\n{error.strerror}.\nWhat was asked for is done, but was not reported."
+    )
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 # Reports and errors --------------------------------------------------------------------------------------
 
 
 def report(fields: Mapping[str, object], lines: Iterable[str], *, as_json: bool, quiet: bool = False) -> None:
     """What a command found or did: one JSON object, or lines of text, or nothing."""
     if as_json:
-        typer.echo(json.dumps(fields, ensure_ascii=False))
+        if "stdout" in _CLOSED:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        is_utf = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+        typer.echo(json.dumps(fields, ensure_ascii=not is_utf))
     elif not quiet:
         for line in lines:
             typer.echo(line)
@@ -57,7 +97,13 @@ def report(fields: Mapping[str, object], lines: Iterable[str], *, as_json: bool,
 
 def show_error(text: str) -> None:
     """Lines of an error, on stderr."""
-    typer.echo("\n".join(map(plain, f"error: {text}".splitlines())), err=True)
+    note("\n".join(map(plain, f"error: {text}".splitlines())))
+
+
+def note(text: str) -> None:
+    """A line on stderr. That nobody can read it is no reason to stop the work."""
+    with suppress(OSError):
+        typer.echo(text, err=True)
 
 
 @contextmanager
@@ -80,8 +126,35 @@ def errors_explained(debug: bool, as_json: bool, *, resumes: bool = False) -> It
         report({"error": told}, (), as_json=as_json)
         raise typer.Exit(3 if isinstance(error, LicenseNotAcceptedError) else 1) from error
     except KeyboardInterrupt:
-        typer.echo(f"Interrupted.{hint}", err=True)
+        note(f"Interrupted.{hint}")
         raise typer.Exit(130) from None
+    except ImportError as error:  # some libraries turn Ctrl-C while they are imported into this
+        if not isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
+            raise
+        note(f"Interrupted.{hint}")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def kept_warnings() -> Iterator[list[str]]:
+    """What is told of odd inputs inside the block: it belongs into the report."""
+    kept: list[str] = []
+
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            kept.append(record.getMessage())
+
+    log, keeper = logging.getLogger("deltaweights.inputs"), Keeper()
+    before = log.level, log.propagate
+    log.addHandler(keeper)
+    log.setLevel(logging.WARNING)
+    log.propagate = False
+    try:
+        yield kept
+    finally:
+        log.removeHandler(keeper)
+        log.setLevel(before[0])
+        log.propagate = before[1]
 
 
 # Licenses ------------------------------------------------------------------------------------------------
@@ -109,7 +182,7 @@ def settle_license(
     if not quiet:
         panels = ("\n".join(license_panel(describe(manifest))) for manifest in manifests)
         for panel in dict.fromkeys(panels):  # the licenses of a chain are mostly the same ones
-            typer.echo(panel, err=True)
+            note(panel)
     asked = {delta: unaccepted(manifest, accepted) for delta, manifest in zip(deltas, manifests, strict=True)}
     missing = list({terms.spdx: terms for every in asked.values() for terms in every}.values())
     if not missing:
@@ -187,4 +260,4 @@ class _LogLines:
         now = time.monotonic()
         if phase != self._phase or now - self._shown > 10 or done >= total > 0:
             self._phase, self._shown = phase, now
-            typer.echo(f"{phase}: {done / max(1, total):.0%}", err=True)
+            note(f"{phase}: {done / max(1, total):.0%}")

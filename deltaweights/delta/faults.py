@@ -37,9 +37,26 @@ class DeltaFaults(Faults):
             else "`inspect_delta` lists the files of the right one, with their SHA-256."
         )
         where = self._base.source.where if self._base else "Nothing"
+        if lacking := self._not_cached():
+            id = f"{record.repo_id} --revision {record.revision}"
+            return BaseMismatchError(
+                f"{record.repo_id} is not whole in the local Hub cache",
+                f"{where} lacks {lacking[0]}{f' and {len(lacking) - 1} more files' if lacking[1:] else ''}, "
+                f"and {why}.",
+                f"Get all of it: hf download {id}",
+            )
         return BaseMismatchError(
             f"{where} is not the base that this delta was made from", f"{why[0].upper()}{why[1:]}.", fix
         )
+
+    def _not_cached(self) -> list[str]:
+        """The files that the base's own snapshot in the Hub cache lacks."""
+        source, record = self._base.source if self._base else None, self._manifest.base
+        if source is None or source.is_remote or record.repo_id is None or record.revision is None:
+            return []
+        if (source.hub_id.repo_id, source.hub_id.revision) != (record.repo_id, record.revision):
+            return []
+        return [file.path for file in record.files if file.path not in source.sizes]
 
     def is_proven(self, path: str) -> bool:
         """Whether the base's file at ``path`` is published with the manifest's SHA-256."""
@@ -61,7 +78,8 @@ class DeltaFaults(Faults):
         if self._base is None:
             return set()
         records = self._recorded
-        is_alike = {path for path in records if path.endswith(".safetensors")} == set(self._base.shards)
+        shards = self._base.shards.keys() | self._base.broken.keys()
+        is_alike = {path for path in records if path.endswith(".safetensors")} == shards
         for path in paths:
             source = self._base.source
             told = source.published_sha256(path) or cached_sha256(source.full_path(path))

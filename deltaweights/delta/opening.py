@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..errors import CheckpointError, DeltaError, ManifestError
+from ..errors import CheckpointError, DeltaError, HubReadError, ManifestError
 from ..manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from ..storage import Readable, Source, open_hub
 
@@ -58,9 +58,14 @@ def open_base(manifest: Manifest, base: Readable | None) -> Checkpoint | None:
         file.stored == "base" for file in manifest.target.files
     )
     if base is not None:
-        return open_checkpoint(base)
-    if needs_base and manifest.base.repo_id:  # never a path: a manifest must not name local folders
-        return Checkpoint(open_hub(manifest.base.repo_id, manifest.base.revision))
+        try:
+            return open_checkpoint(base, may_lack=True)
+        except HubReadError:
+            # Offline, the cache may have the commit and no branch that leads to it.
+            if base != manifest.base.repo_id or manifest.base.revision is None:
+                raise
+    if needs_base and manifest.base.repo_id:  # never a path: a manifest must not name our folders
+        return Checkpoint(open_hub(manifest.base.repo_id, manifest.base.revision), may_lack=True)
     if needs_base:
         raise CheckpointError(
             "This delta needs its base",

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .. import codec
 from ..checkpoint import Checkpoint, Tensor
 from ..errors import DeltaError, PayloadError
-from ..manifest import Manifest, TargetFile, TargetTensor, TensorEntry
+from ..manifest import BaseTensor, Manifest, TargetFile, TargetTensor, TensorEntry
 from ..storage import Source
 from .faults import DeltaFaults
 from .recipes import ShardRecipe, TensorRecipe
@@ -119,9 +119,12 @@ class TargetRecipe:
             if not entry.base or not entry.shared_bytes or entry.file is None:
                 continue
             reference = entry.base
-            tensor = self.base and self.base.find(reference.name, reference.file or entry.file)
+            path = reference.file or entry.file
+            tensor = self.base and _counterpart(self.base, reference, path)
             if not tensor:
-                wrong.append(f"it has no tensor {reference.name!r}")
+                if self.base:
+                    self.base.require_found(reference.name, path)
+                wrong.append(f"it has no tensor {reference.name!r}{self._unread()}")
             elif (tensor.info.dtype, tensor.info.shape) != (reference.dtype, reference.shape):
                 wrong.append(
                     f"tensor {reference.name!r} is {tensor.info.dtype} {list(tensor.info.shape)}, "
@@ -133,6 +136,11 @@ class TargetRecipe:
             more = f" ({len(wrong) - 1} more tensors are missing or differ)" if wrong[1:] else ""
             raise self.faults.wrong_base(wrong[0] + more)
         return found
+
+    def _unread(self) -> str:
+        """Which of the base's files might hold what is missing, and cannot be read."""
+        first = next(iter(self.base.broken.values()), None) if self.base else None
+        return f" ({first.what}: {first.why.rstrip('.')})" if first else ""
 
     def base_of(self, path: str, name: str) -> Tensor | None:
         """The base tensor against which tensor ``name`` of the shard at ``path`` is coded, if any. For a
@@ -245,6 +253,17 @@ class TargetRecipe:
             left, why = -1, f"{error.what}."
         if left:
             raise PayloadError(f"{file.source} in the delta is damaged", why, "Get the delta again.")
+
+
+def _counterpart(base: Checkpoint, reference: BaseTensor, path: str) -> Tensor | None:
+    """The base tensor that a manifest refers to; of several with its name, the one in the file that it names,
+    or else one of its dtype and shape."""
+    kind = reference.dtype, reference.shape
+
+    def misfit(tensor: Tensor) -> tuple[bool, ...]:
+        return reference.file not in (None, tensor.path), (tensor.dtype, tensor.info.shape) != kind
+
+    return base.closest(reference.name, path, misfit)
 
 
 def check_digest(file: TargetFile, sha256: str) -> None:

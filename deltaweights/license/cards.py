@@ -15,6 +15,7 @@ from .table import Terms
 
 CARD_NAME = "README.md"
 _HUB = "https://huggingface.co/"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _MAX_CARD_BYTES = 1 << 22
 _MAX_FIELD = 1000  # characters
 
@@ -98,7 +99,7 @@ def _card_fields(source: Source) -> dict[str, object]:
         return {}
     import yaml  # type: ignore[import-untyped]
 
-    block = FRONT_MATTER.match(_content(source, CARD_NAME).decode("utf-8", errors="replace"))
+    block = FRONT_MATTER.match(_content(source, CARD_NAME).decode("utf-8-sig", errors="replace"))
     try:
         # Not ModelCard: one odd field would hide all others. BaseLoader makes only text, lists and maps.
         fields = yaml.load(block["fields"], Loader=yaml.BaseLoader) if block else None  # noqa: S506
@@ -117,10 +118,11 @@ def _text(value: object) -> str | None:
 
 
 def _base_models(value: object) -> tuple[str, ...]:
-    """The Hub ids in ``base_model``, which is one id or a list."""
+    """Hub ids of ``base_model``, which is one or a list of them; trainers write paths there too."""
     values = value if isinstance(value, list) else [value]
-    ids = (one.removeprefix(_HUB).strip("/ ") for one in values if isinstance(one, str))
-    return tuple(id for id in ids if re.fullmatch(r"[\w.-]+/[\w.-]+", id, re.ASCII))[:100]
+    texts = (one.strip() for one in values if isinstance(one, str))
+    ids = (text.removeprefix(_HUB).rstrip("/") for text in texts)
+    return tuple(id for id in ids if _HUB_ID.fullmatch(id))[:100]
 
 
 def prepare() -> None:

@@ -6,13 +6,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import Checkpoint, Tensor
+from ..checkpoint.oddities import tell
 from ..codec import is_convertible, rescale
 from ..dtypes import DTYPE_BITS
 from ..errors import DeltaWeightsError
@@ -71,11 +72,12 @@ def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameR
 
     Raises:
         DeltaWeightsError: a rename rule is not a valid regular expression or replacement.
+        CheckpointError: a file of the base is broken that should hold a tensor of the target's.
     """
-    rules = compile_rules(rename)
+    names = _Names(compile_rules(rename), target)
     found: dict[Tensor, Tensor] = {}
     for tensor in target.tensors:
-        if candidate := base.find(renamed(tensor.info.name, rules), tensor.shard.path):
+        if candidate := find_named(base, names.of_base(tensor), tensor):
             found[tensor] = candidate
     used = set(found.values())
     unmatched = [tensor for tensor in target.tensors if tensor not in found]
@@ -86,14 +88,20 @@ def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameR
     found.update(_match_prefixes(unmatched, [tensor for tensor in free if tensor not in used]))
     unmatched = [tensor for tensor in unmatched if tensor not in found]
     found.update(_match_bytes(unmatched, base, target))
-    unmatched = [tensor for tensor in unmatched if tensor not in found]
-    by_name = {  # a rule is the user's word
-        tensor: other
-        for tensor, other in found.items()
-        if tensor.info.shape == other.info.shape and renamed(tensor.info.name, rules) == tensor.info.name
-    }
-    found.update(find_similar(by_name, unmatched, base, target))
+    for tensor in unmatched if base.broken else ():
+        if tensor not in found:
+            base.require_found(names.of_base(tensor), tensor.path)
+    tell(names.useless(base))
     return [match_pair(tensor, found.get(tensor)) for tensor in target.tensors]
+
+
+def find_named(base: Checkpoint, name: str, target: Tensor) -> Tensor | None:
+    """The base tensor called ``name``; of several, one that ``target`` can be compared with, of its dtype."""
+
+    def misfit(tensor: Tensor) -> tuple[bool, ...]:
+        return not _shared_bytes(target, tensor), tensor.dtype != target.dtype
+
+    return base.closest(name, target.path, misfit)
 
 
 def renamed(name: str, rules: Sequence[CompiledRule]) -> str:
@@ -101,6 +109,58 @@ def renamed(name: str, rules: Sequence[CompiledRule]) -> str:
     for pattern, replacement in rules:
         name = pattern.sub(replacement, name)
     return name
+
+
+class _Names:
+    """The base's names for the tensors of a target, by rename rules, one after the other.
+
+    A rule that fits names of the target's own does not take up what an earlier rule put in: else
+    ``layers.3=layers.2`` and ``layers.2=layers.1`` would move layer 3 twice.
+    """
+
+    def __init__(self, rules: Sequence[CompiledRule], target: Checkpoint) -> None:
+        self._rules = rules
+        self._by_name: dict[str, str] = {}
+        self._results: list[set[str]] = [set() for _ in rules]
+        given = {tensor.name for tensor in target.tensors} if rules else set()
+        self._fits_own = [any(map(pattern.search, given)) for pattern, _ in rules]
+        for name in given:
+            self._by_name[name] = self._rename(name)
+
+    def of_base(self, tensor: Tensor) -> str:
+        """The name to look for in the base."""
+        return self._by_name.get(tensor.name, tensor.name)
+
+    def useless(self, base: Checkpoint) -> Iterator[str]:
+        """What the rules say that had no effect."""
+        for (pattern, replacement), results in zip(self._rules, self._results, strict=True):
+            rule = f"The rename rule {f'{pattern.pattern}={replacement}'!r}"
+            if not results:
+                yield f"{rule} changed no name."
+            elif not any(map(base.named, results)):
+                yield f"{rule} gave names that the base does not have, such as {min(results)!r}."
+
+    def _rename(self, given: str) -> str:
+        name, put_in = given, [False] * len(given)  # for each character, whether a rule put it in
+        changed = []
+        for index, (pattern, replacement) in enumerate(self._rules):
+            is_meant_for_others = self._fits_own[index] and not pattern.search(given)
+            parts, marks, position = [], [], 0
+            for match in pattern.finditer(name):
+                start, end = match.span()
+                if is_meant_for_others and any(put_in[start:end]):
+                    continue
+                text = match.expand(replacement)
+                parts += [name[position:start], text]
+                marks += [*put_in[position:start], *[True] * len(text)]
+                position = end
+            if position or parts:
+                before = name
+                name, put_in = "".join(parts) + name[position:], marks + put_in[position:]
+                changed += [index] if name != before else []
+        for index in changed:
+            self._results[index].add(name)
+        return name
 
 
 def compile_rules(rename: Sequence[RenameRule]) -> list[CompiledRule]:

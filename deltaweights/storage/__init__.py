@@ -2,7 +2,7 @@
 
 from .file_names import spelling
 from .hub import HubSource, open_hub
-from .local import LocalSource, local_path
+from .local import LocalSource, is_clutter, local_path, output_path
 from .location import Location, Readable, open_source
 from .output import OutputFolder, PartialFile
 from .source import HubId, ReadableFile, Source, Span, cached_sha256, file_blocks, sha256_of
@@ -22,12 +22,14 @@ __all__ = [
     "cached_sha256",
     "file_blocks",
     "flush_folder",
+    "is_clutter",
     "is_same",
     "is_within",
     "local_path",
     "lock",
     "open_hub",
     "open_source",
+    "output_path",
     "sha256_of",
     "spelling",
 ]

@@ -14,12 +14,25 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, OutputError
 from .source import HubId, ReadableFile, Source, file_blocks
 from .system import read_at, read_bytes_at
 
 #: Folders and files that belong to tools, not to the checkpoint.
 _LEFT_OUT = re.compile(r"\.git|\.cache|\.deltaweights|.*\.(incomplete|crdownload|part|aria2)")
+
+#: Files that an operating system or a notebook puts beside others: ``._X`` is what macOS writes for every X
+#: on a disk that is not its own.
+_CLUTTER = re.compile(
+    r"\._.*|\.DS_Store|__MACOSX|\.(Spotlight-V100|Trashes|fseventsd|ipynb_checkpoints)"
+    r"|(eh)?thumbs\.db|desktop\.ini",
+    re.IGNORECASE,
+)
+
+#: Schemes of URLs that people pass where a folder is meant.
+_SCHEMES = re.compile(
+    "s3a?|gc?s|hf|az|abfss?|adl|wasbs?|hdfs|https?|s?ftp|ssh|file|r2|oss|dbfs", re.IGNORECASE
+)
 
 
 class LocalFile(ReadableFile):
@@ -57,12 +70,41 @@ class LocalFile(ReadableFile):
         return data if len(data) == nbytes else super()._read(offset, nbytes)
 
 
+def url_scheme(location: str | os.PathLike[str]) -> str | None:
+    """The scheme of a location that is a URL: ``s3`` of ``s3://bucket/x``, also where that was made a path,
+    in which one of the slashes is lost."""
+    text = os.fspath(location)
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(/?)", text)
+    return match[1].lower() if match and (match[2] or _SCHEMES.fullmatch(match[1])) else None
+
+
+def output_path(location: str | os.PathLike[str]) -> Path:
+    """:func:`local_path` for a folder or file that is to be written.
+
+    Raises:
+        OutputError: it is a URL.
+    """
+    if scheme := url_scheme(location):
+        raise OutputError(
+            f"{os.fspath(location)} is a URL, not a folder",
+            "Deltas, results and checkpoints are written to folders of this machine.",
+            "Write it as a path."
+            if scheme == "file"
+            else "Choose a folder. To publish a delta on the Hub, `push` it; elsewhere, copy the folder.",
+        )
+    return local_path(location)
+
+
 def local_path(location: str | os.PathLike[str]) -> Path:
     """The location as a path, ``~`` resolved.
 
     Raises:
-        CheckpointError: it is not a valid path.
+        CheckpointError: no path can look like this, or it is a URL.
     """
+    if url_scheme(location):
+        raise CheckpointError(
+            f"{os.fspath(location)[:200]!r} is a URL, not a file or folder", *_advice(os.fspath(location))
+        )
     try:
         path = Path(location).expanduser()
         path.lstat()
@@ -74,6 +116,24 @@ def local_path(location: str | os.PathLike[str]) -> Path:
             f"{os.fspath(location)[:200]!r} cannot be opened", f"{why}.".capitalize(), "Check the path."
         ) from error
     return path
+
+
+def _advice(url: str) -> tuple[str, str]:
+    """Why a URL cannot be read, and what to write instead."""
+    page = re.match(
+        r"https?:/+(?:huggingface\.co|hf\.co)/(?:models/)?([^/]+/[^/?#]+)(?:/(?:tree|resolve|blob)/([^/?#]+))?",
+        url,
+    )
+    if page:
+        return (
+            "What is on the Hub has a shorter name.",
+            f"Write it as {page[1]}{f'@{page[2]}' if page[2] else ''}",
+        )
+    if url.startswith("hf:"):
+        return "", f"Write it as hf://{url[3:].lstrip('/')}, in quotes: it is no path."
+    if url.startswith("file:"):
+        return "", "Write it as a path."
+    return "Only folders, files and the Hub are read.", "Copy it to this machine, and pass the folder."
 
 
 def free_space(path: Path) -> int:
@@ -97,23 +157,25 @@ class LocalSource(Source):
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        place = local_path(root)
+        place = _in_hub_cache(local_path(root))
         left_out: list[str] = []
+        unreadable: dict[str, CheckpointError] = {}
         if place.is_file():
             self._folder, paths = place.parent, [place.name]
         elif place.is_dir():
-            self._folder, paths = place, sorted(_walk(place, left_out))
+            self._folder, paths = place, sorted(_walk(place, left_out, unreadable))
         else:
             raise CheckpointError(
                 f"There is no file or folder {root}", "Nothing has that name.", "Check the path."
             )
         self._opened: dict[str, LocalFile] = {}
         super().__init__(
-            str(root),
+            str(root) if place == local_path(root) else str(place),
             {path: (self._folder / path).stat().st_size for path in paths},
             root=place,
             hub_id=_hub_id(place),
             left_out=tuple(sorted(left_out)),
+            unreadable=unreadable,
         )
 
     def open(self, path: str) -> LocalFile:
@@ -150,17 +212,48 @@ def _hub_id(path: Path) -> HubId:
     return HubId(match[1].replace("--", "/"), match[2]) if match else HubId()
 
 
+def _in_hub_cache(place: Path) -> Path:
+    """The snapshot, where ``place`` is a repository's folder in the Hub cache, or all its snapshots.
+
+    Raises:
+        CheckpointError: there are several snapshots, or several repositories.
+    """
+    root = place.parent if place.name == "snapshots" else place
+    if re.fullmatch(r"models--[^/]+", root.absolute().name) and (root / "snapshots").is_dir():
+        snapshots = sorted(path for path in (root / "snapshots").iterdir() if path.is_dir())
+        main = root / "refs" / "main"
+        named = [path for path in snapshots if main.is_file() and path.name == main.read_text().strip()]
+        if len(found := named or snapshots) == 1:
+            return found[0]
+        what, choices = "is a repository in the Hub cache", snapshots
+    else:
+        choices = sorted(place.glob("models--*/snapshots")) if place.is_dir() else []
+        what = "is a Hub cache"
+    if not choices:
+        return place
+    raise CheckpointError(
+        f"{place} {what}, not a checkpoint",
+        f"It holds {len(choices)} of them.",
+        f"Pass one: {', '.join(map(str, choices[:5]))}{', …' if choices[5:] else ''}",
+    )
+
+
+def is_clutter(path: str) -> bool:
+    """Whether a relative path is one that systems leave in folders, and no part of a model."""
+    return any(map(_CLUTTER.fullmatch, path.split("/")))
+
+
 def is_left_out(path: str) -> bool:
     """Whether a relative path belongs to a tool, not to the checkpoint."""
     return any(map(_LEFT_OUT.fullmatch, path.split("/")))
 
 
-def _walk(root: Path, left_out: list[str]) -> list[str]:
-    def unreadable(error: OSError) -> None:
+def _walk(root: Path, left_out: list[str], unreadable: dict[str, CheckpointError]) -> list[str]:
+    def refuse(error: OSError) -> None:
         raise CheckpointError(f"Cannot read {error.filename}", f"{error.strerror}.") from error
 
-    paths = []
-    for folder, subfolders, names in os.walk(root, onerror=unreadable):
+    paths: list[str] = []
+    for folder, subfolders, names in os.walk(root, onerror=refuse):
         here = Path(folder)
         for name in list(subfolders):
             if _LEFT_OUT.fullmatch(name) or (here / name).is_symlink():
@@ -168,10 +261,12 @@ def _walk(root: Path, left_out: list[str]) -> list[str]:
                 left_out.append(_relative(here / name, root) + "/")
         for name in names:
             path = _relative(here / name, root)
-            if _LEFT_OUT.fullmatch(name) or not _is_regular(here / name):
-                left_out.append(path)
+            try:
+                is_part = not _LEFT_OUT.fullmatch(name) and _is_regular(here / name)
+            except CheckpointError as error:
+                unreadable[path] = error
             else:
-                paths.append(path)
+                (paths if is_part else left_out).append(path)
     return paths
 
 

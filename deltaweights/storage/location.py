@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from ..errors import CheckpointError
 from .hub import open_hub
-from .local import LocalSource, local_path
+from .local import LocalSource, local_path, url_scheme
 from .source import Source
 
 #: The argument of every verb: a folder, one .safetensors file, or a Hub id ``[hf://]org/name[@revision]``.
@@ -44,5 +44,7 @@ def _hub_id(location: str) -> tuple[str, str | None] | None:
         raise CheckpointError(
             f"{location!r} is not a Hub id", "", "Write it like hf://org/name or hf://org/name@revision."
         )
+    if not is_uri and url_scheme(location):
+        local_path(location)  # says what to write instead
     is_path = not is_uri and (not match or "/" not in match["repo"] or local_path(location).exists())
     return None if is_path or not match else (match["repo"], match["revision"])

@@ -21,7 +21,7 @@ from typing import IO
 
 from ..errors import DiskSpaceError, OutputError
 from .file_names import alike, same_names, spelling
-from .local import blocks_at, free_space, local_path
+from .local import blocks_at, free_space, is_clutter, output_path
 from .source import Source, sha256_of
 from .system import UNSUPPORTED, flush, flush_folder, is_same, lock, read_bytes_at, write_at
 
@@ -112,7 +112,7 @@ class OutputFolder:
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = local_path(root)
+        self.root = output_path(root)
         self._made: list[Path] = []
         self._workspace = self.root / _WORKSPACE
         self._lock: IO[bytes] | None = None
@@ -310,8 +310,9 @@ class OutputFolder:
         return blocks_at(path, self.root / path)
 
     def foreign(self, expected: Collection[str]) -> list[str]:
-        """The files in the folder that are not in ``expected``, sorted."""
-        return sorted(path for path in _all_files(self.root) if path not in expected)
+        """The files that stand in the folder though ``expected`` does not name them, sorted; but not what an
+        operating system left there."""
+        return sorted(path for path in _all_files(self.root) if path not in expected and not is_clutter(path))
 
     def require_apart(self, paths: Iterable[str], sources: Iterable[Source]) -> None:
         """Raise :class:`OutputError` if writing ``paths`` would replace a file of ``sources``."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,10 +100,11 @@ class Source(ABC):
 
     Args:
         where: its name in messages.
-        sizes: the size in bytes of each file, by relative POSIX path.
-        root: the file or folder on this machine; None for a source elsewhere.
-        hub_id: the repository and commit that it is, or is a copy of.
-        left_out: files there that do not count.
+        sizes: each relative POSIX path, and the file's size in bytes.
+        root: the file or folder that it is, on this machine; None for one that lies elsewhere.
+        hub_id: the repository and commit that it is, or a copy of.
+        left_out: what stands there and does not count.
+        unreadable: what stands there and cannot be read, with the reason: an error only where it is needed.
     """
 
     def __init__(
@@ -114,12 +115,14 @@ class Source(ABC):
         root: Path | None = None,
         hub_id: HubId | None = None,
         left_out: tuple[str, ...] = (),
+        unreadable: Mapping[str, CheckpointError] | None = None,
     ) -> None:
         self.where = where
         self.sizes = sizes
         self.root = root
         self.hub_id = hub_id or HubId()
         self.left_out = left_out
+        self.unreadable = unreadable or {}
 
     def __enter__(self: Self) -> Self:
         return self
@@ -136,6 +139,19 @@ class Source(ABC):
     def is_remote(self) -> bool:
         """Whether any of it comes over a network."""
         return False
+
+    def require_readable(self) -> None:
+        """Raise :class:`CheckpointError` where any of it cannot be read."""
+        for error in self.unreadable.values():
+            raise error
+
+    def leave_out(self, is_left_out: Callable[[str], bool]) -> None:
+        """From now on, files whose path is left out are no part of it."""
+        gone = {path for path in self.sizes if is_left_out(path)}
+        if gone:
+            self.sizes = {path: size for path, size in self.sizes.items() if path not in gone}
+            self.left_out = tuple(sorted({*self.left_out, *gone}))
+        self.unreadable = {path: why for path, why in self.unreadable.items() if not is_left_out(path)}
 
     @abstractmethod
     def open(self, path: str) -> ReadableFile:

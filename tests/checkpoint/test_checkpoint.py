@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from deltaweights import CheckpointError, DeltaWeightsError, HeaderError
+from deltaweights import (
+    BaseMismatchError,
+    CheckpointError,
+    DeltaWeightsError,
+    HeaderError,
+    apply_delta,
+    make_delta,
+    plan_apply,
+    verify_delta,
+)
 from deltaweights.checkpoint import Checkpoint, Tensor, open_checkpoint
-from deltaweights.storage import open_source, sha256_of
+from deltaweights.storage import HubId, open_source, sha256_of
 
 from ..checkpoints import Array, random_array, safetensors_bytes, write_safetensors
+
+#: What Git LFS puts in a file's place.
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 123456789\n"
 
 A, B, C = (random_array("BF16", (5, 3), seed) for seed in (1, 2, 3))
 
@@ -158,8 +171,27 @@ def test_a_snapshot_knows_its_hub_id(hub_cache: Path) -> None:
     for location in (snapshot, snapshot / "model.safetensors"):
         hub_id = open_source(location).hub_id
         assert (hub_id.repo_id, hub_id.revision) == ("org/name", OLDER)
-    hub_id = open_source(hub_cache).hub_id
+    hub_id = open_source(hub_cache / "models--org--name" / "blobs").hub_id
     assert (hub_id.repo_id, hub_id.revision) == (None, None)
+
+
+def test_a_repository_in_the_cache_is_its_main_snapshot(hub_cache: Path) -> None:
+    repo = hub_cache / "models--org--name"
+    for location in (repo, repo / "snapshots"):
+        with open_checkpoint(location) as checkpoint:
+            assert _tensors(checkpoint) == {"a": A}
+            assert checkpoint.source.hub_id == HubId("org/name", COMMIT)
+
+
+def test_a_place_with_several_snapshots_names_them(hub_cache: Path) -> None:
+    repo = hub_cache / "models--org--name"
+    (repo / "refs" / "main").unlink()
+    with pytest.raises(CheckpointError, match=f"snapshots/{COMMIT}, .*snapshots/{OLDER}"):
+        open_checkpoint(repo)
+    with pytest.raises(
+        CheckpointError, match=r"is a Hub cache, not a checkpoint(.|\n)*models--org--name/snapshots"
+    ):
+        open_checkpoint(hub_cache)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +263,27 @@ def test_the_hubs_own_variables_say_where_the_cache_is(hub_cache: Path, variable
     assert done.stdout.strip() == COMMIT
 
 
+def test_a_snapshot_in_part_says_what_to_download(hub_cache: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    write_safetensors(target / "m.safetensors", {"a": A})
+    make_delta("org/name", target, tmp_path / "delta")
+    (hub_cache / "models--org--name" / "snapshots" / COMMIT / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=f"org/name is not whole(.|\n)* --revision {COMMIT}"):
+        apply_delta(tmp_path / "delta", tmp_path / "out")
+    write_safetensors(hub_cache / "models--org--name" / "snapshots" / COMMIT / "other.safetensors", {"b": B})
+    with pytest.raises(BaseMismatchError, match=f"lacks model.safetensors(.|\n)*hf download .* {COMMIT}"):
+        apply_delta(tmp_path / "delta", tmp_path / "out")
+
+
+def test_the_deltas_own_commit_is_found_in_a_cache_without_branches(hub_cache: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    write_safetensors(target / "m.safetensors", {"a": A})
+    make_delta("org/name", target, tmp_path / "delta")
+    (hub_cache / "models--org--name" / "refs" / "main").unlink()
+    apply_delta(tmp_path / "delta", tmp_path / "out", base="org/name")
+    assert (tmp_path / "out" / "m.safetensors").read_bytes() == safetensors_bytes({"a": A})
+
+
 def test_a_snapshot_whose_blob_is_gone_is_refused(hub_cache: Path) -> None:
     snapshot = hub_cache / "models--org--name" / "snapshots" / COMMIT
     (snapshot / "config.json").resolve().unlink()
@@ -260,6 +313,21 @@ def test_what_belongs_to_tools_is_left_out_and_listed(tmp_path: Path, path: str,
     with open_checkpoint(tmp_path) as checkpoint:
         assert list(checkpoint.source.sizes) == ["m.safetensors"]
         assert checkpoint.source.left_out == (listed,)
+
+
+def test_what_an_operating_system_left_behind_is_no_part_of_a_target_or_base(tmp_path: Path) -> None:
+    sidecar = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(4000)
+    clutter = ("._m.safetensors", "._config.json", ".DS_Store", "sub/Thumbs.db", "__MACOSX/m.safetensors")
+    for side in ("base", "target"):
+        _write(tmp_path / side, {"m.safetensors": safetensors_bytes({"a": A}), "config.json": b"{}"})
+        _write(tmp_path / side, dict.fromkeys(clutter, sidecar))
+    manifest = make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta")
+    assert manifest.target.left_out == tuple(sorted(clutter))
+    assert [file.path for file in manifest.base.files] == ["config.json", "m.safetensors"]
+    _write(tmp_path / "out", {".DS_Store": sidecar})  # whoever looked at the folder meanwhile
+    apply_delta(tmp_path / "delta", tmp_path / "out", base=tmp_path / "base")
+    assert (tmp_path / "out" / "m.safetensors").read_bytes() == safetensors_bytes({"a": A})
+    assert verify_delta(tmp_path / "delta", target=tmp_path / "target").ok
 
 
 @pytest.mark.parametrize(
@@ -341,6 +409,77 @@ def test_a_broken_single_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(HeaderError) as caught:
         open_checkpoint(tmp_path / "b.safetensors")
     assert caught.value.what.startswith(f"{tmp_path}/b.safetensors has ")
+
+
+@pytest.fixture
+def with_extra(tmp_path: Path) -> Path:
+    """A base of two shards with an index, and another file that the target does not need; the target; and
+    the delta."""
+    base, target = tmp_path / "base", tmp_path / "target"
+    for name, array in (("a", A), ("b", B)):
+        write_safetensors(base / f"m-{name}.safetensors", {name: array})
+    index = {"weight_map": {name: f"m-{name}.safetensors" for name in "ab"}}
+    (base / "m.safetensors.index.json").write_text(json.dumps(index))
+    write_safetensors(base / "extra.safetensors", {"x": C})
+    write_safetensors(target / "m.safetensors", {"a": A, "b": B})
+    make_delta(base, target, tmp_path / "delta")
+    return tmp_path
+
+
+@pytest.fixture(params=["pointer", "cut", "empty", "dangling", "._"])
+def broken(request: pytest.FixtureRequest) -> Callable[[Path], None]:
+    """Breaks a safetensors file."""
+
+    def write(path: Path) -> None:
+        if request.param == "dangling":
+            path.unlink()
+            path.symlink_to("gone")
+            return
+        cut = path.read_bytes()[:30]
+        path.write_bytes(
+            {"pointer": POINTER, "cut": cut, "empty": b"", "._": b"\0\5\x16\7\0\2\0\0"}[request.param]
+        )
+
+    return write
+
+
+def test_a_broken_file_of_the_base_that_nobody_needs_is_absent(
+    with_extra: Path, broken: Callable[[Path], None]
+) -> None:
+    base, delta = with_extra / "base", with_extra / "delta"
+    broken(base / "extra.safetensors")
+    assert plan_apply(delta, base=base).mismatch is None
+    assert verify_delta(delta, base=base).ok
+    apply_delta(delta, with_extra / "out", base=base)
+    if not (base / "extra.safetensors").is_symlink():
+        manifest = make_delta(base, with_extra / "target", with_extra / "again")
+        assert {entry.status for entry in manifest.tensors} == {"same"}
+
+
+def test_a_broken_file_of_the_base_is_an_error_where_a_tensor_of_it_is_needed(
+    with_extra: Path, broken: Callable[[Path], None]
+) -> None:
+    base = with_extra / "base"
+    broken(base / "m-b.safetensors")
+    with pytest.raises(CheckpointError, match=r"m-b\.safetensors"):
+        apply_delta(with_extra / "delta", with_extra / "out", base=base)
+    with pytest.raises(CheckpointError, match=r"m-b\.safetensors"):
+        make_delta(base, with_extra / "target", with_extra / "again")
+
+
+def test_without_an_index_a_wrong_base_is_refused_with_the_file_that_cannot_be_read(with_extra: Path) -> None:
+    base = with_extra / "base"
+    (base / "m.safetensors.index.json").unlink()
+    (base / "m-b.safetensors").write_bytes(POINTER)
+    with pytest.raises(BaseMismatchError, match=r"no tensor 'b' \(.*m-b\.safetensors is a Git LFS pointer"):
+        apply_delta(with_extra / "delta", with_extra / "out", base=base)
+
+
+def test_a_base_of_nothing_but_broken_files_is_refused(with_extra: Path) -> None:
+    for path in (with_extra / "base").glob("*.safetensors"):
+        path.write_bytes(POINTER)
+    with pytest.raises(HeaderError, match="git lfs pull"):
+        make_delta(with_extra / "base", with_extra / "target", with_extra / "again")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not let such names be")

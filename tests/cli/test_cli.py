@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.main import get_group
 from typer.testing import CliRunner, Result
@@ -64,6 +65,23 @@ def test_apply_again_says_that_all_is_there(trio: Trio, tmp_path: Path) -> None:
         result = run("apply", trio.delta, "-o", tmp_path / "out", "--base", trio.base, "--json", *ACCEPT)
         report = parsed(result)
         assert len(report["kept"]) == kept
+
+
+def test_diff_says_what_it_stores_whole_and_what_is_odd(trio: Trio, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(trio.target, target)
+    (target / "optimizer.pt").write_bytes(np.random.default_rng(0).bytes(2_000_000))
+    (target / "hf_token").write_text("x")
+    shown = run("diff", trio.base, target, "-o", tmp_path / "d").stdout
+    assert "training state 2 MB (optimizer.pt)" in shown
+    assert "Warning: The target's hf_token has a name that is usual for secrets" in shown
+    files = run("inspect", tmp_path / "d", "--files").stdout
+    assert all(path in files for path in contents(target))
+    assert "optimizer.pt" in run("inspect", tmp_path / "d").stdout
+    options = ("--exclude", "*.pt", "--exclude", "hf_token", "--json")
+    report = parsed(run("diff", trio.base, target, "-o", tmp_path / "e", *options))
+    assert report["warnings"] == []
+    assert report["target"]["left_out"] == ["hf_token", "optimizer.pt"]
 
 
 def test_inspect_shows_every_status_and_the_licenses(trio: Trio) -> None:

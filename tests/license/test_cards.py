@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from deltaweights import Manifest, make_delta
 from deltaweights.checkpoint import open_checkpoint
-from deltaweights.license.cards import FRONT_MATTER, read_license, write_card
+from deltaweights.license.cards import FRONT_MATTER, LicenseTexts, read_license, write_card
 from deltaweights.license.table import KNOWN, LISTED
 from deltaweights.manifest import BaseRecord, FileRecord, License, TargetRecord, Tool
 
@@ -229,6 +229,28 @@ def test_no_front_matter_at_all_is_an_error(tmp_path_factory: pytest.TempPathFac
     license = _license_of(tmp_path_factory.mktemp("model"), f"---\n{text}\n---\n".encode())
     if license.id is not None:
         license.id.encode()
+
+
+def test_a_byte_order_mark_hides_no_field(tmp_path: Path) -> None:
+    card = "\ufeff---\nlicense: mit\nbase_model: org/base\n---\n"
+    found = _read_card(tmp_path, card)
+    assert (found.license.id, found.base_models) == ("mit", ("org/base",))
+
+
+@pytest.mark.parametrize(
+    "path", ["./base", "../base", "/home/u/base", "~/base", "/models/base", ".cache/base"]
+)
+def test_a_path_as_base_model_is_no_hub_id(tmp_path: Path, path: str) -> None:
+    assert _read_card(tmp_path, f"---\nbase_model: {path}\n---\n").base_models == ()
+    found = _read_card(tmp_path, f"---\nbase_model: [{path}, https://huggingface.co/org/base/]\n---\n")
+    assert found.base_models == ("org/base",)
+
+
+def _read_card(folder: Path, card: str) -> LicenseTexts:
+    (folder / "m.safetensors").write_bytes(safetensors_bytes({}))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    with open_checkpoint(folder) as checkpoint:
+        return read_license(checkpoint, "target")
 
 
 def test_a_card_nested_like_a_bomb_is_no_error(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from deltaweights import DeltaWeightsError
 from deltaweights.checkpoint import Tensor, open_checkpoint
+from deltaweights.cli.session import kept_warnings
 from deltaweights.codec import is_convertible
 from deltaweights.dtypes import DTYPE_BITS
 from deltaweights.match.names import RenameRule, match_tensors
@@ -129,6 +130,25 @@ def test_of_two_shards_with_one_name_the_one_at_the_same_path_counts(matches: Ma
     assert matches.in_files(base, {"c": {"w": noise(3)}}) == {"c:w": ("a:w", NBYTES)}
 
 
+def test_of_tensors_with_one_name_one_that_can_be_compared_counts(matches: Matcher) -> None:
+    """A quantised copy beside the shards, under the target's own file name."""
+    packed = random_array("U32", (4,))
+    base: Files = {"model": {"w": packed}, "part-1": {"w": noise(1)}}
+    assert matches.in_files(base, {"model": {"w": noise(3)}}) == {"model:w": ("part-1:w", NBYTES)}
+    base = {"model": {"w": f32(weights((4, 3)))}, "part-1": {"w": noise(1)}}
+    assert matches.in_files(base, {"model": {"w": noise(3)}}) == {"model:w": ("part-1:w", NBYTES)}
+
+
+def test_of_tensors_with_one_name_the_one_that_the_index_names_counts(
+    matches: Matcher, tmp_path: Path
+) -> None:
+    index = tmp_path / "1" / "base" / "model.safetensors.index.json"
+    index.parent.mkdir(parents=True)
+    index.write_text('{"weight_map": {"w": "part-1.safetensors"}}')
+    base: Files = {"model": {"w": noise(2)}, "part-1": {"w": noise(1)}}
+    assert matches.in_files(base, {"model": {"w": noise(3)}}) == {"model:w": ("part-1:w", NBYTES)}
+
+
 # By rule ---------------------------------------------------------------------------------------------
 
 
@@ -141,6 +161,42 @@ def test_a_rule_turns_target_names_into_base_names(matches: Matcher) -> None:
 
 def test_rules_apply_one_after_the_other(matches: Matcher) -> None:
     assert matches.names({"c": noise(1)}, {"a": noise(2)}, ("^a$", "b"), ("^b$", "c")) == {"a": "c"}
+
+
+@pytest.mark.parametrize("layers", [(3, 2, 1), (1, 2, 3)])
+def test_rules_that_move_layers_move_each_once_in_any_order(matches: Matcher, layers: Sequence[int]) -> None:
+    base = {f"layers.{k}.w": noise(k) for k in range(3)}
+    target = {f"layers.{k}.w": noise(10 + k) for k in (1, 2, 3)}
+    rules = [(rf"^layers\.{k}\.", f"layers.{k - 1}.") for k in layers]
+    assert matches.names(base, target, *rules) == {f"layers.{k}.w": f"layers.{k - 1}.w" for k in (1, 2, 3)}
+
+
+def test_rules_for_both_ends_of_a_name_both_apply(matches: Matcher) -> None:
+    base = {"vision.a.weight": noise(1), "b.weight": noise(2)}
+    target = {"tower.a.gamma": noise(3), "b.gamma": noise(4)}
+    for last in ((r"\.gamma$", ".weight"), (r"^(.*)\.gamma$", r"\1.weight")):
+        found = matches.names(base, target, (r"^tower\.", "vision."), last)
+        assert found == {"tower.a.gamma": "vision.a.weight", "b.gamma": "b.weight"}
+
+
+def test_a_rule_goes_on_where_another_one_took_a_part_away(matches: Matcher) -> None:
+    base = {"a.w": noise(1), "b.w": noise(2)}
+    target = {"_orig_mod.model.a.w": noise(3), "model.b.w": noise(4)}
+    found = matches.names(base, target, (r"^_orig_mod\.", ""), (r"^model\.", ""))
+    assert found == {"_orig_mod.model.a.w": "a.w", "model.b.w": "b.w"}
+
+
+def test_a_rule_without_effect_is_told_of(matches: Matcher) -> None:
+    base, target = {"lm_head": noise(1), "a": noise(2)}, {"head": noise(3), "a": noise(4)}
+    with kept_warnings() as told:
+        matches.names(base, target, (r"\.base_layr", ""), ("^head", "output"))
+    assert told == [
+        r"The rename rule '\\.base_layr=' changed no name.",
+        "The rename rule '^head=output' gave names that the base does not have, such as 'output'.",
+    ]
+    with kept_warnings() as told:
+        matches.names(base, target, ("^head", "lm_head"))
+    assert told == []
 
 
 def test_a_rule_comes_before_the_name_itself(matches: Matcher) -> None:

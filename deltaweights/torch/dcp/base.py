@@ -61,6 +61,8 @@ class CheckpointBase:
 
     def _tensor(self, name: str) -> StoredTensor | None:
         tensor = self._checkpoint.find(name, "")
+        if tensor is None:
+            self._checkpoint.require_found(name, "")
         if tensor is None or tensor.info.nbytes != tensor.info.numel * _ITEMSIZES.get(tensor.info.dtype, 0):
             return None  # elements smaller than a byte, or of a dtype that torch lacks
         return tensor

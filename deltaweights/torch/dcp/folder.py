@@ -45,7 +45,9 @@ def open_base(location: Readable) -> BaseTensors:
         CheckpointError, DeltaError: there is none, or it cannot be read.
     """
     source = open_source(location)
-    return DeltaFolder(source, None) if RECORD_NAME in source.sizes else CheckpointBase(Checkpoint(source))
+    if RECORD_NAME in source.sizes:
+        return DeltaFolder(source, None)
+    return CheckpointBase(Checkpoint(source, may_lack=True))
 
 
 class _CheckpointFaults(Faults):
@@ -121,8 +123,8 @@ class DeltaFolder:
             return None
         if base is not None:
             return base()
-        if named.repo_id:  # never a path: a record must not name local folders
-            return CheckpointBase(Checkpoint(open_hub(named.repo_id, named.revision)))
+        if named.repo_id:  # never a path: a record must not name our folders
+            return CheckpointBase(Checkpoint(open_hub(named.repo_id, named.revision), may_lack=True))
         raise CheckpointError(
             f"{self.where} needs its base",
             "It does not say where on the Hub the base is.",

@@ -42,7 +42,7 @@ from torch.futures import Future
 
 from ...errors import CheckpointError, DeltaError, DeltaWeightsError, OutputError
 from ...match.names import RenameRule, compile_rules
-from ...storage import Location, Readable, is_same, local_path, open_source
+from ...storage import Location, Readable, is_same, local_path, open_source, output_path
 from ...workers import Workers
 from .base import BaseTensors
 from .boxes import Box
@@ -120,13 +120,13 @@ class DeltaStorageWriter(StorageWriter):
             )
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Check the plan now, since errors during the save come late."""
+        """Find out now what would fail later."""
+        folder = output_path(self.checkpoint_id)
         for item in plan.items:
             require_storable(item)
         opener = _opener(self._base)
         if opener and self._opened is None:
             self._opened = opener()
-        folder = local_path(self.checkpoint_id)
         if isinstance(self._opened, DeltaFolder) and any(
             is_same(folder, root) for root in self._opened.roots
         ):

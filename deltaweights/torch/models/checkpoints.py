@@ -26,7 +26,7 @@ from ...diff import make_delta
 from ...errors import CheckpointError, OutputError
 from ...match.names import RenameRule
 from ...payload import CHUNK_BYTES
-from ...storage import LocalSource, Location, Source, flush_folder, local_path, lock, open_source
+from ...storage import LocalSource, Location, Source, flush_folder, local_path, lock, open_source, output_path
 from ...workers import ProgressCallback, result_of
 from ..tensors import byte_view, settle
 from .layout import Layout, lay_out
@@ -118,7 +118,7 @@ class DeltaCheckpointer:
             raise ValueError(f"anchor_every is {anchor_every}, not between 1 and {MAX_DELTAS}")
         if keep is not None and keep < 1:
             raise ValueError(f"keep is {keep}, not at least 1")
-        self.folder = local_path(folder)
+        self.folder = output_path(folder)
         self.base = base
         self._anchor_every, self._keep, self._files = anchor_every, keep, files
         self._max_shard_size = max_shard_size

@@ -20,7 +20,7 @@ from ...delta.chain import Deltas, links, open_recipe
 from ...delta.recipes import TensorRecipe
 from ...delta.target_recipe import TargetRecipe, check_digest
 from ...errors import CheckpointError
-from ...storage import Location, OutputFolder, Readable
+from ...storage import Location, OutputFolder, Readable, output_path
 from ...workers import Lane, Meter, ProgressCallback, Workers, batches
 from ..tensors import byte_view, dtype_of, settle, torch_shape
 from ..wholeness import obstacle, require_gathered, some
@@ -164,6 +164,7 @@ def write_files(delta: Deltas, out: Location, base: Readable | None = None) -> l
         DeltaError: the delta is incomplete or damaged.
         OutputError: ``out`` cannot be written to.
     """
+    output_path(out)
     with open_recipe(delta, base) as target, OutputFolder(out) as folder:
         files = [
             file

@@ -80,7 +80,11 @@ class MemorySource(Source):
         self._elsewhere -= set(self._files)
         sizes = {path: file.size for path, file in self._files.items()}
         sizes |= {path: others.sizes[path] for path in self._elsewhere} if others else {}
-        super().__init__("the state in memory", dict(sorted(sizes.items())))
+        super().__init__(
+            "the state in memory",
+            dict(sorted(sizes.items())),
+            unreadable=others.unreadable if others else None,
+        )
 
     @property
     def is_remote(self) -> bool:

@@ -30,6 +30,7 @@ def save_delta(
     base_license: str | None = None,
     target_repo: str | None = None,
     target_license: str | None = None,
+    exclude: Sequence[str] = (),
     chunk_bytes: int = CHUNK_BYTES,
     force: bool = False,
     threads: int | None = None,
@@ -49,11 +50,11 @@ def save_delta(
         base: a folder, one .safetensors file, or a Hub id.
         out: the folder to write; new or empty.
         files: a folder or Hub id whose other files (tokenizer, license, model card, custom code) belong to
-            the target too: all except .safetensors files and their index. A config made from the model takes
-            precedence.
-        max_shard_size: bytes, or a text like ``"5GB"``; if None, the default of the library above.
-        rename, base_repo, base_revision, base_license, target_repo, target_license, chunk_bytes, force,
-            threads, progress: as for :func:`deltaweights.make_delta`.
+            the target too: all but .safetensors files and their index. A config made from the model counts
+            more.
+        max_shard_size: bytes, or a text like ``"5GB"``; None: the default of the library above.
+        rename, base_repo, base_revision, base_license, target_repo, target_license, exclude, chunk_bytes,
+            force, threads, progress: as for :func:`deltaweights.make_delta`.
 
     Returns:
         The manifest that was written.
@@ -76,6 +77,7 @@ def save_delta(
             base_license=base_license,
             target_repo=target_repo,
             target_license=target_license,
+            exclude=exclude,
             chunk_bytes=chunk_bytes,
             force=force,
             threads=threads,

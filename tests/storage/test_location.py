@@ -1,0 +1,70 @@
+"""What a location may look like: paths and Hub ids; URLs are refused with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deltaweights import CheckpointError, OutputError, apply_delta, compact_deltas, make_delta, plan_apply
+from deltaweights.storage import OutputFolder, open_source
+
+from ..conftest import Trio
+
+URLS = (
+    "s3://bucket/x",
+    "hf://org/name",
+    "gs://bucket/x",
+    "file:///tmp/x",
+    "weird+scheme://x",
+    Path("s3://b/x"),
+)
+
+
+@pytest.mark.parametrize("url", URLS, ids=str)
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda trio, url: make_delta(trio.base, trio.target, url),
+        lambda trio, url: apply_delta(trio.delta, url, base=trio.base),
+        lambda trio, url: compact_deltas([trio.delta], url, base=trio.base),
+        lambda trio, url: plan_apply(trio.delta, base=trio.base, out=url),
+        lambda trio, url: OutputFolder(url),
+    ],
+)
+def test_a_url_is_no_folder_to_write_to(
+    write: Callable[[Trio, str | Path], object],
+    url: str | Path,
+    trio: Trio,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="is a URL, not a folder"):
+        write(trio, url)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("url", "advice"),
+    [
+        ("https://huggingface.co/org/name", "Write it as org/name"),
+        ("https://huggingface.co/org/name/tree/v1", "Write it as org/name@v1"),
+        ("s3://bucket/x", "Copy it to this machine"),
+        ("gs://bucket/x", "Copy it to this machine"),
+        ("file:///tmp/x", "Write it as a path"),
+        ("hf:/org/name", "Write it as hf://org/name"),
+    ],
+)
+def test_a_url_is_nothing_to_read_from(url: str, advice: str) -> None:
+    with pytest.raises(CheckpointError, match="is a URL") as caught:
+        open_source(url)
+    assert advice in caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["run:1", "a:b/c", "x:"])
+def test_a_colon_makes_no_url(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with OutputFolder(name) as folder:
+        assert folder.root == Path(name)
