@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,6 +88,13 @@ def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameR
     found.update(_match_prefixes(unmatched, [tensor for tensor in free if tensor not in used]))
     unmatched = [tensor for tensor in unmatched if tensor not in found]
     found.update(_match_bytes(unmatched, base, target))
+    unmatched = [tensor for tensor in unmatched if tensor not in found]
+    by_name = {  # a rule is the user's word
+        tensor: other
+        for tensor, other in found.items()
+        if tensor.info.shape == other.info.shape and names.of_base(tensor) == tensor.name
+    }
+    found.update(find_similar(by_name, unmatched, base, target))
     for tensor in unmatched if base.broken else ():
         if tensor not in found:
             base.require_found(names.of_base(tensor), tensor.path)
