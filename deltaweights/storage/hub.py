@@ -94,7 +94,11 @@ class HubSource(Source):
         file = self._opened.get(path)
         if file is None:
             cached = find_cached(self._repository, path)
-            file = LocalFile(path, cached) if cached else HubFile(path, self.sizes[path], self.window)
+            file = (
+                LocalFile(path, cached, pooled=True)
+                if cached
+                else HubFile(path, self.sizes[path], self.window)
+            )
             self._opened[path] = file
         return file
 

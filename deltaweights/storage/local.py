@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import resource
 import shutil
 import stat
+import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +21,8 @@ from numpy.typing import NDArray
 from ..errors import CheckpointError, OutputError
 from .source import HubId, ReadableFile, Source, file_blocks
 from .system import read_at, read_bytes_at
+
+_TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 #: Folders and files that belong to tools, not to the checkpoint.
 _LEFT_OUT = re.compile(r"\.git|\.cache|\.deltaweights|.*\.(incomplete|crdownload|part|aria2)")
@@ -35,38 +41,127 @@ _SCHEMES = re.compile(
 )
 
 
-class LocalFile(ReadableFile):
-    """A :class:`ReadableFile` on disk. It uses pread, so memory holds only the requested bytes."""
+class _OpenFiles:
+    """The descriptors of files that stay readable: a process has only so many, and a chain of deltas may read
+    thousands of files. The file that was not read for the longest time is closed first."""
 
-    def __init__(self, path: str, full_path: Path) -> None:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: OrderedDict[LocalFile, int] = OrderedDict()
+        self._limit = 0
+
+    def take(self, file: LocalFile) -> int:
+        """The descriptor of ``file`` for one read, after which :meth:`give` takes it back."""
+        with self._lock:
+            fd = self._idle.pop(file, None)
+        return file.open_again() if fd is None else fd
+
+    def give(self, file: LocalFile, fd: int) -> None:
+        """Take back a descriptor. Threads that read one file at once have one each; one of them is kept."""
+        with self._lock:
+            surplus = [fd] if file.is_closed or file in self._idle else []
+            if not surplus:
+                self._idle[file] = fd
+                self._limit = self._limit or _most_open_files()
+                while len(self._idle) > self._limit:
+                    surplus.append(self._idle.popitem(last=False)[1])
+        for one in surplus:
+            os.close(one)
+
+    def forget(self, file: LocalFile) -> None:
+        """Close ``file``, unless it is being read."""
+        with self._lock:
+            fd = self._idle.pop(file, None)
+        if fd is not None:
+            os.close(fd)
+
+
+def _most_open_files() -> int:
+    """A quarter of what the process may open: threads, outputs and libraries need theirs."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1024 if soft == resource.RLIM_INFINITY else max(16, min(1024, soft // 4))
+
+
+_open_files = _OpenFiles()
+
+
+class LocalFile(ReadableFile):
+    """A :class:`ReadableFile` on disk. It uses pread, so memory holds only the requested bytes.
+
+    Args:
+        pooled: close it while nobody reads it, if need be, so that any number of files can be read. If its
+            name is removed, or given to a different file, reading it may be an error.
+    """
+
+    def __init__(self, path: str, full_path: Path, *, pooled: bool = False) -> None:
+        self._full_path = full_path
+        self._identity: tuple[int, int] | None = None
+        self.is_closed = False
+        fd = self.open_again()
+        super().__init__(path, os.fstat(fd).st_size)
+        self._held = None if pooled else fd
+        if pooled:
+            _open_files.give(self, fd)
+        else:
+            self._close = weakref.finalize(self, os.close, fd)  # closes with the last reference
+
+    def close(self) -> None:
+        """Close it; again does nothing."""
+        self.is_closed = True
+        if self._held is None:
+            _open_files.forget(self)
+        else:
+            self._close()
+
+    def open_again(self) -> int:
+        """A descriptor of the file.
+
+        Raises:
+            CheckpointError: it cannot be opened, or a different file has its name now.
+        """
         try:
-            self._fd = os.open(full_path, os.O_RDONLY | os.O_CLOEXEC)
-            self.close = weakref.finalize(self, os.close, self._fd)  # closes with the last reference
-            super().__init__(path, os.fstat(self._fd).st_size)
+            fd = os.open(self._full_path, os.O_RDONLY | os.O_CLOEXEC)
+            info = os.fstat(fd)
         except OSError as error:
-            raise CheckpointError(f"Cannot open {full_path}", f"{error.strerror}.") from error
+            fix = "Allow the process more open files: ulimit -n" if error.errno in _TOO_MANY else ""
+            raise CheckpointError(f"Cannot open {self._full_path}", f"{error.strerror}.", fix) from error
+        if self._identity not in (None, (info.st_dev, info.st_ino)):
+            os.close(fd)
+            raise CheckpointError(
+                f"{self._full_path} was replaced while it was read", "", "Run the same command again."
+            )
+        self._identity = info.st_dev, info.st_ino
+        return fd
+
+    @contextmanager
+    def _reading(self) -> Iterator[int]:
+        """A descriptor to read from within the block. Errors of the system become ours."""
+        fd = _open_files.take(self) if self._held is None else self._held
+        try:
+            yield fd
+        except OSError as error:
+            raise CheckpointError(f"Cannot read {self.path}", f"{error.strerror}.") from error
+        finally:
+            if self._held is None:
+                _open_files.give(self, fd)
 
     def _read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
         view = out.data
-        while view:
-            try:
-                done = read_at(self._fd, offset, view)
-            except OSError as error:
-                raise CheckpointError(f"Cannot read {self.path}", f"{error.strerror}.") from error
-            if not done:
-                raise CheckpointError(
-                    f"{self.path} ends too early",
-                    f"It has fewer than {offset + len(view)} bytes: it was cut or changed.",
-                    "Get the file again.",
-                )
-            view, offset = view[done:], offset + done
+        with self._reading() as fd:
+            while view:
+                done = read_at(fd, offset, view)
+                if not done:
+                    raise CheckpointError(
+                        f"{self.path} ends too early",
+                        f"It has fewer than {offset + len(view)} bytes: it was cut or changed.",
+                        "Get the file again.",
+                    )
+                view, offset = view[done:], offset + done
 
     def _read(self, offset: int, nbytes: int) -> bytes:
         """:meth:`read` without the copy that an array would need."""
-        try:
-            data = read_bytes_at(self._fd, offset, nbytes)
-        except OSError as error:
-            raise CheckpointError(f"Cannot read {self.path}", f"{error.strerror}.") from error
+        with self._reading() as fd:
+            data = read_bytes_at(fd, offset, nbytes)
         return data if len(data) == nbytes else super()._read(offset, nbytes)
 
 
@@ -181,7 +276,7 @@ class LocalSource(Source):
     def open(self, path: str) -> LocalFile:
         """The file at ``path``; kept open until :meth:`close`."""
         if path not in self._opened:
-            self._opened[path] = LocalFile(path, self._folder / path)
+            self._opened[path] = LocalFile(path, self._folder / path, pooled=True)
         return self._opened[path]
 
     def name(self, path: str) -> str:
