@@ -12,8 +12,9 @@ from .checkpoints import DeltaCheckpointer
 class DeltaCallback(TrainerCallback):
     """Saves the model with ``checkpointer`` every ``every`` steps, and at the end of training.
 
-    Only the first of several processes saves, so a model that is sharded over them cannot be saved. Training
-    that restarts in a folder with checkpoints continues their step count.
+    Only the first of several processes saves; a model that is sharded over them cannot be saved so. Training
+    that begins with a checkpoint's weights (``checkpointer.load_into(model)``) goes on counting after the
+    last one; a folder that holds another run's checkpoints is refused.
 
     Args:
         checkpointer: stays open after training, with all checkpoints written.
@@ -36,9 +37,14 @@ class DeltaCallback(TrainerCallback):
         """Align the checkpoints' steps with the Trainer's.
 
         Raises:
-            OutputError: the Trainer resumes before the last checkpoint.
+            OutputError: the Trainer resumes before the last checkpoint, or begins anew where another run's
+                checkpoints are.
         """
         self.checkpointer.wait()
+        if state.global_step:
+            self.checkpointer.resume()
+        if state.is_world_process_zero:
+            self.checkpointer.require_resumed()
         last = max(self.checkpointer.steps, default=0)
         self._first = 0 if state.global_step else last
         if 0 < state.global_step < last and state.is_world_process_zero:

@@ -7,15 +7,19 @@ checkpoint that it was writing.
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 import re
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -35,6 +39,9 @@ from .memory import MemorySource
 
 _NAME = re.compile(r"step-(\d{8,})(?:-on-(\d{8,}))?", re.ASCII)
 _PARTIAL, _TRASH, _LOCK = ".partial", ".trash", ".lock"
+
+
+_log = logging.getLogger("deltaweights")
 
 
 def list_checkpoints(folder: Location) -> dict[int, list[Path]]:
@@ -71,21 +78,26 @@ class _Made:
 class DeltaCheckpointer:
     """Saves checkpoints of a model in ``folder``, each as a delta; a context manager.
 
-    :meth:`save` copies the weights to the CPU's memory and returns; a background thread does the rest.
-    Weights, buffers and config are restored bit for bit. The state of optimizer, scheduler and random
-    generators is not saved.
+    :meth:`save` copies the weights to the CPU's memory and returns; a thread of its own does the rest.
+    Weights, buffers and config come back bit for bit. The state of optimizer, scheduler and random generators
+    is not kept. If the program ends without :meth:`close`, the last checkpoint is finished all the same.
+
+    A folder that holds checkpoints of another run takes no more, unless that run is resumed: by
+    :meth:`load_into`, :meth:`discard_after` or ``resume``.
 
     Memory: one copy of the weights on the CPU (pinned if they come from CUDA), or two with ``anchor_every``
     above 1.
 
     Args:
-        folder: the folder for the checkpoints, created if missing. Only one process at a time may write to
-            it.
-        base: the base of the deltas: a folder, one .safetensors file or a Hub id. It must not change.
-        anchor_every: one of this many checkpoints is a delta against the base; the others are deltas against
-            the one before, so smaller but slower to restore. 1: all against the base. At most 100.
-        keep: number of checkpoints to keep; None keeps all. Checkpoints that a kept one needs stay too.
-        files: as for :func:`save_delta`; its other files belong to every checkpoint.
+        folder: where the checkpoints go; made if need be. One process at a time may write to it.
+        base: what they are deltas against: a folder, one .safetensors file or a Hub id. It has to stay the
+            same.
+        anchor_every: every so many checkpoints, one is made against the base; those between, against the one
+            before, which makes them smaller and slower to restore. 1: all against the base. At most 100.
+        keep: how many of the last checkpoints to keep; None: all. Those that a kept one is made against stay.
+        resume: whether training goes on from checkpoints that the folder holds, with weights that were loaded
+            in another way than by :meth:`load_into`.
+        files: as for :func:`save_delta`: a folder whose other files belong to every checkpoint.
         max_shard_size: as for :func:`save_delta`.
         rename, base_repo, base_revision, base_license, target_repo, target_license, chunk_bytes: as for
             :func:`deltaweights.make_delta`.
@@ -103,6 +115,7 @@ class DeltaCheckpointer:
         *,
         anchor_every: int = 1,
         keep: int | None = None,
+        resume: bool = False,
         files: Location | None = None,
         max_shard_size: int | str | None = None,
         rename: Sequence[RenameRule] = (),
@@ -136,11 +149,13 @@ class DeltaCheckpointer:
         self._lock = _lock(self.folder)
         for name in (_PARTIAL, _TRASH):  # an earlier process was killed
             shutil.rmtree(self.folder / name, ignore_errors=True)
+        self._is_ours = resume or not self.steps
         self._thread = ThreadPoolExecutor(1, "deltaweights-checkpoint")
         self._job: Future[None] | None = None
         self._made: _Made | None = None
         self._snapshots: list[dict[str, Tensor]] = []
         self._known: dict[str, str] = {}  # SHA-256 by fingerprint of the base's files
+        _open.add(self)
 
     def __enter__(self) -> DeltaCheckpointer:
         return self
@@ -163,7 +178,7 @@ class DeltaCheckpointer:
         Returns once they are copied. If the previous checkpoint is still being written, waits for it.
 
         Raises:
-            OutputError: there is a checkpoint of this step or a later one.
+            OutputError: there is a checkpoint of this step or a later one, or the folder holds another run's.
             CheckpointError: a tensor cannot be saved.
             DeltaWeightsError: the previous checkpoint failed, and was not saved.
             ValueError: ``step`` is negative.
@@ -171,6 +186,7 @@ class DeltaCheckpointer:
         if step < 0:
             raise ValueError(f"step is {step}, not at least 0")
         self.wait()
+        self.require_resumed()
         later = [other for other in self.steps if other >= step]
         if later:
             raise OutputError(
@@ -192,7 +208,8 @@ class DeltaCheckpointer:
             result_of(job)
 
     def close(self) -> None:
-        """:meth:`wait`, and unlock the folder."""
+        """:meth:`wait`, and let go of the folder."""
+        _open.discard(self)
         try:
             self.wait()
         finally:
@@ -246,11 +263,31 @@ class DeltaCheckpointer:
             threads=threads,
             progress=progress,
         )
+        self.resume()
         return step
+
+    def resume(self) -> None:
+        """Go on with the run whose checkpoints the folder holds. Its weights have to be loaded already."""
+        self._is_ours = True
+
+    def require_resumed(self) -> None:
+        """Refuse a folder that holds checkpoints of another run: pruning would delete them.
+
+        Raises:
+            OutputError: there are some, and nothing says that this run goes on from them.
+        """
+        if not self._is_ours:
+            raise OutputError(
+                f"{self.folder} holds checkpoints of another run",
+                f"The last one is of step {self.steps[-1]}.",
+                "To go on from it: checkpointer.load_into(model), or DeltaCheckpointer(..., resume=True) if "
+                "its weights are loaded already. Else choose another folder.",
+            )
 
     def discard_after(self, step: int) -> None:
         """Delete all checkpoints of later steps than ``step``, to resume training from there."""
         self.wait()
+        self.resume()
         self._made = None
         for other, chain in sorted(list_checkpoints(self.folder).items(), reverse=True):
             if other > step:
@@ -322,6 +359,24 @@ class DeltaCheckpointer:
         shutil.rmtree(trash, ignore_errors=True)
         _rename(path, trash)
         shutil.rmtree(trash, ignore_errors=True)
+
+
+#: Those that nobody closed yet.
+_open: WeakSet[DeltaCheckpointer] = WeakSet()
+
+
+def _close_all() -> None:
+    """Finish what was saved: the program ends, and nobody closed these."""
+    for checkpointer in list(_open):
+        try:
+            checkpointer.close()
+        except Exception as error:
+            _log.error("The last checkpoint in %s was lost: %s", checkpointer.folder, error)
+
+
+# What atexit calls comes too late: no pool takes work by then. The last that is registered here is called
+# first: before concurrent.futures, which this module imports, ends its threads.
+getattr(threading, "_register_atexit", atexit.register)(_close_all)
 
 
 class _KnownBase(LocalSource):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +80,7 @@ class DeltaSubscriber:
         self._in_place = in_place
         self._threads = threads
         self._known: _Known | None = None
+        self._tied: set[str] = set()  # names of the model alone, tied to such as the stream has
 
     def sync(self, model: State) -> SyncReport:
         """Bring ``model`` to the stream's newest state, bit for bit.
@@ -91,8 +92,9 @@ class DeltaSubscriber:
         read.
 
         Args:
-            model: a model, or tensors by name, with the publisher's names, dtypes and shapes. They may be on
-                any device, and tied or not.
+            model: a model, or tensors by name: the publisher's names (without wrappers), dtypes and shapes.
+                They may lie on any device, and be tied or not as they like; a name that the stream does not
+                have may be there if it is tied to one that it has.
 
         Raises:
             CheckpointError: there is no stream, it cannot be read, or it belongs to a different model.
@@ -121,10 +123,15 @@ class DeltaSubscriber:
                 "Check the location, or wait.",
             )
         head = read_head(data, self._transport.where)
+        state = _without_tied(state, state.keys() - self._tied)
         known = self._recognise(state, workers)
         if known.state == head.newest.state:
             return SyncReport(head.step, head.newest.number, known.state, 0, False, 0)
         newest = self._read(head.newest)
+        ours = _without_tied(state, {tensor.name for tensor in newest.tensors})
+        if len(ours) < len(state):
+            self._tied |= state.keys() - ours.keys()
+            return self._sync(ours, workers)
         self._require_fit(state, newest.tensors)
         ways = list(self._ways(newest, known.state))
         if not ways:
@@ -214,6 +221,12 @@ class DeltaSubscriber:
         return SyncReport(
             newest.step, newest.number, newest.state, updates, way[0][1] == "anchor", _nbytes(way)
         )
+
+
+def _without_tied(state: Mapping[str, StateTensor], names: Set[str]) -> Mapping[str, StateTensor]:
+    """The state without those tensors that only share the memory of others that are among ``names``."""
+    named = {tensor.identity for name, tensor in state.items() if name in names and tensor.nbytes}
+    return {n: tensor for n, tensor in state.items() if n in names or tensor.identity not in named}
 
 
 def _payload(record: StateRecord, kind: Literal["update", "anchor"]) -> StreamFile:

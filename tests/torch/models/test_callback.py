@@ -62,6 +62,20 @@ def test_checkpoints_of_a_real_training_come_back_bit_for_bit(qwen2: Trio, tmp_p
     assert second.states[2] != first.states[2]
 
 
+def test_training_anew_where_another_run_s_checkpoints_are_is_refused_at_once(
+    qwen2: Trio, tmp_path: Path
+) -> None:
+    for run in range(2):
+        with DeltaCheckpointer(tmp_path / "checkpoints", qwen2.base, keep=3) as checkpointer:
+            callback = DeltaCallback(checkpointer, every=1)
+            if run:
+                with pytest.raises(OutputError, match="another run"):
+                    train(tiny_qwen2(), tmp_path / "trainer", 3, callback)
+            else:
+                train(tiny_qwen2(), tmp_path / "trainer", 3, callback)
+            assert checkpointer.steps == [1, 2, 3]
+
+
 def open_model(folder: Path) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 

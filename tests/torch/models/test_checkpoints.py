@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,10 +147,60 @@ def test_steps_go_up_unless_later_ones_are_discarded(qwen2: Trio, folder: Path) 
 def test_a_new_process_begins_with_an_anchor(qwen2: Trio, folder: Path) -> None:
     states: dict[int, dict[str, object]] = {}
     for steps in (range(2), range(2, 4)):
-        with DeltaCheckpointer(folder, qwen2.base, anchor_every=10) as checkpointer:
+        with DeltaCheckpointer(folder, qwen2.base, anchor_every=10, resume=True) as checkpointer:
             states |= train(checkpointer, steps)
     assert names(folder)[2] == "step-00000002"
     check_restored(folder, qwen2.base, states)
+
+
+def test_another_run_s_checkpoints_are_kept(qwen2: Trio, folder: Path) -> None:
+    """A script that runs twice: pruning would delete what the first one left."""
+    with DeltaCheckpointer(folder, qwen2.base, keep=3) as checkpointer:
+        states = train(checkpointer, range(1, 4))
+    with DeltaCheckpointer(folder, qwen2.base, keep=3) as checkpointer:
+        with pytest.raises(OutputError, match="another run") as caught:
+            checkpointer.save(4, tiny_qwen2())
+        assert "load_into(model)" in caught.value.fix
+    check_restored(folder, qwen2.base, states)
+    ways: list[Callable[[DeltaCheckpointer], object]] = [
+        lambda checkpointer: checkpointer.load_into(tiny_qwen2()),
+        lambda checkpointer: checkpointer.discard_after(4),
+        lambda checkpointer: checkpointer.resume(),
+    ]
+    for step, resumed in enumerate(ways, 4):
+        with DeltaCheckpointer(folder, qwen2.base, keep=3) as checkpointer:
+            resumed(checkpointer)
+            checkpointer.save(step, tiny_qwen2())
+    assert list(list_checkpoints(folder)) == [4, 5, 6]
+
+
+_ENDS = """
+import sys, torch
+from deltaweights.torch import DeltaCheckpointer
+folder, base = sys.argv[1:]
+checkpointer = DeltaCheckpointer(folder, base)
+generator = torch.Generator().manual_seed(5)
+checkpointer.save(5, {f"w{k}": torch.randn(128, 128, generator=generator) for k in range(8)})
+"""
+
+
+@pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise ZeroDivisionError"])
+def test_a_script_that_does_not_close_loses_nothing(tmp_path: Path, folder: Path, end: str) -> None:
+    from safetensors.torch import save_file
+
+    save_file(state_of(0), tmp_path / "base.safetensors")
+    command = [sys.executable, "-c", _ENDS + end, str(folder), str(tmp_path / "base.safetensors")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == {"": 0, "sys.exit(3)": 3}.get(end, 1), ended.stderr
+    loaded = load_state_dict(list_checkpoints(folder)[5], tmp_path / "base.safetensors")
+    assert raw_state(loaded) == raw_state(state_of(5))
+
+
+def test_what_a_script_loses_at_its_end_is_told(tmp_path: Path, folder: Path) -> None:
+    command = [sys.executable, "-c", _ENDS, str(folder), str(tmp_path / "nowhere")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "was lost" in ended.stderr
+    assert "nowhere" in ended.stderr
 
 
 def test_a_chain_with_a_gap_is_left_out(qwen2: Trio, folder: Path) -> None:
@@ -241,7 +291,7 @@ _WRITER = """
 import sys, torch
 from deltaweights.torch import DeltaCheckpointer
 folder, base = sys.argv[1:]
-with DeltaCheckpointer(folder, base, anchor_every=3, keep=4) as checkpointer:
+with DeltaCheckpointer(folder, base, anchor_every=3, keep=4, resume=True) as checkpointer:
     first = max(checkpointer.steps, default=-1) + 1
     print("first", first, flush=True)
     for step in range(first, 10_000):

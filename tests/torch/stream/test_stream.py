@@ -26,6 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from deltaweights import (
     BaseMismatchError,
@@ -353,6 +354,34 @@ def test_tensors_that_overlap_in_part_are_refused(tmp_path: Path) -> None:
         engine = {name: torch.zeros(6, 5) for name in columns}
         DeltaSubscriber(tmp_path / "s").sync(engine)
     assert all(torch.equal(engine[name], columns[name]) for name in columns)
+
+
+def test_a_name_that_only_the_model_has_is_brought_along_by_its_tie(tmp_path: Path) -> None:
+    """A trainer publishes what it would save: of tied weights one. The engine's model has both names."""
+    weights = torch.arange(10.0)
+    shared, other = torch.zeros(10), torch.zeros(3)
+    engine = {"embed": shared, "head": shared, "other": other}
+    subscriber = DeltaSubscriber(tmp_path / "s")
+    with DeltaPublisher(tmp_path / "s", {"embed": weights, "other": torch.zeros(3)}) as publisher:
+        for step in (1, 2):
+            weights += 1
+            publisher.publish(step, {"embed": weights, "other": torch.zeros(3)})
+            assert subscriber.sync(engine).step == step
+            assert torch.equal(engine["head"], weights)
+        assert subscriber.sync(engine).updates == 0
+    with pytest.raises(CheckpointError, match="'head' is missing, new"):
+        DeltaSubscriber(tmp_path / "s").sync(engine | {"head": torch.zeros(10)})
+    with pytest.raises(CheckpointError, match="'head' is missing, new"):
+        subscriber.sync(engine | {"head": torch.zeros(10)})
+
+
+def test_wrappers_on_either_side_are_seen_through(tmp_path: Path) -> None:
+    trained, serving = Net(), Net(seed=4)
+    with DeltaPublisher(tmp_path / "s", nn.DataParallel(trained)) as publisher:
+        train(trained, 1)
+        publisher.publish(1, checkpoint_wrapper(trained))
+        DeltaSubscriber(tmp_path / "s").sync(serving)
+    assert bits(serving) == bits(trained)
 
 
 def test_a_model_that_ties_what_the_stream_does_not_is_refused(tmp_path: Path) -> None:
