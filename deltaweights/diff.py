@@ -142,6 +142,7 @@ def make_delta(
                 cards.read_license(new, "target", target_license),
             ),
         )
+        _warn_of_swapped(old, new, *sides)
         return write_delta(
             old,
             new,
@@ -184,6 +185,30 @@ def _open_target(target: Readable, exclude: Sequence[str]) -> Checkpoint:
     checkpoint = Checkpoint(source)
     tell(oddities_of_target(checkpoint))
     return checkpoint
+
+
+def _warn_of_swapped(
+    old: Checkpoint, new: Checkpoint, base: CheckpointFacts, target: CheckpointFacts
+) -> None:
+    """Where the base's card names the target as *its* base, and the target's card does not say the like."""
+
+    def names_of(checkpoint: Checkpoint, facts: CheckpointFacts) -> set[str]:
+        ids = [facts.repo_id or "", checkpoint.source.hub_id.repo_id or ""]
+        root = checkpoint.source.root
+        return {name.casefold() for name in (*ids, *([root.resolve().name] if root else [])) if name}
+
+    def is_named(models: Sequence[str], names: set[str]) -> bool:
+        return any({m.casefold(), m.casefold().rpartition("/")[2]} & names for m in models)
+
+    if is_named(base.license.base_models, names_of(new, target)) and not is_named(
+        target.license.base_models, names_of(old, base)
+    ):
+        tell(
+            [
+                "The base's card names the target as its base. Are the two swapped? The base comes first, "
+                "then the fine-tune."
+            ]
+        )
 
 
 def _is_env(path: str) -> bool:

@@ -7,12 +7,22 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .checkpoint import Checkpoint
+from .checkpoint.oddities import tell
 from .delta.opening import read_manifest
-from .errors import CheckpointError, DeltaError, ManifestError, OutputError
+from .delta.target_recipe import TargetRecipe
+from .errors import (
+    BaseMismatchError,
+    CheckpointError,
+    DeltaError,
+    HubReadError,
+    ManifestError,
+    OutputError,
+)
 from .license.cards import CARD_NAME, LICENSE_FILE
 from .license.rules import describe, recognise, terms_of, text_records
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
-from .storage import LocalSource, Location, Source
+from .storage import HubSource, LocalSource, Location, Source
 from .storage.hub_client import Downloader, Repository
 from .storage.hub_upload import Outgoing, find_branch, require_login, require_published, upload
 from .verify import verify_delta
@@ -74,9 +84,9 @@ def push_delta(
 
     Raises:
         CheckpointError: there is no such folder.
-        DeltaError: the delta is incomplete or damaged, holds copies of files of its base, lacks the text of
-            its base's license, or has license conflicts.
-        OutputError: the repository cannot be written to as requested, or a file changed during the upload.
+        DeltaError: the delta is incomplete or damaged, names another base than it was made from, holds
+            copies of files of its base, or lacks the text of its base's license; or there are conflicts.
+        OutputError: the repository cannot be written to as asked, or a file was changed meanwhile.
     """
     _check_place(repo_id, revision, create_pr)
     with delta if isinstance(delta, LocalSource) else LocalSource(delta) as source:
@@ -85,6 +95,7 @@ def push_delta(
         _check_whole(source, progress)
         _check_copies(manifest)
         _check_license_text(source, manifest)
+        _check_base(source, manifest)
         conflicts = describe(manifest).conflicts
         if conflicts and not private and not accept_conflicts:
             raise _unsettled(conflicts)
@@ -131,6 +142,26 @@ def _check_whole(source: Source, progress: ProgressCallback | None) -> None:
         raise DeltaError(
             f"{source.where} has no model card", f"{CARD_NAME} is missing.", "Run the diff again."
         )
+
+
+def _check_base(source: Source, manifest: Manifest) -> None:
+    """Raise :class:`DeltaError` where the repository that the manifest names as the base is another one, as
+    far as its headers and the SHA-256 that it publishes tell; warn where it cannot be read."""
+    named = manifest.base
+    if named.repo_id is None:
+        return
+    at = f"{named.repo_id}{f'@{named.revision}' if named.revision else ''}"
+    try:
+        with Checkpoint(HubSource(named.repo_id, named.revision), may_lack=True) as base:
+            TargetRecipe(source, manifest, base).check_published()
+    except HubReadError as error:
+        tell([f"The base {at} could not be compared: {error.what}."])
+    except (BaseMismatchError, CheckpointError) as error:
+        raise DeltaError(
+            f"{at} is not the base that this delta was made from",
+            error.why,
+            "Run the diff again, and name the right one: base_repo=ORG/NAME, base_revision=COMMIT",
+        ) from error
 
 
 def _check_copies(manifest: Manifest) -> None:

@@ -628,6 +628,21 @@ def test_what_is_excluded_is_left_out_and_listed(tmp_path: Path, oddities: list[
     assert ".env is left out" in oddities[1]
 
 
+@pytest.mark.parametrize("by_id", [True, False])
+def test_swapped_arguments_are_noticed_where_the_cards_say_so(
+    by_id: bool, tmp_path: Path, oddities: list[str]
+) -> None:
+    _write_model(tmp_path / "demo-base", README__md="---\nlicense: mit\n---\n")
+    _write_model(tmp_path / "tuned", README__md="---\nlicense: mit\nbase_model: acme/demo-base\n---\n")
+    base, target = ("me/tuned", "acme/demo-base") if by_id else (None, None)
+    places = tmp_path / "tuned", tmp_path / "demo-base", tmp_path / "delta"
+    make_delta(*places, base_repo=base, target_repo=target)
+    assert ["swapped" in text for text in oddities] == [True]
+    oddities.clear()
+    make_delta(tmp_path / "demo-base", tmp_path / "tuned", tmp_path / "right")
+    assert oddities == []
+
+
 def test_usual_names_of_secrets_are_known() -> None:
     secrets = ".env .env.local a/server.pem id_rsa .ssh/id_ed25519 credentials credentials.json hf_token"
     secrets += (

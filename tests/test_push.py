@@ -29,6 +29,7 @@ from deltaweights import (
     push_delta,
     verify_delta,
 )
+from deltaweights.checkpoint import TensorInfo, open_checkpoint
 from deltaweights.cli.commands import app
 from deltaweights.cli.rendering import size as size_text
 from deltaweights.manifest import FileRecord, Manifest
@@ -372,6 +373,41 @@ def test_a_base_that_states_no_license_wants_no_text(
 def edit_manifest(delta: Path, change: Callable[[Manifest], Manifest]) -> None:
     path = delta / "deltaweights.json"
     path.write_bytes(change(Manifest.from_json(path.read_bytes())).to_json())
+
+
+@pytest.mark.parametrize("other", ["shape", "bytes", "lacks"])
+def test_a_base_that_is_not_the_named_one_is_refused(
+    other: str, writer: HubServer, release: Release, tmp_path: Path
+) -> None:
+    """``--base-repo`` of another model: whoever applies the delta would be told of the wrong base."""
+    base, delta = release.base, release.later
+    found = contents(base)
+    shard = next(path for path in found if path.endswith(".safetensors"))
+    (name,) = (tensor.name for tensor in parse_header_of(base / shard))
+    write_safetensors(
+        tmp_path / "other.safetensors",
+        {
+            "shape": {name: bf16(weights((30, 100), 5))},
+            "bytes": {name: bf16(weights((300, 100), 5))},
+            "lacks": {"else": bf16(weights((300, 100), 5))},
+        }[other],
+    )
+    writer.add_repo("org/base", {**found, shard: (tmp_path / "other.safetensors").read_bytes()})
+    result = run(delta, REPO)
+    assert result.exit_code == 1
+    assert "org/base is not the base that this delta was made from" in result.stderr
+    assert "--base-repo" in result.stderr
+    assert REPO not in writer.repos
+
+
+def test_the_named_base_is_compared_and_right(writer: HubServer, release: Release) -> None:
+    writer.add_repo("org/base", contents(release.base))
+    assert run(release.later, REPO).exit_code == 0
+
+
+def parse_header_of(path: Path) -> tuple[TensorInfo, ...]:
+    with open_checkpoint(path) as checkpoint:
+        return next(iter(checkpoint.shards.values())).header.tensors
 
 
 @pytest.mark.parametrize("stored", ["verbatim", "zstd"])

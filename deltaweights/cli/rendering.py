@@ -22,13 +22,26 @@ if TYPE_CHECKING:
     from ..verify import VerifyReport
 
 
+#: Controls, marks of direction, separators of lines, characters of no width.
+UNSEEN = re.compile(
+    "[\\x00-\\x1f\\x7f-\\x9f\\xad\\u061c\\u115f\\u1160\\u180e\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u206f\\u3164\\ufeff"
+    "\\ufff9-\\ufffb\\U000e0000-\\U000e007f]"
+)
+
 #: So many bytes of files that are stored whole are worth a line.
 _MUCH = 1_000_000
 
 
 def plain(text: str) -> str:
-    """The text without control characters: these are shown as ``\\x1b``."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+    """The text without characters that control a terminal, turn its direction, or are not seen: these are
+    shown as ``\\x1b`` or ``\\u202e``."""
+    return UNSEEN.sub(lambda found: _escaped(ord(found[0])), text)
+
+
+def _escaped(code: int) -> str:
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def size(nbytes: int) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..errors import DeltaWeightsError, LicenseNotAcceptedError
-from .rendering import license_panel, plain
+from .rendering import UNSEEN, license_panel, plain
 
 if TYPE_CHECKING:
     from ..license.table import Terms
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 #: What errors tell to do, in Python's words and in the command line's.
 FLAGS = {
     "base=": "--base ",
+    "base_repo=": "--base-repo ",
+    "base_revision=": "--base-revision ",
     "keep_base=True": "--keep-base",
     "force=True": "--force",
     "private=False": "--public",
@@ -89,7 +91,8 @@ def report(fields: Mapping[str, object], lines: Iterable[str], *, as_json: bool,
         if "stdout" in _CLOSED:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         is_utf = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
-        typer.echo(json.dumps(fields, ensure_ascii=not is_utf))
+        text = json.dumps(fields, ensure_ascii=not is_utf)
+        typer.echo(UNSEEN.sub(lambda found: json.dumps(found[0])[1:-1], text))
     elif not quiet:
         for line in lines:
             typer.echo(line)
@@ -175,7 +178,7 @@ def settle_license(
     Raises:
         LicenseNotAcceptedError: nobody accepted a license that is not an open one.
     """
-    from ..delta.opening import read_manifest
+    from ..delta.opening import license_texts, read_manifest
     from ..license.rules import describe, unaccepted
 
     manifests = [read_manifest(source) for source in sources]
@@ -183,7 +186,10 @@ def settle_license(
         panels = ("\n".join(license_panel(describe(manifest))) for manifest in manifests)
         for panel in dict.fromkeys(panels):  # the licenses of a chain are mostly the same ones
             note(panel)
-    asked = {delta: unaccepted(manifest, accepted) for delta, manifest in zip(deltas, manifests, strict=True)}
+    asked = {
+        delta: unaccepted(manifest, accepted, license_texts(source, manifest))
+        for delta, source, manifest in zip(deltas, sources, manifests, strict=True)
+    }
     missing = list({terms.spdx: terms for every in asked.values() for terms in every}.values())
     if not missing:
         return

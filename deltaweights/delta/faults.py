@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..checkpoint import Checkpoint
 from ..errors import BaseMismatchError, PayloadError
-from ..manifest import Manifest
+from ..manifest import MANIFEST_NAME, Manifest
 from ..payload import Faults
 from ..storage import Source, cached_sha256, sha256_of
 
@@ -71,9 +71,10 @@ class DeltaFaults(Faults):
         """The files of the base, among ``paths``, that are known to be right without reading them.
 
         Raises:
-            BaseMismatchError: a SHA-256 that is published, or that names the file in the Hub cache, differs
-                from the manifest's. (If the shards' names differ from the manifest's, the base is sharded
-                differently, so their SHA-256 are not compared.)
+            PayloadError: the manifest names what can be no file.
+            BaseMismatchError: a file is missing; or a SHA-256 that is published, or that names the file in
+                the Hub cache, differs from the manifest's. (Where shards have other names than those of the
+                manifest's base, the base is sharded differently, and theirs say nothing.)
         """
         if self._base is None:
             return set()
@@ -82,6 +83,12 @@ class DeltaFaults(Faults):
         is_alike = {path for path in records if path.endswith(".safetensors")} == shards
         for path in paths:
             source = self._base.source
+            if path not in source.sizes:
+                if any(part in ("", ".", "..") or "\0" in part for part in path.split("/")):
+                    raise self.damaged(
+                        MANIFEST_NAME, f"It names {path!r} as a file of the base, which no file can be called"
+                    )
+                raise self.wrong_base(f"it lacks {path!r}, a file that the target has in common with it")
             told = source.published_sha256(path) or cached_sha256(source.full_path(path))
             if told is None or path not in records:
                 continue

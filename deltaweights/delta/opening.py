@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, DeltaError, HubReadError, ManifestError
+from ..license.rules import MAX_TEXT_BYTES, text_records
 from ..manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from ..storage import Readable, Source, open_hub
 
@@ -28,6 +29,16 @@ def read_manifest(source: Source) -> Manifest:
             "Get the delta again.",
         )
     return Manifest.from_json(source.open(MANIFEST_NAME).read(0, size))
+
+
+def license_texts(source: Source, manifest: Manifest) -> dict[str, bytes]:
+    """The license texts and notices of the delta, by path, as they are there."""
+    here = (record.path for record in text_records(manifest))
+    return {
+        path: b"".join(source.blocks(path))
+        for path in here
+        if source.sizes.get(path, MAX_TEXT_BYTES + 1) <= MAX_TEXT_BYTES
+    }
 
 
 def require_whole(source: Source, manifest: Manifest) -> None:

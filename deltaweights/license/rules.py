@@ -33,6 +33,12 @@ _BY_NAME = {
     if name
 }
 
+_WORDS = re.compile(r"[a-z]+|\d+(?:\.\d+)*")
+_EMPTY_WORDS = {"the", "license", "licence", "version", "v", "community", "agreement"}
+
+#: What joins licenses in an expression, and names none.
+_OPERATORS = {"and", "or", "with"}
+
 #: Lines in which two copies of one license text may differ: titles and copyright.
 _LEFT_OUT = re.compile(
     r"copyright (\(c\)|©|\d{4}|[\[{]).*|\(c\) \d{4}.*|all rights reserved\.?"
@@ -68,6 +74,30 @@ def _terms_of(license: License) -> Iterable[Terms]:
     return _stated(license)
 
 
+def _claimed(license: License, texts: Mapping[str, bytes]) -> tuple[Terms, ...]:
+    """All that is said of a license anywhere: so that no one word of a manifest makes it an open one."""
+    whole = tuple(_terms_of(license))
+    stated = _stated(license)
+    name = [] if stated and _says_the_same(license.name or "", stated) else [license.name or ""]
+    known = [recognise(texts[file.path]) for file in license.files if file.path in texts]
+    more = [*stated, *map(_find_by_name, filter(None, name)), *filter(None, known)]
+    if license.expression and license.files and (not known or any(known)):
+        more = [one for one in more if one.spdx != "LicenseRef-other"]  # the texts tell which one
+    return _once([*whole, *(one for one in more if not _is_among(one, whole))])
+
+
+def _says_the_same(name: str, stated: Iterable[Terms]) -> bool:
+    """Whether a card's ``license_name`` adds nothing: ``Apache License 2.0`` beside ``apache-2.0``."""
+    own = set(_WORDS.findall(name.casefold())) - _EMPTY_WORDS
+    names = (" ".join(_names(terms)) for terms in stated)
+    return any(own <= set(_WORDS.findall(words)) for words in names)
+
+
+def _find_by_name(name: str) -> Terms:
+    whole = (terms for terms in (*LISTED, *KNOWN) if terms.name.casefold() == name.casefold())
+    return next(whole, None) or find_terms(name)
+
+
 def _stated(license: License) -> tuple[Terms, ...]:
     """What the card says. On the Hub, ``unknown`` means nothing, and ``other`` that the name tells."""
     ids = [id for id in (license.id or "").split(" AND ") if id.casefold() not in ("", "unknown")]
@@ -76,7 +106,10 @@ def _stated(license: License) -> tuple[Terms, ...]:
 
 
 def _once(terms: Iterable[Terms]) -> tuple[Terms, ...]:
-    return tuple({one.spdx: one for one in terms}.values())
+    found: dict[str, Terms] = {}
+    for one in terms:
+        found.setdefault(one.spdx.casefold(), one)
+    return tuple(found.values())
 
 
 def _expression(terms: Iterable[Terms]) -> str | None:
@@ -249,17 +282,22 @@ def landing_place(path: str) -> str:
     return f"{_LANDING}/{path.removeprefix('licenses/')}"
 
 
-def unaccepted(manifest: Manifest, accepted: Iterable[str] = ()) -> tuple[Terms, ...]:
+def unaccepted(
+    manifest: Manifest, accepted: Iterable[str] = (), texts: Mapping[str, bytes] | None = None
+) -> tuple[Terms, ...]:
     """The licenses that somebody has to accept before using the delta, and that ``accepted`` does not name.
 
     Open licenses, and sides that state none, need no acceptance; any other license does, known here or not.
+    All that the manifest says counts: expression, id and name; and what the texts are.
 
     Args:
         accepted: SPDX ids, ids of the Hub, or what a card gives as ``license_name``, in upper or lower case;
             an element may hold several, with white space or ``AND`` between them.
+        texts: the license texts in the delta, by path, as far as they were read.
     """
-    given = {name.casefold() for text in accepted for name in text.split()}
-    both = terms_of(manifest.base.license, manifest.target.license)
+    given = {name.casefold() for text in accepted for name in text.split()} - _OPERATORS
+    sides = (manifest.base.license, manifest.target.license)
+    both = _once(terms for side in sides for terms in _claimed(side, texts or {}))
     return tuple(terms for terms in both if not terms.is_open and not given & _names(terms))
 
 

@@ -480,6 +480,31 @@ def test_all_but_open_licenses_have_to_be_accepted(
     assert [terms.spdx for terms in found] == [find_terms(name).spdx for name in missing]
 
 
+@pytest.mark.parametrize(
+    ("license", "missing"),
+    [
+        (License("llama3.1", expression="MIT"), ["llama3.1"]),
+        (License("mit", "Llama 3.1 Community License Agreement", expression="MIT"), ["llama3.1"]),
+        (License("mit", "ours", expression="MIT"), ["ours"]),
+        (License("other", expression="MIT"), ["other"]),
+        (License("other", expression="MIT", files=FILE), []),
+        (License("apache-2.0", "Apache License, Version 2.0", expression="Apache-2.0"), []),
+        (License("mit", "MIT License", expression="MIT"), []),
+        (License("and", expression="AND"), ["AND"]),
+    ],
+)
+def test_no_one_word_of_a_manifest_makes_a_license_open(license: License, missing: list[str]) -> None:
+    found = unaccepted(_manifest(license, License()), ["MIT AND Apache-2.0"])
+    assert [terms.spdx for terms in found] == [find_terms(name).spdx for name in missing]
+
+
+def test_a_text_that_is_not_open_is_asked_for_whatever_the_manifest_says() -> None:
+    manifest = _manifest(License("mit", expression="MIT", files=FILE), License())
+    text = (" ".join(QWEN.title) + " ").encode()
+    assert recognise(text) == QWEN
+    assert unaccepted(manifest, (), {FILE[0].path: text}) == (QWEN,)
+
+
 def test_a_delta_from_before_has_its_licenses_too() -> None:
     facts = describe(_manifest(License("other", "qwen"), License("mit")))
     assert facts.expression == f"MIT AND {QWEN.spdx}"
@@ -748,7 +773,7 @@ def test_license_of_a_delta_that_states_none(tmp_path: Path) -> None:
 
 
 def test_no_license_controls_the_terminal(tmp_path: Path) -> None:
-    hostile = "\x1b]0;title\x07\nAND\x9b2J"
+    hostile = "\x1b]0;title\x07\nAND\x9b2J\u202eTIM\u202c\u2066\u200b\u2028"
     card = "---\nlicense: other\nlicense_name: " + json.dumps(hostile) + "\n---\n"
     _write(tmp_path / "base", {"README.md": card.encode(), "LICENSE": hostile.encode()})
     _write(tmp_path / "target", {})
@@ -759,4 +784,7 @@ def test_no_license_controls_the_terminal(tmp_path: Path) -> None:
     ):
         output = _run(*arguments).output
         assert output
-        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", output)
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066]", output)
+    found = _run("license", tmp_path / "delta", "--json").stdout
+    assert "\u202e" not in found
+    assert "\u202e" in json.loads(found)["base"]["name"]
