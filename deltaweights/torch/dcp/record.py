@@ -25,8 +25,9 @@ FORMAT_VERSION = 1
 #: Far above any real record (about 50 bytes for each tensor and rank).
 MAX_RECORD_BYTES = 1 << 29
 
-#: A value is read whole: hostile ones must not take much memory.
-MAX_VALUE_BYTES = 1 << 28
+#: A value is read whole, and kept: hostile ones must not take much memory, alone or together.
+MAX_VALUE_BYTES = 1 << 25
+MAX_VALUES_BYTES = 1 << 27
 
 #: A step on the way to a value in the nested state: a key, or a place in a list. Whoever rebuilds a list
 #: makes it as long as its last place says, so that is bounded.
@@ -180,6 +181,8 @@ def validate(record: CheckpointRecord) -> None:
         _validate_tensor(name, tensor)
         if tensor.base and not record.base:
             raise _damaged(f"Tensor {name!r} has a base, the checkpoint has none")
+    if sum(value.nbytes for value in record.values.values()) > MAX_VALUES_BYTES:
+        raise _damaged(f"Its values have more than {MAX_VALUES_BYTES:,} bytes together")
     files = [shard.file for tensor in record.tensors.values() for shard in tensor.shards]
     files += [value.file for value in record.values.values()]
     if max(files, default=-1) >= len(paths):
