@@ -22,16 +22,28 @@ from .system import read_at, read_bytes_at
 _LEFT_OUT = re.compile(r"\.git|\.cache|\.deltaweights|.*\.(incomplete|crdownload|part|aria2)")
 
 
+#: A pipe without a writer opens at once, and is refused then.
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0)
+
+
 class LocalFile(ReadableFile):
-    """A :class:`ReadableFile` on disk. Uses pread, so memory holds only what was asked for."""
+    """A :class:`ReadableFile` on disk. Uses pread, so memory holds only what was asked for.
+
+    Raises:
+        CheckpointError: it cannot be opened, or is a device or a pipe, which may never end.
+    """
 
     def __init__(self, path: str, full_path: Path) -> None:
         try:
-            self._fd = os.open(full_path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.open(full_path, os.O_RDONLY | os.O_CLOEXEC | _AT_ONCE)
             self.close = weakref.finalize(self, os.close, self._fd)  # with the last reference, at the latest
-            super().__init__(path, os.fstat(self._fd).st_size)
+            info = os.fstat(self._fd)
         except OSError as error:
             raise CheckpointError(f"Cannot open {full_path}", f"{error.strerror}.") from error
+        if not stat.S_ISREG(info.st_mode):
+            self.close()
+            raise CheckpointError(f"Cannot open {full_path}", "It is not a regular file.")
+        super().__init__(path, info.st_size)
 
     def _read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
         view = out.data
