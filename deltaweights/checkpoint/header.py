@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from codecs import getincrementaldecoder
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from ..dtypes import DTYPE_BITS
 from ..errors import HeaderError
@@ -20,6 +23,15 @@ MAX_HEADER_BYTES = 100_000_000
 
 #: More dimensions than any framework has (PyTorch and NumPy stop at 64); bounds the arithmetic.
 MAX_RANK = 64
+
+_METADATA = "__metadata__"
+_NOT_TEXT = "is not a map from strings to strings"
+_LEAST_ENTRY = 40  # bytes of a header that a tensor takes up at least
+
+#: How many keys the entries may have together: so many for each tensor, and these for the metadata.
+_FIELDS_EACH, _FIELDS_MORE = 8, 100_000
+
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +97,14 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
     return length
 
 
-def parse_header(raw: bytes, file_size: int, where: str) -> Header:
+def parse_header(raw: bytes, file_size: int, where: str, most: int | None = None) -> Header:
     """Check a header and return it.
 
     Args:
         raw: the length bytes and the JSON, exactly as in the file.
         file_size: the whole file's size in bytes, which the tensors must fill exactly.
         where: the file's name for error messages.
+        most: how many tensors it may have, if that is known.
 
     Raises:
         HeaderError: the safetensors library would refuse it (bad JSON, offsets that overlap, leave a gap or
@@ -102,25 +115,28 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     def bad(why: str) -> HeaderError:
         return HeaderError(f"{where} has a broken safetensors header", why, "Get the file again.")
 
+    # Checked as it is read: each value stays text until its type is known, so that a header costs little more
+    # memory than its own bytes, whatever they say.
+    text, keys = memoryview(raw)[8:], _Keys(len(raw), most)
     try:
-        text = raw[8:].decode("utf-8")
-        fields = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constants)
+        _check_utf8(text)
+        fields = msgspec.json.decode(text, type=_Fields, dec_hook=keys)
     except RecursionError:
         raise bad("Its JSON is nested too deeply.") from None
-    except ValueError as error:  # bad UTF-8, bad JSON, a duplicate key
+    except msgspec.ValidationError:
+        raise bad(keys.why()) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise bad(f"It is not valid JSON: {error}.") from None
-    if not isinstance(fields, dict):
-        raise bad("Its JSON is not an object.")
-    metadata = fields.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
-        raise bad("Its __metadata__ is not a map from strings to strings.")
-    tensors = []
-    for name, field in fields.items():
-        try:
-            tensors.append(_tensor(name, field))
-        except ValueError as error:
-            raise bad(f"Tensor {name!r}: {error}.") from None
+    metadata, tensors = {}, []
+    try:
+        for name, field in fields.items():
+            if name == _METADATA:
+                metadata = {str(key): _text(value, str(key)) for key, value in (field or {}).items()}
+            else:
+                tensors.append(_tensor(str(name), field))
+    except (ValueError, msgspec.MsgspecError) as error:
+        what = "Its __metadata__" if name == _METADATA else f"Tensor {str(name)!r}:"
+        raise bad(f"{what} {error}.") from None
     tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
     end = 0
     for tensor in tensors:
@@ -142,41 +158,96 @@ def build_header(tensors: Sequence[TensorInfo], metadata: dict[str, str], length
     return padded.to_bytes(8, "little") + text.ljust(padded)
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the name {twice!r} occurs twice")
-    return fields
+def _check_utf8(text: memoryview) -> None:
+    """Raise :class:`UnicodeDecodeError` where it is not UTF-8: msgspec does not look into what it skips."""
+    decode = getincrementaldecoder("utf-8")().decode
+    for start in range(0, len(text), _BLOCK):
+        decode(bytes(text[start : start + _BLOCK]))
+    decode(b"", True)
 
 
-def _no_constants(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")  # Python's parser takes NaN and Infinity
+class _Name(str):
+    """A key of the header: a tensor's name, or ``__metadata__``."""
+
+    __slots__ = ()
 
 
-def _is_text(value: Any) -> bool:
-    """Whether a JSON value is a string of whole characters."""
-    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+class _Field(str):
+    """A key of what stands under a name."""
+
+    __slots__ = ()
 
 
-def _tensor(name: str, field: Any) -> TensorInfo:
-    if not isinstance(field, dict):
+_Fields = dict[_Name, dict[_Field, msgspec.Raw] | None]
+
+
+class _Keys:
+    """Sees every key of a header of ``nbytes`` bytes as msgspec reads it, which resolves silently what occurs
+    twice. Refuses that, and more tensors than ``most`` or than the header has room for."""
+
+    def __init__(self, nbytes: int, most: int | None) -> None:
+        room = nbytes // _LEAST_ENTRY
+        self._most = 1 + (room if most is None else min(most, room))  # one for the metadata
+        self._names: set[str] = set()
+        self._fields: set[str] = set()  # of the last name
+        self._name: str | None = None
+        self._count = 0  # of all fields
+        self._refused: str | None = None
+
+    def __call__(self, kind: type, key: str) -> Any:
+        if kind is _Name:
+            seen = self._names
+            self._name, self._fields = key, set()
+        else:
+            seen = self._fields
+            self._count += 1
+        if key in seen:
+            self._refused = f"It is not valid JSON: the name {key!r} occurs twice."
+        elif len(self._names) > self._most or self._count > _FIELDS_MORE + _FIELDS_EACH * len(self._names):
+            self._refused = "It has more names than its tensors need."
+        if self._refused:
+            raise ValueError(self._refused)
+        seen.add(key)
+        return kind(key)
+
+    def why(self) -> str:
+        """Why msgspec found the header to be of the wrong type."""
+        if self._refused or self._name is None:
+            return self._refused or "Its JSON is not an object."
+        if self._name == _METADATA:
+            return f"Its __metadata__ {_NOT_TEXT}."
+        return f"Tensor {self._name!r}: its entry is not an object."
+
+
+def _text(value: msgspec.Raw, what: str) -> str:
+    """A value of the metadata."""
+    try:
+        return msgspec.json.decode(value, type=str)
+    except msgspec.ValidationError:
+        raise ValueError(_NOT_TEXT) from None
+
+
+def _value(value: msgspec.Raw | None) -> Any:
+    """A value of a tensor's entry. It has few parts, so it costs no more than its text."""
+    if value is None:
+        return None
+    count = bytes(value).count(b",") + 1
+    if count > MAX_RANK:
+        raise ValueError(f"it has {count} dimensions, more than {MAX_RANK}")
+    return msgspec.json.decode(value)
+
+
+def _tensor(name: str, field: Mapping[_Field, msgspec.Raw] | None) -> TensorInfo:
+    if field is None:
         raise ValueError("its entry is not an object")
-    dtype: Any
-    shape: Any
-    offsets: Any
-    dtype, shape, offsets = (field.get(key) for key in ("dtype", "shape", "data_offsets"))
+    dtype, shape, offsets = (_value(field.get(_Field(key))) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str):
         raise ValueError("its dtype is not a string")
-    (name + dtype).encode()  # a lone surrogate raises ValueError
     if not _is_sizes(shape):
         raise ValueError("its shape is not a list of sizes")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError("its data_offsets are not a pair of rising byte offsets")
     tensor = TensorInfo(name, dtype, tuple(shape), *offsets)
-    if len(shape) > MAX_RANK:
-        raise ValueError(f"it has {len(shape)} dimensions, more than {MAX_RANK}")
     bits = DTYPE_BITS.get(dtype)
     if bits is not None and tensor.numel * bits != tensor.nbytes * 8:
         raise ValueError(f"{dtype} of shape {list(shape)} does not fill its {tensor.nbytes} bytes exactly")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import struct
 from collections.abc import Iterable, Sequence
 from functools import cache
 from hashlib import sha256
@@ -29,6 +30,8 @@ _HERE = Path(__file__).parent
 _SOURCES = ("constants.py", "kernel_arrays.py", "tables.py")
 _FOLDERS = ("build", "kernels")
 _UNFIT = (OSError, LookupError, ValueError, AttributeError)  # missing, for others, or no library of ours
+#: Of a header of 64-bit ELF: where the section headers begin, the bytes of one, and how many there are.
+_ELF_HEADER = struct.Struct("<40xQ10xHH2x")
 _ABOUT = re.compile(rb"([0-9a-f]{64})\n([ -~]+)\n([a-z0-9 -]+)\n")  # how the text begins
 
 
@@ -47,9 +50,11 @@ class Library:
 
         Raises:
             OSError: it cannot be loaded.
+            ValueError: the file is cut off.
             LookupError: it was built from other sources, it has no kernels that this processor can run, or
                 none of that level.
         """
+        _require_whole(path)
         self._library = ctypes.CDLL(str(path))
         start = ctypes.addressof(ctypes.c_char.in_dll(self._library, ABOUT))
         digest, _, levels, *kernels = ctypes.string_at(start).decode().split("\n")
@@ -124,6 +129,22 @@ def _loaded() -> Library | str:
                 f"Unset {CHOICE}, or in a clone run `python -m deltaweights.codec.build --levels all`.",
             ) from error
         return str(error)
+
+
+def _require_whole(path: Path) -> None:
+    """Raise :class:`ValueError` where an ELF file ends before its section headers do, which stand last: the
+    system maps such a file all the same, and kills the process that reads beyond its end."""
+    with open(path, "rb") as file:
+        head = file.read(_ELF_HEADER.size)
+        size = os.fstat(file.fileno()).st_size
+    if head[:4] != b"\x7fELF":
+        return  # of another system, or nothing at all
+    needed = _ELF_HEADER.size
+    if len(head) == needed:
+        start, entry_bytes, count = _ELF_HEADER.unpack(head)
+        needed = start + entry_bytes * count
+    if size < needed:
+        raise ValueError(f"{path.name} is cut off: it has {size} of {needed} bytes")
 
 
 def library_path(on: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import zstandard
 
@@ -20,7 +20,7 @@ from ..checkpoint import (
     read_shard,
 )
 from ..dtypes import DTYPE_BITS
-from ..errors import DeltaError, HeaderError, PayloadError
+from ..errors import CheckpointError, DeltaError, HeaderError, PayloadError
 from ..manifest import TargetFile, TensorEntry
 from ..storage import Source
 
@@ -46,21 +46,40 @@ class DeltaShard:
         return payload
 
 
-#: The kinds of delta shards in their metadata: with a tensor for each payload (no longer written), and with
-#: all payloads in a row in one tensor.
+#: What the target's header may have beyond a few times the usual one, which the manifest tells: white space,
+#: and metadata, which the delta pays for with its own bytes. So the headers of a thousand shards are small.
+_TIMES_USUAL, _TIMES_PACKED, _ROOM = 4, 64, 128 << 10
+
+#: What the metadata of delta shards call them: those with a tensor for each payload, which are no longer
+#: written, and those with all payloads in a row in one tensor.
 _APART, _IN_A_ROW = "deltaweights", "deltaweights-row"
 _ROW = "payloads"  # that tensor
 
 
 def shard_metadata(shard: Shard) -> dict[str, str]:
-    """The metadata of the delta shard for a target's shard, including the latter's header byte for byte."""
+    """The metadata of the delta shard for a target's shard, whose own header is in there byte for byte.
+
+    Raises:
+        CheckpointError: that header is far larger than what it says: nobody would read it out of the delta.
+    """
     usual = usual_header(shard.header.tensors, shard.file.size)
     assert usual is not None  # the shard's header was checked
     dictionary = _dictionary(usual)
     # The checksum reveals a reader with a different dictionary.
     compressor = zstandard.ZstdCompressor(level=19, dict_data=dictionary, write_checksum=True)
-    packed = base64.b64encode(compressor.compress(shard.header.raw)).decode()
-    return {"format": _IN_A_ROW, "header": packed}
+    packed = compressor.compress(shard.header.raw)
+    if len(shard.header.raw) > _most_bytes(usual, packed):
+        raise CheckpointError(
+            f"{shard.path} cannot be part of a delta",
+            f"Its header has {len(shard.header.raw)} bytes, nearly all of them white space or repetition.",
+            "Save it again, for example with save_file of safetensors.",
+        )
+    return {"format": _IN_A_ROW, "header": base64.b64encode(packed).decode()}
+
+
+def _most_bytes(usual: bytes, packed: bytes) -> int:
+    """How long a target's header may be that is coded as ``packed``."""
+    return min(8 + MAX_HEADER_BYTES, _TIMES_USUAL * len(usual) + _TIMES_PACKED * len(packed) + _ROOM)
 
 
 def shard_header(payload_bytes: int, metadata: dict[str, str], room: int = 0) -> bytes:
@@ -97,17 +116,25 @@ def read_delta_shard(source: Source, file: TargetFile, entries: Collection[Tenso
         shard = read_shard(source, file.source)
     except HeaderError as error:
         raise _damaged(file, error.why) from error
+    usual = usual_header(entries, file.size)
+    if usual is None:
+        raise contradicts(file, "The manifest's tensors have more bytes than their file")
     kind = shard.header.metadata.get("format")
     if kind == _IN_A_ROW:
-        usual = usual_header(entries, file.size)
-        if usual is None:
-            raise _damaged(file, "The manifest's tensors have more bytes than their file.")
-        infos = _in_a_row(shard, file, entries)
+        dictionary, infos = usual, _in_a_row(shard, file, entries)
     elif kind == _APART:
-        usual, infos = b"", list(shard.header.tensors)
+        dictionary, infos = b"", list(shard.header.tensors)
     else:
         raise _damaged(file, "Its metadata does not call it a deltaweights shard.")
-    header = _target_header(shard, file, usual)
+    packed = _packed(shard, file)
+    raw = _expanded(packed, file, dictionary, _most_bytes(usual, packed))
+    try:
+        header = parse_header(
+            raw, file.size, file.path, 2 * len(entries) + 100
+        )  # the difference is told later
+    except HeaderError as error:
+        raise _damaged(file, error.why) from error
+    header = replace(header, metadata={})  # nobody asks for it, and it takes up more than its text
     return DeltaShard(file, shard, header, {info.name: Tensor(info, shard) for info in infos})
 
 
@@ -132,20 +159,28 @@ def contradicts(file: TargetFile, why: str) -> PayloadError:
     )
 
 
-def _target_header(delta_shard: Shard, file: TargetFile, usual: bytes) -> Header:
-    """Decode the target shard's own header from the delta shard's metadata. It is coded against ``usual``."""
+def _packed(delta_shard: Shard, file: TargetFile) -> bytes:
+    """The target shard's own header, out of the delta shard's metadata."""
     try:
-        packed = base64.b64decode(delta_shard.header.metadata.get("header", ""), validate=True)
+        return base64.b64decode(delta_shard.header.metadata.get("header", ""), validate=True)
+    except ValueError as error:
+        raise _broken(file, f"is broken: {error}") from error
+
+
+def _expanded(packed: bytes, file: TargetFile, dictionary: bytes, most: int) -> bytes:
+    """That header, of at most so many bytes. It is coded against ``dictionary``."""
+    try:
         size = zstandard.frame_content_size(packed)
-        if not 8 <= size <= min(file.size, 8 + MAX_HEADER_BYTES):
-            raise ValueError(f"a header of {size} bytes")
-        expander = zstandard.ZstdDecompressor(dict_data=_dictionary(usual))
+        if not 8 <= size <= min(file.size, most):
+            raise _broken(file, f"would have {size} bytes, more than what the manifest describes takes up")
+        expander = zstandard.ZstdDecompressor(dict_data=_dictionary(dictionary))
         raw = expander.decompress(packed, allow_extra_data=False)
-    except (ValueError, zstandard.ZstdError) as error:
-        raise _damaged(file, f"Its copy of the target's header is broken: {error}.") from error
+    except zstandard.ZstdError as error:
+        raise _broken(file, f"is broken: {error}") from error
     if int.from_bytes(raw[:8], "little") != len(raw) - 8:
-        raise _damaged(file, "Its copy of the target's header does not have the stated length.")
-    try:
-        return parse_header(raw, file.size, file.path)
-    except HeaderError as error:
-        raise _damaged(file, error.why) from error
+        raise _broken(file, "has another length than it says")
+    return raw
+
+
+def _broken(file: TargetFile, what: str) -> DeltaError:
+    return _damaged(file, f"Its copy of the target's header {what}.")

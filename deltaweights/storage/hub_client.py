@@ -13,12 +13,16 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+from urllib.parse import quote
+
+import msgspec
 
 from .._version import __version__
 from ..errors import HubReadError
-from .hub_errors import cache_full, explained, may_pass
+from .hub_errors import cache_full, explained, http_error, may_pass
 from .local import free_space
 
 #: Seconds to wait before each retry while no data arrives, about two minutes in total. Each wait is stretched
@@ -27,6 +31,13 @@ RETRY_DELAYS: tuple[float, ...] = (0.5, 1, 2, 4, 8, 16, 30, 30)
 
 #: The longest wait that a server may ask for, in seconds: the Hub counts requests in windows of five minutes.
 _LONGEST_WAIT = 330
+
+#: The most bytes of a listing of a repository (a hundred thousand files have some 30 MB), and of what comes
+#: with an error; and the seconds that either may take.
+_MOST_LISTING, _MOST_REFUSAL, _LISTING_SECONDS = 1 << 25, 1 << 16, 25
+
+#: Where so many seconds of waiting bring fewer bytes a second than this, there is no point in waiting on.
+_SLOW_SECONDS, _LEAST_RATE = 25, 1000
 
 Result = TypeVar("Result")
 
@@ -73,24 +84,129 @@ def patiently(action: Callable[[], Result]) -> Result:
         attempt += 1
 
 
-def _ask(repo_id: str, revision: str | None) -> Repository:
-    from huggingface_hub import HfApi, constants
+class _Lfs(msgspec.Struct):
+    sha256: str | None = None
 
-    info = HfApi(**WE).model_info(
-        repo_id, revision=revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-    )
-    if not re.fullmatch(r"[0-9a-f]{40,64}", info.sha or ""):
-        raise ValueError(f"it names the commit {info.sha!r}")
+
+class _Sibling(msgspec.Struct):
+    """A file in a listing."""
+
+    rfilename: str
+    size: Annotated[int, msgspec.Meta(ge=0)]
+    blob: str | None = msgspec.field(default=None, name="blobId")
+    lfs: _Lfs | None = None
+
+
+class _Listing(msgspec.Struct):
+    """What the Hub says of a repository, as far as it is asked for here."""
+
+    id: str
+    sha: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{40,64}\Z")]
+    siblings: list[_Sibling] | None = None
+
+
+def _ask(repo_id: str, revision: str | None) -> Repository:
+    from huggingface_hub import constants
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    validate_repo_id(repo_id)
+    url = f"{constants.ENDPOINT}/api/models/{repo_id}"
+    if revision is not None:
+        url += f"/revision/{quote(revision, safe='')}"
+    listing = msgspec.json.decode(_whole_answer(f"{url}?blobs=true"), type=_Listing)
     files = {}
-    for sibling in info.siblings or ():
-        if not isinstance(sibling.size, int) or sibling.size < 0:
-            raise ValueError(f"{sibling.rfilename} has the size {sibling.size}")
-        digest = getattr(sibling.lfs, "sha256", None)
-        is_digest = isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest)
-        files[sibling.rfilename] = RemoteFile(
-            sibling.size, sibling.blob_id or "", digest if is_digest else None
-        )
-    return Repository(info.id, str(info.sha), files)
+    for sibling in listing.siblings or ():
+        digest = sibling.lfs.sha256 if sibling.lfs else None
+        if digest and not re.fullmatch(r"[0-9a-f]{64}", digest):
+            digest = None
+        files[sibling.rfilename] = RemoteFile(sibling.size, sibling.blob or "", digest)
+    return Repository(listing.id, listing.sha, files)
+
+
+def _whole_answer(url: str) -> bytes:
+    """The body of an answer that is read whole: it has a most size, and a time to be there."""
+    from huggingface_hub import constants, get_session, hf_raise_for_status
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    headers = build_hf_headers(**WE)
+    timeout = min(constants.HF_HUB_DOWNLOAD_TIMEOUT, _LISTING_SECONDS)
+    with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+        _bound(response, _MOST_LISTING if response.is_success else _MOST_REFUSAL)
+        hf_raise_for_status(response)
+        body = bytearray()
+        for piece in response.iter_bytes():  # decompressed
+            body += piece
+            if len(body) > _MOST_LISTING:
+                raise _too_much(_MOST_LISTING)
+        return bytes(body)
+
+
+def _bound(response: Any, most: int) -> None:
+    """Make reading it fail where more than ``most`` bytes come, or where they take too long."""
+    http = import_module(http_error().__module__.partition(".")[0])
+    inner, deadline = response.stream, time.monotonic() + _LISTING_SECONDS
+
+    class Bounded(http.SyncByteStream):  # type: ignore[misc,name-defined]
+        def __iter__(self) -> Iterator[bytes]:
+            count = 0
+            for piece in inner:
+                count += len(piece)
+                if count > most:
+                    raise _too_much(most)
+                if time.monotonic() > deadline:
+                    raise _too_slow(f"it is not all there after {_LISTING_SECONDS} seconds")
+                yield piece
+
+        def close(self) -> None:
+            inner.close()
+
+    response.stream = Bounded()
+
+
+def _too_much(most: int) -> HubReadError:
+    return _no_hub(f"It has more than {most:,} bytes", retryable=False)
+
+
+def _too_slow(why: str) -> HubReadError:
+    return _no_hub(f"{why[0].upper()}{why[1:]}", retryable=True)
+
+
+def _no_hub(why: str, *, retryable: bool) -> HubReadError:
+    from huggingface_hub import constants
+
+    return HubReadError(
+        f"An answer of {constants.ENDPOINT} does not end",
+        f"{why}.",
+        "Check HF_ENDPOINT, and the proxy if there is one; or try again later.",
+        retryable=retryable,
+    )
+
+
+class _Pace:
+    """Notices an answer that comes so slowly that it need never end. Only waiting counts, not what is done
+    with the bytes meanwhile."""
+
+    def __init__(self) -> None:
+        self._waited, self._count = 0.0, 0
+
+    def watch(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """The pieces.
+
+        Raises:
+            HubReadError: they came too slowly for too long.
+        """
+        while True:
+            start = time.monotonic()
+            piece = next(pieces, None)
+            self._waited += time.monotonic() - start
+            if piece is None:
+                return
+            self._count += len(piece)
+            if self._waited > _SLOW_SECONDS:
+                if self._count < _SLOW_SECONDS * _LEAST_RATE:
+                    raise _too_slow(f"{self._count:,} bytes came in {_SLOW_SECONDS} seconds")
+                self._waited, self._count = 0.0, 0
+            yield piece
 
 
 class Downloader:
@@ -114,11 +230,11 @@ class Downloader:
             HubReadError: they cannot be read.
             CancelledError: :meth:`cancel` was called, and a pause was due.
         """
-        attempt = 0
+        attempt, pace = 0, _Pace()
         with explained(self._repository.repo_id, self._repository.commit, path):
             while start < end:
                 try:
-                    for piece in self._attempt(path, start, end):
+                    for piece in pace.watch(self._attempt(path, start, end)):
                         start += len(piece)
                         attempt = 0
                         yield piece
@@ -143,6 +259,8 @@ class Downloader:
             if link and response.status_code in (400, 401, 403, 404, 410):
                 self._links[path] = None
                 raise _LinkRefused
+            if not response.is_success:
+                _bound(response, _MOST_REFUSAL)
             hf_raise_for_status(response)
             self._check(path, response, start, end)
             if response.history and response.url.netloc != response.history[0].url.netloc:

@@ -85,6 +85,10 @@ def _most_open_files() -> int:
 _open_files = _OpenFiles()
 
 
+#: A pipe without a writer opens at once, and is refused then.
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0)
+
+
 class LocalFile(ReadableFile):
     """A :class:`ReadableFile` on disk. It uses pread, so memory holds only the requested bytes.
 
@@ -117,14 +121,18 @@ class LocalFile(ReadableFile):
         """A descriptor of the file.
 
         Raises:
-            CheckpointError: it cannot be opened, or a different file has its name now.
+            CheckpointError: it cannot be opened, a different file has its name now, or it is a device or a
+                pipe, which may never end.
         """
         try:
-            fd = os.open(self._full_path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(self._full_path, os.O_RDONLY | os.O_CLOEXEC | _AT_ONCE)
             info = os.fstat(fd)
         except OSError as error:
             fix = "Allow the process more open files: ulimit -n" if error.errno in _TOO_MANY else ""
             raise CheckpointError(f"Cannot open {self._full_path}", f"{error.strerror}.", fix) from error
+        if not stat.S_ISREG(info.st_mode):
+            os.close(fd)
+            raise CheckpointError(f"Cannot open {self._full_path}", "It is not a regular file.")
         if self._identity not in (None, (info.st_dev, info.st_ino)):
             os.close(fd)
             raise CheckpointError(

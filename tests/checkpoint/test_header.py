@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from deltaweights.dtypes import DTYPE_BITS
 from deltaweights.storage import LocalSource
 
 from ..checkpoints import Array, random_array, safetensors_bytes
+from ..memory import peak_memory
 
 WHERE = "somewhere/model.safetensors"
 
@@ -203,12 +205,12 @@ BROKEN = {
     "two values": ("{} {}", 0, "not valid JSON"),
     "a byte order mark": ("\ufeff{}", 0, "not valid JSON"),
     "a control character": ('{"a\n":{}}', 0, "not valid JSON"),
-    "a gigantic number": ('{"a":' + "9" * 10_000 + "}", 0, "not valid JSON"),
+    "a gigantic number": ('{"a":' + "9" * 10_000 + "}", 0, "entry is not an object"),
     "NaN": ('{"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3],"x":NaN}}', 3, "not valid JSON"),
     "Infinity": ('{"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3],"x":-Infinity}}', 3, "not valid JSON"),
     "a list": ("[]", 0, "not an object"),
     "a string": ('"{}"', 0, "not an object"),
-    "deep": (DEEP, 0, "nested too deeply"),
+    "deep": (DEEP, 0, "not an object"),
     "deep in a tensor": ('{"a":{"x":' + DEEP + "}}", 0, "nested too deeply"),
     "a name twice": ("{" + ONE + "," + ONE + "}", 3, "'a' occurs twice"),
     "metadata twice": ('{"__metadata__":{},"__metadata__":{}}', 0, "'__metadata__' occurs twice"),
@@ -218,11 +220,11 @@ BROKEN = {
     "metadata a list": ('{"__metadata__":[]}', 0, "__metadata__ is not"),
     "metadata an empty string": ('{"__metadata__":""}', 0, "__metadata__ is not"),
     "metadata of numbers": ('{"__metadata__":{"a":1}}', 0, "__metadata__ is not"),
-    "metadata with half a surrogate pair": ('{"__metadata__":{"a":"\\ud800"}}', 0, "__metadata__ is not"),
+    "metadata with half a surrogate pair": ('{"__metadata__":{"a":"\\ud800"}}', 0, "not valid JSON"),
     "half a surrogate pair": (
         '{"\\ud800":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}}',
         3,
-        "whole characters|surrogates",
+        "not valid JSON",
     ),
     "an entry null": ('{"a":null}', 0, "'a': its entry is not an object"),
     "no dtype": ('{"a":{"shape":[3],"data_offsets":[0,3]}}', 3, "dtype is not a string"),
@@ -328,6 +330,43 @@ def test_whatever_we_accept_of_a_damaged_header_the_library_accepts(
         assert _library(bytes(file)) == ours
 
 
+#: What a header repeats: tens of megabytes that would be gigabytes as Python's own objects.
+BOMBS = {
+    "lists": ('{"x":{"a":[', "[],", "[]]}}"),
+    "lists as a shape": ('{"x":{"dtype":"U8","shape":[', "[],", "[]]}}"),
+    "lists as metadata": ('{"__metadata__":{"a":[', "[],", "[]]}}"),
+    "zeros": ('{"x":[', "0,", "0]}"),
+    "white space": ("{", " ", "}"),
+    "wide text": ('{"x":{"a":"\U0001f600', "a", '"}}'),
+}
+
+
+@pytest.mark.parametrize("parts", BOMBS.values(), ids=BOMBS)
+def test_a_header_costs_little_more_than_its_bytes(parts: tuple[str, str, str], tmp_path: Path) -> None:
+    before, unit, after = parts
+    text = (before + unit * (40_000_000 // len(unit)) + after).encode()
+    raw = len(text).to_bytes(8, "little") + text
+    assert _peak_of_reading(raw, tmp_path) < len(raw) * 2.5
+
+
+@pytest.mark.parametrize("key", ["name", "field", "metadata"])
+def test_a_header_of_too_many_names_is_refused_before_they_fill_the_memory(key: str, tmp_path: Path) -> None:
+    pairs = ",".join(f'"{k}":{"{}" if key == "name" else chr(34) * 2}' for k in range(2_000_000))
+    text = {"name": "{%s}", "field": '{"x":{%s}}', "metadata": '{"__metadata__":{%s}}'}[key] % pairs
+    raw = len(text).to_bytes(8, "little") + text.encode()
+    with pytest.raises(HeaderError, match="more names than its tensors need"):
+        parse_header(raw, len(raw), WHERE)
+    assert _peak_of_reading(raw, tmp_path) < len(raw) + (250 << 20)
+
+
+def test_no_more_tensors_than_are_expected_are_read() -> None:
+    file = safetensors_bytes({name: random_array("U8", (3,)) for name in "abc"}, {"format": "pt"})
+    raw = _parse(file).raw
+    assert len(parse_header(raw, len(file), WHERE, 3).tensors) == 3
+    with pytest.raises(HeaderError, match="more names"):
+        parse_header(raw, len(file), WHERE, 2)
+
+
 @pytest.mark.parametrize("length", range(8))
 def test_a_file_too_short_for_its_length_is_refused(length: int, tmp_path: Path) -> None:
     with pytest.raises(HeaderError, match="shorter than 8 bytes"):
@@ -360,6 +399,23 @@ def test_a_git_lfs_pointer_is_named_as_such(tmp_path: Path) -> None:
 
 
 # Helpers ---------------------------------------------------------------------------------------------
+
+
+def _peak_of_reading(raw: bytes, folder: Path) -> int:
+    """How many bytes of memory a process takes, beyond its usual ones, to read this header or refuse it."""
+    file = folder / "model.safetensors"
+    file.write_bytes(raw)
+    return peak_memory(_READ, file) - peak_memory(_READ, os.devnull)
+
+
+_READ = """
+import sys
+from deltaweights.checkpoint import parse_header
+from deltaweights.errors import HeaderError
+raw = open(sys.argv[1], "rb").read()
+try: parse_header(raw, len(raw), "x")
+except HeaderError: pass
+"""
 
 
 def _end(tensors: list[TensorInfo]) -> int:

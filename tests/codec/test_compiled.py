@@ -196,6 +196,28 @@ def test_a_library_that_is_unfit_is_not_used(monkeypatch: pytest.MonkeyPatch, tm
     assert not library.is_current(copy, [])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="ELF files")
+@pytest.mark.parametrize("share", [0.0001, 0.01, 0.5, 0.9999])
+def test_a_library_that_is_cut_off_is_not_loaded(tmp_path: Path, share: float) -> None:
+    """The system would map it, and kill the process where it is read. So this is tried in one of its own."""
+    here = platform()
+    assert here is not None
+    content = library.library_path(here).read_bytes()
+    (tmp_path / "cut.so").write_bytes(content[: int(len(content) * share)])
+    code = """
+import sys
+from pathlib import Path
+from deltaweights.codec.library import Library
+try: Library(Path(sys.argv[1]))
+except ValueError as error: print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "cut.so"], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cut.so is cut off" in done.stdout
+
+
 def test_kernels_take_contiguous_arrays_only() -> None:
     bits = np.arange(64, dtype=np.uint16)
     with pytest.raises(ValueError, match="contiguous"):

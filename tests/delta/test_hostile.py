@@ -43,6 +43,7 @@ from deltaweights import (
 )
 from deltaweights.checkpoint import TensorInfo, build_header, parse_header
 from deltaweights.codec import RECORD, Method, checksum
+from deltaweights.delta.shards import usual_header
 from deltaweights.inspect import inspect_delta
 from deltaweights.manifest import BaseTensor, FileRecord, License, TargetFile, TargetTensor, TensorEntry
 
@@ -774,6 +775,9 @@ def _packed(frame: bytes) -> str:
 # Amounts
 
 _BOMBS: dict[str, Callable[[Trio], None]] = {
+    "a target's header of 100 MB of lists": lambda trio: _long_header(trio, b'{"x":[', b"[],", b"[]]}"),
+    "a target's header of 100 MB of objects": lambda trio: _long_header(trio, b'{"x":[', b"{},", b"{}]}"),
+    "a target's header of 100 MB of white space": lambda trio: _long_header(trio, b"{", b" ", b"}"),
     "a file that expands to 16 GiB, not 1000 bytes": lambda trio: _bomb(trio, 1000, None),
     "a file that claims a TiB": lambda trio: _bomb(trio, 1000, _TIB),
     "a file with a window of 2 GiB": lambda trio: _store_file(
@@ -854,6 +858,40 @@ def _store_file(trio: Trio, packed: bytes, size: int) -> None:
     _store(trio.delta, "files/vocab.json.zst", packed)
     sha256 = hashlib.sha256(bytes(size)).hexdigest()
     _write(trio.delta, _target_file("vocab.json", size=size, sha256=sha256)(_read(trio.delta)))
+
+
+def _long_header(trio: Trio, before: bytes, unit: bytes, after: bytes) -> None:
+    """A shard without tensors whose target's header is a few kilobytes, compressed."""
+    raw = _raw(before + unit * ((100_000_000 - len(before + after)) // len(unit)) + after, 0)
+    dictionary = zstandard.ZstdCompressionDict(
+        usual_header([], len(raw)) or b"", zstandard.DICT_TYPE_RAWCONTENT
+    )
+    packed = zstandard.ZstdCompressor(dict_data=dictionary).compress(raw)
+    metadata = {"format": "deltaweights-row", "header": _packed(packed)}
+    _store(trio.delta, _SHARD, build_header([TensorInfo("payloads", "U8", (0,), 0, 0)], metadata))
+    sha256 = hashlib.sha256(raw).hexdigest()
+    manifest = _target_file("model.safetensors", size=len(raw), sha256=sha256)(_read(trio.delta))
+    _write(trio.delta, replace(manifest, tensors=()))
+
+
+def test_a_target_with_a_header_of_nothing_is_refused_by_diff(small: Trio) -> None:
+    """Nobody could read it out of the delta."""
+    write_safetensors(
+        small.target / "model.safetensors", {"a": f32(weights((3,), 1))}, padding=" " * 1_000_000
+    )
+    with _refused(CheckpointError, "cannot be part of a delta"):
+        make_delta(small.base, small.target, small.delta.with_name("new"))
+
+
+def test_long_metadata_comes_back(small: Trio) -> None:
+    """Trainers write megabytes of it: the delta pays for what it holds."""
+    digest = hashlib.sha256(b"").hexdigest()
+    lines = [digest := hashlib.sha256(digest.encode()).hexdigest() for _ in range(20_000)]
+    metadata = {"captions": json.dumps(lines)}
+    write_safetensors(small.target / "model.safetensors", {"a": f32(weights((3,), 1))}, metadata=metadata)
+    make_delta(small.base, small.target, small.delta.with_name("new"))
+    apply_delta(small.delta.with_name("new"), small.delta.with_name("out"), base=small.base)
+    assert contents(small.delta.with_name("out")) == contents(small.target)
 
 
 def _gigantic_shapes(trio: Trio, count: int) -> None:

@@ -9,7 +9,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ from deltaweights.cli.commands import app
 from deltaweights.delta.chain import open_recipe
 from deltaweights.delta.opening import read_manifest
 from deltaweights.delta.target_recipe import TargetRecipe
+from deltaweights.errors import HubReadError
 from deltaweights.license import rules
 from deltaweights.patch import rebuild_shard
 from deltaweights.storage import HubSource, hub_client, open_hub, open_source
@@ -507,12 +512,66 @@ def test_diff_finds_bytes_of_the_target_that_are_wrong(shelf: HubServer, tmp_pat
 
 def test_what_is_no_hub_is_said_to_be_none(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add_repo("org/base", {"config.json": b"{}"})
-    monkeypatch.setattr("huggingface_hub.hf_api.ModelInfo", lambda **answer: answer["no such field"])
+    monkeypatch.setattr(hub_client, "_whole_answer", lambda url: b'{"no such field": 1}')
     with pytest.raises(CheckpointError, match="does not answer as the Hub does"):
         open_hub("org/base")
 
 
 # Who may read what ------------------------------------------------------------------------------------
+
+
+class _Endless(BaseHTTPRequestHandler):
+    """Answers without end: much, much when decompressed, or little by little; or an error of such a text."""
+
+    form = ""
+
+    def do_GET(self) -> None:
+        self.send_response(404 if self.form == "error" else 200)
+        self.send_header("Content-Type", "application/json")
+        block = b" " * (1 if self.form == "slow" else 1 << 20)
+        if self.form == "compressed":
+            self.send_header("Content-Encoding", "gzip")
+            packer = zlib.compressobj(1, zlib.DEFLATED, 31)
+        self.end_headers()
+        with suppress(OSError):
+            while True:
+                self.wfile.write(packer.compress(block) if self.form == "compressed" else block)
+                time.sleep(0.1 if self.form == "slow" else 0)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("form", ["long", "compressed", "slow", "error"])
+def test_a_listing_that_does_not_end_is_given_up(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setattr(_Endless, "form", form)
+    monkeypatch.setattr(hub_client, "_LISTING_SECONDS", 2 if form == "slow" else 25)
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        start = time.monotonic()
+        with pytest.raises(HubReadError, match="does not end"):
+            hub_client.find_repository("org/base", None)
+        assert time.monotonic() - start < 20
+        server.shutdown()
+
+
+def test_bytes_that_come_too_slowly_are_given_up(shelf: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_client, "_SLOW_SECONDS", 0)
+    monkeypatch.setattr(hub_client, "_LEAST_RATE", 1)
+    assert b"".join(hub_client._Pace().watch(iter([b"a", b"b"]))) == b"ab"
+    monkeypatch.setattr(hub_client, "_SLOW_SECONDS", 0.2)
+    monkeypatch.setattr(hub_client, "_LEAST_RATE", 1000)
+
+    def dripping() -> Iterator[bytes]:
+        while True:
+            time.sleep(0.05)
+            yield b"a"
+
+    with pytest.raises(HubReadError, match="does not end"):
+        b"".join(hub_client._Pace().watch(dripping()))
 
 
 def test_a_gated_repository_is_told_from_a_missing_one(

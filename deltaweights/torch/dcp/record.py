@@ -25,8 +25,9 @@ FORMAT_VERSION = 1
 #: Far above any real record (about 50 bytes for each tensor and rank).
 MAX_RECORD_BYTES = 1 << 29
 
-#: Values are read whole, so hostile ones must not take much memory.
-MAX_VALUE_BYTES = 1 << 28
+#: A value is read whole, and kept: hostile ones must not take much memory, alone or together.
+MAX_VALUE_BYTES = 1 << 25
+MAX_VALUES_BYTES = 1 << 27
 
 #: A step in the path to a value in the nested state: a key, or a place in a list. Places are bounded, since
 #: they decide how long a rebuilt list is.
@@ -180,7 +181,9 @@ def validate(record: CheckpointRecord) -> None:
             raise _damaged(f"{name!r} is both a tensor and a value")
         _validate_tensor(name, tensor)
         if tensor.base and not record.base:
-            raise _damaged(f"Tensor {name!r} has a base, but the checkpoint has none")
+            raise _damaged(f"Tensor {name!r} has a base, the checkpoint has none")
+    if sum(value.nbytes for value in record.values.values()) > MAX_VALUES_BYTES:
+        raise _damaged(f"Its values have more than {MAX_VALUES_BYTES:,} bytes together")
     files = [shard.file for tensor in record.tensors.values() for shard in tensor.shards]
     files += [value.file for value in record.values.values()]
     if max(files, default=-1) >= len(paths):

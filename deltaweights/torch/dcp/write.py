@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import secrets
+import zipfile
 from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -179,8 +180,29 @@ def _value(item: WriteItem, planner: SavePlanner) -> bytes:
     return data.getvalue()
 
 
+#: What a value's pickle may have: bytes, and operations that make an object of some hundred bytes out of one
+#: or two (lists, dicts, tuples, calls). Bytes of numbers and texts that look the same are counted along.
+_MOST_PICKLE, _MOST_OBJECTS = 1 << 24, 1 << 19
+_END_OF_ARCHIVE = b"PK\x05\x06"
+_MAKERS = [bytes([code]) for code in b"](})tlds\x81\x85\x86\x87\x8fR"]
+
+
 def load_value(data: bytes) -> Any:
-    """Load a value from the bytes of ``torch.save``; raises torch's error if it is more than plain data."""
+    """What ``torch.save`` made ``data`` of; raises whatever torch does where that is more than plain data.
+
+    Raises:
+        ValueError: it would take far more memory than its bytes.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = {member.filename: member for member in archive.infolist()}
+        if len(members) != len(archive.infolist()) or data.count(_END_OF_ARCHIVE) != 1:
+            raise ValueError("it can be read in two ways")
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members.values()):
+            raise ValueError("it is compressed")
+        pickles = [name for name in members if name.rpartition("/")[2] == "data.pkl"]
+        objects = (sum(map(archive.read(name).count, _MAKERS)) for name in pickles)
+        if sum(members[name].file_size for name in pickles) > _MOST_PICKLE or sum(objects) > _MOST_OBJECTS:
+            raise ValueError("it has too many parts")
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 

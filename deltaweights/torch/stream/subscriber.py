@@ -68,19 +68,31 @@ class DeltaSubscriber:
 
     Args:
         location: the stream's folder, fsspec URL, or repository on the Hub (``hf://org/name``).
-        in_place: keep nothing to undo an update. By default, if a chunk turns out wrong, all changes are
-            undone. That takes two chunks of memory per thread and six bytes for each changed bf16 weight, and
-            chunks with many changes are decoded twice, first to check all of them. With ``in_place``, a wrong
-            chunk leaves the model partly written, and the last anchor replaces all of it.
-        threads: number of threads; if None, the number of usable cores, at most 8.
+        in_place: keep nothing to undo an update with. Else whatever was written is put back where a chunk
+            turns out to be wrong; memory is two chunks a thread and six bytes for each bf16 weight that
+            changes, and chunks of which much changes are decoded twice, first to check all of them. In place
+            a part of the model is written by then, and the last anchor replaces all of it.
+        threads: how many; if None, the number of usable cores, at most 8.
+        allow_rollback: follow the stream to a state of a lower number than one that was synced before. Else
+            that is refused: a publisher never goes back, also where its training does, so that somebody put
+            an old head there, or began another stream.
     """
 
-    def __init__(self, location: Location, *, in_place: bool = False, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        location: Location,
+        *,
+        in_place: bool = False,
+        threads: int | None = None,
+        allow_rollback: bool = False,
+    ) -> None:
         self._transport = open_transport(location)
         self._in_place = in_place
         self._threads = threads
         self._known: _Known | None = None
         self._tied: set[str] = set()  # names of the model alone, tied to such as the stream has
+        self._allow_rollback = allow_rollback
+        self._number = 0  # of the last state that was synced
 
     def sync(self, model: State) -> SyncReport:
         """Bring ``model`` to the stream's newest state, bit for bit.
@@ -99,13 +111,15 @@ class DeltaSubscriber:
         Raises:
             CheckpointError: there is no stream, it cannot be read, or it belongs to a different model.
             BaseMismatchError: the model is in no state of the stream, and there is no anchor.
-            DeltaError: the stream is damaged.
+            DeltaError: the stream is damaged, or goes back to a state before the last one that was synced.
         """
         for _ in range(_ATTEMPTS):
             try:
                 state = state_of(model)
                 with Workers(self._threads) as workers:
-                    return self._sync(state, workers)
+                    report = self._sync(state, workers)
+                self._number = report.number
+                return report
             except Gone:
                 continue  # files were removed meanwhile, so there is a newer state
         raise DeltaError(
@@ -123,6 +137,12 @@ class DeltaSubscriber:
                 "Check the location, or wait.",
             )
         head = read_head(data, self._transport.where)
+        if head.newest.number < self._number and not self._allow_rollback:
+            raise DeltaError(
+                f"The stream at {self._transport.where} goes back",
+                f"Its head names state {head.newest.number}; this subscriber was at {self._number} already.",
+                "Sync again later. If it is meant, make a DeltaSubscriber with allow_rollback=True.",
+            )
         state = _without_tied(state, state.keys() - self._tied)
         known = self._recognise(state, workers)
         if known.state == head.newest.state:

@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -121,20 +121,23 @@ class FolderTransport:
             return None
 
     def read(self, name: str, limit: int) -> bytes:
-        path = self._root / name
-        try:
-            if path.stat().st_size > limit:
+        with self._or_gone(), closing(LocalFile(name, self._root / name)) as file:
+            if file.size > limit:
                 raise damaged(f"{name} in {self.where}", "It is too long")
-            return path.read_bytes()
-        except FileNotFoundError as error:
-            raise Gone from error
-        except OSError as error:
-            raise CheckpointError(f"Cannot read {path}", f"{error.strerror}.") from error
+            return file.read(0, file.size)
 
     def fetch(self, name: str, file: StreamFile, folder: Path) -> LocalFile:
-        if not (self._root / name).exists():
-            raise Gone
-        return _checked(self._root / name, name, file, self.where)
+        with self._or_gone():
+            return _checked(self._root / name, name, file, self.where)
+
+    @contextmanager
+    def _or_gone(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise Gone from error
+            raise
 
     def names(self) -> list[str]:
         there = os.listdir(self._root) if self._root.is_dir() else []
@@ -195,6 +198,7 @@ class UrlTransport:
 
     def __init__(self, url: str) -> None:
         import fsspec.core  # type: ignore[import-untyped]
+        from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 
         self.where = url
         try:
@@ -202,6 +206,7 @@ class UrlTransport:
         except (ValueError, ImportError) as error:
             raise CheckpointError(f"{url!r} cannot be opened", f"{error}.", "Check the URL.") from error
         self._root = root.rstrip("/")
+        self._is_local = isinstance(self._system, LocalFileSystem)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -229,8 +234,18 @@ class UrlTransport:
         except Gone:
             return None
 
+    def _require_file(self, name: str, size: int | None = None) -> None:
+        """A device or a pipe of this machine might never end; other systems have none."""
+        info = self._system.info(self._path(name))
+        if info["type"] != "file":
+            raise damaged(f"{name} in {self.where}", "It is not a regular file")
+        if size is not None and info["size"] != size:
+            raise damaged(f"{name} in {self.where}", "Its size is not the one in its record")
+
     def read(self, name: str, limit: int) -> bytes:
         with self._explained(name):
+            if self._is_local:
+                self._require_file(name)
             data: bytes = self._system.cat_file(self._path(name), start=0, end=limit + 1)
         if len(data) > limit:
             raise damaged(f"{name} in {self.where}", "It is too long")
@@ -238,8 +253,7 @@ class UrlTransport:
 
     def fetch(self, name: str, file: StreamFile, folder: Path) -> LocalFile:
         with self._explained(name):
-            if self._system.size(self._path(name)) != file.size:
-                raise damaged(f"{name} in {self.where}", "Its size is not the one in its record")
+            self._require_file(name, file.size)
             self._system.get_file(self._path(name), str(folder / name))
         return _checked(folder / name, name, file, self.where)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -111,6 +112,35 @@ def test_fill_knows_a_whole_tensor(data: st.DataObject, shape: tuple[int, ...]) 
         offsets[dim] += data.draw(st.sampled_from([-1, 1]))
         assert not fill(shape, [*without, replace(sharding[index], offsets=tuple(offsets))])  # elsewhere
     assert not fill((*shape, 1), sharding)  # of another tensor
+
+
+def test_fill_knows_boxes_that_no_plane_divides() -> None:
+    """A pinwheel, and in it one more."""
+    sails = [((0, 0), (1, 2)), ((0, 2), (2, 1)), ((2, 1), (1, 2)), ((1, 0), (2, 1)), ((1, 1), (1, 1))]
+    pinwheel = [Box(offsets, sizes) for offsets, sizes in sails]
+    assert fill((3, 3), pinwheel)
+    assert not fill((3, 3), [*pinwheel[:-1], Box((0, 0), (1, 1))])
+
+
+@pytest.mark.parametrize("form", ["columns", "cells", "peeled", "overlapping"])
+def test_fill_is_quick_for_many_boxes(form: str) -> None:
+    """Pairs of them would take hours."""
+    count = 30_000
+    shape, many = {
+        "columns": ((count + 1, count), [Box((0, k), (count + 1, 1)) for k in range(count)]),
+        "cells": ((count // 100, 100), [Box((k // 100, k % 100), (1, 1)) for k in range(count)]),
+        "peeled": ((count, count), _peeled(count)),
+        "overlapping": ((count, count), [Box((0, 0), (count, 1)) for _ in range(count)]),
+    }[form]
+    start = time.monotonic()
+    assert fill(shape, many) == (form in ("columns", "cells"))
+    assert time.monotonic() - start < 10
+
+
+def _peeled(size: int) -> list[Box]:
+    """A corner after the other is cut off a square: a column and a row, so that there is no short way."""
+    columns = [Box((k, k), (size - k, 1)) for k in range(size)]
+    return columns + [Box((k, k + 1), (1, size - k - 1)) for k in range(size - 1)]
 
 
 def test_fill_of_nothing() -> None:

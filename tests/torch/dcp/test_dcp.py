@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -42,24 +44,28 @@ from deltaweights import (
 )
 from deltaweights.checkpoint import read_shard
 from deltaweights.codec import RECORD
-from deltaweights.manifest import FileRecord
+from deltaweights.manifest import FileRecord, Tool
 from deltaweights.storage import LocalSource
 from deltaweights.torch import DeltaStorageReader, DeltaStorageWriter
 from deltaweights.torch.dcp import write as dcp_write
 from deltaweights.torch.dcp.boxes import Box
 from deltaweights.torch.dcp.record import (
     DTYPES,
+    MAX_VALUE_BYTES,
     RECORD_NAME,
     BaseIdentity,
     CheckpointRecord,
     DcpBaseTensor,
+    StoredValue,
     parse_record,
     read_record,
+    validate,
 )
-from deltaweights.torch.dcp.write import Item, Written, make_record
+from deltaweights.torch.dcp.write import Item, Written, load_value, make_record
 
 from ...checkpoints import contents
 from ...hub_server import HubServer
+from ...memory import MIB, peak_memory
 from .ranks import assert_equal, blank, state
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -409,7 +415,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Fields], Any], str]] = {
         lambda f: f["values"].update({"model.norm": f["values"]["run.step"]}),
         "both a tensor and a value",
     ),
-    "value": (lambda f: f["values"]["run.step"].update(nbytes=2**40), "<= 268435456"),
+    "value": (lambda f: f["values"]["run.step"].update(nbytes=2**40), "<= 33554432"),
     "list": (lambda f: f["paths"].update({"run.step": ["run", 2**30]}), "<= 1048575"),
     "format": (lambda f: f.update(format="deltaweights"), "Its format is"),
 }
@@ -474,6 +480,57 @@ def test_a_value_that_runs_code_is_never_run(tmp_path: Path, monkeypatch: pytest
     assert isinstance(failure(raised), DeltaError)
     assert "weights_only" in str(failure(raised))
     assert not (tmp_path / "harmed").exists()
+
+
+def _with_pickle(pickled: bytes, method: int = zipfile.ZIP_STORED) -> bytes:
+    """What torch.save would write of it."""
+    usual, made = io.BytesIO(), io.BytesIO()
+    torch.save(1, usual)
+    with zipfile.ZipFile(usual) as old, zipfile.ZipFile(made, "w", method) as new:
+        for name in old.namelist():
+            new.writestr(name, pickled if name.endswith("data.pkl") else old.read(name))
+    return made.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("unit", "count"), [(b"]", 4_000_000), (b"}", 2_000_000), (b"]\x85", 1_000_000), (b"K\x01", 12_000_000)]
+)
+def test_a_value_of_many_parts_takes_little_memory(unit: bytes, count: int, tmp_path: Path) -> None:
+    (tmp_path / "value").write_bytes(_with_pickle(b"\x80\x02(" + unit * count + b"l."))
+    code = """
+import sys
+from deltaweights.torch.dcp.write import load_value
+try: load_value(open(sys.argv[1], "rb").read())
+except Exception: pass
+"""
+    usual = peak_memory(code, os.devnull, timeout=60)
+    assert peak_memory(code, tmp_path / "value", timeout=60) < usual + 200 * MIB
+
+
+@pytest.mark.parametrize("why", ["too many parts", "compressed", "two ways"])
+def test_why_a_value_is_refused(why: str) -> None:
+    pickled = b"\x80\x02(" + b"]" * (600_000 if why == "too many parts" else 100) + b"l."
+    method = zipfile.ZIP_DEFLATED if why == "compressed" else zipfile.ZIP_STORED
+    data = _with_pickle(pickled, method)
+    with pytest.raises(ValueError, match=why):
+        load_value(data + data if why == "two ways" else data)
+
+
+def test_a_value_may_be_a_long_list_of_numbers() -> None:
+    """The order of a data set's samples, as a loader keeps it."""
+    order = [n * 7919 % 1_000_003 for n in range(1_000_000)]
+    saved = io.BytesIO()
+    torch.save({"order": order}, saved)
+    assert load_value(saved.getvalue()) == {"order": order}
+
+
+def test_values_are_bounded_together() -> None:
+    values = {str(k): StoredValue(MAX_VALUE_BYTES, 0) for k in range(5)}
+    record = CheckpointRecord(
+        None, {}, values, None, (FileRecord("a.safetensors", 0, "0" * 64),), Tool("deltaweights", "0")
+    )
+    with pytest.raises(ManifestError, match="bytes together"):
+        validate(record)
 
 
 def test_a_value_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -522,6 +522,50 @@ def flip(path: Path, place: float) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.parametrize("is_url", [False, True])
+@pytest.mark.parametrize("which", ["head.json", "0000000002.json", "*.update.safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "endless"])
+def test_a_file_that_never_ends_is_refused_at_once(
+    tmp_path: Path, kind: str, which: str, is_url: bool
+) -> None:
+    stream = streamed(tmp_path, Net(), anchor_base=False, anchor_every=None)
+    path = sorted(stream.glob(which))[-1]
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    engine = Net()
+    before = bits(engine)
+    with pytest.raises(DeltaWeightsError, match=r"not a regular file|Its size is not the one"):
+        DeltaSubscriber(stream.as_uri() if is_url else stream).sync(engine)
+    assert bits(engine) == before
+
+
+def test_an_old_head_is_refused_unless_it_is_meant(tmp_path: Path) -> None:
+    model, engine = Net(), Net()
+    states, heads = [], []
+    with DeltaPublisher(tmp_path / "s", model) as publisher:
+        for step in (1, 2):
+            train(model, step)
+            publisher.publish(step, model)
+            states.append(bits(model))
+            heads.append((tmp_path / "s" / HEAD_NAME).read_bytes())
+    subscriber = DeltaSubscriber(tmp_path / "s")
+    subscriber.sync(engine)
+    (tmp_path / "s" / HEAD_NAME).write_bytes(heads[0])
+    with pytest.raises(DeltaError, match="goes back"):
+        subscriber.sync(engine)
+    assert bits(engine) == states[1]
+    meant = DeltaSubscriber(tmp_path / "s", allow_rollback=True)
+    (tmp_path / "s" / HEAD_NAME).write_bytes(heads[1])
+    subscriber.sync(engine)
+    meant.sync(engine)
+    (tmp_path / "s" / HEAD_NAME).write_bytes(heads[0])
+    meant.sync(engine)
+    assert bits(engine) == states[0]
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_model_that_somebody_changed_is_led_back_by_an_anchor(tmp_path: Path, in_place: bool) -> None:
     """Noticed by torch's count or not; in the last chunk too, when others are written already."""
