@@ -107,7 +107,7 @@ class _Listing(msgspec.Struct):
 
 def _ask(repo_id: str, revision: str | None) -> Repository:
     from huggingface_hub import constants
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     validate_repo_id(repo_id)
     url = f"{constants.ENDPOINT}/api/models/{repo_id}"
@@ -116,8 +116,8 @@ def _ask(repo_id: str, revision: str | None) -> Repository:
     listing = msgspec.json.decode(_whole_answer(f"{url}?blobs=true"), type=_Listing)
     files = {}
     for sibling in listing.siblings or ():
-        digest = sibling.lfs and sibling.lfs.sha256
-        is_digest = digest and re.fullmatch(r"[0-9a-f]{64}", digest)
+        digest = sibling.lfs.sha256 if sibling.lfs else None
+        is_digest = digest is not None and re.fullmatch(r"[0-9a-f]{64}", digest)
         files[sibling.rfilename] = RemoteFile(sibling.size, sibling.blob or "", digest if is_digest else None)
     return Repository(listing.id, listing.sha, files)
 
