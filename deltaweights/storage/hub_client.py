@@ -117,9 +117,8 @@ def _ask(repo_id: str, revision: str | None) -> Repository:
     files = {}
     for sibling in listing.siblings or ():
         digest = sibling.lfs.sha256 if sibling.lfs else None
-        if digest and not re.fullmatch(r"[0-9a-f]{64}", digest):
-            digest = None
-        files[sibling.rfilename] = RemoteFile(sibling.size, sibling.blob or "", digest)
+        is_digest = digest is not None and re.fullmatch(r"[0-9a-f]{64}", digest)
+        files[sibling.rfilename] = RemoteFile(sibling.size, sibling.blob or "", digest if is_digest else None)
     return Repository(listing.id, listing.sha, files)
 
 

@@ -28,7 +28,10 @@ from .system import UNSUPPORTED, flush, flush_folder, is_same, lock, read_bytes_
 _WORKSPACE = ".deltaweights"
 _KEPT = "licenses"  # in the workspace: license texts beside the target
 _BLOCK_BYTES = 1 << 20
-_MOST_PARTS = 64  # per write: some systems allow only about a thousand
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+#: Whether folders can be held by handles, so that nobody can put a link in a folder's place meanwhile.
+_HAS_HANDLES = {os.open, os.mkdir, os.rename, os.unlink, os.stat} <= os.supports_dir_fd
+_MOST_PARTS = 64  # of one write: some systems take no more than a thousand
 
 
 class PartialFile:
@@ -37,9 +40,10 @@ class PartialFile:
 
     Args:
         path: its name in messages.
-        temporary: its place until the commit.
-        final: its place after the commit.
-        place: renames it, replacing any file there; ``os.replace`` if None.
+        temporary: where it lies until then.
+        final: where it is to lie.
+        place: gives it its final name, replacing what stands there; ``os.replace`` if None.
+        handle: of the folder of ``temporary``, open as long as the file is; by its path if None.
     """
 
     def __init__(
@@ -48,13 +52,16 @@ class PartialFile:
         temporary: Path,
         final: Path,
         place: Callable[[Path, Path], None] | None = None,
+        handle: int | None = None,
     ) -> None:
         self.path = path
         self._temporary = temporary
         self._final = final
         self._place = place
         self._is_placed = False
-        self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self._handle = handle
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._fd = os.open(_name(temporary, handle), flags, 0o666, dir_fd=handle)
 
     def write_at(self, offset: int, *data: bytes | memoryview) -> None:
         """Write the parts ``data``, one after the other, beginning at byte ``offset``."""
@@ -101,7 +108,8 @@ class PartialFile:
     def __exit__(self, *exc: object) -> None:
         self._close()
         if not self._is_placed:
-            self._temporary.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                os.unlink(_name(self._temporary, self._handle), dir_fd=self._handle)
 
 
 class OutputFolder:
@@ -118,6 +126,8 @@ class OutputFolder:
         self._lock: IO[bytes] | None = None
         self._placed: dict[tuple[int, int], Path] | None = None  # by device and inode
         self._placing = threading.Lock()
+        self._root_handle: int | None = None
+        self._handle: int | None = None  # of the workspace
 
     def __enter__(self) -> OutputFolder:
         try:
@@ -127,7 +137,11 @@ class OutputFolder:
                 for left_over in self._workspace.glob("*.partial"):
                     _remove(left_over)
                 self._check_workspace()
+                if _HAS_HANDLES:
+                    self._root_handle = os.open(self.root, _FOLDER)
+                    self._handle = self._open_folder(Path(_WORKSPACE), make=False)
         except BaseException:
+            self._close_handles()
             if self._lock:
                 self._lock.close()
             self._remove_made()
@@ -172,7 +186,73 @@ class OutputFolder:
                 path.unlink()
         (self._workspace / "lock").unlink()
 
+    def _close_handles(self) -> None:
+        for handle in (self._root_handle, self._handle):
+            if handle is not None:
+                os.close(handle)
+        self._root_handle = self._handle = None
+
+    def _open_folder(self, path: Path, *, make: bool) -> int | None:
+        """A handle of the folder at the relative ``path``, reached without symbolic links. None where this
+        system has no handles, and the paths were checked.
+
+        Raises:
+            OutputError: a folder on the way is a symbolic link or a file.
+        """
+        if self._root_handle is None:
+            for parent in [*reversed(path.parents), path][1:]:
+                folder = self.root / parent
+                if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+                    raise self._no_folder(parent)
+                if make:
+                    self._make(folder)
+            return None
+        handle = os.open(".", _FOLDER, dir_fd=self._root_handle)
+        for depth in range(1, len(path.parts) + 1):
+            parent = Path(*path.parts[:depth])
+            try:
+                inner = self._open_in(handle, parent, make=make)
+            except OSError as error:
+                if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                    raise
+                raise self._no_folder(parent) from error
+            finally:
+                os.close(handle)
+            handle = inner
+        return handle
+
+    def _open_in(self, handle: int, path: Path, *, make: bool) -> int:
+        """The folder of the name of ``path``, in the folder that ``handle`` is of."""
+        try:
+            return os.open(path.name, _FOLDER | os.O_NOFOLLOW, dir_fd=handle)
+        except FileNotFoundError:
+            if not make:
+                raise
+        with suppress(FileExistsError):
+            os.mkdir(path.name, dir_fd=handle)
+            self._made.append(self.root / path)
+            flush_folder(handle)
+        return os.open(path.name, _FOLDER | os.O_NOFOLLOW, dir_fd=handle)
+
+    def _no_folder(self, parent: Path) -> OutputError:
+        return OutputError(
+            f"Cannot write into {parent} in {self.root}",
+            f"{self.root / parent} is a symbolic link or a file, not a folder.",
+            "Remove it, or choose another output folder.",
+        )
+
+    @contextmanager
+    def _folder_of(self, path: Path, *, make: bool = False) -> Iterator[int | None]:
+        """:meth:`_open_folder` of the folder that holds the relative ``path``, closed in the end."""
+        handle = self._open_folder(path.parent, make=make)
+        try:
+            yield handle
+        finally:
+            if handle is not None:
+                os.close(handle)
+
     def __exit__(self, *exc: object) -> None:
+        self._close_handles()
         if exc[0] is None or not self.claims:
             with suppress(OSError):
                 self._clear_workspace()
@@ -237,7 +317,8 @@ class OutputFolder:
         """Delete the claimed files of earlier runs that are not in ``keep``."""
         for path in self.claims - set(keep):
             if self.is_regular(path):
-                (self.root / path).unlink()
+                with self._folder_of(Path(path)) as handle:
+                    os.unlink(_name(self.root / path, handle), dir_fd=handle)
                 with suppress(OSError):  # a folder that is not empty stays
                     for parent in list(Path(path).parents)[:-1]:
                         (self.root / parent).rmdir()
@@ -268,32 +349,25 @@ class OutputFolder:
         final = self.root / path
         temporary = hashlib.sha256(path.encode()).hexdigest()[:32] + ".partial"
         with _full_disk_explained(path):
-            for parent in list(Path(path).parents)[-2::-1]:
-                folder = self.root / parent
-                if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-                    raise OutputError(
-                        f"Cannot write {path} in {self.root}",
-                        f"{folder} is a symbolic link or a file, not a folder.",
-                        "Remove it, or choose another output folder.",
-                    )
-                self._make(folder)
+            with self._folder_of(Path(path), make=True):
+                pass
             if final.is_dir() and not final.is_symlink():
                 raise OutputError(f"Cannot write {final}", "A folder has that name.", "Remove it.")
-            return PartialFile(path, self._workspace / temporary, final, self._place)
+            return PartialFile(path, self._workspace / temporary, final, self._place, self._handle)
 
     def _place(self, temporary: Path, final: Path) -> None:
-        """Rename the file, but never over one placed under a different name since
-        :meth:`require_distinct`."""
-        if self._placed is None:
-            os.replace(temporary, final)
-            return
-        with self._placing:
-            other = self._placed.get(_identity(final)) if os.path.lexists(final) else None
-            if other and other != final and is_same(other, final):
-                names = [path.relative_to(self.root).as_posix() for path in (final, other)]
-                raise _one_name(self.root, *names)
-            os.replace(temporary, final)
-            self._placed[_identity(final)] = final
+        """Rename, but never over a file that was placed under another name since :meth:`require_distinct`."""
+        with self._folder_of(final.relative_to(self.root)) as handle, self._placing:
+            if self._placed is not None and os.path.lexists(final):
+                other = self._placed.get(_identity(final))
+                if other and other != final and is_same(other, final):
+                    names = [path.relative_to(self.root).as_posix() for path in (final, other)]
+                    raise _one_name(self.root, *names)
+            name = _name(final, handle)
+            os.replace(_name(temporary, handle), name, src_dir_fd=self._handle, dst_dir_fd=handle)
+            if self._placed is not None:
+                info = os.stat(name, dir_fd=handle, follow_symlinks=False)
+                self._placed[info.st_dev, info.st_ino] = final
 
     def is_regular(self, path: str) -> bool:
         """Whether ``path`` is a real file, reached without symbolic links."""
@@ -371,6 +445,11 @@ class OutputFolder:
                 f"{nbytes:,} bytes are needed, {free:,} are free.",
                 "Free some space, or choose a folder on another disk.",
             )
+
+
+def _name(path: Path, handle: int | None) -> str | Path:
+    """What to call a file: its name, where its folder's handle is given too."""
+    return path if handle is None else path.name
 
 
 def _stays_inside(path: str) -> bool:

@@ -54,9 +54,9 @@ def flush(fd: int) -> None:
     os.fsync(fd)
 
 
-def flush_folder(folder: Path) -> None:
-    """:func:`flush` the names in a folder, if the file system supports it."""
-    fd = os.open(folder, os.O_RDONLY)
+def flush_folder(folder: Path | int) -> None:
+    """:func:`flush` for the names in a folder (its path or a handle), where the file system can do that."""
+    fd = os.open(folder, os.O_RDONLY) if isinstance(folder, Path) else os.dup(folder)
     try:
         flush(fd)
     except OSError as error:

@@ -120,9 +120,9 @@ def flushed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
     fsync, replace = os.fsync, os.replace
 
     def record(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def recorded(place: Any, *rest: Any) -> Any:
-            events.append((name, os.stat(place).st_ino))
-            return call(place, *rest)
+        def recorded(place: Any, *rest: Any, **handles: Any) -> Any:
+            events.append((name, os.stat(place, dir_fd=handles.get("src_dir_fd")).st_ino))
+            return call(place, *rest, **handles)
 
         return recorded
 
@@ -223,15 +223,15 @@ def test_no_file_is_open_when_it_is_renamed(tmp_path: Path, monkeypatch: pytest.
     """Some file systems refuse that."""
     replace = os.replace
 
-    def closed_only(source: Path, target: Path) -> None:
-        info = os.stat(source)
+    def closed_only(source: Path, target: Path, **handles: Any) -> None:
+        info = os.stat(source, dir_fd=handles["src_dir_fd"])
         for fd in range(os.dup(0)):
             try:
                 is_open = os.path.samestat(os.fstat(fd), info)
             except OSError:
                 continue
             _require(not is_open)
-        replace(source, target)
+        replace(source, target, **handles)
 
     monkeypatch.setattr(os, "replace", closed_only)
     with OutputFolder(tmp_path) as folder:
@@ -496,7 +496,7 @@ def _write(folder: OutputFolder, path: str, content: bytes = b"content") -> None
 
 
 def raises(code: int) -> Callable[..., Any]:
-    def call(*args: object) -> None:
+    def call(*args: object, **handles: object) -> None:
         raise OSError(code, os.strerror(code))
 
     return call
