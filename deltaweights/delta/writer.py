@@ -234,6 +234,7 @@ class DeltaShardWriter:
             sha256: the SHA-256 of the target's shard.
             entries: its tensors.
         """
+        self.payloads.flush()
         header = shard_header(self.payloads.nbytes, self._metadata, self._room)
         assert len(header) == self._room
         self._file.write_at(0, header)

@@ -84,41 +84,64 @@ def _encode_alone(target: NDArray[np.uint8], dtype: str) -> CodedChunk:
 
 
 class PayloadWriter:
-    """Writes payloads into ``file``, one after the other, beginning at byte ``start``."""
+    """Writes payloads into ``file``, one after the other from byte ``start`` on; :meth:`flush` is the end.
+    Small ones are collected, since a checkpoint may have tens of thousands of them."""
 
     def __init__(self, file: PartialFile, start: int) -> None:
         self._file = file
         self._start = self._end = start
+        self._pending: list[bytes] = []  # whole payloads, which end where the next one begins
+        self._pending_bytes = 0
 
     @property
     def nbytes(self) -> int:
-        """The total length of all payloads."""
+        """How long all payloads are together."""
         return self._end - self._start
 
     def write(self, plan: ChunkPlan, chunks: Iterable[CodedChunk]) -> WrittenPayload:
         """Write one payload: all chunks of ``plan``, in order."""
-        records = np.zeros(plan.count, codec.RECORD)
-        start, end, changed = self._end, self._end + records.nbytes, 0
-        unwritten, size = list[bytes](), 0
-        for index, chunk in enumerate(chunks):
-            record = chunk.method, len(chunk.data), chunk.base_sum, chunk.target_sum
-            for key, value in zip(("method", "length", "base", "target"), record, strict=True):
-                records[key][index] = value
+        start, changed = self._end, 0
+        end = start + plan.count * codec.RECORD.itemsize
+        unwritten, size, is_small = list[bytes](), 0, True
+        rows = []
+        for chunk in chunks:
+            rows.append((chunk.method, (0, 0, 0), len(chunk.data), chunk.base_sum, chunk.target_sum))
             changed += chunk.changed
             unwritten.append(chunk.data)
             size += len(chunk.data)
-            if size >= _WRITE_BYTES or index + 1 == plan.count:
+            if size >= _WRITE_BYTES:
+                is_small = False
+                self.flush()
                 self._file.write_at(end, *unwritten)
                 end += size
                 unwritten, size = [], 0
-        self._file.write_at(start, records.tobytes())
-        self._end = end
+        records = np.array(rows, codec.RECORD)
+        self._end = end + size
+        if is_small:
+            self._pending.append(b"".join([records.tobytes(), *unwritten]))
+            self._pending_bytes += len(self._pending[-1])
+            if self._pending_bytes >= _WRITE_BYTES:
+                self.flush()
+        else:
+            if unwritten:
+                self._file.write_at(end, *unwritten)
+            self._file.write_at(start, records.tobytes())
         is_same = plan.shared == plan.nbytes and not records["method"].any()
-        return WrittenPayload(start - self._start, end - start, changed, records, is_same)
+        return WrittenPayload(start - self._start, self._end - start, changed, records, is_same)
+
+    def flush(self) -> None:
+        """Write the payloads that were collected."""
+        if self._pending:
+            pending, self._pending = self._pending, []
+            start = self._end - self._pending_bytes
+            self._pending_bytes = 0
+            self._file.write_at(start, *pending)
 
     def take_back(self, written: WrittenPayload) -> None:
-        """Drop the payload that was written last; the next one overwrites it."""
+        """Leave out the payload that was written last: the next one is written over it."""
         assert self._end == self._start + written.start + written.nbytes
+        if self._pending:
+            self._pending_bytes -= len(self._pending.pop())
         self._end -= written.nbytes
 
 
