@@ -39,6 +39,8 @@ Bytes = NDArray[np.uint8]
 MAX_CHUNK = 64 << 20  # in bytes; longer chunks are refused
 _WORTH_A_LOOK = 0.55  # above this part of the target's length, a delta is compared with other methods
 
+_TINY = 16  # bytes
+
 
 class Method(IntEnum):
     """The method by which a chunk is coded. The numbers are part of the format."""
@@ -111,6 +113,8 @@ def _encode_float(
         limit = len(target) if data is None else len(data)
         if limit < _WORTH_A_LOOK * len(target):
             return candidates
+    if len(target) <= _TINY:
+        return candidates  # no float method that codes the target alone has so few bytes
     alone, windowed = floats.alone_bits(target, form) / 8, exponent_window.window_bits(target, form) / 8
     if _repeats(target, min(alone, windowed, limit)):
         candidates.append((Method.ZSTD, planes.compress(target)))
