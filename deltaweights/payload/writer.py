@@ -190,5 +190,6 @@ class PayloadFile:
 
     def finish(self) -> list[TensorInfo]:
         """Write the header. Returns the payloads in the file."""
+        self._writer.flush()
         self._file.write_at(0, build_header(self._infos, self._metadata, self._room))
         return self._infos

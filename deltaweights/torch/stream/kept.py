@@ -86,10 +86,12 @@ class KeptState:
         def encode(name: str, index: int) -> list[CodedChunk]:
             start, end = self._plans[name].span(index)
             old, new = self._bytes[name][start:end], state[name].read(start, end)
-            coded = encode_row(new, old, self._codes[name], CHUNK_BYTES, quick=True)
-            if coded[0].changed:
-                old[:] = new
-            return coded
+            method, data = codec.encode_chunk(old, new, self._codes[name], quick=True)
+            before = int(self._sums[name][index])  # known, so only the new bytes are hashed
+            if method == codec.Method.SAME:
+                return [CodedChunk(method, before, before, b"", 0)]
+            old[:] = new
+            return [CodedChunk(method, before, codec.checksum(old), data, 1)]
 
         # Leaving out unchanged tensors keeps the header short. The comparison stops at the first difference,
         # but is not worth a copy from a device.
