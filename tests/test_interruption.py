@@ -312,13 +312,13 @@ def _record_writes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         fsync(fd)
         events.append(("fsync", os.fstat(fd).st_ino))
 
-    def recorded_replace(source: Path, target: Path) -> None:
-        events.append(("replace", os.stat(source).st_ino))
-        replace(source, target)
+    def recorded_replace(source: Path, target: Path, **handles: int | None) -> None:
+        events.append(("replace", os.stat(source, dir_fd=handles.get("src_dir_fd")).st_ino))
+        replace(source, target, **handles)
 
-    def recorded_mkdir(path: Path, mode: int = 0o777) -> None:
-        mkdir(path, mode)
-        events.append(("mkdir", os.stat(path).st_ino))
+    def recorded_mkdir(path: Path, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
+        mkdir(path, mode, dir_fd=dir_fd)
+        events.append(("mkdir", os.stat(path, dir_fd=dir_fd).st_ino))
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(os, "replace", recorded_replace)

@@ -181,7 +181,7 @@ def validate(record: CheckpointRecord) -> None:
             raise _damaged(f"{name!r} is both a tensor and a value")
         _validate_tensor(name, tensor)
         if tensor.base and not record.base:
-            raise _damaged(f"Tensor {name!r} has a base, the checkpoint has none")
+            raise _damaged(f"Tensor {name!r} has a base, but the checkpoint has none")
     if sum(value.nbytes for value in record.values.values()) > MAX_VALUES_BYTES:
         raise _damaged(f"Its values have more than {MAX_VALUES_BYTES:,} bytes together")
     files = [shard.file for tensor in record.tensors.values() for shard in tensor.shards]

@@ -734,7 +734,7 @@ def test_a_publication_that_failed_is_followed_by_an_anchor(
     assert DeltaSubscriber(stream).sync(Net()).step == 3
 
 
-def _full_disk(*paths: object) -> None:
+def _full_disk(*paths: object, **handles: object) -> None:
     raise OSError(28, "No space left on device")
 
 
