@@ -416,9 +416,8 @@ class _Encoder:
         chunk_bytes: int,
         meter: Meter,
     ) -> None:
-        self._passing: dict[
-            str, _PassingDigest
-        ] = {}  # of the base's shards that are hashed as they are coded
+        #: Those of the base's shards that are hashed as they are coded.
+        self._passing: dict[str, _PassingDigest] = {}
         self._old = old
         self._new = new
         self._writer = writer
@@ -459,8 +458,7 @@ class _Encoder:
         source, digests = self._old.source, {}
         for path in source.sizes:
             if path not in self._passing:
-                is_far = source.full_path(path) is None and source.is_remote
-                published = source.published_sha256(path) if is_far else None
+                published = source.published_sha256(path) if _is_far(source, path) else None
                 digests[path] = published or self._writer.digest(source, path)
         return digests
 
@@ -627,10 +625,14 @@ def _passing(by_shard: Mapping[str, Sequence[Match]], old: Checkpoint) -> list[S
         for shard in {span.path: old.shards[span.path] for span in spans}.values():
             ends = [Span(shard.path, 0, shard.header.data_start), *spans]
             in_order = all(a.path == b.path and a.end == b.start for a, b in pairwise(ends))
-            is_far = old.source.is_remote and old.source.full_path(shard.path) is None
-            if is_far or (in_order and spans[-1].end == shard.file.size):
+            if _is_far(old.source, shard.path) or (in_order and spans[-1].end == shard.file.size):
                 found[shard.path] = shard
     return [shard for shard in found.values() if old.source.checked_sha256(shard.path) is None]
+
+
+def _is_far(source: Source, path: str) -> bool:
+    """Whether a file comes over a network: it is not in the local cache."""
+    return source.is_remote and source.full_path(path) is None
 
 
 def _base_spans(matches: Iterable[Match]) -> list[Span]:

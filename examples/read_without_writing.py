@@ -15,16 +15,13 @@ from numpy.typing import NDArray
 
 from deltaweights import TensorView, make_delta, open_target
 
-#: NumPy's name for each safetensors dtype that it has. BF16 is not among them.
-NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
-
 
 def to_numpy(tensor: TensorView) -> NDArray[np.generic]:
     """The tensor as a NumPy array in its own shape; BF16 becomes float32, which holds it exactly."""
     if tensor.dtype == "BF16":
         bits = tensor.data.view("<u2").astype(np.uint32) << 16
         return bits.view(np.float32).reshape(tensor.shape)
-    return tensor.data.view(NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape)
+    return tensor.numpy()
 
 
 def make_pair(folder: Path) -> None:

@@ -6,7 +6,7 @@ from ..checkpoint import Checkpoint
 from ..errors import BaseMismatchError, PayloadError
 from ..manifest import MANIFEST_NAME, Manifest
 from ..payload import Faults
-from ..storage import Source, cached_sha256, sha256_of
+from ..storage import Source, sha256_of
 
 
 class DeltaFaults(Faults):
@@ -89,7 +89,7 @@ class DeltaFaults(Faults):
                         MANIFEST_NAME, f"It names {path!r} as a file of the base, which no file can be called"
                     )
                 raise self.wrong_base(f"it lacks {path!r}, a file that the target has in common with it")
-            told = source.published_sha256(path) or cached_sha256(source.full_path(path))
+            told = source.told_sha256(path)
             if told is None or path not in records:
                 continue
             if told != records[path] and (is_alike or path not in self._base.shards):

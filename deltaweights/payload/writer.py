@@ -98,8 +98,11 @@ class PayloadWriter:
         """How long all payloads are together."""
         return self._end - self._start
 
-    def write(self, plan: ChunkPlan, chunks: Iterable[CodedChunk]) -> WrittenPayload:
-        """Write one payload: all chunks of ``plan``, in order."""
+    def write(
+        self, plan: ChunkPlan, chunks: Iterable[CodedChunk], *, skip_same: bool = False
+    ) -> WrittenPayload:
+        """Write one payload, all chunks of ``plan`` in order; with ``skip_same``, only if it differs from the
+        base."""
         start, changed = self._end, 0
         end = start + plan.count * codec.RECORD.itemsize
         unwritten, size, is_small = list[bytes](), 0, True
@@ -116,6 +119,9 @@ class PayloadWriter:
                 end += size
                 unwritten, size = [], 0
         records = np.array(rows, codec.RECORD)
+        is_same = plan.shared == plan.nbytes and not records["method"].any()
+        if is_same and skip_same:  # such chunks have no data: nothing is written yet
+            return WrittenPayload(start - self._start, 0, changed, records, is_same)
         self._end = end + size
         if is_small:
             self._pending.append(b"".join([records.tobytes(), *unwritten]))
@@ -126,7 +132,6 @@ class PayloadWriter:
             if unwritten:
                 self._file.write_at(end, *unwritten)
             self._file.write_at(start, records.tobytes())
-        is_same = plan.shared == plan.nbytes and not records["method"].any()
         return WrittenPayload(start - self._start, self._end - start, changed, records, is_same)
 
     def flush(self) -> None:
@@ -136,13 +141,6 @@ class PayloadWriter:
             start = self._end - self._pending_bytes
             self._pending_bytes = 0
             self._file.write_at(start, *pending)
-
-    def take_back(self, written: WrittenPayload) -> None:
-        """Leave out the payload that was written last: the next one is written over it."""
-        assert self._end == self._start + written.start + written.nbytes
-        if self._pending:
-            self._pending_bytes -= len(self._pending.pop())
-        self._end -= written.nbytes
 
 
 class PayloadFile:
@@ -180,10 +178,8 @@ class PayloadFile:
         self, name: str, plan: ChunkPlan, chunks: Iterable[CodedChunk], *, skip_same: bool = False
     ) -> WrittenPayload:
         """Write the payload ``name``; with ``skip_same``, only if it differs from the base."""
-        written = self._writer.write(plan, chunks)
-        if skip_same and written.is_same:
-            self._writer.take_back(written)
-        else:
+        written = self._writer.write(plan, chunks, skip_same=skip_same)
+        if not (skip_same and written.is_same):
             end = written.start + written.nbytes
             self._infos.append(TensorInfo(name, "U8", (written.nbytes,), written.start, end))
         return written

@@ -5,7 +5,7 @@ from .hub import HubSource, open_hub
 from .local import LocalSource, is_clutter, local_path, output_path
 from .location import Location, Readable, open_source
 from .output import OutputFolder, PartialFile
-from .source import HubId, ReadableFile, Source, Span, cached_sha256, file_blocks, sha256_of
+from .source import HubId, ReadableFile, Source, Span, file_blocks, sha256_of
 from .system import flush_folder, is_same, is_within, lock
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "ReadableFile",
     "Source",
     "Span",
-    "cached_sha256",
     "file_blocks",
     "flush_folder",
     "is_clutter",

@@ -184,6 +184,10 @@ class Source(ABC):
         pointless; else None. A copy in a cache may have changed, so it has none."""
         return None
 
+    def told_sha256(self, path: str) -> str | None:
+        """:meth:`published_sha256`, or else the one that a copy in the Hub cache is stored under."""
+        return self.published_sha256(path) or _cached_sha256(self.full_path(path))
+
     def require_sha256(self, path: str, sha256: str) -> None:
         """Compare the SHA-256 of the bytes read with the published one, if there is one.
 
@@ -191,7 +195,7 @@ class Source(ABC):
             CheckpointError: they differ.
         """
         copy = self.full_path(path)
-        published = self.published_sha256(path) or cached_sha256(copy)
+        published = self.told_sha256(path)
         if published in (None, sha256):
             return
         why = f"Its SHA-256 is {sha256}; the published one is {published}."
@@ -227,7 +231,7 @@ class Source(ABC):
         """Close all files and connections. A second call does nothing."""
 
 
-def cached_sha256(path: Path | None) -> str | None:
+def _cached_sha256(path: Path | None) -> str | None:
     """The SHA-256 that a large file in the Hub cache is stored under, as the Hub published it at the time of
     the download; None elsewhere. Its bytes may have changed since."""
     match = re.search(r"/models--[^/]+/blobs/([0-9a-f]{64})$", path.as_posix()) if path else None
