@@ -45,7 +45,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "cli",
         "__init__ __main__",
     ),
-    "checkpoint": ("header index", "checkpoint", "oddities", "__init__"),
+    "checkpoint": ("header index", "checkpoint", "gathered oddities", "__init__"),
     "cli": ("options rendering", "session", "commands", "__init__"),
     "codec": (
         "constants convert kernel_arrays opaque processor tables working_memory",
