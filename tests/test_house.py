@@ -33,7 +33,7 @@ PUBLIC: list[Any] = [
 RANKS: dict[str, tuple[str, ...]] = {
     "": (
         "_exports _version dtypes errors recent workers",
-        "canonical",
+        "canonical entries",
         "codec manifest storage",
         "checkpoint",
         "payload",
@@ -49,7 +49,8 @@ RANKS: dict[str, tuple[str, ...]] = {
     "cli": ("options rendering", "session", "commands", "__init__"),
     "codec": (
         "constants convert kernel_arrays opaque processor tables working_memory",
-        "kernels library",
+        "quantized",
+        "kernels library predictions",
         "cache",
         "build",
         "jit",
@@ -83,7 +84,8 @@ RANKS: dict[str, tuple[str, ...]] = {
         "__init__",
     ),
     "delta": (
-        "opening shards faults",
+        "digests entry opening shards faults",
+        "bases",
         "recipes",
         "target_recipe",
         "rebuilt",
@@ -93,7 +95,7 @@ RANKS: dict[str, tuple[str, ...]] = {
     ),
     "license": ("table", "rules", "bom cards", "__init__"),
     "license/bom": ("facts", "cyclonedx spdx", "__init__"),
-    "match": ("similarity", "names", "duplicates", "__init__"),
+    "match": ("similarity", "names", "duplicates quantized", "__init__"),
     "payload": ("chunks faults", "reader writer", "whole", "__init__"),
     "storage": (
         "hub_errors source system",
