@@ -38,7 +38,7 @@ class BaseTensor:
     file: str | None = None
 
 
-class TensorPart(msgspec.Struct, frozen=True, omit_defaults=True):
+class PartOfBase(msgspec.Struct, frozen=True, omit_defaults=True):
     """In repetition r, ``count`` elements of the base tensor ``name``: those at
     ``start + r * step + k * stride``. ``file`` as for :class:`BaseTensor`."""
 
@@ -53,7 +53,7 @@ class TensorPart(msgspec.Struct, frozen=True, omit_defaults=True):
 class PartGroup(msgspec.Struct, frozen=True, omit_defaults=True):
     """The elements of all ``parts``, one after the other, ``repeats`` times."""
 
-    parts: Annotated[tuple[TensorPart, ...], msgspec.Meta(min_length=1)]
+    parts: Annotated[tuple[PartOfBase, ...], msgspec.Meta(min_length=1)]
     repeats: Count = 1
 
 

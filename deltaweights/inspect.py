@@ -86,14 +86,16 @@ class DeltaSummary:
     tool: Tool
 
     def to_dict(self) -> dict[str, object]:
-        """The same, ready for JSON: licenses stand in ``license`` only, and ``like`` where there is one."""
+        """The same, ready for JSON: licenses stand in ``license`` only, ``like`` and ``prediction`` where
+        there is one."""
         found = msgspec.to_builtins(self)
         del found["stored_whole"]  # which the files of the target tell
         for side in ("base", "target"):
             del found[side]["license"]
         for tensor in found["tensors"]:
-            if tensor["like"] is None:
-                del tensor["like"]
+            for field in ("like", "prediction"):
+                if tensor[field] is None:
+                    del tensor[field]
         return {**found, "license": self.license.to_dict()}
 
 

@@ -112,6 +112,9 @@ class Tool:
     version: str
 
 
+_Json: TypeAlias = dict[str, Any]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Facts:
     """What every form of a manifest states in the same way."""
@@ -151,9 +154,9 @@ class Manifest(_Facts):
         fields = self._fields()
         return canonical.encode(fields | {"checksum": canonical.digest(fields)})
 
-    def _fields(self) -> dict[str, Any]:
+    def _fields(self) -> _Json:
         """What stands in the JSON. Two fields came after the first manifests: they are absent, never null."""
-        found: dict[str, Any] = {name: msgspec.to_builtins(getattr(self, name)) for name in _FACTS}
+        found: _Json = {name: msgspec.to_builtins(getattr(self, name)) for name in _FACTS}
         found["checksum"] = ""
         licenses = (found["base"]["license"], found["target"]["license"])
         for name, records in (("license", [found]), ("expression", licenses)):

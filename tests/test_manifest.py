@@ -22,11 +22,11 @@ from deltaweights.entries import (
     BaseParts,
     BaseTensor,
     PartGroup,
+    PartOfBase,
     Prediction,
     Status,
     TargetTensor,
     TensorEntry,
-    TensorPart,
 )
 from deltaweights.manifest import (
     FORMAT_VERSION,
@@ -102,7 +102,7 @@ def target_files(
 @st.composite
 def base_parts(draw: st.DrawFn) -> BaseParts:
     counts = st.integers(1, 2**62 - 1)
-    part = st.builds(TensorPart, texts, counts, sizes, sizes, counts, optional_texts)
+    part = st.builds(PartOfBase, texts, counts, sizes, sizes, counts, optional_texts)
     groups = st.builds(PartGroup, st.lists(part, min_size=1, max_size=3).map(tuple), counts)
     return BaseParts(draw(texts), tuple(draw(st.lists(groups, max_size=2))))
 
@@ -620,7 +620,7 @@ def test_rows_of_parts_and_predictions_are_read() -> None:
     group = {"parts": [{"name": "x", "count": 4}]}
     change = _both(_rearranged(group), lambda fields: fields["tensors"][0]["rows"][0][4].update(_PREDICTED))
     (entry, _) = Manifest.from_json(_changed(change, is_plain=False)).tensors
-    assert entry.base == BaseParts("BF16", (PartGroup((TensorPart("x", 4),)),))
+    assert entry.base == BaseParts("BF16", (PartGroup((PartOfBase("x", 4),)),))
     assert entry.prediction == Prediction("low_rank", 8, 16)
 
 

@@ -9,11 +9,11 @@ from ..entries import (
     BaseParts,
     BaseTensor,
     PartGroup,
+    PartOfBase,
     Prediction,
     Status,
     TargetTensor,
     TensorEntry,
-    TensorPart,
 )
 from ..match.names import Match
 from ..payload import WrittenPayload
@@ -53,7 +53,7 @@ def _reference(base: Base, old: Checkpoint) -> BaseTensor | BaseParts:
     groups = []
     for group in base.groups:
         parts = (
-            TensorPart(
+            PartOfBase(
                 piece.tensor.name, piece.count, piece.start, piece.step, piece.stride, file_of(piece.tensor)
             )
             for piece in group.pieces
