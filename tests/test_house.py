@@ -93,7 +93,17 @@ RANKS: dict[str, tuple[str, ...]] = {
     ),
     "license": ("table", "rules", "bom cards", "__init__"),
     "license/bom": ("facts", "cyclonedx spdx", "__init__"),
-    "match": ("similarity", "names", "duplicates", "__init__"),
+    "match": (
+        "similarity",
+        "vectors",
+        "layouts",
+        "candidates",
+        "runs",
+        "advice parts",
+        "names",
+        "duplicates",
+        "__init__",
+    ),
     "payload": ("chunks faults", "reader writer", "whole", "__init__"),
     "storage": (
         "hub_errors source system",
