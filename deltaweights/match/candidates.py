@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 
 from ..checkpoint import Checkpoint, Tensor
 from .layouts import Run, View, row_width
-from .similarity import distances
-from .vectors import MIN_WIDTH, SAMPLE, Samples, Vector, are_close, can_be_read, kind_of
+from .vectors import CLOSE, MIN_WIDTH, SAMPLE, Samples, Vector, are_close, can_be_read, distances, kind_of
 
 #: Most places that a search compares with, in all tensors and in those of the same layer.
-_MAX_STARTS, _MAX_NEAR = 65_536, 4096
+_MAX_STARTS, _MAX_NEAR = 65_536, 2048
 
 #: Most places in one tensor, of each kind.
 _MAX_ROWS, _MAX_COLUMNS = 512, 16
@@ -25,8 +24,14 @@ _MAX_ROWS, _MAX_COLUMNS = 512, 16
 #: Heads and groups of heads begin at multiples of this row, up to that one.
 _HEAD_STEP, _HEAD_END = 8, 2048
 
+#: A first look is at so many elements; who is this far away or more is not looked at again.
+_GLANCE, _LIKELY = 16, 1.0
+
+#: Most places that are looked at again, and most that are asked whether they fit.
+_MAX_LIKELY, _MAX_FITTED = 4096, 32
+
 #: A comparison of so many rows takes as long as a small read.
-_ROWS_PER_READ = 16
+_ROWS_PER_READ = 200
 
 #: A number that is a word of a name.
 NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
@@ -60,31 +65,30 @@ class _Sampled:
     """Places, with samples of as many elements as they have room for."""
 
     def __init__(self, places: Iterable[Place], samples: Samples) -> None:
-        by_length: dict[int, tuple[list[Place], list[NDArray[np.float32]]]] = {}
+        alike: dict[tuple[int, str], list[Place]] = {}
         for place in places:
-            length = min(SAMPLE, place.room)
-            found, rows = by_length.setdefault(length, ([], []))
-            found.append(place)
-            rows.append(samples.read(Vector(place.tensor, place.start, length, place.stride)))
+            alike.setdefault((min(SAMPLE, place.room), place.tensor.dtype), []).append(place)
         self._samples = samples
-        self._groups = [(length, found, np.stack(rows)) for length, (found, rows) in by_length.items()]
+        self._groups = []
+        for (length, _), some in alike.items():
+            rows = samples.read_all([Vector(one.tensor, one.start, length, one.stride) for one in some])
+            self._groups.append((some, rows, rows[:, :_GLANCE].copy()))
 
     def nearest(self, sample: NDArray[np.float32], fits: Callable[[Place], bool]) -> Place | None:
         """The place that fits and looks most like the sample, if any looks like it."""
-        best: tuple[float, Place] | None = None
-        for length, places, rows in self._groups:
+        best, least = None, CLOSE
+        for places, rows, glances in self._groups:
             self._samples.spend(1 + len(rows) / _ROWS_PER_READ)
-            count = min(length, sample.size)
-            found = distances(sample[:count], rows[:, :count])
-            for index in np.argsort(found)[:32]:
-                if best and found[index] >= best[0]:
+            (likely,) = np.nonzero(distances(sample[:_GLANCE], glances) < _LIKELY)
+            count = min(rows.shape[1], sample.size)
+            found = distances(sample[:count], rows[likely[:_MAX_LIKELY], :count])
+            for index in np.argsort(found, kind="stable")[:_MAX_FITTED]:
+                if found[index] >= least:
                     break
-                if not are_close(sample[:count], rows[index, :count]):
+                if fits(place := places[likely[index]]):
+                    best, least = place, float(found[index])
                     break
-                if fits(places[index]):
-                    best = float(found[index]), places[index]
-                    break
-        return best[1] if best else None
+        return best
 
 
 class Candidates:

@@ -18,19 +18,23 @@ from ..checkpoint import Checkpoint, Gathered, Group, HeldExtents, Piece, Tensor
 from .candidates import NUMBER, Candidates, fold
 from .layouts import groups_of, leading, views_of, whole_rows
 from .runs import solve
-from .vectors import OutOfBudgetError, Samples, Vector, can_be_read, kind_of
+from .vectors import CLOSE, OutOfBudgetError, Samples, Vector, can_be_read, distances, kind_of
 
 #: What all searches and one search may cost, in small reads.
-_MAX_COST, _MAX_COST_EACH = 1_500_000, 300_000
+_MAX_COST, _MAX_COST_EACH = 300_000, 80_000
 
-#: So many tensors of a kind are searched for in vain, then the others of that kind are not.
-_MAX_FAILURES = 3
+#: So many tensors of a kind are searched for in vain, then the others of that kind are not; and so many are
+#: compared with what others of the kind are made of.
+_MAX_FAILURES, _MAX_COMPARED = 2, 64
+
+#: Most pieces of all tensors together.
+_MAX_PIECES = 1 << 19
 
 #: Places that are compared before anything is believed, the elements at each, and how many may be unlike.
 _PLACES, _ELEMENTS, _UNLIKE = 24, 16, 0.25
 
-#: The same where other layers have that layout already.
-_PLACES_AGAIN = 8
+#: The same where other layers have that layout already, and how many are compared at once.
+_PLACES_AGAIN = _PLACES_AT_ONCE = 8
 
 _Groups = Sequence[Group]
 
@@ -90,11 +94,14 @@ class _Finder:
         self._failures: Counter[object] = Counter()
         self._random = random.Random(0)  # noqa: S311
         self._left: float = _MAX_COST
+        self._pieces = 0
 
     def look_for(self, tensor: Tensor) -> None:
         """Put what resembles the tensor into :attr:`found`."""
         key = fold(tensor.name), tensor.info.shape, kind_of(tensor)
         known = self._known.setdefault(key, [])
+        if self._failures[key] >= _MAX_COMPARED or self._pieces >= _MAX_PIECES:
+            return
         for groups in (*self._like_weight(tensor), *self._like_others(tensor, known)):
             if gathered := self._checked(tensor, groups, _PLACES_AGAIN):
                 break
@@ -102,6 +109,7 @@ class _Finder:
             gathered = self._searched(tensor) if self._failures[key] < _MAX_FAILURES else None
         if gathered:
             self.found[tensor] = gathered
+            self._pieces += sum(len(group.pieces) for group in gathered.groups)
             known[1:] = [*known[-1:], _Known(tensor, _numbers(tensor.name), gathered.groups)][-2:]
         else:
             self._failures[key] += 1
@@ -147,12 +155,18 @@ class _Finder:
         """Whether most of some places all over the tensor are alike."""
         ends = list(accumulate(group.numel for group in gathered.groups))
         left = int(places * _UNLIKE)
-        for _ in range(places):
-            element = self._random.randrange(gathered.numel)
-            index = bisect_right(ends, element)
-            group = gathered.groups[index]
-            begin = ends[index] - group.numel
-            left -= not self._samples.alike(*_counterparts(tensor, group, begin, element - begin))
+        for _ in range(0, places, _PLACES_AT_ONCE):
+            pairs: dict[int, list[tuple[Vector, Vector]]] = {}
+            for _ in range(_PLACES_AT_ONCE):
+                element = self._random.randrange(gathered.numel)
+                index = bisect_right(ends, element)
+                group = gathered.groups[index]
+                begin = ends[index] - group.numel
+                pair = _counterparts(tensor, group, begin, element - begin)
+                pairs.setdefault(pair[0].count, []).append(pair)
+            for some in pairs.values():
+                ours, theirs = (self._samples.read_all(side) for side in zip(*some, strict=True))
+                left -= int((distances(ours, theirs) >= CLOSE).sum())
             if left < 0:
                 return False
         return True

@@ -22,7 +22,7 @@ from ..storage import Span
 #: Elements of a sample: enough to tell weights that were trained further from weights of another layer.
 _ELEMENTS = 1024
 
-#: Distances (see :func:`distances`): unrelated weights of one size are 1.4 apart, fine-tuned ones less than
+#: Distances (see :func:`_distances`): unrelated weights of one size are 1.4 apart, fine-tuned ones less than
 #: 0.1.
 _CLOSE, _FAR = 0.5, 0.8
 
@@ -67,9 +67,9 @@ def find_similar(
         if alike:
             rows = np.stack([bases[tensor] for tensor in alike])
             for tensor in (t for t in wanted if t.info.shape == shape):
-                apart = distances(samples[tensor], rows)
-                nearest = int(np.argmin(apart))
-                if apart[nearest] < _CLOSE:
+                distances = _distances(samples[tensor], rows)
+                nearest = int(np.argmin(distances))
+                if distances[nearest] < _CLOSE:
                     found[tensor] = alike[nearest]
     return found | _whole_layers(found, named, unmatched, base)
 
@@ -146,10 +146,10 @@ def _sample(tensor: Tensor) -> NDArray[np.float32]:
 
 
 def _distance(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    return float(distances(one, other[np.newaxis])[0]) if one.size == other.size else np.inf
+    return float(_distances(one, other[np.newaxis])[0]) if one.size == other.size else np.inf
 
 
-def distances(one: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float64]:
+def _distances(one: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float64]:
     """How far each row of ``others`` is from ``one``: their mean difference by the mean size of both (0 for
     equal ones, 1.4 for unrelated ones that are normally distributed)."""
     wide, rows = one.astype(np.float64), others.astype(np.float64)  # sums of float32 may overflow

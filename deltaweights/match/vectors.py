@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,6 @@ from numpy.typing import NDArray
 from ..checkpoint import Tensor
 from ..codec import convert, is_convertible
 from ..dtypes import DTYPES
-from .similarity import distances
 
 #: Elements of a sample, where there are as many.
 SAMPLE = 64
@@ -18,8 +18,8 @@ SAMPLE = 64
 #: A row of fewer elements is not searched for: among thousands of rows, one would resemble it by chance.
 MIN_WIDTH = 32
 
-#: Samples as far apart as this or less show the same weights; see :func:`~.similarity.distances`.
-_CLOSE = 0.5
+#: Samples as far apart as this or less show the same weights; see :func:`distances`.
+CLOSE = 0.5
 
 #: Numbers whose mean is this many times their spread or more, such as those of norms, resemble all others of
 #: their kind.
@@ -27,6 +27,10 @@ _FLAT = 4
 
 #: Elements at a distance are read with those between them if all together take up so many bytes at most.
 _EXTENT_BYTES = 1 << 16
+
+
+#: Numbers of this size or more count as 0, so that sums do not overflow.
+_HUGE = 1e30
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,29 +67,50 @@ class Samples:
 
     def read(self, vector: Vector) -> NDArray[np.float32]:
         """The vector's elements, as numbers."""
-        tensor, start, count, stride = vector.tensor, vector.start, vector.count, vector.stride
-        itemsize = DTYPES[tensor.dtype].itemsize
+        return self.read_all([vector]).reshape(-1)
+
+    def read_all(self, vectors: Sequence[Vector]) -> NDArray[np.float32]:
+        """A row of numbers for each of several vectors of one length and dtype."""
+        dtype = vectors[0].tensor.dtype
+        itemsize = DTYPES[dtype].itemsize
         assert itemsize
-        extent = (count - 1) * stride + 1
-        if extent * itemsize <= max(_EXTENT_BYTES, count * itemsize):
-            self.spend(1)
-            data = np.empty(extent * itemsize, np.uint8)
-            tensor.read_into(start * itemsize, data)
-            return numbers(data, tensor.dtype)[::stride]
-        self.spend(count)
-        data = np.empty(count * itemsize, np.uint8)
-        for k in range(count):
-            tensor.read_into((start + k * stride) * itemsize, data[k * itemsize : (k + 1) * itemsize])
-        return numbers(data, tensor.dtype)
+        data = np.empty((len(vectors), vectors[0].count * itemsize), np.uint8)
+        for row, vector in zip(data, vectors, strict=True):
+            self._read_into(vector, itemsize, row)
+        return numbers(data.reshape(-1), dtype).reshape(len(vectors), -1)
 
     def alike(self, one: Vector, other: Vector) -> bool:
         """Whether two vectors of a length hold the same weights, perhaps trained further."""
         return are_close(self.read(one), self.read(other))
 
+    def _read_into(self, vector: Vector, itemsize: int, out: NDArray[np.uint8]) -> None:
+        extent = (vector.count - 1) * vector.stride + 1
+        if vector.stride == 1:
+            self.spend(1)
+            vector.tensor.read_into(vector.start * itemsize, out)
+        elif extent * itemsize <= _EXTENT_BYTES:
+            self.spend(2)
+            data = np.empty(extent * itemsize, np.uint8)
+            vector.tensor.read_into(vector.start * itemsize, data)
+            out.reshape(-1, itemsize)[:] = data.reshape(-1, itemsize)[:: vector.stride]
+        else:
+            self.spend(vector.count)
+            for k, element in enumerate(out.reshape(-1, itemsize)):
+                vector.tensor.read_into((vector.start + k * vector.stride) * itemsize, element)
 
-def are_close(one: NDArray[np.float32], other: NDArray[np.float32]) -> bool:
+
+def distances(ones: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float32]:
+    """How far rows of :func:`numbers` are apart, as similarity.py has it: their mean difference by their mean
+    size, which is 0 for equal ones and 1.4 for unrelated ones."""
+    apart = np.abs(others - ones).sum(axis=-1)
+    sizes = (np.abs(others).sum(axis=-1) + np.abs(ones).sum(axis=-1)) / 2
+    found: NDArray[np.float32] = np.divide(apart, sizes, out=np.zeros_like(apart), where=sizes > 0)
+    return found
+
+
+def are_close(ones: NDArray[np.float32], others: NDArray[np.float32]) -> bool:
     """Whether two samples show the same weights."""
-    return bool(distances(one, other[np.newaxis])[0] < _CLOSE)
+    return bool(distances(ones, others) < CLOSE)
 
 
 def tells(sample: NDArray[np.float32]) -> bool:
@@ -108,7 +133,7 @@ def kind_of(tensor: Tensor) -> str:
 
 
 def numbers(data: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    """Elements as finite numbers whose sums do not overflow. Integers count as signed: packed ones are any
+    """Elements as finite numbers of moderate size. Integers count as signed: packed ones are any
     bits, and their sizes must be about zero to differ as much as they can."""
     found: NDArray[np.float32]
     if is_convertible(dtype, "F32"):
@@ -117,7 +142,7 @@ def numbers(data: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
         found = _small_floats(DTYPES[dtype].mantissa)[data]
     else:
         found = data.view(f"<i{DTYPES[dtype].itemsize}").astype(np.float32)
-    return np.clip(np.nan_to_num(found, nan=0.0, posinf=0.0, neginf=0.0), -1e30, 1e30)
+    return np.where(np.abs(found) < _HUGE, found, np.float32(0))
 
 
 def _small_floats(mantissa: int) -> NDArray[np.float32]:
