@@ -6,12 +6,12 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import Checkpoint, Tensor
+from ..checkpoint import Checkpoint, Group, Tensor
 from .layouts import Run, View, row_width
 from .vectors import CLOSE, MIN_WIDTH, SAMPLE, Samples, Vector, are_close, can_be_read, distances, kind_of
 
@@ -29,6 +29,9 @@ _GLANCE, _LIKELY = 16, 1.0
 
 #: Most places that are looked at again, and most that are asked whether they fit.
 _MAX_LIKELY, _MAX_FITTED = 4096, 32
+
+#: Most ends of pieces of a layer that are kept, the last ones, and most distances of a tensor's pieces.
+_MAX_LEARNT = 32
 
 #: A comparison of so many rows takes as long as a small read.
 _ROWS_PER_READ = 200
@@ -110,10 +113,29 @@ class Candidates:
             self._by_layer.setdefault((kind_of(tensor), layer_of(tensor.name)), []).append(tensor)
         self._starts: dict[str, _Sampled] = {}
         self._near: dict[object, _Sampled] = {}
+        self._borders: dict[tuple[str, str], dict[Place, None]] = {}
+        self._steps: dict[Tensor, dict[int, None]] = {}
+
+    def learn(self, groups: Sequence[Group]) -> None:
+        """Where the first pieces of these groups end, others may begin, and repeat themselves as these do."""
+        for piece in groups[0].pieces[:_MAX_LEARNT]:
+            key = kind_of(piece.tensor), layer_of(piece.tensor.name)
+            end = piece.start + piece.count * piece.stride
+            if end < piece.tensor.info.numel:
+                _add(self._borders.setdefault(key, {}), Place(piece.tensor, end))
+            if groups[0].repeats > 1:
+                _add(self._steps.setdefault(piece.tensor, {}), piece.step)
+
+    def steps(self, tensor: Tensor) -> Iterable[int]:
+        """The distances of pieces of a tensor that repeat themselves."""
+        return self._steps.get(tensor, ())
 
     def find(self, view: View, sample: NDArray[np.float32], fits: Callable[[Place], bool]) -> Place | None:
         """The place that fits whose elements look most like the sample, which is the beginning of a row."""
         kind, layer = kind_of(view.tensor), layer_of(view.tensor.name)
+        borders = [place for place in self._borders.get((kind, layer), ()) if fits(place)]
+        if place := resembling(borders, self._samples, sample):
+            return place
         key = kind, layer, view.rows, view.width
         if key not in self._near:
             self._near[key] = _Sampled(self._places_near(view), self._samples)
@@ -152,6 +174,16 @@ class Candidates:
 def fold(name: str) -> str:
     """A name with a star for each number among its words."""
     return NUMBER.sub("*", name)
+
+
+_Learnt = TypeVar("_Learnt")
+
+
+def _add(learnt: dict[_Learnt, None], one: _Learnt) -> None:
+    """Keep it, and the last ones before it."""
+    learnt[one] = None
+    if len(learnt) > _MAX_LEARNT:
+        learnt.pop(next(iter(learnt)))
 
 
 def _common_prefix(one: str, other: str) -> int:

@@ -134,6 +134,7 @@ class _Finder:
                 solved = solve(view, step, self._candidates, self._samples)
                 groups = groups_of(solved) if solved else None
                 if groups and (gathered := self._checked(tensor, groups, _PLACES)):
+                    self._candidates.learn(groups)
                     return gathered
         return None
 

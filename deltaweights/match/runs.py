@@ -140,6 +140,9 @@ class _StripSearch:
             if before:
                 places.append(Place(run.tensor, 2 * run.start - before[-1].start, run.stride))
             places.append(Place(run.tensor, end, run.stride))
+            places += (
+                Place(run.tensor, run.start + d, run.stride) for d in self._candidates.steps(run.tensor)
+            )
             for other in self._candidates.successors(run.tensor):
                 places.append(Place(other, run.start, run.stride))
                 places.append(Place(other, self._place.start % row_width(other), run.stride))

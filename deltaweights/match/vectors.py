@@ -122,7 +122,7 @@ def tells(sample: NDArray[np.float32]) -> bool:
 def can_be_read(tensor: Tensor) -> bool:
     """Whether it has elements, of a dtype that :func:`numbers` knows."""
     dtype = DTYPES.get(tensor.dtype)
-    is_known = dtype and (kind_of(tensor) or dtype.mantissa or (dtype.numpy and dtype.numpy[1] in "iu"))
+    is_known = dtype and dtype.itemsize and tensor.dtype not in ("BOOL", "C64")
     return bool(is_known) and tensor.info.numel > 0
 
 
@@ -133,8 +133,8 @@ def kind_of(tensor: Tensor) -> str:
 
 
 def numbers(data: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    """Elements as finite numbers of moderate size. Integers count as signed: packed ones are any
-    bits, and their sizes must be about zero to differ as much as they can."""
+    """Elements as finite numbers of moderate size. Others than floats count as signed integers:
+    packed ones are any bits, which differ most if they are about zero."""
     found: NDArray[np.float32]
     if is_convertible(dtype, "F32"):
         found = convert(data, dtype, "F32").view("<f4")
