@@ -8,13 +8,16 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from deltaweights.checkpoint import Gathered, HeldExtents, open_checkpoint
+from deltaweights.match import parts
 from deltaweights.match.parts import find_parts
-from deltaweights.match.vectors import numbers
+from deltaweights.match.vectors import Samples, numbers
 
-from ..checkpoints import Array, bf16, f32, weights, write_safetensors
+from ..checkpoints import Array, bf16, f32, random_array, weights, write_safetensors
 
 Weights = NDArray[np.float32]
 State = dict[str, Weights]
@@ -247,3 +250,176 @@ def test_every_element_is_found(tmp_path: Path, kind: str, is_split: bool, noise
     base, target = (pair.joined, pair.single) if is_split else pair
     state = tuned(target, noise) if noise else target
     assert unlike(write(tmp_path / "base", base, f32), write(tmp_path / "target", state), state) == {}
+
+
+def named(base: Path, target: Path) -> dict[str, Gathered]:
+    """What is found, by the target's names."""
+    with open_checkpoint(base) as old, open_checkpoint(target) as new:
+        found = find_parts(new.tensors, old, new, (), HeldExtents())
+        return {tensor.name: gathered for tensor, gathered in found.items()}
+
+
+@settings(deadline=None)
+@given(
+    groups=st.integers(1, 6),
+    sizes=st.lists(st.integers(1, 5), min_size=2, max_size=4),
+    head=st.sampled_from([8, 12, 20, 32, 36]),
+    width=st.sampled_from([32, 48, 80, 130]),
+    seed=st.integers(0, 1000),
+)
+def test_heads_are_found_however_they_are_grouped(
+    tmp_path_factory: pytest.TempPathFactory,
+    groups: int,
+    sizes: list[int],
+    head: int,
+    width: int,
+    seed: int,
+) -> None:
+    """In each group so many heads of each tensor."""
+    folder = tmp_path_factory.mktemp("pair")
+    single = {
+        f"layers.0.part{k}": weights((groups * size * head, width), seed + k) for k, size in enumerate(sizes)
+    }
+    by_group = [heads_of(array, groups) for array in single.values()]
+    joined = {"layers.0.all": np.concatenate(by_group, axis=1).reshape(-1, width)}
+    one, other = write(folder / "one", single, f32), write(folder / "other", tuned(joined))
+    assert unlike(one, other, tuned(joined)) == {}
+
+
+@pytest.mark.parametrize("is_stacked", [False, True])
+def test_experts_that_were_made_of_one_layer_are_found(tmp_path: Path, is_stacked: bool) -> None:
+    base = dense(("mlp.gate", (FFN, HIDDEN)), ("mlp.up", (FFN, HIDDEN)))
+    target = {}
+    for layer in range(LAYERS):
+        stem = f"model.layers.{layer}."
+        gate, up = base[f"{stem}mlp.gate"], base[f"{stem}mlp.up"]
+        if is_stacked:
+            target[f"{stem}experts.gate_up"] = np.stack([np.concatenate([gate, up])] * 8)
+        else:
+            target |= {f"{stem}experts.{k}.gate": gate for k in range(8)}
+    target = tuned(target)
+    assert unlike(write(tmp_path / "base", base), write(tmp_path / "target", target), target) == {}
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_experts_are_found_in_any_order(tmp_path: Path, is_transposed: bool) -> None:
+    order = np.random.default_rng(0).permutation(20)
+    base = {f"layers.0.experts.{k}.w": weights((64, 48), int(k)) for k in order}
+    arrays = list(base.values())
+    joined = np.stack([array.T if is_transposed else array for array in arrays])
+    target = tuned({"layers.0.experts.w": joined})
+    one, other = write(tmp_path / "one", base), write(tmp_path / "other", target)
+    assert unlike(one, other, target) == {}
+    chosen = tuned({f"layers.0.experts.{k}.v": arrays[k] for k in (3, 7, 19)})
+    assert unlike(other, write(tmp_path / "chosen", chosen), chosen) == {}
+
+
+def test_layers_that_moved_are_found(tmp_path: Path) -> None:
+    pair = fused_rows()
+    target = {name.replace("layers.0.", "layers.7."): array for name, array in tuned(pair.joined).items()}
+    target = {name: array for name, array in target.items() if "weight" in name}
+    assert unlike(write(tmp_path / "base", pair.single), write(tmp_path / "target", target), target) == {}
+
+
+def test_parts_of_all_sizes_are_found_in_a_tensor(tmp_path: Path) -> None:
+    """As Mamba has them."""
+    sizes = {"z": 384, "x": 384, "b": 32, "c": 32, "dt": 12}
+    single = {f"layers.0.{name}": weights((size, 96), size) for name, size in sizes.items()}
+    single["layers.0.c"] = weights((32, 96), 1)
+    base = write(tmp_path / "base", {"layers.0.in_proj": np.concatenate(list(single.values()))})
+    target = tuned(single)
+    assert unlike(base, write(tmp_path / "target", target), target) == {}
+
+
+@pytest.mark.parametrize(("known", "is_found"), [(2, True), (1, False)])
+def test_leading_rows_count_if_they_are_half(tmp_path: Path, known: int, is_found: bool) -> None:
+    base = {f"layers.0.{k}": weights((64, 48), k) for k in range(3)}
+    rows = [base[f"layers.0.{k}"] if k < known else weights((64, 48), 9 + k) for k in range(3)]
+    target = {"layers.0.all": np.concatenate(rows)}
+    found = named(write(tmp_path / "base", base), write(tmp_path / "target", target))
+    assert [gathered.numel for gathered in found.values()] == ([known * 64 * 48] if is_found else [])
+
+
+def test_a_bias_of_zeros_follows_its_weight(tmp_path: Path) -> None:
+    pair = grouped_heads()
+    zeros = [{n: a * 0 if n.endswith("bias") else a for n, a in state.items()} for state in pair]
+    base, target = (write(tmp_path / side, state) for side, state in zip("bt", zeros, strict=True))
+    gathered = named(base, target)["model.layers.1.attn.wqkv.bias"]
+    assert [tensor.name[-11:] for tensor in gathered.tensors] == [f"{part}_proj.bias" for part in "qkv"]
+
+
+def test_a_tensor_that_nothing_uses_comes_first(tmp_path: Path) -> None:
+    base = write(tmp_path / "base", dict.fromkeys(["a", "b"], weights((64, 64))))
+    target = write(tmp_path / "target", {"c": np.concatenate([weights((64, 64))] * 2)})
+    with open_checkpoint(base) as old, open_checkpoint(target) as new:
+        (found,) = find_parts(new.tensors, old, new, old.named("a"), HeldExtents()).values()
+        assert found.groups[0].pieces[0].tensor.name == "b"
+
+
+def test_unrelated_weights_are_not_found(tmp_path: Path) -> None:
+    pairs = [make() for make in PAIRS.values()]
+    base = {f"{k}.{name}": array for k, pair in enumerate(pairs) for name, array in pair.single.items()}
+    target = {name: weights(array.shape, 100_000 + k) for k, (name, array) in enumerate(base.items())}
+    assert named(write(tmp_path / "base", base), write(tmp_path / "target", target)) == {}
+
+
+@pytest.mark.parametrize(
+    "dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I64", "I32", "U16", "I8", "U8"]
+)
+def test_parts_are_found_in_every_dtype(tmp_path: Path, dtype: str) -> None:
+    one, other = (random_array(dtype, (40, 64), seed) for seed in (1, 2))
+    write_safetensors(tmp_path / "b" / "m.safetensors", {"one": one, "other": other})
+    joined = Array(dtype, (80, 64), one.data + other.data)
+    unrelated = random_array(dtype, (80, 64), 3)
+    write_safetensors(tmp_path / "t" / "m.safetensors", {"both": joined, "none": unrelated})
+    found = named(tmp_path / "b", tmp_path / "t")
+    assert [(name, gathered.name) for name, gathered in found.items()] == [("both", "one, other")]
+
+
+def test_odd_tensors_are_passed_over(tmp_path: Path) -> None:
+    """Of no elements, of one, of many dimensions, of dtypes that are no numbers; all the same."""
+
+    def odd(rows: int) -> dict[str, Array]:
+        tensors = {
+            "ones": Array("BF16", (rows, 64), b"\x80\x3f" * 64 * rows),
+            "zeros": Array("BF16", (rows, 64), bytes(128 * rows)),
+            "nan": Array("F32", (rows, 64), b"\xff" * 256 * rows),
+            "empty": Array("F32", (rows, 0, 2**60), b""),
+            "scalar": Array("F32", (), bytes(4)),
+            "deep": Array("F32", (rows,) + (1,) * 63, bytes(4 * rows)),
+            "half bytes": random_array("F4", (rows, 64)),
+            "flags": Array("BOOL", (rows, 64), bytes(64 * rows)),
+            "unknown": Array("X9", (rows, 64), bytes(64 * rows)),
+        }
+        return {f"{rows}.{name}": tensor for name, tensor in tensors.items()}
+
+    write_safetensors(tmp_path / "b" / "m.safetensors", odd(64))
+    write_safetensors(tmp_path / "t" / "m.safetensors", odd(128))
+    assert named(tmp_path / "b", tmp_path / "t") == {}
+
+
+def test_the_time_for_names_and_shapes_of_all_kinds_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what was found by then counts."""
+    monkeypatch.setattr(parts, "_MAX_COST", 5000)
+    costs = []
+
+    class Counted(Samples):
+        def spend(self, cost: float) -> None:
+            costs.append(cost)
+            super().spend(cost)
+
+    monkeypatch.setattr(parts, "Samples", Counted)
+    base = {f"x{k}": weights((64, 32), k) for k in range(1000)}
+    target = {f"y{k}": weights((65 + k, 32), 5000 + k) for k in range(500)}
+    target["z"] = np.concatenate([base["x3"], base["x9"]] * 50)
+    assert list(named(write(tmp_path / "b", base), write(tmp_path / "t", target))) == ["z"]
+    assert sum(costs) < 8000
+
+
+def test_rows_in_disorder_are_given_up(tmp_path: Path) -> None:
+    rows = weights((4000, 32))
+    base = write(tmp_path / "b", {"rows": rows})
+    order = np.cumsum(np.random.default_rng(0).integers(1, 4, 2000))
+    assert named(base, write(tmp_path / "t", {"some": rows[order % 4000]})) == {}
