@@ -24,6 +24,9 @@ _MAX_ROWS, _MAX_COLUMNS = 512, 16
 #: Heads and groups of heads begin at multiples of this row, up to that one.
 _HEAD_STEP, _HEAD_END = 8, 2048
 
+#: Halves of heads, whose rows alternate in some models, begin before this row.
+_HALF_HEAD_END = 257
+
 #: A first look is at so many elements; who is this far away or more is not looked at again.
 _GLANCE, _LIKELY = 16, 1.0
 
@@ -223,7 +226,7 @@ def _rows_of_parts(rows: int, part: int) -> list[int]:
     """Rows, but the first, where a part of so many rows of a tensor may begin: behind others of that size or
     of some heads, at its end, or where short pieces alternate."""
     if rows <= part:
-        return []
+        return [row for row in (1, 2, 3, *range(_HEAD_STEP, _HALF_HEAD_END, _HEAD_STEP)) if row < rows]
     found = {1, 2, 3, rows - part, rows - 2 * part}
     found |= set(range(part, rows, part)[:_MAX_ROWS])
     found |= {d for d in range(1, min(math.isqrt(part), _HEAD_END) + 1) if part % d == 0}

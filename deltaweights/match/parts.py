@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -92,6 +92,7 @@ class _Finder:
         self._candidates: Candidates | None = None
         self._known: dict[object, list[_Known]] = {}
         self._failures: Counter[object] = Counter()
+        self._apart: defaultdict[object, list[int]] = defaultdict(lambda: [1, 2, 0, 3])
         self._random = random.Random(0)  # noqa: S311
         self._left: float = _MAX_COST
         self._pieces = 0
@@ -102,11 +103,9 @@ class _Finder:
         known = self._known.setdefault(key, [])
         if self._failures[key] >= _MAX_COMPARED or self._pieces >= _MAX_PIECES:
             return
-        for groups in (*self._like_weight(tensor), *self._like_others(tensor, known)):
-            if gathered := self._checked(tensor, groups, _PLACES_AGAIN):
-                break
-        else:
-            gathered = self._searched(tensor) if self._failures[key] < _MAX_FAILURES else None
+        gathered = self._like_weight(tensor) or self._like_others(tensor, known, self._apart[key])
+        if not gathered and self._failures[key] < _MAX_FAILURES:
+            gathered = self._searched(tensor)
         if gathered:
             self.found[tensor] = gathered
             self._pieces += sum(len(group.pieces) for group in gathered.groups)
@@ -172,19 +171,21 @@ class _Finder:
                 return False
         return True
 
-    def _like_others(self, tensor: Tensor, known: Sequence[_Known]) -> Iterator[_Groups]:
-        """What tensors of the same name but for its numbers are made of, with these numbers."""
+    def _like_others(self, tensor: Tensor, known: Sequence[_Known], apart: list[int]) -> Gathered | None:
+        """What tensors of the same name but for its numbers are made of, with these numbers. A number that
+        the base's names lack is that of a part; so many times its size are parts ``apart``."""
         numbers = _numbers(tensor.name)
         for other in reversed(known):
             moves = [new - old for new, old in zip(numbers, other.numbers, strict=True)]
             tensors = {piece.tensor for group in other.groups for piece in group.pieces}
             twins = {one: self._twin(one, moves) for one in tensors}
-            depth = max(len(_numbers(one.name)) for one in tensors)
-            beyond = sum(moves[depth:]) * tensor.info.numel
-            # A number that the base's names lack is that of a part: of one tensor, or of alternating ones.
-            for distance in (beyond, 2 * beyond, 0, 3 * beyond) if beyond else (0,):
-                if groups := _moved(other.groups, twins, distance):
-                    yield groups
+            beyond = sum(moves[max(len(_numbers(one.name)) for one in tensors) :])
+            for distance in tuple(apart) if beyond else (0,):
+                groups = _moved(other.groups, twins, beyond * distance * tensor.info.numel)
+                if groups and (gathered := self._checked(tensor, groups, _PLACES_AGAIN)):
+                    apart.sort(key=lambda one: one != distance)
+                    return gathered
+        return None
 
     def _twin(self, tensor: Tensor, moves: Sequence[int]) -> Tensor | None:
         """The base tensor whose name has these numbers more."""
@@ -196,16 +197,16 @@ class _Finder:
         is_alike = twin and (twin.info.shape, twin.dtype) == (tensor.info.shape, tensor.dtype)
         return twin if is_alike else None
 
-    def _like_weight(self, tensor: Tensor) -> Iterator[_Groups]:
+    def _like_weight(self, tensor: Tensor) -> Gathered | None:
         """For a bias, what its weight is made of, with one element for each row."""
-        if not _is_bias(tensor.name):
-            return
-        for name in _weights(tensor.name):
+        for name in _weights(tensor.name) if _is_bias(tensor.name) else ():
             weight = self._target.find(name, tensor.path)
-            if weight in self.found and weight and weight.info.numel % tensor.info.numel == 0:
+            if weight and weight in self.found and weight.info.numel % tensor.info.numel == 0:
                 width = weight.info.numel // tensor.info.numel
-                if groups := self._row_by_row(self.found[weight].groups, width):
-                    yield groups
+                groups = self._row_by_row(self.found[weight].groups, width)
+                if groups and (gathered := self._checked(tensor, groups, _PLACES_AGAIN)):
+                    return gathered
+        return None
 
     def _row_by_row(self, groups: _Groups, width: int) -> _Groups | None:
         """The groups of rows, as groups of the elements of biases."""

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 
 from .candidates import Candidates, Place, resembling
-from .layouts import Block, Run, Solved, Strip, View, row_width
+from .layouts import Block, Run, Solved, Strip, View
 from .vectors import MIN_WIDTH, SAMPLE, Samples, tells
 
 #: Most strips of a view, and most runs of a strip that are found one by one.
@@ -76,10 +76,11 @@ class _StripSearch:
         self._samples = samples
         self._random = random.Random(0)  # noqa: S311
         self._recent: list[Run] = []
+        self._blocks: list[Block] = []
 
     def blocks(self) -> list[Block]:
         """The blocks, up to the first row that is nowhere."""
-        rows, row, blocks = self._strip.view.rows, 0, list[Block]()
+        rows, row, blocks = self._strip.view.rows, 0, self._blocks
         place: Place | None = self._place
         while place and len(blocks) < _MAX_RUNS:
             run = self._longest(row, place.run(rows - row))
@@ -131,24 +132,23 @@ class _StripSearch:
 
     def _predicted(self) -> list[Place]:
         """Where the next row should be, by the last runs: in the same tensors, or in those next in number."""
-        places: list[Place] = []
         recent = self._recent[-_RECENT:]
+        steps = {advance for block in self._blocks[-_RECENT:] for advance in block.advances if advance}
+        starts: list[tuple[Run, int]] = []
         for index in reversed(range(len(recent))):
             run = recent[index]
-            end = run.start + run.count * run.step
-            before = [r for r in recent[:index] if r.tensor is run.tensor]
-            if before:
-                places.append(Place(run.tensor, 2 * run.start - before[-1].start, run.stride))
-            places.append(Place(run.tensor, end, run.stride))
-            places += (
-                Place(run.tensor, run.start + d, run.stride) for d in self._candidates.steps(run.tensor)
-            )
+            before = (one for one in reversed(recent[:index]) if one.tensor is run.tensor)
+            starts += [(run, 2 * run.start - one.start) for one in before][:1]
+            starts.append((run, run.start + run.count * run.step))
+            starts += [(run, run.start + step) for step in (*steps, *self._candidates.steps(run.tensor))]
             for other in self._candidates.successors(run.tensor):
-                places.append(Place(other, run.start, run.stride))
-                places.append(Place(other, self._place.start % row_width(other), run.stride))
-        again = [Place(run.tensor, run.start, run.stride) for run in reversed(recent)]
-        kept = dict.fromkeys([*places, *again])
-        return [place for place in kept if 0 <= place.start < place.tensor.info.numel and self._fits(place)]
+                twin = Run(1, other, run.start, run.step, run.stride)
+                starts += [(twin, run.start), (twin, self._place.column)]
+        first = self._blocks[-1].runs[0]
+        starts.append((first, first.start + first.step))
+        starts += [(run, run.start) for run in reversed(recent)]
+        places = dict.fromkeys(Place(run.tensor, start, run.stride) for run, start in starts)
+        return [place for place in places if 0 <= place.start < place.tensor.info.numel and self._fits(place)]
 
     def _repeated(self, row: int) -> Block | None:
         """What follows if the last runs go on as they did twice."""

@@ -125,6 +125,20 @@ def grouped_heads() -> Pair:
     )
 
 
+def halves_of_heads() -> Pair:
+    """The rows that are rotated together are half a head apart, or neighbours, as in LLaMA's first files."""
+
+    def join(array: Weights) -> Weights:
+        halves = array.reshape(-1, 2, HEAD // 2, HIDDEN)
+        return halves.transpose(0, 2, 1, 3).reshape(-1, HIDDEN)
+
+    names = [f"attn.{part}_proj.weight" for part in "qk"]
+    shapes = (HEADS * HEAD, HIDDEN), (KV_HEADS * HEAD, HIDDEN)
+    return in_layers(
+        dense(*zip(names, shapes, strict=True)), lambda get: {name: join(get(name)) for name in names}
+    )
+
+
 def stacked(
     gate_up: Callable[[Weights, Weights], Weights],
     down: Callable[[Weights], Weights] = lambda array: array,
@@ -193,6 +207,7 @@ PAIRS: dict[str, Callable[[], Pair]] = {
     "mlp": fused_mlp,
     "heads": interleaved_heads,
     "grouped heads": grouped_heads,
+    "halves of heads": halves_of_heads,
     "stack": lambda: stacked(lambda g, u: np.concatenate([g, u])),
     "stack, with biases": lambda: stacked(lambda g, u: np.concatenate([g, u]), with_bias=True),
     "stack, transposed": lambda: stacked(lambda g, u: np.concatenate([g, u]).T, lambda d: d.T),
