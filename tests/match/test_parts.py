@@ -301,6 +301,44 @@ def test_heads_are_found_however_they_are_grouped(
     assert unlike(one, other, tuned(joined)) == {}
 
 
+@settings(deadline=None)
+@given(
+    count=st.integers(1, 12),
+    shape=st.tuples(*[st.sampled_from([32, 33, 48, 100])] * 2),
+    layout=st.sampled_from(["behind", "by turns", "apart"]),
+    is_transposed=st.booleans(),
+    is_split=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_experts_are_found_however_they_are_stacked(
+    tmp_path_factory: pytest.TempPathFactory,
+    count: int,
+    shape: tuple[int, int],
+    layout: str,
+    is_transposed: bool,
+    is_split: bool,
+    seed: int,
+) -> None:
+    """Two tensors of each expert, which are behind each other, alternate row by row, or are stacked apart."""
+    folder = tmp_path_factory.mktemp("pair")
+    single = {
+        f"layers.0.experts.{k}.{part}": weights(shape, 1000 * seed + 2 * k + (part == "v"))
+        for k in range(count)
+        for part in "wv"
+    }
+    of = {part: [single[f"layers.0.experts.{k}.{part}"] for k in range(count)] for part in "wv"}
+    if layout == "apart":
+        joined = {f"layers.0.{part}": np.stack(arrays) for part, arrays in of.items()}
+    else:
+        join = by_turns if layout == "by turns" else lambda one, other: np.concatenate([one, other])
+        joined = {"layers.0.wv": np.stack([join(*pair) for pair in zip(of["w"], of["v"], strict=True)])}
+    if is_transposed:
+        joined = {name: array.swapaxes(1, 2) for name, array in joined.items()}
+    base, target = (joined, single) if is_split else (single, joined)
+    state = tuned(target)
+    assert unlike(write(folder / "base", base, f32), write(folder / "target", state), state) == {}
+
+
 @pytest.mark.parametrize("is_stacked", [False, True])
 def test_experts_that_were_made_of_one_layer_are_found(tmp_path: Path, is_stacked: bool) -> None:
     base = dense(("mlp.gate", (FFN, HIDDEN)), ("mlp.up", (FFN, HIDDEN)))
