@@ -11,10 +11,11 @@ import msgspec
 
 from . import codec
 from .delta.opening import read_manifest
+from .entries import STATUSES, Status, TensorEntry
 from .errors import DeltaError
 from .license import rules
 from .license.rules import LicenseReport, LicenseText
-from .manifest import STATUSES, BaseRecord, FileRecord, Manifest, Status, TargetRecord, TensorEntry, Tool
+from .manifest import BaseRecord, FileRecord, Manifest, TargetRecord, Tool
 from .storage import Readable, Source, open_source
 
 

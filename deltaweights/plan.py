@@ -312,7 +312,8 @@ def _count_base_checks(target: TargetRecipe, delta: _Reads, base: _Reads) -> Non
         delta.head(recipe.delta_shard)
     delta.tables(recipes)
     target.read_tables(recipes)
-    base.spans((recipe.base_span(index) for recipe, index in sample_chunks(recipes)), is_check=True)
+    sample = sample_chunks(recipes)
+    base.spans((span for recipe, index in sample for span in recipe.base_spans(index)), is_check=True)
     for file in target.manifest.target.files:
         if file.stored == "base" and file.source not in proven:
             base.whole(file.source, is_check=True)
@@ -327,7 +328,8 @@ def _count_shard(shard: ShardRecipe, delta: _Reads, base: _Reads | None) -> None
     shard.target.read_tables(shard.tensors.values())
     delta.spans(recipe.data_span(index) for recipe, index in shard.chunks())
     if base:
-        base.spans(recipe.base_span(index) for recipe, index in shard.chunks() if recipe.needs_base(index))
+        needed = (recipe.base_spans(index) for recipe, index in shard.chunks() if recipe.needs_base(index))
+        base.spans(span for spans in needed for span in spans)
 
 
 def _memory(manifest: Manifest, sources: Iterable[Source], workers: Workers) -> int:

@@ -10,7 +10,8 @@ import pytest
 from deltaweights import apply_delta, verify_delta
 from deltaweights.codec import RECORD, Method
 from deltaweights.delta.chain import open_recipe
-from deltaweights.manifest import FORMAT_VERSION, STATUSES, Manifest
+from deltaweights.entries import STATUSES
+from deltaweights.manifest import FORMAT_VERSION, Manifest
 
 from . import independent_reader
 from .checkpoints import digests

@@ -32,8 +32,8 @@ PUBLIC: list[Any] = [
 #: For each folder, what stands in it, lowest rank first. Each may import from lower ranks only.
 RANKS: dict[str, tuple[str, ...]] = {
     "": (
-        "_exports _version dtypes errors workers",
-        "canonical",
+        "_exports _version dtypes errors recent workers",
+        "canonical entries",
         "codec manifest storage",
         "checkpoint",
         "payload",
@@ -49,7 +49,8 @@ RANKS: dict[str, tuple[str, ...]] = {
     "cli": ("options rendering", "session", "commands", "__init__"),
     "codec": (
         "constants convert kernel_arrays opaque processor tables working_memory",
-        "kernels library",
+        "quantized",
+        "kernels library predictions",
         "cache",
         "build",
         "jit",
@@ -83,7 +84,8 @@ RANKS: dict[str, tuple[str, ...]] = {
         "__init__",
     ),
     "delta": (
-        "opening shards faults",
+        "digests entry opening shards faults",
+        "bases",
         "recipes",
         "target_recipe",
         "rebuilt",
@@ -101,7 +103,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "runs",
         "advice parts",
         "names",
-        "duplicates",
+        "duplicates quantized",
         "__init__",
     ),
     "payload": ("chunks faults", "reader writer", "whole", "__init__"),

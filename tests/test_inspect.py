@@ -9,8 +9,9 @@ import pytest
 
 from deltaweights import Manifest, ManifestError, inspect_delta
 from deltaweights.cli.rendering import display_name
+from deltaweights.entries import STATUSES
 from deltaweights.inspect import summarise
-from deltaweights.manifest import STATUSES, License, TargetRecord
+from deltaweights.manifest import License, TargetRecord
 
 from .checkpoints import contents
 from .conftest import Trio

@@ -7,18 +7,18 @@ each column, with a stride.
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeAlias
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from ..dtypes import DTYPES
+from ..recent import Recent
 from ..storage.source import Span
 from .checkpoint import Tensor
 
@@ -68,23 +68,11 @@ class Group:
         return self.repeats * self.width
 
 
-class HeldExtents:
+class HeldExtents(Recent[NDArray[np.uint8]]):
     """The strided pieces that were read last, for all :class:`Gathered` that share it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._room = MAX_STRIDED_BYTES
-        self._held: OrderedDict[object, NDArray[np.uint8]] = OrderedDict()
-
-    def get(self, key: object, read: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8]:
-        """The bytes for ``key``, read now or before."""
-        with self._lock:
-            if key not in self._held:
-                while self._held and self._room < MAX_STRIDED_BYTES:
-                    self._room += self._held.popitem(last=False)[1].size
-                self._held[key] = read()
-                self._room -= self._held[key].size
-            return self._held[key]
+        super().__init__(MAX_STRIDED_BYTES)
 
 
 class Gathered:
@@ -243,6 +231,15 @@ class Gathered:
             return out
 
         return self._held.get((piece, repeats), read).view(self._kind)
+
+
+#: What a tensor is compared with.
+Base: TypeAlias = Tensor | Gathered
+
+
+def tensors_of(base: Base) -> list[Tensor]:
+    """The tensors that it is, or is made of."""
+    return [base] if isinstance(base, Tensor) else base.tensors
 
 
 def _piece_at(group: Group, within: int) -> tuple[Piece, int]:

@@ -8,13 +8,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import Checkpoint, Tensor
+from ..checkpoint import Base, Checkpoint, Gathered, Tensor
 from ..checkpoint.oddities import tell
-from ..codec import is_convertible, rescale
+from ..codec import Predictor, convert, element_bytes, is_convertible, rescale
 from ..dtypes import DTYPE_BITS
 from ..errors import DeltaWeightsError
 from .similarity import find_similar
@@ -38,17 +39,28 @@ CompiledRule = tuple[re.Pattern[str], str]
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
-    """A target tensor and the base tensor to code it against, if any. The first ``shared_bytes`` bytes of the
-    target tensor have counterparts in the base tensor.
+class FoundPrediction:
+    """A prediction, as the manifest names it (``method``, ``rank``), as it is stored, and to be used."""
 
-    ``like`` is another tensor of the target with the same bytes, which is coded in its place;
-    ``shared_bytes`` is 0 then."""
+    method: Literal["quantized", "low_rank"]
+    stored: bytes
+    predictor: Predictor
+    rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A target tensor and the base tensor to code it against, if any, or parts of several. The first
+    ``shared_bytes`` bytes of the target tensor have counterparts there.
+
+    ``prediction`` makes the base more like the target. ``like`` is another tensor of the target with the same
+    bytes, which is coded in its place; ``shared_bytes`` is 0 then."""
 
     target: Tensor
-    base: Tensor | None
+    base: Base | None
     shared_bytes: int
     like: Tensor | None = None
+    prediction: FoundPrediction | None = None
 
     def read(self, start: int, end: int) -> NDArray[np.uint8]:
         """The target tensor's bytes ``start`` to ``end``."""
@@ -57,11 +69,19 @@ class Match:
     def read_base(self, start: int, end: int) -> NDArray[np.uint8]:
         """The base tensor's bytes, in its own dtype, for the target tensor's bytes ``start`` to ``end``."""
         assert self.base is not None
-        dtypes = self.target.info.dtype, self.base.info.dtype
+        dtypes = self.target.dtype, self.base.dtype
         return _read(self.base, rescale(start, *dtypes), rescale(end, *dtypes))
 
+    def compared(self, base: NDArray[np.uint8], start: int) -> NDArray[np.uint8]:
+        """What the target's bytes from ``start`` on are compared with: the base's, from :meth:`read_base`, in
+        the target's dtype and as :attr:`prediction` changes them."""
+        assert self.base is not None
+        if self.prediction:
+            return self.prediction.predictor.predict(base, start // element_bytes(self.target.dtype, start))
+        return convert(base, self.base.dtype, self.target.dtype)
 
-def _read(tensor: Tensor, start: int, end: int) -> NDArray[np.uint8]:
+
+def _read(tensor: Base, start: int, end: int) -> NDArray[np.uint8]:
     out = np.empty(end - start, np.uint8)
     tensor.read_into(start, out)
     return out
@@ -190,10 +210,13 @@ def compile_rules(rename: Sequence[RenameRule]) -> list[CompiledRule]:
     return compiled
 
 
-def match_pair(target: Tensor, base: Tensor | None) -> Match:
-    """Match a target tensor with the base tensor found for it."""
-    shared = _shared_bytes(target, base) if base else 0
-    return Match(target, base, shared)
+def match_pair(target: Tensor, base: Base | None) -> Match:
+    """Match a target tensor with the base tensor found for it, or with parts."""
+    if isinstance(base, Gathered):
+        dtypes = base.dtype, target.dtype
+        is_known = dtypes[0] == dtypes[1] or is_convertible(*dtypes)
+        return Match(target, base, min(rescale(base.nbytes, *dtypes), target.nbytes) if is_known else 0)
+    return Match(target, base, _shared_bytes(target, base) if base else 0)
 
 
 def _shared_bytes(target: Tensor, base: Tensor) -> int:

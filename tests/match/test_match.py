@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaweights import DeltaWeightsError
-from deltaweights.checkpoint import Tensor, open_checkpoint
+from deltaweights.checkpoint import Base, Tensor, open_checkpoint
 from deltaweights.cli.session import kept_warnings
 from deltaweights.codec import is_convertible
 from deltaweights.dtypes import DTYPE_BITS
@@ -48,7 +48,8 @@ class Matcher:
             found = match_tensors(old, new, rename)
             assert [match.target for match in found] == new.tensors
 
-        def label(tensor: Tensor) -> str:
+        def label(tensor: Base) -> str:
+            assert isinstance(tensor, Tensor)
             return f"{tensor.shard.path.removesuffix('.safetensors')}:{tensor.info.name}"
 
         return {

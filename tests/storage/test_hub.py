@@ -53,7 +53,7 @@ def needed_bytes(delta: Path, base: Path) -> int:
     """How many of the base's bytes it takes to decode the delta."""
     with open_recipe(delta, base) as target:
         spans = [
-            recipe.base_span(index)
+            recipe.base_spans(index)[0]
             for file in target.manifest.target.files
             if file.stored == "tensors"
             for recipe, index in target.shard(file.path).chunks()
