@@ -39,6 +39,9 @@ _MAX_LEARNT = 32
 #: A comparison of so many rows takes as long as a small read.
 _ROWS_PER_READ = 200
 
+#: And so does one of so many names.
+_NAMES_PER_READ = 8
+
 #: A number that is a word of a name.
 NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 
@@ -163,7 +166,8 @@ class Candidates:
     def _places_near(self, view: View) -> Iterator[Place]:
         """Places in tensors of the same layer, those with the most similar names first."""
         name = view.tensor.name
-        tensors = self._by_layer.get((kind_of(view.tensor), layer_of(name)), [])[:_MAX_STARTS]
+        tensors = self._by_layer.get((kind_of(view.tensor), layer_of(name)), [])
+        self._samples.spend(len(tensors) / _NAMES_PER_READ)
         tensors = sorted(tensors, key=lambda t: -_common_prefix(t.name, name))
         found = 0
         for tensor in tensors:

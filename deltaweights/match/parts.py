@@ -21,14 +21,14 @@ from .runs import solve
 from .vectors import CLOSE, OutOfBudgetError, Samples, Vector, can_be_read, distances, kind_of
 
 #: What all searches and one search may cost, in small reads.
-_MAX_COST, _MAX_COST_EACH = 300_000, 80_000
+_MAX_COST, _MAX_COST_EACH = 120_000, 60_000
 
 #: So many tensors of a kind are searched for in vain, then the others of that kind are not; and so many are
 #: compared with what others of the kind are made of.
 _MAX_FAILURES, _MAX_COMPARED = 2, 64
 
 #: Most pieces of all tensors together.
-_MAX_PIECES = 1 << 19
+_MAX_ALL_PIECES = 1 << 19
 
 #: Places that are compared before anything is believed, the elements at each, and how many may be unlike.
 _PLACES, _ELEMENTS, _UNLIKE = 24, 16, 0.25
@@ -101,7 +101,7 @@ class _Finder:
         """Put what resembles the tensor into :attr:`found`."""
         key = fold(tensor.name), tensor.info.shape, kind_of(tensor)
         known = self._known.setdefault(key, [])
-        if self._failures[key] >= _MAX_COMPARED or self._pieces >= _MAX_PIECES:
+        if self._failures[key] >= _MAX_COMPARED or self._pieces >= _MAX_ALL_PIECES:
             return
         gathered = self._like_weight(tensor) or self._like_others(tensor, known, self._apart[key])
         if not gathered and self._failures[key] < _MAX_FAILURES:
@@ -109,7 +109,7 @@ class _Finder:
         if gathered:
             self.found[tensor] = gathered
             self._pieces += sum(len(group.pieces) for group in gathered.groups)
-            known[1:] = [*known[-1:], _Known(tensor, _numbers(tensor.name), gathered.groups)][-2:]
+            known[1:] = [*known[2:], _Known(tensor, _numbers(tensor.name), gathered.groups)]
         else:
             self._failures[key] += 1
 
@@ -203,12 +203,12 @@ class _Finder:
             weight = self._target.find(name, tensor.path)
             if weight and weight in self.found and weight.info.numel % tensor.info.numel == 0:
                 width = weight.info.numel // tensor.info.numel
-                groups = self._row_by_row(self.found[weight].groups, width)
+                groups = self._row_by_row(self.found[weight].groups, width, kind_of(tensor))
                 if groups and (gathered := self._checked(tensor, groups, _PLACES_AGAIN)):
                     return gathered
         return None
 
-    def _row_by_row(self, groups: _Groups, width: int) -> _Groups | None:
+    def _row_by_row(self, groups: _Groups, width: int, kind: str) -> _Groups | None:
         """The groups of rows, as groups of the elements of biases."""
         found = []
         for group in groups:
@@ -216,7 +216,12 @@ class _Finder:
             for piece in group.pieces:
                 numbers = piece.start, piece.step, piece.count
                 bias = self._bias_of(piece.tensor, width)
-                if not bias or piece.stride > 1 or any(number % width for number in numbers):
+                if (
+                    not bias
+                    or kind_of(bias) != kind
+                    or piece.stride > 1
+                    or any(number % width for number in numbers)
+                ):
                     return None
                 pieces.append(Piece(bias, *(number // width for number in numbers)))
             found.append(Group(group.repeats, tuple(pieces)))

@@ -26,7 +26,7 @@ def solve(view: View, step: int, candidates: Candidates, samples: Samples) -> li
         step: 2 if every second element of a row belongs together.
 
     Returns:
-        Lanes that are the whole view, and the blocks of each; None if there is no such thing. A single strip
+        Strips that are the whole view, and the blocks of each; None if there is no such thing. A single strip
         may lack its last rows.
     """
     strips = _strips(view, step, candidates, samples)

@@ -28,7 +28,6 @@ _FLAT = 4
 #: Elements at a distance are read with those between them if all together take up so many bytes at most.
 _EXTENT_BYTES = 1 << 16
 
-
 #: Numbers of this size or more count as 0, so that sums do not overflow.
 _HUGE = 1e30
 
