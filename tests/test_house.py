@@ -95,7 +95,17 @@ RANKS: dict[str, tuple[str, ...]] = {
     ),
     "license": ("table", "rules", "bom cards", "__init__"),
     "license/bom": ("facts", "cyclonedx spdx", "__init__"),
-    "match": ("similarity", "names", "duplicates quantized", "__init__"),
+    "match": (
+        "similarity",
+        "vectors",
+        "layouts",
+        "candidates",
+        "runs",
+        "advice parts",
+        "names",
+        "duplicates quantized",
+        "__init__",
+    ),
     "payload": ("chunks faults", "reader writer", "whole", "__init__"),
     "storage": (
         "hub_errors source system",
