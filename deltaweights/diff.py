@@ -7,6 +7,7 @@ checkpoint.
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -71,6 +72,8 @@ from .storage import (
     output_path,
 )
 from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches, result_of
+
+_log = logging.getLogger(__name__)
 
 #: What is hashed at a time.
 _BLOCK_BYTES = 1 << 20
@@ -271,6 +274,9 @@ def write_delta(
         folder.require_distinct([cards.CARD_NAME, MANIFEST_NAME, *texts, *writer.names(new.other_files)])
         _check_vacant(folder, force)
         matches = find_duplicates(new, matches, chunk_bytes, workers, glance)
+        for side, checkpoint in (("base", old), ("target", new)):
+            facts = checkpoint.source.where, len(checkpoint.shards), len(checkpoint.tensors)
+            _log.info("the %s is %s: %d shards, %d tensors", side, *facts)
         encoder = _Encoder(old, new, writer, workers, chunk_bytes, meter)
         base_files, target_files, entries = encoder.write_files(matches, base.files)
         base_record = BaseRecord(base.repo_id, base.revision, base.license.license, base_files)
@@ -287,6 +293,7 @@ def write_delta(
             chunk_bytes=chunk_bytes,
         )
         writer.write_manifest(manifest)
+        _log.info("wrote the delta to %s: %d bytes", folder.root, manifest.delta_bytes)
         return manifest
 
 
@@ -503,7 +510,8 @@ class _Encoder:
     ) -> tuple[TargetFile, list[TensorEntry]]:
         (path, matches), name = job
         if done := self._writer.finished_before(name):
-            self._meter.add(done.target.size)
+            self._meter.skip(done.target.size)
+            _log.info("%s: kept from an earlier run", path)
             return done.target, list(done.entries)
         shard, plans, entries = self._new.shards[path], self._plans(matches), []
         digests = _Digests(shard, self._passing, lane)
@@ -516,10 +524,14 @@ class _Encoder:
                     else:
                         written = output.payloads.write(plan, coded)
                     entries.append(_entry(match, written, self._old))
+                    _log_tensor(entries[-1], plan)
             digests.finish()
             self._new.source.require_sha256(path, digests.target)
             target = output.finish(digests.target, entries)
         self._meter.add(shard.header.data_start)
+        payloads = sum(entry.payload_bytes for entry in entries)
+        sizes = len(entries), shard.file.size, payloads
+        _log.info("%s: %d tensors, %d bytes, written as %d bytes of payloads to %s", path, *sizes, name)
         return target, entries
 
     @contextmanager
@@ -668,6 +680,15 @@ def _encode_row(row: _Row, target: NDArray[np.uint8], base: NDArray[np.uint8]) -
     if match.like:
         return [CodedChunk(0, 0, 0, b"", 0)] * (row.end - row.first)
     return encode_row(target, base if row.has_base else None, dtype, row.plan.chunk_bytes, base_dtype=source)
+
+
+def _log_tensor(entry: TensorEntry, plan: ChunkPlan) -> None:
+    base = entry.base.name if entry.base else None
+    counts = entry.changed, plan.count, plan.shared_count, entry.payload_bytes
+    _log.debug(
+        "%s: %s, %s %s, base tensor %s: %d elements changed; %d chunks, %d with a base; payload of %d bytes",
+        entry.name, entry.status, entry.dtype, list(entry.shape), base, *counts,
+    )  # fmt: skip
 
 
 def _entry(match: Match, written: WrittenPayload | None, old: Checkpoint) -> TensorEntry:
