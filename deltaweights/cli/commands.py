@@ -130,27 +130,25 @@ def diff(
     deltaweights diff org/base ./tuned -o delta --exclude 'checkpoint-*'
     """
     rules = rename_rules(rename or ())
-    with (
-        working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work,
-        work.progress() as shown,
-    ):
+    with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work:
         from ..diff import make_delta
 
-        manifest = make_delta(
-            base,
-            target,
-            output,
-            rename=rules,
-            base_repo=base_repo,
-            base_revision=base_revision,
-            base_license=base_license,
-            target_repo=target_repo,
-            target_license=target_license,
-            exclude=exclude or (),
-            force=force,
-            threads=threads,
-            progress=shown,
-        )
+        with work.progress() as shown:
+            manifest = make_delta(
+                base,
+                target,
+                output,
+                rename=rules,
+                base_repo=base_repo,
+                base_revision=base_revision,
+                base_license=base_license,
+                target_repo=target_repo,
+                target_license=target_license,
+                exclude=exclude or (),
+                force=force,
+                threads=threads,
+                progress=shown,
+            )
     _report_written(work, output, manifest, shown.done("diff"))
 
 
@@ -192,22 +190,20 @@ def push(
     """
     if create_pr and revision:
         raise typer.BadParameter("A pull request goes to the main branch.", param_hint="--revision")
-    with (
-        working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work,
-        work.progress() as shown,
-    ):
+    with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work:
         from ..push import push_delta
 
-        done = push_delta(
-            delta,
-            repo,
-            private=not public,
-            revision=revision,
-            message=message,
-            create_pr=create_pr,
-            accept_conflicts=accept_conflicts,
-            progress=shown,
-        )
+        with work.progress() as shown:
+            done = push_delta(
+                delta,
+                repo,
+                private=not public,
+                revision=revision,
+                message=message,
+                create_pr=create_pr,
+                accept_conflicts=accept_conflicts,
+                progress=shown,
+            )
     work.report(asdict(done), rendering.push_lines(done, work.seconds), with_costs=True)
 
 
@@ -275,13 +271,11 @@ def compact(
 
     deltaweights compact delta-1 delta-2 delta-3 -o one --base ./base
     """
-    with (
-        working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work,
-        work.progress() as shown,
-    ):
+    with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work:
         from ..compact import compact_deltas
 
-        manifest = compact_deltas(deltas, output, base=base, force=force, threads=threads, progress=shown)
+        with work.progress() as shown:
+            manifest = compact_deltas(deltas, output, base=base, force=force, threads=threads, progress=shown)
     _report_written(work, output, manifest, shown.done("diff"))
 
 
@@ -362,15 +356,13 @@ def verify(
     deltaweights verify delta
     deltaweights verify delta --base ./base --target ./model
     """
-    with (
-        working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug) as work,
-        work.progress() as shown,
-    ):
+    with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug) as work:
         from ..verify import verify_delta
 
-        found = verify_delta(
-            deltas, base=base, keep_base=keep_base, target=target, threads=threads, progress=shown
-        )
+        with work.progress() as shown:
+            found = verify_delta(
+                deltas, base=base, keep_base=keep_base, target=target, threads=threads, progress=shown
+            )
     lines = rendering.verify_lines(found, shown.done(), work.seconds, quiet=quiet)
     work.report({"ok": found.ok, **asdict(found)}, lines, with_costs=True, always=True)
     if not found.ok:

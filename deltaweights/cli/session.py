@@ -60,7 +60,8 @@ class Work:
         self._bytes = self._before
 
     def progress(self) -> AbstractContextManager[Phases]:
-        """What shows progress, inside the block."""
+        """What shows progress, inside the block. The clock starts here, after imports and questions."""
+        self._began = time.monotonic()
         return progress(quiet=self._quiet, as_log=self._is_logged)
 
     def end(self) -> None:
