@@ -683,11 +683,11 @@ def _encode_row(row: _Row, target: NDArray[np.uint8], base: NDArray[np.uint8]) -
 
 
 def _log_tensor(entry: TensorEntry, plan: ChunkPlan) -> None:
-    base = entry.base.name if entry.base else None
+    other = entry.base or entry.like
     counts = entry.changed, plan.count, plan.shared_count, entry.payload_bytes
     _log.debug(
-        "%s: %s, %s %s, base tensor %s: %d elements changed; %d chunks, %d with a base; payload of %d bytes",
-        entry.name, entry.status, entry.dtype, list(entry.shape), base, *counts,
+        "%s: %s, %s %s, compared with %s: %d elements changed; %d chunks, %d with a base; payload: %d bytes",
+        entry.name, entry.status, entry.dtype, list(entry.shape), other.name if other else "nothing", *counts,
     )  # fmt: skip
 
 

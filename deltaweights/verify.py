@@ -186,7 +186,8 @@ def _compare_rebuilt(
             if view.is_remote and isinstance(error, CheckpointError):
                 raise  # it says nothing about the delta
             return Problem("rebuilt", file.path, "different", " ".join(filter(None, (error.what, error.why))))
-        _log.info("%s: rebuilt in memory, SHA-256 %s", file.path, digest)
+        level = logging.INFO if file.stored == "tensors" else logging.DEBUG
+        _log.log(level, "%s: rebuilt in memory, SHA-256 %s", file.path, digest)
         if digest != file.sha256:
             return Problem("rebuilt", file.path, "different", f"SHA-256 is {digest}, not {file.sha256}")
         return None

@@ -68,3 +68,17 @@ def test_a_colon_makes_no_url(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     with OutputFolder(name) as folder:
         assert folder.root == Path(name)
+
+
+@pytest.mark.parametrize("name", ["./mymodel", "mymodel", "a/b/c", "../x/y", "~/nothing-there"])
+def test_a_path_that_is_nowhere_is_no_hub_id_either(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the Hub is not asked."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(CheckpointError) as caught:
+        open_source(name)
+    assert caught.value.what == f"There is no file or folder {name}"
+    assert "a repository on the Hub" in caught.value.why
+    assert "org/name" in caught.value.why
