@@ -35,7 +35,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
             target[LONG.format(layer, part)] = bf16(before * 1.01)
     for k in range(12):
         target[f"added.{'abcdefghijkl'[k]}.weight"] = bf16(weights((300 - k,), k))
-    target["copy.of." + LONG.format(1, "q")] = target[LONG.format(1, "q")]
+    target[LONG.format(1, "q").replace("model", "ema")] = target[LONG.format(1, "q")]
     for side, tensors in (("base", base), ("target", target)):
         write_safetensors(folder / side / "model.safetensors", tensors)
     card = "---\nlicense: other\nlicense_name: qwen\nlicense_link: LICENSE\n---\n"
