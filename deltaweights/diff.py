@@ -31,6 +31,7 @@ from .checkpoint.oddities import (
     is_pointer,
     oddities_of_base,
     oddities_of_target,
+    oddities_of_unrelated,
     tell,
 )
 from .delta.opening import read_manifest
@@ -146,11 +147,14 @@ def make_delta(
             ),
         )
         _warn_of_swapped(old, new, *sides)
+        matches = match_tensors(old, new, rename)
+        if matches and not any(match.base for match in matches):
+            tell(oddities_of_unrelated(new))
         return write_delta(
             old,
             new,
             delta,
-            match_tensors(old, new, rename),
+            matches,
             *sides,
             rename=rename,
             chunk_bytes=chunk_bytes,

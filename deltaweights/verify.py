@@ -152,6 +152,8 @@ def _compare(
 
     def compare(lane: Lane, record: FileRecord | TargetFile) -> Problem | None:
         size = source.sizes.get(record.path)
+        if size != record.size:
+            meter.skip(record.size)
         if size is None:
             return Problem(place, record.path, "missing", f"{record.size} bytes are expected")
         if size != record.size:

@@ -6,40 +6,39 @@ from collections.abc import Collection
 from pathlib import PurePosixPath
 
 _FROM_PYTORCH = (
-    "They are PyTorch's, in pickle files.",
-    "Convert them, for example with transformers: `AutoModelForCausalLM.from_pretrained(FOLDER)"
-    ".save_pretrained(NEW, safe_serialization=True)`; or save the state dict with "
-    "safetensors.torch.save_file.",
+    "PyTorch's weights, in pickle files",
+    "Load them with transformers and save the model with `save_pretrained(NEW, safe_serialization=True)`, or "
+    "save the state dict with safetensors.torch.save_file.",
 )
 _FROM_THE_SOURCE = (
     "Pass the safetensors checkpoint that it was {} from; on the Hub, its card mostly names it."
 )
 
-#: For the end of a file's name: why it is not read, and what to do.
+#: For the end of a file's name: what is in it, and what to do.
 _FORMATS: dict[str, tuple[str, str]] = {
     ".gguf": (
-        "GGUF files hold weights that were converted, and mostly quantised.",
+        "GGUF, weights that were converted and mostly quantised",
         _FROM_THE_SOURCE.format("converted"),
     ),
     ".bin": _FROM_PYTORCH,
     ".pt": _FROM_PYTORCH,
     ".pth": _FROM_PYTORCH,
     ".ckpt": (
-        "It is a checkpoint of PyTorch Lightning or TensorFlow, with more than weights in it.",
-        "Load it with what wrote it, and save the model with save_pretrained(..., safe_serialization=True), "
+        "a checkpoint of PyTorch Lightning or TensorFlow, with more than weights in it",
+        "Load it with what wrote it, and save the model with `save_pretrained(NEW, safe_serialization=True)` "
         "or its state dict with safetensors.torch.save_file.",
     ),
     ".h5": (
-        "Its weights are TensorFlow's or Keras's, in an HDF5 file.",
+        "TensorFlow's or Keras's weights, in an HDF5 file",
         "Load it with Keras or an older transformers (from_tf=True), and save the weights as safetensors.",
     ),
     ".msgpack": (
-        "Its weights are Flax's.",
+        "Flax's weights",
         "Load it with Flax or an older transformers (from_flax=True), and save the weights as safetensors.",
     ),
-    ".onnx": ("An ONNX file is a graph for inference.", _FROM_THE_SOURCE.format("exported")),
+    ".onnx": ("ONNX, a graph for inference", _FROM_THE_SOURCE.format("exported")),
     ".npz": (
-        "Its weights are NumPy's or MLX's.",
+        "weights of NumPy or MLX",
         "Load them, and save them with safetensors.numpy.save_file.",
     ),
 }
@@ -57,7 +56,7 @@ def advice(paths: Collection[str]) -> tuple[str, str]:
         found = sorted(path for path in paths if path.lower().endswith(ending) and _has_weights(path))
         if found:
             more = f" and {len(found) - 1} more" if found[1:] else ""
-            return f"It has {found[0]}{more}. {told[0]}", told[1]
+            return f"{found[0]}{more}: {told[0]}.", told[1]
     return _USUAL
 
 

@@ -8,7 +8,6 @@ import sys
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -152,7 +151,7 @@ def diff(
     _report_written(work, output, manifest, shown.done("diff"))
 
 
-def _report_written(work: Work, output: Path, manifest: Manifest, nbytes: int) -> None:
+def _report_written(work: Work, output: str, manifest: Manifest, nbytes: int) -> None:
     """What there is to know of a delta that was just written, from so many bytes of a target."""
     from ..inspect import summarise
 
@@ -210,7 +209,7 @@ def push(
 @app.command(rich_help_panel=_USE)
 def apply(
     deltas: Deltas,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")],
     base: BaseOption = None,
     keep_base: KeepBase = False,
     accept_license: AcceptLicense = None,
@@ -285,7 +284,7 @@ def plan(
     base: BaseOption = None,
     keep_base: KeepBase = False,
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--output", "-o", metavar="OUT", help="Count what stands there already as done."),
     ] = None,
     bandwidth: Annotated[
@@ -316,7 +315,7 @@ def _plan(
     delta: str,
     base: str | None,
     keep_base: bool,
-    output: Path | None,
+    output: str | None,
     bandwidth: list[str] | None,
     threads: int | None,
 ) -> None:
@@ -400,7 +399,7 @@ def bom(
         BomFormat, typer.Option("--format", help="CycloneDX 1.7 or SPDX 3.0.1, as JSON.")
     ] = BomFormat.cyclonedx,
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--output", "-o", metavar="FILE", help="The file to write; stdout by default."),
     ] = None,
     created: Annotated[

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from enum import Enum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,7 +28,7 @@ KeepBase = Annotated[
     bool,
     typer.Option("--keep-base", help="Download a base on the Hub into the Hub cache, and leave it there."),
 ]
-DeltaOut = Annotated[Path, typer.Option("--output", "-o", metavar="DELTA", help="The folder to write.")]
+DeltaOut = Annotated[str, typer.Option("--output", "-o", metavar="DELTA", help="The folder to write.")]
 Json = Annotated[
     bool,
     typer.Option("--json", help="One JSON object on stdout, errors too.", rich_help_panel=REPORTING),

@@ -132,8 +132,8 @@ def push_lines(report: PushReport, seconds: float) -> Iterator[str]:
     yield from _conflict_lines(report.conflicts)
     removed = f", {len(report.removed)} removed" if report.removed else ""
     who = "private" if report.private else "public"
-    sent = speed(report.nbytes, seconds) if report.uploaded else f"all was there, {elapsed(seconds)}"
-    done = f"{len(report.uploaded)} files" if report.uploaded else "0 files"
+    done = f"{len(report.uploaded)} files" if report.uploaded else "all was there"
+    sent = speed(report.nbytes, seconds)
     yield plain(f"{report.url}: commit {report.commit[:12]}, {who}, {done}{removed}; {sent}")
 
 

@@ -192,8 +192,9 @@ def _confirmed(names: str) -> bool:
     """Ask, if there is somebody to ask. Ctrl-C and Ctrl-D are a no."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
+    note(plain(f"To be accepted: {names}"))
     try:
-        return typer.confirm(plain(f"Do you accept {names}?"), err=True)
+        return typer.confirm("Do you accept?", err=True)
     except typer.Abort:
         return False
 

@@ -36,7 +36,7 @@ class Commands(TyperGroup):
                 given, prog_name, complete_var, False, windows_expand_args=windows_expand_args, **extra
             )
         except _UsageError as error:
-            _show(error, as_json="--json" in given)
+            _show(error, as_json=any(word.partition("=")[0] == "--json" for word in given))
             code = 2
         except typer.Abort:
             code = 130

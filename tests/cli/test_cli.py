@@ -23,7 +23,7 @@ from deltaweights.cli.commands import app
 from deltaweights.cli.session import FLAGS, in_flags
 from deltaweights.codec import jit
 
-from ..checkpoints import contents
+from ..checkpoints import bf16, contents, weights, write_safetensors
 from ..conftest import Trio
 
 #: The base of ``trio`` is not under an open license.
@@ -89,6 +89,25 @@ def test_diff_says_what_it_stores_whole_and_what_is_odd(trio: Trio, tmp_path: Pa
     report = parsed(run("diff", trio.base, target, "-o", tmp_path / "e", *options))
     assert report["warnings"] == []
     assert report["target"]["left_out"] == ["hf_token", "optimizer.pt"]
+
+
+@pytest.mark.parametrize("kind", ["delta", "adapter", "other"])
+def test_a_target_without_anything_of_the_base_is_warned_of(kind: str, trio: Trio, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    if kind == "delta":
+        shutil.copytree(trio.delta, target)
+    else:
+        name = "adapter_model.safetensors" if kind == "adapter" else "model.safetensors"
+        write_safetensors(target / name, {"another.name": bf16(weights((7, 11), 99))})
+    result = run("diff", trio.base, target, "-o", tmp_path / "d", "-q")
+    assert result.exit_code == 0
+    assert "Warning: No tensor of the target was found in the base" in result.stderr
+    cause = {
+        "delta": "is a delta itself: apply it",
+        "adapter": "PEFT adapter",
+        "other": "Is the base the right",
+    }
+    assert cause[kind] in result.stderr
 
 
 def test_inspect_shows_every_status_and_the_licenses(trio: Trio) -> None:
