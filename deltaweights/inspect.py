@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections import Counter
 from dataclasses import dataclass, fields, replace
@@ -17,6 +18,8 @@ from .license import rules
 from .license.rules import LicenseReport, LicenseText
 from .manifest import BaseRecord, FileRecord, Manifest, TargetRecord, Tool
 from .storage import Readable, Source, open_source
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,7 @@ def inspect_delta(delta: Readable) -> DeltaSummary:
 def load_manifest(delta: Readable) -> Manifest:
     """The manifest of the delta at ``delta``; raises as :func:`inspect_delta` does."""
     with open_source(delta) as source:
+        _log.info("reading the manifest of %s", source.where)
         return read_manifest(source)
 
 
@@ -131,6 +135,7 @@ def license_of(delta: Readable, *, texts: bool = False) -> LicenseReport:
         DeltaError: a text is not the one in the manifest.
     """
     with open_source(delta) as source:
+        _log.info("reading the licenses of %s", source.where)
         manifest = read_manifest(source)
         found = (
             LicenseText(record.path, record.size, record.sha256, _text(source, record) if texts else None)

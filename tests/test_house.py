@@ -45,8 +45,17 @@ RANKS: dict[str, tuple[str, ...]] = {
         "cli",
         "__init__ __main__",
     ),
-    "checkpoint": ("header index", "checkpoint", "gathered oddities", "__init__"),
-    "cli": ("options rendering", "session", "commands", "__init__"),
+    "checkpoint": ("header index other_formats", "checkpoint", "gathered oddities", "__init__"),
+    "cli": (
+        "layout options",
+        "rendering",
+        "streams",
+        "logs usage",
+        "progress",
+        "session",
+        "commands",
+        "__init__",
+    ),
     "codec": (
         "constants convert kernel_arrays opaque processor tables working_memory",
         "quantized",
@@ -108,6 +117,7 @@ RANKS: dict[str, tuple[str, ...]] = {
     ),
     "payload": ("chunks faults", "reader writer", "whole", "__init__"),
     "storage": (
+        "traffic",
         "hub_errors source system",
         "file_names local read_ahead",
         "hub_client output",
