@@ -94,13 +94,15 @@ def _content(source: Source, path: str) -> bytes:
 
 
 def read_card(source: Source) -> tuple[str, str]:
-    """A checkpoint's model card: its front matter, and the text below. Both are empty where it has none, or a
-    gigantic one."""
-    if source.sizes.get(CARD_NAME, _MAX_CARD_BYTES + 1) > _MAX_CARD_BYTES:
-        return "", ""
-    card = _content(source, CARD_NAME).decode("utf-8-sig", errors="replace")
-    block = FRONT_MATTER.match(card)
-    return (block["fields"], card[block.end() :]) if block else ("", card)
+    """A checkpoint's model card: its front matter, and the text below; of a gigantic one, the beginning."""
+    content = b""
+    for block in source.blocks(CARD_NAME) if CARD_NAME in source.sizes else ():
+        content += block
+        if len(content) > _MAX_CARD_BYTES:
+            break
+    card = content[:_MAX_CARD_BYTES].decode("utf-8-sig", errors="replace")
+    found = FRONT_MATTER.match(card)
+    return (found["fields"], card[found.end() :]) if found else ("", card)
 
 
 def _card_fields(source: Source) -> dict[str, object]:

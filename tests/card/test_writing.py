@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaweights import Manifest
-from deltaweights.card import write_card
+from deltaweights import Manifest, compact_deltas, make_delta
+from deltaweights.card import address_card, write_card
 from deltaweights.license.table import KNOWN, LISTED
 from deltaweights.manifest import (
     BaseRecord,
@@ -24,6 +25,7 @@ from deltaweights.manifest import (
     Tool,
 )
 
+from ..checkpoints import bf16, weights, write_safetensors
 from ..conftest import Trio
 
 
@@ -77,6 +79,186 @@ def test_the_card_in_the_delta_is_the_manifests(trio: Trio) -> None:
     assert (fields["license"], fields["license_name"]) == ("other", "qwen")
     assert f"{manifest.target_bytes:,} bytes" in ModelCard.load(trio.delta / "README.md").text
 
+
+# The fine-tune's own page ----------------------------------------------------------------------------
+
+README = """---
+license: mit
+library_name: transformers
+pipeline_tag: text-generation
+language: [en, no]
+base_model: [org/base, org/other]
+base_model_relation: merge
+tags: [code, transformers]
+model-index: 5
+---
+# Tuned *model*
+
+It is [good](eval.md), and looks ![so](assets/logo.png).
+
+```
+[not](a-link)
+"""
+
+
+def test_name_text_and_metadata_are_the_fine_tunes(tmp_path: Path) -> None:
+    page = _page(tmp_path, {"README.md": README, "eval.md": "x", "assets/logo.png": "x"})
+    assert _fields(page) == {
+        "base_model": "org/base",
+        "base_model_relation": "merge",
+        "license": "mit",
+        "library_name": "deltaweights",
+        "tags": ["code", "deltaweights", "delta", "safetensors"],
+        "pipeline_tag": "text-generation",
+        "language": ["en", False],
+    }
+    lines = ModelCard(page.decode()).text.strip().splitlines()
+    assert lines[0] == "# Tuned *model*"
+    assert "It is [good](files/eval.md), and looks ![so](files/assets/logo.png)." in lines
+    assert "[not](a-link)" in lines
+    own = lines.index("```", lines.index("[not](a-link)") - 1)
+    assert max(k for k, line in enumerate(lines) if "License of" in line) < own, "an open fence hides nothing"
+
+
+def test_the_page_is_the_same_every_time(tmp_path: Path) -> None:
+    pages = [_page(tmp_path / side, {"README.md": README, "eval.md": "x"}) for side in ("a", "b")]
+    assert pages[0] == pages[1]
+
+
+def test_a_page_of_the_base_s_text_is_not_made(tmp_path: Path) -> None:
+    page = _page(tmp_path, {"README.md": README}, {"README.md": README})
+    assert b"It is" not in page
+    assert "pipeline_tag" not in _fields(page)
+
+
+@pytest.mark.parametrize("target_repo", [None, "me/tuned"])
+def test_files_that_are_not_in_the_delta_as_they_are(tmp_path: Path, target_repo: str | None) -> None:
+    files = {"README.md": README, "eval.md": "packed\n" * 20_000}
+    page = _page(tmp_path, files, target_repo=target_repo).decode()
+    if target_repo:
+        assert "[good](https://huggingface.co/me/tuned/blob/main/eval.md)" in page
+        assert "![so](https://huggingface.co/me/tuned/resolve/main/assets/logo.png)" in page
+    else:
+        assert "It is good, and looks so." in page
+
+
+def test_a_file_of_the_base_is_found_there(tmp_path: Path) -> None:
+    page = _page(tmp_path, {"README.md": README, "eval.md": "x"}, {"docs/same.md": "x"}).decode()
+    assert "[good](https://huggingface.co/org/base/blob/main/docs/same.md)" in page
+
+
+@pytest.mark.parametrize("line", ["word " * 50 + "\n", "x" * (5 << 20), "é" * 300_000])
+def test_a_long_text_is_cut_and_says_so(tmp_path: Path, line: str) -> None:
+    text = "---\npipeline_tag: fill-mask\n---\n# Long\n\n" + line * max(1, 1_000_000 // len(line))
+    page = _page(tmp_path, {"README.md": text})
+    assert len(page) < 1 << 20
+    assert b"It is longer: all of it is in README.md of the rebuilt model" in page
+
+
+def test_characters_that_nobody_sees(tmp_path: Path) -> None:
+    page = _page(tmp_path, {"README.md": "# A\u202eB\x00\x1b[0m\u2066\r\nC\r\n"}).decode()
+    assert "# AB[0m\n" in page
+    assert page.endswith("\nC\n")
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069]", page)
+
+
+def test_a_base_that_nobody_names_on_the_hub(tmp_path: Path) -> None:
+    page = _page(tmp_path, {"README.md": README}, base_repo=None)
+    fields = _fields(page)
+    assert fields["base_model"] == ["org/base", "org/other"]
+    assert fields["base_model_relation"] == "merge"
+    assert "--base PATH_OF_THE_BASE" in page.decode()
+    assert 'apply_delta("PATH_OF_THIS_DELTA", "OUT", base="PATH_OF_THE_BASE")' in page.decode()
+
+
+def test_what_the_card_says_of_other_bases_is_not_kept(tmp_path: Path) -> None:
+    fields = _fields(_page(tmp_path, {"README.md": README}, base_repo="org/third"))
+    assert (fields["base_model"], fields["base_model_relation"]) == ("org/third", "finetune")
+
+
+def test_nothing_is_said_that_is_not_so(tmp_path: Path) -> None:
+    page = _page(tmp_path, {}, base_repo=None).decode()
+    assert "# A model, as a delta" in page
+    for word in ("None", "licenses/", "NOTICE", "Left out", "finetune", "transformers", "page follows"):
+        assert word not in page
+
+
+def test_a_delta_that_needs_no_base_asks_for_none(tmp_path: Path) -> None:
+    page = _page(tmp_path, {"README.md": "# New\n"}, base_repo=None, tensor="another").decode()
+    assert "needs no base" in page
+    assert "PATH_OF_THE_BASE" not in page
+
+
+@pytest.mark.parametrize(
+    ("config", "call"),
+    [
+        (
+            '{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}',
+            'from_pretrained("PATH_OF_THIS_DELTA")',
+        ),
+        (
+            '{"model_type": "x", "architectures": ["X"], "auto_map": {"AutoModel": "x.X"}}',
+            'from_pretrained("PATH_OF_THIS_DELTA", trust_remote_code=True)',
+        ),
+        ('{"model_type": "demo"}', None),
+        ("[" * 100_000, None),
+        ("[]", None),
+        ("\xff", None),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_model_of_transformers_is_loaded_as_one(tmp_path: Path, config: str, call: str | None) -> None:
+    page = _page(tmp_path, {"config.json": config}).decode()
+    assert call in page if call else "from_pretrained" not in page
+
+
+def test_the_place_is_put_into_the_commands_and_nowhere_else(tmp_path: Path) -> None:
+    text = "# PATH_OF_THIS_DELTA\n\n<!-- how to use a/b -->a/b<!-- end of how to use it -->\n"
+    page = _page(tmp_path, {"README.md": text})
+    first = address_card(page, "me/one")
+    assert first.count(b"PATH_OF_THIS_DELTA") == 1
+    assert b"deltaweights apply me/one -o OUT\n" in first
+    assert b">a/b<" in first
+    assert address_card(first, "me/one@v2") == address_card(page, "me/one@v2")
+    assert address_card(b"# By hand\n", "me/one") == b"# By hand\n"
+
+
+def test_a_compacted_chain_has_the_last_ones_page(tmp_path: Path) -> None:
+    _page(tmp_path, {"README.md": "# First\n"})
+    _write(tmp_path / "next", {"README.md": README, "eval.md": "x"}, "weight", 9)
+    make_delta(tmp_path / "target", tmp_path / "next", tmp_path / "step")
+    compact_deltas([tmp_path / "delta", tmp_path / "step"], tmp_path / "whole", base=tmp_path / "base")
+    page = (tmp_path / "whole" / "README.md").read_text()
+    assert "# Tuned *model*" in page
+    assert "[good](files/eval.md)" in page
+    assert _fields(page.encode())["base_model"] == "org/base"
+    assert "First" not in page
+
+
+def _page(
+    folder: Path,
+    target: dict[str, str],
+    base: dict[str, str] | None = None,
+    *,
+    base_repo: str | None = "org/base",
+    tensor: str = "weight",
+    **options: Any,
+) -> bytes:
+    """The card of the delta of two small checkpoints with these other files."""
+    _write(folder / "base", base or {}, "weight", 1)
+    _write(folder / "target", target, tensor, 2)
+    make_delta(folder / "base", folder / "target", folder / "delta", base_repo=base_repo, **options)
+    return (folder / "delta" / "README.md").read_bytes()
+
+
+def _write(folder: Path, files: dict[str, str], tensor: str, seed: int) -> None:
+    write_safetensors(folder / "model.safetensors", {tensor: bf16(weights((20, 10), seed))})
+    for path, text in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(text.encode())
+
+
+# Licenses --------------------------------------------------------------------------------------------
 
 HUB_IDS = {terms.hub for terms in (*KNOWN, *LISTED) if terms.hub}
 texts = st.text(st.characters(codec="utf-8"), max_size=12)

@@ -115,8 +115,9 @@ def test_a_card_nested_like_a_bomb_is_no_error(tmp_path: Path) -> None:
     assert len(_license_of(tmp_path, card.encode()).id or "") < 10_000
 
 
-def test_a_gigantic_card_is_not_read(tmp_path: Path) -> None:
-    assert _license_of(tmp_path, b"---\nlicense: mit\n---\n" + bytes(5 << 20)).id is None
+def test_of_a_gigantic_card_the_beginning_is_read(tmp_path: Path) -> None:
+    assert _license_of(tmp_path, b"---\nlicense: mit\n---\n" + bytes(5 << 20)).id == "mit"
+    assert _license_of(tmp_path, b"---\n" + bytes(5 << 20) + b"\nlicense: mit\n---\n").id is None
 
 
 def test_reading_a_card_prints_and_warns_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
