@@ -172,7 +172,7 @@ def _what_it_is(manifest: Manifest) -> str:
         what = f"It holds what {name} adds to {its_base}, which stays where it is."
     return (
         f"**This is a delta, not a whole model.** {what} The program deltaweights gives the model's files "
-        "back, byte for byte. Each is compared with the SHA-256 in `deltaweights.json` before it is named."
+        "back, byte for byte, and checks the SHA-256 of each."
     )
 
 
