@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pytest
 import zstandard
+from huggingface_hub import ModelCard
 from typer.testing import CliRunner, Result
 
 from deltaweights import (
@@ -149,6 +150,25 @@ def test_the_page_s_commands_work_as_they_stand(
     shutil.rmtree(tmp_path / "OUT")
     exec(python, {})  # noqa: S102
     assert contents(tmp_path / "OUT") == contents(release.target)
+
+
+def test_the_hub_takes_the_page_of_any_fine_tune(writer: HubServer, release: Release, tmp_path: Path) -> None:
+    """Metadata that it would refuse are left out, not sent."""
+    target = shutil.copytree(release.target, tmp_path / "target")
+    (target / "README.md").write_text(
+        "---\nlanguage: no\nlanguage: en\nx: !!python/name:os.system ''\nbase_model: ./base\nmodel-index: 5\n"
+        "self: a\n1: b\ndate: 2024-13-45\npipeline_tag: fill-mask\n---\n# Mine\n\n---\nlicense: none\n---\n"
+    )
+    make_delta(release.base, target, tmp_path / "delta", base_repo="org/base", target_license="mit")
+    push_delta(tmp_path / "delta", REPO)
+    page = ModelCard(published(writer)["README.md"].decode())
+    fields: dict[str, Any] = page.data.to_dict()  # type: ignore[no-untyped-call]
+    assert (fields["pipeline_tag"], fields["base_model"], fields["license"]) == (
+        "fill-mask",
+        "org/base",
+        "mit",
+    )
+    assert page.text.lstrip().startswith("# Mine\n")
 
 
 def test_a_delta_that_was_on_the_hub_gets_its_new_place(

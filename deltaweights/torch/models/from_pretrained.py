@@ -32,7 +32,7 @@ def from_pretrained(
     model_class: type[Any] | None = None,
     threads: int | None = None,
     progress: ProgressCallback | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> PreTrainedModel:
     """The target as a model of transformers, as its ``from_pretrained`` makes it of the rebuilt folder: the
     same weights, ties, config and generation config, in evaluation mode. No weights are written to disk.
@@ -62,7 +62,7 @@ def from_pretrained(
         raise CheckpointError(
             "The model cannot be made", f"{error}.", "Install transformers: pip install 'transformers>=5'."
         ) from error
-    dtype = dtype or kwargs.pop("torch_dtype", None) or "auto"  # its name before transformers 5
+    former = kwargs.pop("torch_dtype", None)  # its name before transformers 5
     with tempfile.TemporaryDirectory(prefix="deltaweights-") as folder:
         files = write_files(delta, folder, base)
         if "config.json" not in files:
@@ -77,14 +77,16 @@ def from_pretrained(
         place = "cpu" if "device_map" in kwargs else device
         state = load_state_dict(delta, base, device=place, threads=threads, progress=progress)
         model: PreTrainedModel = kind.from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, **options
+            None, config=config, state_dict=state, dtype=dtype or former or "auto", **options
         )
         if model.can_generate():
             model.generation_config = _generation_config(folder, files)
     return model
 
 
-def _read_config(folder: str, trust_remote_code: bool, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _read_config(
+    folder: str, trust_remote_code: bool, kwargs: dict[str, object]
+) -> tuple[Any, dict[str, Any]]:
     """The target's config, with the values that ``kwargs`` have for it; and the rest of them."""
     import transformers
 
