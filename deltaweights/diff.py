@@ -430,7 +430,6 @@ class _Encoder:
         with ThreadPoolExecutor(1) as aside:
             try:
                 digesting = aside.submit(self._digest_base)
-                aside.submit(cards.prepare)
                 shards, entries = self._write_shards(by_shard)
                 digests = result_of(digesting)
                 base_files = self._base_records(digests, known)

@@ -38,6 +38,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "checkpoint",
         "payload",
         "license match",
+        "card",
         "delta",
         "bom diff inspect patch",
         "compact plan verify",
@@ -45,6 +46,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "cli",
         "__init__ __main__",
     ),
+    "card": ("front_matter links", "writing", "__init__"),
     "checkpoint": ("header index other_formats", "checkpoint", "gathered oddities", "__init__"),
     "cli": (
         "layout options",
