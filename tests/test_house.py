@@ -106,7 +106,7 @@ RANKS: dict[str, tuple[str, ...]] = {
     "torch": ("tensors wholeness wrappers", "dcp models stream", "__init__"),
     "torch/dcp": ("boxes", "record", "base", "folder write", "storage", "__init__"),
     "torch/models": (
-        "memory pretrained",
+        "memory pretrained training_state",
         "conversion layout",
         "load",
         "checkpoints from_pretrained save",

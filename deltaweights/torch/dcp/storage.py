@@ -44,11 +44,12 @@ from ...errors import CheckpointError, DeltaError, DeltaWeightsError, OutputErro
 from ...match.names import RenameRule, compile_rules
 from ...storage import Location, Readable, is_same, local_path, open_source, output_path
 from ...workers import Workers
+from ..tensors import first_line
 from .base import BaseTensors
 from .boxes import Box
 from .folder import DeltaFolder, StoredPart, open_base
 from .record import RECORD_NAME, CheckpointRecord, parse_record
-from .write import create_file, first_line, load_value, make_record, require_storable, write_items
+from .write import create_file, load_value, make_record, require_storable, write_items
 
 #: The files of all saves to a folder, complete or not.
 _FILE_NAME = re.compile(r"delta-\d{5,}-[0-9a-f]{16}\.safetensors(\.partial)?", re.ASCII)

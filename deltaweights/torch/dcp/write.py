@@ -27,6 +27,7 @@ from ...match.names import CompiledRule
 from ...payload import ChunkPlan, CodedChunk, PayloadFile, encode_row
 from ...storage import PartialFile
 from ...workers import Workers
+from ..tensors import first_line
 from .base import BasePart, BaseTensors, find_counterpart
 from .boxes import Box, fill
 from .record import (
@@ -204,11 +205,6 @@ def load_value(data: bytes) -> Any:
         if sum(members[name].file_size for name in pickles) > _MOST_PICKLE or sum(objects) > _MOST_OBJECTS:
             raise ValueError("it has too many parts")
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-def first_line(error: Exception) -> str:
-    """An error's message without advice that does not apply here."""
-    return str(error).partition("\n")[0]
 
 
 def _name(dtype: torch.dtype) -> str:
