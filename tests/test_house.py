@@ -32,7 +32,7 @@ PUBLIC: list[Any] = [
 #: For each folder, what stands in it, lowest rank first. Each may import from lower ranks only.
 RANKS: dict[str, tuple[str, ...]] = {
     "": (
-        "_exports _version dtypes errors workers",
+        "_exports _version dtypes errors recent workers",
         "canonical",
         "codec manifest storage",
         "checkpoint",
@@ -45,7 +45,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "cli",
         "__init__ __main__",
     ),
-    "checkpoint": ("header index", "checkpoint", "oddities", "__init__"),
+    "checkpoint": ("header index", "checkpoint", "gathered oddities", "__init__"),
     "cli": ("options rendering", "session", "commands", "__init__"),
     "codec": (
         "constants convert kernel_arrays opaque processor tables working_memory",

@@ -1,12 +1,18 @@
 """What a checkpoint is: headers, shards, tensors."""
 
 from .checkpoint import Checkpoint, Shard, Tensor, open_checkpoint, read_header, read_shard
+from .gathered import MAX_STRIDED_BYTES, Gathered, Group, HeldExtents, Piece
 from .header import MAX_HEADER_BYTES, Header, TensorInfo, build_header, parse_header
 
 __all__ = [
     "MAX_HEADER_BYTES",
+    "MAX_STRIDED_BYTES",
     "Checkpoint",
+    "Gathered",
+    "Group",
     "Header",
+    "HeldExtents",
+    "Piece",
     "Shard",
     "Tensor",
     "TensorInfo",
