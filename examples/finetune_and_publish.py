@@ -90,9 +90,7 @@ def main() -> None:
         with DeltaCheckpointer(checkpoints, base, anchor_every=3) as checkpointer:
             train(model, STEPS, DeltaCallback(checkpointer, EVERY), folder)
         count = len(list_checkpoints(checkpoints))
-        weights = sum(
-            map(size_of, checkpoints.glob("step-*"))
-        )  # what is beside them is the optimizer's state
+        weights = sum(map(size_of, checkpoints.glob("step-*")))  # without the optimizer's states
         print(f"weights of {count} checkpoints: {weights / (count * size_of(base)):.1%} of full ones")
 
         # Later, in another process: go on from the last one. Its weights are those that were saved, and so is
