@@ -96,7 +96,7 @@ RANKS: dict[str, tuple[str, ...]] = {
     "match": ("similarity", "names", "duplicates", "__init__"),
     "payload": ("chunks faults", "reader writer", "whole", "__init__"),
     "storage": (
-        "hub_errors source system",
+        "hub_errors patience source system",
         "file_names local read_ahead",
         "hub_client output",
         "hub hub_upload",

@@ -400,7 +400,7 @@ def describe(manifest: Manifest, texts: Mapping[str, bytes] | None = None) -> Li
         expression=expression_of(manifest.target.license, manifest.base.license),
         conflicts=whole.conflicts,
         notice=whole.notice,
-        to_accept=tuple(terms.spdx for terms in unaccepted(manifest, texts=texts)),
+        to_accept=tuple(terms.spdx for terms in unaccepted(manifest, (), texts)),
     )
 
 
