@@ -16,7 +16,7 @@ from typing import Literal
 
 from .checkpoint import Shard
 from .codec.library import prebuilt
-from .delta.opening import open_base, read_manifest, require_whole
+from .delta.opening import license_texts, open_base, read_manifest, require_whole
 from .delta.recipes import ShardRecipe, TensorRecipe
 from .delta.target_recipe import TargetRecipe
 from .errors import BaseMismatchError
@@ -186,7 +186,7 @@ def plan_apply(
             memory=_memory(manifest, [side.source for side in reads if side], workers),
             disk=tuple(_spaces(sum(file.size for file in missing), out, kept)),
             transfers=tuple(Transfer(bits, 8 * nbytes / bits) for bits in bandwidth),
-            license=describe(manifest),
+            license=describe(manifest, license_texts(source, manifest)),
         )
 
 

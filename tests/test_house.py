@@ -120,7 +120,7 @@ RANKS: dict[str, tuple[str, ...]] = {
     "payload": ("chunks faults", "reader writer", "whole", "__init__"),
     "storage": (
         "traffic",
-        "hub_errors source system",
+        "hub_errors patience source system",
         "file_names local read_ahead",
         "hub_client output",
         "hub hub_upload",
@@ -130,7 +130,7 @@ RANKS: dict[str, tuple[str, ...]] = {
     "torch": ("tensors wholeness wrappers", "dcp models stream", "__init__"),
     "torch/dcp": ("boxes", "record", "base", "folder write", "storage", "__init__"),
     "torch/models": (
-        "memory pretrained",
+        "memory pretrained training_state",
         "conversion layout",
         "load",
         "checkpoints from_pretrained save",
