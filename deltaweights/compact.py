@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -20,6 +21,8 @@ from .patch import check_base, check_licenses
 from .payload import CHUNK_BYTES
 from .storage import Location, Readable, output_path
 from .workers import ProgressCallback, Workers
+
+_log = logging.getLogger(__name__)
 
 
 def compact_deltas(
@@ -42,8 +45,7 @@ def compact_deltas(
         delta: the folder to write; new or empty, or an interrupted run's.
         base: the first delta's base; if None, the repository that its manifest names, at its commit.
         chunk_bytes, force, threads: as for :func:`make_delta`.
-        progress: called with a phase, the amount done and the total: "check base" (in chunks) and "diff" (in
-            bytes).
+        progress: called with a phase, bytes done and total bytes: "check base" and "diff".
 
     Returns:
         The manifest that was written. It takes the base from the first manifest and the target from the last
@@ -70,6 +72,7 @@ def compact_deltas(
         new = Checkpoint(RebuiltSource(target))
         check_place(delta, old, new)
         check_licenses(target)
+        _log.info("compacting %s", ", ".join(link.source.where for link in links(target)))
         with Workers(threads) as workers:
             workers.at_stop(target.cancel)
             check_base(target, workers, progress=progress)

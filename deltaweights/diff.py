@@ -7,6 +7,7 @@ checkpoint.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from .checkpoint.oddities import (
     is_pointer,
     oddities_of_base,
     oddities_of_target,
+    oddities_of_unrelated,
     tell,
 )
 from .delta.digests import CodedBatch, PassingDigest, ShardDigests, base_spans, is_far, passing_shards
@@ -69,6 +71,8 @@ from .storage import (
     output_path,
 )
 from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches, result_of
+
+_log = logging.getLogger(__name__)
 
 
 def make_delta(
@@ -138,11 +142,14 @@ def make_delta(
             ),
         )
         _warn_of_swapped(old, new, *sides)
+        matches = match_tensors(old, new, rename)
+        if matches and not any(match.base for match in matches):
+            tell(oddities_of_unrelated(new))
         return write_delta(
             old,
             new,
             delta,
-            match_tensors(old, new, rename),
+            matches,
             *sides,
             rename=rename,
             chunk_bytes=chunk_bytes,
@@ -267,6 +274,9 @@ def write_delta(
         _check_vacant(folder, force)
         matches = find_quantized(matches, old, new)
         matches = find_duplicates(new, matches, chunk_bytes, workers, glance)
+        for side, checkpoint in (("base", old), ("target", new)):
+            facts = checkpoint.source.where, len(checkpoint.shards), len(checkpoint.tensors)
+            _log.info("the %s is %s: %d shards, %d tensors", side, *facts)
         encoder = _Encoder(old, new, writer, workers, chunk_bytes, meter)
         base_files, target_files, entries = encoder.write_files(matches, base.files)
         base_record = BaseRecord(base.repo_id, base.revision, base.license.license, base_files)
@@ -283,6 +293,7 @@ def write_delta(
             chunk_bytes=chunk_bytes,
         )
         writer.write_manifest(manifest)
+        _log.info("wrote the delta to %s: %d bytes", folder.root, manifest.delta_bytes)
         return manifest
 
 
@@ -419,7 +430,6 @@ class _Encoder:
         with ThreadPoolExecutor(1) as aside:
             try:
                 digesting = aside.submit(self._digest_base)
-                aside.submit(cards.prepare)
                 shards, entries = self._write_shards(by_shard)
                 digests = result_of(digesting)
                 base_files = self._base_records(digests, known)
@@ -481,7 +491,8 @@ class _Encoder:
     ) -> tuple[TargetFile, list[TensorEntry]]:
         (path, matches), name = job
         if done := self._writer.finished_before(name):
-            self._meter.add(done.target.size)
+            self._meter.skip(done.target.size)
+            _log.info("%s: kept from an earlier run", path)
             return done.target, list(done.entries)
         shard, plans, entries = self._new.shards[path], self._plans(matches), []
         digests = ShardDigests(shard, self._passing, lane)
@@ -495,10 +506,14 @@ class _Encoder:
                         stored = match.prediction.stored if match.prediction else b""
                         written = output.payloads.write(plan, coded, prediction=stored)
                     entries.append(entry_of(match, written, self._old))
+                    _log_tensor(entries[-1], plan)
             digests.finish()
             self._new.source.require_sha256(path, digests.target)
             target = output.finish(digests.target, entries)
         self._meter.add(shard.header.data_start)
+        payloads = sum(entry.payload_bytes for entry in entries)
+        sizes = len(entries), shard.file.size, payloads
+        _log.info("%s: %d tensors, %d bytes, written as %d bytes of payloads to %s", path, *sizes, name)
         return target, entries
 
     @contextmanager
@@ -563,3 +578,12 @@ def _encode_row(row: _Row, target: NDArray[np.uint8], base: NDArray[np.uint8]) -
         base_dtype=source,
         predict=predict,
     )
+
+
+def _log_tensor(entry: TensorEntry, plan: ChunkPlan) -> None:
+    other = entry.base or entry.like
+    counts = entry.changed, plan.count, plan.shared_count, entry.payload_bytes
+    _log.debug(
+        "%s: %s, %s %s, compared with %s: %d elements changed; %d chunks, %d with a base; payload: %d bytes",
+        entry.name, entry.status, entry.dtype, list(entry.shape), other.name if other else "nothing", *counts,
+    )  # fmt: skip

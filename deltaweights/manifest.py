@@ -149,6 +149,12 @@ class Manifest(_Facts):
         """Size of the delta: its files and the manifest itself (the model card is not counted)."""
         return sum(file.size for file in self.files) + len(self.to_json())
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether any byte of the target comes from the base."""
+        files = any(file.stored == "base" for file in self.target.files)
+        return files or any(entry.shared_bytes for entry in self.tensors)
+
     def to_json(self) -> bytes:
         """Canonical JSON: UTF-8, keys sorted, no white space, one line feed at the end."""
         fields = self._fields()

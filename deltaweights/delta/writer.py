@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 
 import msgspec
 
+from ..card import write_card
 from ..checkpoint import MAX_HEADER_BYTES, Shard
 from ..codec import RECORD, compress_blocks
 from ..entries import Kind, Rows, TensorEntry, from_rows, to_rows
@@ -185,7 +186,7 @@ class DeltaWriter:
         self._folder.remove_claims(keep=[file.path for file in manifest.files])
         self._folder.claim([cards.CARD_NAME, MANIFEST_NAME])
         for path, content in (
-            (cards.CARD_NAME, cards.write_card(manifest)),
+            (cards.CARD_NAME, write_card(manifest, self._target)),
             (MANIFEST_NAME, Manifest.from_json(manifest.to_json()).to_json()),  # checked as a reader would
         ):
             with self._folder.create(path) as file:

@@ -94,10 +94,10 @@ def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameR
         DeltaWeightsError: a rename rule is not a valid regular expression or replacement.
         CheckpointError: a file of the base is broken that should hold a tensor of the target's.
     """
-    names = _Names(compile_rules(rename), target)
+    names = Names(compile_rules(rename), [tensor.name for tensor in target.tensors] if rename else ())
     found: dict[Tensor, Tensor] = {}
     for tensor in target.tensors:
-        if candidate := find_named(base, names.of_base(tensor), tensor):
+        if candidate := find_named(base, names.of_base(tensor.name), tensor):
             found[tensor] = candidate
     used = set(found.values())
     unmatched = [tensor for tensor in target.tensors if tensor not in found]
@@ -112,13 +112,13 @@ def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameR
     by_name = {  # a rule is the user's word
         tensor: other
         for tensor, other in found.items()
-        if tensor.info.shape == other.info.shape and names.of_base(tensor) == tensor.name
+        if tensor.info.shape == other.info.shape and names.of_base(tensor.name) == tensor.name
     }
     found.update(find_similar(by_name, unmatched, base, target))
     for tensor in unmatched if base.broken else ():
         if tensor not in found:
-            base.require_found(names.of_base(tensor), tensor.path)
-    tell(names.useless(base))
+            base.require_found(names.of_base(tensor.name), tensor.path)
+    tell(names.useless(lambda name: bool(base.named(name))))
     return [match_pair(tensor, found.get(tensor)) for tensor in target.tensors]
 
 
@@ -131,40 +131,37 @@ def find_named(base: Checkpoint, name: str, target: Tensor) -> Tensor | None:
     return base.closest(name, target.path, misfit)
 
 
-def renamed(name: str, rules: Sequence[CompiledRule]) -> str:
-    """The base's name for the tensor that the target calls ``name``."""
-    for pattern, replacement in rules:
-        name = pattern.sub(replacement, name)
-    return name
-
-
-class _Names:
+class Names:
     """The base's names for the tensors of a target, by rename rules, one after the other.
 
     A rule that fits names of the target's own does not take up what an earlier rule put in: else
     ``layers.3=layers.2`` and ``layers.2=layers.1`` would move layer 3 twice.
+
+    Args:
+        rules: as :func:`compile_rules` gives them.
+        names: of all of the target's tensors.
     """
 
-    def __init__(self, rules: Sequence[CompiledRule], target: Checkpoint) -> None:
+    def __init__(self, rules: Sequence[CompiledRule], names: Iterable[str]) -> None:
         self._rules = rules
         self._by_name: dict[str, str] = {}
         self._results: list[set[str]] = [set() for _ in rules]
-        given = {tensor.name for tensor in target.tensors} if rules else set()
+        given = set(names)
         self._fits_own = [any(map(pattern.search, given)) for pattern, _ in rules]
         for name in given:
             self._by_name[name] = self._rename(name)
 
-    def of_base(self, tensor: Tensor) -> str:
+    def of_base(self, name: str) -> str:
         """The name to look for in the base."""
-        return self._by_name.get(tensor.name, tensor.name)
+        return self._by_name.get(name, name)
 
-    def useless(self, base: Checkpoint) -> Iterator[str]:
-        """What the rules say that had no effect."""
+    def useless(self, is_in_base: Callable[[str], bool]) -> Iterator[str]:
+        """What to say of rules that had no effect. ``is_in_base`` says whether the base has a name."""
         for (pattern, replacement), results in zip(self._rules, self._results, strict=True):
             rule = f"The rename rule {f'{pattern.pattern}={replacement}'!r}"
             if not results:
                 yield f"{rule} changed no name."
-            elif not any(map(base.named, results)):
+            elif not any(map(is_in_base, results)):
                 yield f"{rule} gave names that the base does not have, such as {min(results)!r}."
 
     def _rename(self, given: str) -> str:
@@ -191,7 +188,7 @@ class _Names:
 
 
 def compile_rules(rename: Sequence[RenameRule]) -> list[CompiledRule]:
-    """The rules, checked, for :func:`renamed`.
+    """The rules, checked, for :class:`Names`.
 
     Raises:
         DeltaWeightsError: one is not a valid regular expression or replacement.
