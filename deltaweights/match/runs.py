@@ -15,6 +15,9 @@ _MAX_STRIPS, _MAX_RUNS = 64, 2048
 #: How many of the last runs tell what comes next, and the longest period, in runs.
 _RECENT, _MAX_PERIOD = 6, 64
 
+#: After so many wrong predictions in a row, experts in disorder say, nothing is predicted any more.
+_MAX_MISSES = 16
+
 #: Elements of a row that are compared to see whether a run goes on: fewer where each is a read.
 _CHECKED, _CHECKED_APART = 32, 16
 
@@ -77,6 +80,7 @@ class _StripSearch:
         self._random = random.Random(0)  # noqa: S311
         self._recent: list[Run] = []
         self._blocks: list[Block] = []
+        self._misses = 0
 
     def blocks(self) -> list[Block]:
         """The blocks, up to the first row that is nowhere."""
@@ -117,8 +121,11 @@ class _StripSearch:
         sample = self._samples.read(strip.vector(row, 0, min(SAMPLE, strip.width)))
         if not tells(sample):
             return None
-        if place := resembling(self._predicted(), self._samples, sample):
-            return place
+        if self._misses < _MAX_MISSES:
+            if place := resembling(self._predicted(), self._samples, sample):
+                self._misses = 0
+                return place
+            self._misses += 1
         return self._candidates.find(strip.view, sample, self._fits)
 
     def _fits(self, place: Place) -> bool:

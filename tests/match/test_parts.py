@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -274,7 +274,6 @@ def named(base: Path, target: Path) -> dict[str, Gathered]:
         return {tensor.name: gathered for tensor, gathered in found.items()}
 
 
-@settings(deadline=None)
 @given(
     groups=st.integers(1, 6),
     sizes=st.lists(st.integers(1, 5), min_size=2, max_size=4),
@@ -301,7 +300,6 @@ def test_heads_are_found_however_they_are_grouped(
     assert unlike(one, other, tuned(joined)) == {}
 
 
-@settings(deadline=None)
 @given(
     count=st.integers(1, 12),
     shape=st.tuples(*[st.sampled_from([32, 33, 48, 100])] * 2),
