@@ -4,6 +4,7 @@ sides' names share, by equal or similar bytes."""
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,8 @@ from ..errors import DeltaWeightsError
 from .advice import advise, describe_parts
 from .parts import find_parts
 from .similarity import find_similar
+
+_log = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 1 << 20
 
@@ -99,7 +102,7 @@ def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameR
         DeltaWeightsError: a rename rule is not a valid regular expression or replacement.
         CheckpointError: a file of the base is broken that should hold a tensor of the target's.
     """
-    names = Names(compile_rules(rename), target)
+    names = Names(compile_rules(rename), (tensor.name for tensor in target.tensors))
     whole = _match_whole(names, base, target)
     unmatched = [tensor for tensor in target.tensors if tensor not in whole]
     by_name = {  # a rule is the user's word
@@ -112,7 +115,8 @@ def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameR
     wanted = [*(tensor for tensor in unmatched if tensor not in whole), *similar.doubtful]
     parts = find_parts(wanted, base, target, set(whole.values()), HeldExtents())
     unfound = [tensor for tensor in unmatched if tensor not in whole and tensor not in parts]
-    tell(describe_parts(parts))
+    for line in describe_parts(parts):
+        _log.info("%s", line)
     if _is_much(unfound, target) and len(unfound) < len(target.tensors):
         tell(advise(unfound, base, target))
     for tensor in unfound if base.broken else ():
