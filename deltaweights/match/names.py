@@ -4,6 +4,7 @@ sides' names share, by equal or similar bytes."""
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,14 +14,21 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import Base, Checkpoint, Gathered, Tensor
+from ..checkpoint import Base, Checkpoint, Gathered, HeldExtents, Tensor
 from ..checkpoint.oddities import tell
 from ..codec import Predictor, convert, element_bytes, is_convertible, rescale
 from ..dtypes import DTYPE_BITS
 from ..errors import DeltaWeightsError
+from .advice import advise, describe_parts
+from .parts import find_parts
 from .similarity import find_similar
 
+_log = logging.getLogger(__name__)
+
 _BLOCK_BYTES = 1 << 20
+
+#: The part of the target's weights without a base that is worth a word.
+_MUCH = 0.02
 
 #: Bounds of the search for common prefixes: names with the same ending, and pairs of prefixes.
 _MAX_NAMES = 64
@@ -94,32 +102,46 @@ def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameR
         DeltaWeightsError: a rename rule is not a valid regular expression or replacement.
         CheckpointError: a file of the base is broken that should hold a tensor of the target's.
     """
-    names = Names(compile_rules(rename), [tensor.name for tensor in target.tensors] if rename else ())
+    names = Names(compile_rules(rename), (tensor.name for tensor in target.tensors))
+    whole = _match_whole(names, base, target)
+    unmatched = [tensor for tensor in target.tensors if tensor not in whole]
+    by_name = {  # a rule is the user's word
+        tensor: other
+        for tensor, other in whole.items()
+        if tensor.info.numel == other.info.numel and names.of_base(tensor.name) == tensor.name
+    }
+    similar = find_similar(by_name, unmatched, base, target)
+    whole |= similar.found
+    wanted = [*(tensor for tensor in unmatched if tensor not in whole), *similar.doubtful]
+    parts = find_parts(wanted, base, target, set(whole.values()), HeldExtents())
+    unfound = [tensor for tensor in unmatched if tensor not in whole and tensor not in parts]
+    for line in describe_parts(parts):
+        _log.info("%s", line)
+    if _is_much(unfound, target) and len(unfound) < len(target.tensors):
+        tell(advise(unfound, base, target))
+    for tensor in unfound if base.broken else ():
+        base.require_found(names.of_base(tensor.name), tensor.path)
+    tell(names.useless(lambda name: bool(base.named(name))))
+    return [match_pair(tensor, parts.get(tensor) or whole.get(tensor)) for tensor in target.tensors]
+
+
+def _is_much(tensors: Iterable[Tensor], target: Checkpoint) -> bool:
+    """Whether these make a good part of the target's weights."""
+    return sum(tensor.nbytes for tensor in tensors) > _MUCH * sum(tensor.nbytes for tensor in target.tensors)
+
+
+def _match_whole(names: Names, base: Checkpoint, target: Checkpoint) -> dict[Tensor, Tensor]:
+    """The base tensor of each target tensor that has one by its name, by words that names share, or by equal
+    bytes."""
     found: dict[Tensor, Tensor] = {}
     for tensor in target.tensors:
         if candidate := find_named(base, names.of_base(tensor.name), tensor):
             found[tensor] = candidate
-    used = set(found.values())
-    unmatched = [tensor for tensor in target.tensors if tensor not in found]
-    free = [tensor for tensor in base.tensors if tensor not in used]
-    found.update(_match_common_words(unmatched, free))
-    used = set(found.values())
-    unmatched = [tensor for tensor in unmatched if tensor not in found]
-    found.update(_match_prefixes(unmatched, [tensor for tensor in free if tensor not in used]))
-    unmatched = [tensor for tensor in unmatched if tensor not in found]
-    found.update(_match_bytes(unmatched, base, target))
-    unmatched = [tensor for tensor in unmatched if tensor not in found]
-    by_name = {  # a rule is the user's word
-        tensor: other
-        for tensor, other in found.items()
-        if tensor.info.shape == other.info.shape and names.of_base(tensor.name) == tensor.name
-    }
-    found.update(find_similar(by_name, unmatched, base, target))
-    for tensor in unmatched if base.broken else ():
-        if tensor not in found:
-            base.require_found(names.of_base(tensor.name), tensor.path)
-    tell(names.useless(lambda name: bool(base.named(name))))
-    return [match_pair(tensor, found.get(tensor)) for tensor in target.tensors]
+    for search in (_match_common_words, _match_prefixes):
+        used = set(found.values())
+        unmatched = [tensor for tensor in target.tensors if tensor not in found]
+        found |= search(unmatched, [tensor for tensor in base.tensors if tensor not in used])
+    return found | _match_bytes([tensor for tensor in target.tensors if tensor not in found], base, target)
 
 
 def find_named(base: Checkpoint, name: str, target: Tensor) -> Tensor | None:

@@ -85,7 +85,9 @@ class _Beside:
     def __init__(self, target: Checkpoint) -> None:
         self._by_module: dict[str, list[Tensor]] = {}
         for tensor in target.tensors:
-            self._by_module.setdefault(_module(tensor.name), []).append(tensor)
+            module = _module(tensor.name)
+            for above in (module, _module(module)):
+                self._by_module.setdefault(above, []).append(tensor)
 
     def candidates(self, tensor: Tensor) -> list[_Scales]:
         """What may be its scales, as float32: floats beside or below it, few for each of its elements."""
