@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
-from .checkpoint import Checkpoint, Tensor
+from .checkpoint import Base, Checkpoint, Gathered, Group, HeldExtents, Tensor
 from .delta.chain import links, open_recipe
 from .delta.rebuilt import RebuiltSource
 from .delta.target_recipe import TargetRecipe
@@ -113,12 +114,33 @@ def _trace(target: TargetRecipe, old: Checkpoint, new: Checkpoint) -> list[Match
     of the same name."""
     views = links(target)
     traced = []
+    held = HeldExtents()
     for tensor in new.tensors:
-        base: Tensor | None = tensor
+        base: Base | None = tensor
         for view in reversed(views):
-            base = view.base_of(base.shard.path, base.info.name) if base else None
+            base = _traced(view, base, held) if base else None
         traced.append(match_pair(tensor, base or find_named(old, tensor.name, tensor)))
     return traced
+
+
+def _traced(view: TargetRecipe, base: Base, held: HeldExtents) -> Base | None:
+    """What a tensor of a delta's target, or parts of several, are made from in the delta's base; None where
+    nothing says so."""
+    if isinstance(base, Tensor):
+        return view.base_of(base.path, base.name)
+    found = {tensor: view.base_of(tensor.path, tensor.name) for tensor in base.tensors}
+    whole = {
+        tensor: other
+        for tensor, other in found.items()
+        if isinstance(other, Tensor) and (other.dtype, other.nbytes) == (tensor.dtype, tensor.nbytes)
+    }
+    if len(whole) < len(found):
+        return None
+    groups = (
+        Group(group.repeats, tuple(replace(piece, tensor=whole[piece.tensor]) for piece in group.pieces))
+        for group in base.groups
+    )
+    return Gathered(list(groups), held)
 
 
 def _checksums(target: TargetRecipe, tensor: Tensor) -> bytes:

@@ -235,7 +235,7 @@ def _check_chunks(
 
 def _nbytes(chunk: tuple[TensorRecipe, int]) -> int:
     """The bytes of a chunk in the base."""
-    _, start, end = chunk[0].base_span(chunk[1])
+    start, end = chunk[0].base_bounds(chunk[1], chunk[1] + 1)
     return end - start
 
 

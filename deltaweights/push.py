@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .card import address_card
 from .checkpoint import Checkpoint
 from .checkpoint.oddities import tell
 from .delta.opening import read_manifest
@@ -102,9 +103,10 @@ def push_delta(
         conflicts = describe(manifest).conflicts
         if conflicts and not private and not accept_conflicts:
             raise _unsettled(conflicts)
-        files = list(_files(source, manifest))
         branch = find_branch(repo_id, revision, private=private)
         repository = branch.repository
+        place = f"{repository.repo_id}@{branch.name}" if branch.name else repository.repo_id
+        files = list(_files(source, manifest, place))
         new = [file for file in files if not file.is_in(repository)]
         nbytes = sum(file.size for file in new)
         old = _left_over(repository, files)
@@ -220,11 +222,13 @@ def _unsettled(conflicts: tuple[str, ...]) -> DeltaError:
     )
 
 
-def _files(source: LocalSource, manifest: Manifest) -> Iterator[Outgoing]:
-    """The files to publish: those that the manifest lists, the model card, the manifest."""
+def _files(source: LocalSource, manifest: Manifest, place: str) -> Iterator[Outgoing]:
+    """The files to publish: those that the manifest lists, the model card, the manifest.
+
+    The card says how to use the delta at ``place``, where it will be."""
     for record in manifest.files:
         yield Outgoing(record.path, source.full_path(record.path), record.size, record.sha256)
-    card = b"".join(source.blocks(CARD_NAME))
+    card = address_card(b"".join(source.blocks(CARD_NAME)), place)
     for path, content in ((CARD_NAME, card), (MANIFEST_NAME, manifest.to_json())):
         yield Outgoing(path, content, len(content), hashlib.sha256(content).hexdigest())
 

@@ -28,7 +28,8 @@ from deltaweights.checkpoint.oddities import is_secret
 from deltaweights.cli.logs import logs_shown
 from deltaweights.codec import RECORD
 from deltaweights.dtypes import DTYPE_BITS
-from deltaweights.manifest import FileRecord, TensorEntry
+from deltaweights.entries import BaseTensor, TensorEntry
+from deltaweights.manifest import FileRecord
 from deltaweights.storage import LocalSource
 from deltaweights.workers import Workers
 
@@ -274,7 +275,9 @@ def test_two_tensors_of_one_name_each_find_their_own(diff: Differ) -> None:
             for part, k in reversed(parts.items())
         },
     )
-    assert {(e.file, e.base and e.base.file, e.status) for e in manifest.tensors} == {
+    bases = [entry.base for entry in manifest.tensors if isinstance(entry.base, BaseTensor)]
+    files = zip(manifest.tensors, bases, strict=True)
+    assert {(entry.file, base.file, entry.status) for entry, base in files} == {
         (f"{part}/model.safetensors", f"{part}/m.safetensors", "same") for part in parts
     }
 

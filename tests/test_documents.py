@@ -30,7 +30,8 @@ from deltaweights.cli.commands import app
 from deltaweights.codec import Method, convert
 from deltaweights.delta.chain import open_recipe
 from deltaweights.delta.shards import usual_header
-from deltaweights.manifest import FORMAT_VERSION, TensorEntry
+from deltaweights.entries import TensorEntry
+from deltaweights.manifest import FORMAT_VERSION
 
 from . import independent_reader
 from .checkpoints import Array, contents, digests, random_array, weights, write_pair, write_safetensors

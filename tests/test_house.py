@@ -32,12 +32,13 @@ PUBLIC: list[Any] = [
 #: For each folder, what stands in it, lowest rank first. Each may import from lower ranks only.
 RANKS: dict[str, tuple[str, ...]] = {
     "": (
-        "_exports _version dtypes errors workers",
-        "canonical",
+        "_exports _version dtypes errors recent workers",
+        "canonical entries",
         "codec manifest storage",
         "checkpoint",
         "payload",
         "license match",
+        "card",
         "delta",
         "bom diff inspect patch",
         "compact plan verify",
@@ -45,7 +46,8 @@ RANKS: dict[str, tuple[str, ...]] = {
         "cli",
         "__init__ __main__",
     ),
-    "checkpoint": ("header index other_formats", "checkpoint", "oddities", "__init__"),
+    "card": ("front_matter links", "writing", "__init__"),
+    "checkpoint": ("header index other_formats", "checkpoint", "gathered oddities", "__init__"),
     "cli": (
         "layout options",
         "rendering",
@@ -58,7 +60,8 @@ RANKS: dict[str, tuple[str, ...]] = {
     ),
     "codec": (
         "constants convert kernel_arrays opaque processor tables working_memory",
-        "kernels library",
+        "quantized",
+        "kernels library predictions",
         "cache",
         "build",
         "jit",
@@ -92,7 +95,8 @@ RANKS: dict[str, tuple[str, ...]] = {
         "__init__",
     ),
     "delta": (
-        "opening shards faults",
+        "digests entry opening shards faults",
+        "bases",
         "recipes",
         "target_recipe",
         "rebuilt",
@@ -102,11 +106,21 @@ RANKS: dict[str, tuple[str, ...]] = {
     ),
     "license": ("table", "rules", "bom cards", "__init__"),
     "license/bom": ("facts", "cyclonedx spdx", "__init__"),
-    "match": ("similarity", "names", "duplicates", "__init__"),
+    "match": (
+        "similarity",
+        "vectors",
+        "layouts",
+        "candidates",
+        "runs",
+        "advice parts",
+        "names",
+        "duplicates quantized",
+        "__init__",
+    ),
     "payload": ("chunks faults", "reader writer", "whole", "__init__"),
     "storage": (
         "traffic",
-        "hub_errors source system",
+        "hub_errors patience source system",
         "file_names local read_ahead",
         "hub_client output",
         "hub hub_upload",
@@ -116,7 +130,7 @@ RANKS: dict[str, tuple[str, ...]] = {
     "torch": ("tensors wholeness wrappers", "dcp models stream", "__init__"),
     "torch/dcp": ("boxes", "record", "base", "folder write", "storage", "__init__"),
     "torch/models": (
-        "memory pretrained",
+        "memory pretrained training_state",
         "conversion layout",
         "load",
         "checkpoints from_pretrained save",

@@ -46,6 +46,11 @@ class Tensor:
         return self.info.dtype
 
     @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return self.info.nbytes
+
+    @property
     def path(self) -> str:
         """The path of its shard."""
         return self.shard.path
@@ -59,6 +64,10 @@ class Tensor:
         """The span of the tensor's bytes ``start`` to ``end`` in its file."""
         offset = self.shard.header.data_start + self.info.start
         return Span(self.shard.path, offset + start, offset + end)
+
+    def spans(self, start: int, end: int) -> list[Span]:
+        """:meth:`span`, as a list."""
+        return [self.span(start, end)]
 
 
 class Checkpoint:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaweights import DeltaWeightsError
-from deltaweights.checkpoint import Tensor, open_checkpoint
+from deltaweights.checkpoint import Base, Tensor, open_checkpoint
 from deltaweights.cli.logs import logs_shown
 from deltaweights.codec import is_convertible
 from deltaweights.dtypes import DTYPE_BITS
@@ -49,7 +49,8 @@ class Matcher:
             found = match_tensors(old, new, rename)
             assert [match.target for match in found] == new.tensors
 
-        def label(tensor: Tensor) -> str:
+        def label(tensor: Base) -> str:
+            assert isinstance(tensor, Tensor)
             return f"{tensor.shard.path.removesuffix('.safetensors')}:{tensor.info.name}"
 
         return {
