@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import msgspec
 
 from . import codec
-from .delta.opening import read_manifest
+from .delta.opening import license_texts, read_manifest
+from .entries import STATUSES, Status, TensorEntry
 from .errors import DeltaError
 from .license import rules
 from .license.rules import LicenseReport, LicenseText
-from .manifest import STATUSES, BaseRecord, FileRecord, Manifest, Status, TargetRecord, TensorEntry, Tool
+from .manifest import BaseRecord, FileRecord, Manifest, TargetRecord, Tool
 from .storage import Readable, Source, open_source
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,19 +90,21 @@ class DeltaSummary:
     tool: Tool
 
     def to_dict(self) -> dict[str, object]:
-        """The same, ready for JSON: licenses stand in ``license`` only, and ``like`` where there is one."""
+        """The same, ready for JSON: licenses stand in ``license`` only, ``like`` and ``prediction`` where
+        there is one."""
         found = msgspec.to_builtins(self)
         del found["stored_whole"]  # which the files of the target tell
         for side in ("base", "target"):
             del found[side]["license"]
         for tensor in found["tensors"]:
-            if tensor["like"] is None:
-                del tensor["like"]
+            for field in ("like", "prediction"):
+                if tensor[field] is None:
+                    del tensor[field]
         return {**found, "license": self.license.to_dict()}
 
 
 def inspect_delta(delta: Readable) -> DeltaSummary:
-    """Summarise a delta from its manifest alone.
+    """Summarise a delta from its manifest and its license texts.
 
     Args:
         delta: a folder or a Hub id.
@@ -106,12 +113,15 @@ def inspect_delta(delta: Readable) -> DeltaSummary:
         CheckpointError: there is nothing at ``delta``, or it cannot be read.
         ManifestError: there is no manifest, or it is damaged.
     """
-    return summarise(load_manifest(delta))
+    with open_source(delta) as source:
+        manifest = read_manifest(source)
+        return summarise(manifest, license_texts(source, manifest))
 
 
 def load_manifest(delta: Readable) -> Manifest:
     """The manifest of the delta at ``delta``; raises as :func:`inspect_delta` does."""
     with open_source(delta) as source:
+        _log.info("reading the manifest of %s", source.where)
         return read_manifest(source)
 
 
@@ -128,12 +138,14 @@ def license_of(delta: Readable, *, texts: bool = False) -> LicenseReport:
         DeltaError: a text is not the one in the manifest.
     """
     with open_source(delta) as source:
+        _log.info("reading the licenses of %s", source.where)
         manifest = read_manifest(source)
         found = (
             LicenseText(record.path, record.size, record.sha256, _text(source, record) if texts else None)
             for record in rules.text_records(manifest)
         )
-        return replace(rules.describe(manifest), texts=tuple(found))
+        facts = rules.describe(manifest, license_texts(source, manifest))
+        return replace(facts, texts=tuple(found))
 
 
 def _text(source: Source, record: FileRecord) -> str:
@@ -147,14 +159,14 @@ def _text(source: Source, record: FileRecord) -> str:
     return content.decode("utf-8", "replace")
 
 
-def summarise(manifest: Manifest) -> DeltaSummary:
-    """:func:`inspect_delta` for a manifest in memory."""
+def summarise(manifest: Manifest, texts: Mapping[str, bytes] | None = None) -> DeltaSummary:
+    """:func:`inspect_delta` for a manifest in memory, and the license texts by path."""
     counts = Counter(entry.status for entry in manifest.tensors)
     target_bytes, delta_bytes = manifest.target_bytes, manifest.delta_bytes
     return DeltaSummary(
         base=manifest.base,
         target=manifest.target,
-        license=rules.describe(manifest),
+        license=rules.describe(manifest, texts),
         size=DeltaSize(target_bytes, delta_bytes, delta_bytes / max(1, target_bytes)),
         counts={status: counts[status] for status in STATUSES if counts[status]},
         tensors=tuple(map(_summary_of, manifest.tensors)),

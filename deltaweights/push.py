@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from .storage.hub_client import Downloader, Repository
 from .storage.hub_upload import Outgoing, find_branch, require_login, require_published, upload
 from .verify import verify_delta
 from .workers import Meter, ProgressCallback
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ def push_delta(
         message: the commit's message.
         create_pr: open a pull request to the main branch instead.
         accept_conflicts: publish to everybody (``private=False``) despite conflicting licenses.
-        progress: called with a phase, the amount done and the total: "verify delta" and "upload", in bytes.
+        progress: called with a phase, bytes done and total bytes: "verify delta" and "upload".
 
     Raises:
         CheckpointError: there is no such folder.
@@ -107,6 +110,8 @@ def push_delta(
         new = [file for file in files if not file.is_in(repository)]
         nbytes = sum(file.size for file in new)
         old = _left_over(repository, files)
+        there = len(files) - len(new)
+        _log.info("pushing %s to %s: %d files, %d are there", source.where, branch.url, len(files), there)
         commit, url = repository.commit, branch.url
         if new or old:
             meter = Meter(progress, "upload", nbytes)

@@ -61,7 +61,8 @@ def train(model: PreTrainedModel, steps: int, callback: DeltaCallback, folder: P
         dataloader_pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     data = [{"input_ids": row, "labels": row} for row in text]
-    Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback])
+    trainer.train(resume_from_checkpoint=callback.restore(trainer))
 
 
 def same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
@@ -89,14 +90,16 @@ def main() -> None:
         with DeltaCheckpointer(checkpoints, base, anchor_every=3) as checkpointer:
             train(model, STEPS, DeltaCallback(checkpointer, EVERY), folder)
         count = len(list_checkpoints(checkpoints))
-        print(f"{count} checkpoints: {size_of(checkpoints) / (count * size_of(base)):.1%} of full ones")
+        weights = sum(map(size_of, checkpoints.glob("step-*")))  # without the optimizer's states
+        print(f"weights of {count} checkpoints: {weights / (count * size_of(base)):.1%} of full ones")
 
-        # Later, in another process: go on from the last one. Its weights are those that were saved.
+        # Later, in another process: go on from the last one. Its weights are those that were saved, and so is
+        # the optimizer's state.
         resumed = open_model(base)
         with DeltaCheckpointer(checkpoints, base, anchor_every=3) as checkpointer:
             step = checkpointer.load_into(resumed)
             check(same_weights(resumed, model), "the weights of the last checkpoint")
-            train(resumed, EVERY, DeltaCallback(checkpointer, EVERY), folder)
+            train(resumed, STEPS + EVERY, DeltaCallback(checkpointer, EVERY), folder)
             print(f"resumed at step {step}; checkpoints now: {checkpointer.steps}")
 
         # Publish: the delta comes straight from the model's memory. `deltaweights push` puts it on the Hub.

@@ -742,13 +742,14 @@ def test_the_command_says_what_it_did(writer: HubServer, trio: Trio, tmp_path: P
     result = run(delta, REPO)
     assert result.exit_code == 0, result.output
     commit = writer.repos[REPO].branches["main"].id[:12]
-    line, conflict = result.stdout.splitlines()
+    conflict, line = result.stdout.splitlines()
     count, nbytes = len(contents(delta)), sum(map(len, as_published(delta).values()))
-    assert line == f"{writer.endpoint}/{REPO}: {count} files, {size_text(nbytes)}, commit {commit}, private"
+    page, sent = f"{writer.endpoint}/{REPO}", rf"{size_text(nbytes)} in [\d.]+ s, [\d.]+ [KM]B/s"
+    assert re.fullmatch(f"{page}: commit {commit}, private, {count} files; {sent}", line)
     assert conflict.startswith("License: The target is stated to be under MIT")
-    assert "upload: 100%" in result.stderr
+    assert f"upload: {size_text(nbytes)} in " in result.stderr
     again = run(delta, REPO)
-    assert again.stdout.splitlines()[0].endswith(f"{REPO}: all was there, commit {commit}, private")
+    assert f"{REPO}: commit {commit}, private, all was there; " in again.stdout.splitlines()[-1]
     refused = run(delta, "org/other", "--public")
     assert refused.exit_code == 1
     assert "error: The licenses do not fit together\n" in refused.stderr
@@ -762,7 +763,8 @@ def test_the_command_gives_its_report_as_json(writer: HubServer, release: Releas
     result = run(release.later, REPO, "--json", "--quiet")
     report = json.loads(result.stdout)
     assert result.exit_code == 0
-    assert set(report) == {field.name for field in fields(PushReport)}
+    costs = {"seconds", "bytes_read", "bytes_written", "warnings"}
+    assert set(report) == {field.name for field in fields(PushReport)} | costs
     assert report["private"] is True
     assert set(SHARDS) <= set(report["removed"])
     assert "deltaweights.json" in report["uploaded"]
@@ -774,4 +776,4 @@ def test_the_command_gives_its_report_as_json(writer: HubServer, release: Releas
 def test_the_command_says_what_it_removed(writer: HubServer, release: Release) -> None:
     push_delta(release.delta, REPO)
     gone = len(set(contents(release.delta)) - set(contents(release.later)))
-    assert f", {gone} removed, commit " in run(release.later, REPO).stdout
+    assert f", {gone} removed; " in run(release.later, REPO).stdout

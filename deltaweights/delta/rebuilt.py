@@ -7,9 +7,7 @@ source.
 from __future__ import annotations
 
 import hashlib
-import threading
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -17,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..manifest import TargetFile
+from ..recent import Recent
 from ..storage import HubId, ReadableFile, Source, Span, file_blocks
 from .recipes import ShardRecipe, TensorRecipe
 from .target_recipe import TargetRecipe, check_digest
@@ -128,7 +127,8 @@ class RebuiltSource(Source):
                 payloads.append(Span(file.source, 0, self.target.source.sizes[file.source]))
         self.target.read_tables(dict.fromkeys(recipe for recipe, _ in chunks))
         payloads += [recipe.data_span(index) for recipe, index in chunks]
-        bases += [recipe.base_span(index) for recipe, index in chunks if recipe.needs_base(index)]
+        wanted = (recipe.base_spans(index) for recipe, index in chunks if recipe.needs_base(index))
+        bases += [span for spans in wanted for span in spans]
         return payloads, bases
 
     def cancel(self) -> None:
@@ -174,7 +174,7 @@ class RebuiltShard(ReadableFile):
             recipe, first, _ = chunks[0]
             recipe.decode(first, first + len(chunks), out)
             return
-        pieces = [(place, self._cache.get(recipe, index)) for recipe, index, place in chunks]
+        pieces = [(place, self._cache.chunk(recipe, index)) for recipe, index, place in chunks]
         for place, piece in [(0, self._raw_header), *pieces]:
             first, last = max(place, offset), min(place + piece.size, end)
             if first < last:
@@ -189,35 +189,18 @@ def _is_row(chunks: Sequence[tuple[TensorRecipe, int, int]], start: int, end: in
     return is_alike and begin == start and last_begin + recipe.plan.length(last, last + 1) == end
 
 
-class _ChunkCache:
+class _ChunkCache(Recent[NDArray[np.uint8]]):
     """The chunks decoded last, for readers that cut a file at other places than its delta does."""
 
-    def __init__(self, nbytes: int) -> None:
-        self._room = nbytes
-        self._chunks: OrderedDict[tuple[TensorRecipe, int], NDArray[np.uint8]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, recipe: TensorRecipe, index: int) -> NDArray[np.uint8]:
+    def chunk(self, recipe: TensorRecipe, index: int) -> NDArray[np.uint8]:
         """A chunk, decoded now or earlier. Do not write to it."""
-        key = recipe, index
-        with self._lock:
-            if key in self._chunks:
-                self._chunks.move_to_end(key)
-                return self._chunks[key]
-        chunk = np.empty(recipe.plan.length(index, index + 1), np.uint8)
-        recipe.decode(index, index + 1, chunk)  # without the lock: two readers may decode it, none waits
-        with self._lock:
-            if key not in self._chunks:
-                self._chunks[key] = chunk
-                self._room -= chunk.size
-            while self._room < 0 and len(self._chunks) > 1:
-                self._room += self._chunks.popitem(last=False)[1].size
-        return chunk
 
-    def clear(self) -> None:
-        with self._lock:
-            self._room += sum(chunk.size for chunk in self._chunks.values())
-            self._chunks.clear()
+        def decode() -> NDArray[np.uint8]:
+            chunk = np.empty(recipe.plan.length(index, index + 1), np.uint8)
+            recipe.decode(index, index + 1, chunk)
+            return chunk
+
+        return self.get((recipe, index), decode)
 
 
 class _SequentialFile(ReadableFile):

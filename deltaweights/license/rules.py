@@ -390,8 +390,9 @@ class LicenseReport:
         return fields
 
 
-def describe(manifest: Manifest) -> LicenseReport:
-    """All that the manifest says of licenses."""
+def describe(manifest: Manifest, texts: Mapping[str, bytes] | None = None) -> LicenseReport:
+    """All that the manifest says of licenses; and what has to be accepted, as :func:`unaccepted` says for the
+    license texts in the delta, by path."""
     whole = manifest.license or DeltaLicense()
     return LicenseReport(
         base=_describe_side(manifest.base),
@@ -399,7 +400,7 @@ def describe(manifest: Manifest) -> LicenseReport:
         expression=expression_of(manifest.target.license, manifest.base.license),
         conflicts=whole.conflicts,
         notice=whole.notice,
-        to_accept=tuple(terms.spdx for terms in unaccepted(manifest)),
+        to_accept=tuple(terms.spdx for terms in unaccepted(manifest, (), texts)),
     )
 
 

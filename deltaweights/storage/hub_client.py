@@ -5,14 +5,16 @@ All requests use huggingface_hub (1.x or 2.x), so its token, cache, endpoint and
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -24,6 +26,10 @@ from .._version import __version__
 from ..errors import HubReadError
 from .hub_errors import cache_full, explained, http_error, may_pass
 from .local import free_space
+from .patience import does_not_end, within
+from .traffic import count
+
+_log = logging.getLogger(__name__)
 
 #: Seconds to wait before each retry while no data arrives, about two minutes in total. Each wait is stretched
 #: by up to a half at random, so that many connections do not return at the same moment.
@@ -35,6 +41,13 @@ _LONGEST_WAIT = 330
 #: The most bytes of a listing of a repository (a hundred thousand files have some 30 MB), and of what comes
 #: with an error; and the seconds that either may take.
 _MOST_LISTING, _MOST_REFUSAL, _LISTING_SECONDS = 1 << 25, 1 << 16, 25
+
+#: The seconds that the head of an answer may take, after redirects; and those that a download, of which many
+#: megabytes are written at once, may leave the cache unchanged.
+_HEAD_SECONDS, _STILL_SECONDS = 60, 600
+
+#: What to say does not end.
+_ANSWER = "An answer of"
 
 #: Where so many seconds of waiting bring fewer bytes a second than this, there is no point in waiting on.
 _SLOW_SECONDS, _LEAST_RATE = 25, 1000
@@ -70,7 +83,9 @@ def find_repository(repo_id: str, revision: str | None) -> Repository:
         HubReadError: it cannot be found or read.
     """
     with explained(repo_id, revision):
-        return patiently(lambda: _ask(repo_id, revision))
+        found = patiently(lambda: _ask(repo_id, revision))
+    _log.debug("%s is at commit %s, with %d files", found.repo_id, found.commit, len(found.files))
+    return found
 
 
 def patiently(action: Callable[[], Result]) -> Result:
@@ -124,12 +139,12 @@ def _ask(repo_id: str, revision: str | None) -> Repository:
 
 def _whole_answer(url: str) -> bytes:
     """The body of an answer that is read whole: it has a most size, and a time to be there."""
-    from huggingface_hub import constants, get_session, hf_raise_for_status
+    from huggingface_hub import constants, hf_raise_for_status
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     headers = build_hf_headers(**WE)
     timeout = min(constants.HF_HUB_DOWNLOAD_TIMEOUT, _LISTING_SECONDS)
-    with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+    with _answer_to(url, headers, timeout) as response:
         _bound(response, _MOST_LISTING if response.is_success else _MOST_REFUSAL)
         hf_raise_for_status(response)
         body = bytearray()
@@ -137,7 +152,21 @@ def _whole_answer(url: str) -> bytes:
             body += piece
             if len(body) > _MOST_LISTING:
                 raise _too_much(_MOST_LISTING)
+        count(read=len(body))
         return bytes(body)
+
+
+@contextmanager
+def _answer_to(url: str, headers: dict[str, str], timeout: float) -> Iterator[Any]:
+    """An answer whose head is there; its body can be read within the block."""
+    from huggingface_hub import get_session
+
+    asked = get_session().stream("GET", url, headers=headers, timeout=timeout)
+    response = within(_HEAD_SECONDS, asked.__enter__, what=_ANSWER, late=lambda answer: answer.close())
+    try:
+        yield response
+    finally:
+        response.close()
 
 
 def _bound(response: Any, most: int) -> None:
@@ -163,22 +192,11 @@ def _bound(response: Any, most: int) -> None:
 
 
 def _too_much(most: int) -> HubReadError:
-    return _no_hub(f"It has more than {most:,} bytes", retryable=False)
+    return does_not_end(_ANSWER, f"it has more than {most:,} bytes", retryable=False)
 
 
 def _too_slow(why: str) -> HubReadError:
-    return _no_hub(f"{why[0].upper()}{why[1:]}", retryable=True)
-
-
-def _no_hub(why: str, *, retryable: bool) -> HubReadError:
-    from huggingface_hub import constants
-
-    return HubReadError(
-        f"An answer of {constants.ENDPOINT} does not end",
-        f"{why}.",
-        "Check HF_ENDPOINT, and the proxy if there is one; or try again later.",
-        retryable=retryable,
-    )
+    return does_not_end(_ANSWER, why)
 
 
 class _Pace:
@@ -230,11 +248,13 @@ class Downloader:
             CancelledError: :meth:`cancel` was called, and a pause was due.
         """
         attempt, pace = 0, _Pace()
+        _log.debug("reading bytes %d to %d of %s in %s", start, end, path, self._repository.repo_id)
         with explained(self._repository.repo_id, self._repository.commit, path):
             while start < end:
                 try:
                     for piece in pace.watch(self._attempt(path, start, end)):
                         start += len(piece)
+                        count(read=len(piece))
                         attempt = 0
                         yield piece
                     if start < end:
@@ -246,7 +266,7 @@ class Downloader:
 
     def _attempt(self, path: str, start: int, end: int) -> Iterator[bytes]:
         """The bytes from one connection, in pieces."""
-        from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status
+        from huggingface_hub import constants, hf_hub_url, hf_raise_for_status
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         repository, link = self._repository, self._links.get(path)
@@ -254,7 +274,7 @@ class Downloader:
         headers = build_hf_headers(token=False if link else None, **WE)  # signed links get no token
         headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+        with _answer_to(url, headers, timeout) as response:
             if link and response.status_code in (400, 401, 403, 404, 410):
                 self._links[path] = None
                 raise _LinkRefused
@@ -307,7 +327,11 @@ def _pause(error: Exception, attempt: int, delays: tuple[float, ...]) -> float:
     wait = _asked_to_wait(error.response.headers) if isinstance(error, HfHubHTTPError) else 0.0
     if not may_pass(error) or attempt >= len(delays) or wait > _LONGEST_WAIT:
         raise error
-    return max(wait, delays[attempt] * random.uniform(1, 1.5))  # noqa: S311
+    wait = max(wait, delays[attempt] * random.uniform(1, 1.5))  # noqa: S311
+    _log.info(
+        "the Hub is asked again in %.1f s: %s", wait, str(error).partition("\n")[0] or type(error).__name__
+    )
+    return wait
 
 
 def _asked_to_wait(headers: Any) -> float:
@@ -363,9 +387,24 @@ def download(repository: Repository, path: str) -> Path:
         HubReadError: it cannot be downloaded, or the cache's disk is full.
     """
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.file_download import repo_folder_name
 
+    def arrived() -> list[tuple[str, int]]:
+        """What is on its way into the cache."""
+        blobs = cache_folder() / repo_folder_name(repo_id=repository.repo_id, repo_type="model") / "blobs"
+        found = []
+        for file in blobs.glob("*.incomplete"):
+            with suppress(OSError):  # it is there now
+                found.append((file.name, file.stat().st_size))
+        return sorted(found)
+
+    _log.info("downloading %s of %s into the Hub cache", path, repository.repo_id)
     with explained(repository.repo_id, repository.commit, path), without_bars():
-        return Path(hf_hub_download(repository.repo_id, path, revision=repository.commit, **WE))
+        get = partial(hf_hub_download, repository.repo_id, path, revision=repository.commit, **WE)
+        found = Path(within(_STILL_SECONDS, get, what=f"The download of {path} from", progress=arrived))
+    size = repository.files[path].size
+    count(read=size, written=size)
+    return found
 
 
 @contextmanager

@@ -8,21 +8,31 @@ file that has arrived is not sent again, not even by a later run.
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import CheckpointError, HubError, HubWriteError, OutputError
 from .hub_client import WE, Repository, find_repository, patiently, without_bars
 from .hub_errors import explained
 from .local import blocks_at
+from .patience import within
+from .traffic import count
+
+_log = logging.getLogger(__name__)
 
 #: Files with more bytes than this are sent before the commit, one by one.
 _LARGE_BYTES = 1 << 20
+
+#: The seconds that the Hub may take for a request, and the bytes a second that an upload must reach at least.
+_MOST_SECONDS, _LEAST_RATE = 600, 20_000
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +119,12 @@ def find_branch(repo_id: str, name: str | None, *, private: bool) -> Branch:
     api = HfApi(**WE)
     with _explained(repo_id):
         try:
-            info = patiently(lambda: api.model_info(repo_id))
+            info = _ask(lambda: api.model_info(repo_id))
         except errors.RepositoryNotFoundError as error:
             if isinstance(error, errors.GatedRepoError):
                 raise
-            patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-            info = patiently(lambda: api.model_info(repo_id))
+            _ask(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+            info = _ask(lambda: api.model_info(repo_id))
         if private and not info.private:
             raise OutputError(
                 f"{info.id} is public",
@@ -122,7 +132,7 @@ def find_branch(repo_id: str, name: str | None, *, private: bool) -> Branch:
                 "If that is intended, pass private=False; else choose a different repository.",
             )
         if name:
-            patiently(lambda: api.create_branch(info.id, branch=name, exist_ok=True))
+            _ask(lambda: api.create_branch(info.id, branch=name, exist_ok=True))
         return Branch(find_repository(info.id, name), name, bool(info.private))
 
 
@@ -150,6 +160,11 @@ def upload(
     api, repo_id = HfApi(**WE), branch.repository.repo_id
     with _explained(repo_id), _quiet():
         operations: list[Any] = [CommitOperationDelete(path, is_folder=False) for path in removed]
+
+        def arrived(nbytes: int) -> None:
+            count(written=nbytes)
+            sent(nbytes)
+
         for file in files:
             operation = CommitOperationAdd(file.path, _content(file))
             if operation.upload_info.sha256.hex() != file.sha256:
@@ -160,8 +175,10 @@ def upload(
                 )
             operations.append(operation)
             if file.size > _LARGE_BYTES:
-                patiently(partial(_send, api, branch, operation, create_pr))
-                sent(file.size)
+                _log.info("sending %s, %d bytes", file.path, file.size)
+                _ask(partial(_send, api, branch, operation, create_pr), file.size)
+                count(read=2 * file.size)  # by huggingface_hub: to hash it, and to send it
+                arrived(file.size)
 
         def commit() -> Commit:
             try:
@@ -181,9 +198,23 @@ def upload(
                 return Commit(now.commit)
             return Commit(info.oid, info.pr_url, info.pr_revision)
 
-        done = commit() if create_pr else patiently(commit)  # a retry would open a second request
-        sent(sum(file.size for file in files if file.size <= _LARGE_BYTES))
+        small = sum(file.size for file in files if file.size <= _LARGE_BYTES)
+        # A retry would open a second request.
+        done = _ask(commit, small, retry=not create_pr)
+        arrived(small)
+        _log.info("committed %d files to %s as %s", len(files), repo_id, done.id)
         return done
+
+
+def _ask(action: Callable[[], Result], nbytes: int = 0, *, retry: bool = True) -> Result:
+    """Do what sends ``nbytes`` bytes to the Hub, in bounded time, and with a few retries after temporary
+    errors."""
+    seconds = _MOST_SECONDS + nbytes / _LEAST_RATE
+
+    def once() -> Result:
+        return within(seconds, action, what="A request to")
+
+    return patiently(once) if retry else once()
 
 
 def _content(file: Outgoing) -> bytes | Path:
@@ -192,7 +223,9 @@ def _content(file: Outgoing) -> bytes | Path:
     if isinstance(file.content, bytes):
         return file.content
     if file.size <= _LARGE_BYTES:
-        return file.content.read_bytes()
+        data = file.content.read_bytes()
+        count(read=len(data))
+        return data
     file.content.stat()  # huggingface_hub's own error for a missing file misleads
     return file.content
 

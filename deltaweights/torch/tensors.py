@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,6 +87,20 @@ def byte_view(tensor: Tensor) -> Tensor:
     return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
+def copied(tensor: Tensor, spare: Tensor | None) -> Tensor:
+    """A contiguous copy in the CPU's memory, in that of ``spare`` if it fits; from CUDA, asynchronous."""
+    if spare is None or (spare.shape, spare.dtype) != (tensor.shape, tensor.dtype):
+        spare = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    is_plain = not (tensor.is_conj() or tensor.is_neg())  # else its memory is not its values
+    if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel() and is_plain:
+        # memcpy on one core: beside busy threads, torch's copy waits for all its own and takes six times as
+        # long.
+        np.copyto(byte_view(spare).numpy(), byte_view(tensor).numpy())
+    else:
+        spare.copy_(tensor, non_blocking=tensor.is_cuda)
+    return spare
+
+
 def settle(tensors: Iterable[Tensor]) -> None:
     """Wait until the tensors' CUDA devices have finished all work, on every stream, so that other threads see
     the same data as the caller."""
@@ -114,3 +129,8 @@ def sharing(state: Mapping[str, Tensor]) -> list[list[str]]:
                 groups.append([name])
             last_end = max(last_end, end)
     return [group for group in groups if len(group) > 1]
+
+
+def first_line(error: Exception) -> str:
+    """An error of torch without advice that does not apply here."""
+    return str(error).partition("\n")[0]

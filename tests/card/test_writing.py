@@ -14,16 +14,9 @@ from hypothesis import strategies as st
 
 from deltaweights import Manifest, compact_deltas, make_delta
 from deltaweights.card import address_card, write_card
+from deltaweights.entries import BaseTensor, TensorEntry
 from deltaweights.license.table import KNOWN, LISTED
-from deltaweights.manifest import (
-    BaseRecord,
-    BaseTensor,
-    FileRecord,
-    License,
-    TargetRecord,
-    TensorEntry,
-    Tool,
-)
+from deltaweights.manifest import BaseRecord, FileRecord, License, TargetRecord, Tool
 
 from ..checkpoints import bf16, weights, write_safetensors
 from ..conftest import Trio

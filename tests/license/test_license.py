@@ -24,7 +24,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from deltaweights import Manifest, apply_delta, license_of, make_delta, verify_delta
+from deltaweights import (
+    Manifest,
+    apply_delta,
+    inspect_delta,
+    license_of,
+    make_delta,
+    plan_apply,
+    verify_delta,
+)
 from deltaweights.cli.commands import app
 from deltaweights.license.rules import (
     MAX_TEXT_BYTES,
@@ -566,6 +574,23 @@ def test_the_manifest_tells_all_of_it(qwen: Trio) -> None:
     assert (qwen.delta / "NOTICE").read_bytes() == notice_text(manifest.base, manifest.target)
 
 
+def test_plan_license_and_inspect_say_what_apply_asks_for(qwen: Trio, tmp_path: Path) -> None:
+    """The manifest's words are those of an open license; the text in the delta is not."""
+    delta = tmp_path / "delta"
+    shutil.copytree(qwen.delta, delta)
+    manifest = Manifest.from_json((delta / "deltaweights.json").read_bytes())
+    stated = replace(manifest.base.license, id="mit", name=None, expression="MIT")
+    manifest = replace(manifest, base=replace(manifest.base, license=stated))
+    (delta / "deltaweights.json").write_bytes(manifest.to_json())
+    assert describe(manifest).to_accept == ()
+    refused = _run("apply", delta, "-o", tmp_path / "out", "--base", qwen.base)
+    assert f"--accept-license {QWEN.spdx}" in refused.stderr
+    assert plan_apply(delta, base=qwen.base).license.to_accept == (QWEN.spdx,)
+    assert license_of(delta).to_accept == inspect_delta(delta).license.to_accept == (QWEN.spdx,)
+    assert QWEN.spdx in _run("plan", delta, "--base", qwen.base).stdout
+    assert QWEN.spdx in _run("license", delta).stdout
+
+
 def test_a_pair_that_states_nothing_gives_a_delta_without_a_notice(tmp_path: Path) -> None:
     for side in ("base", "target"):
         _write(tmp_path / side, {"config.json": b"{}"})
@@ -720,7 +745,7 @@ def test_at_a_terminal_it_asks(qwen: Trio, tmp_path: Path, answer: bytes, code: 
                     break
     os.close(master)
     assert process.returncode == code, shown
-    assert f"({QWEN.spdx})?".encode() in shown
+    assert f"({QWEN.spdx})".encode() in shown
     assert out.exists() == (code == 0)
 
 

@@ -36,10 +36,11 @@ from deltaweights.cli.commands import app
 from deltaweights.delta.chain import open_recipe
 from deltaweights.delta.opening import read_manifest
 from deltaweights.delta.target_recipe import TargetRecipe
-from deltaweights.errors import HubReadError
+from deltaweights.errors import HubReadError, HubWriteError
 from deltaweights.license import rules
 from deltaweights.patch import rebuild_shard
-from deltaweights.storage import HubSource, hub_client, open_hub, open_source
+from deltaweights.storage import HubSource, hub_client, hub_upload, open_hub, open_source
+from deltaweights.storage.hub_client import RemoteFile, Repository
 from deltaweights.workers import Meter, Workers
 
 from ..checkpoints import bf16, contents, weights, write_safetensors
@@ -53,7 +54,7 @@ def needed_bytes(delta: Path, base: Path) -> int:
     """How many of the base's bytes it takes to decode the delta."""
     with open_recipe(delta, base) as target:
         spans = [
-            recipe.base_span(index)
+            recipe.base_spans(index)[0]
             for file in target.manifest.target.files
             if file.stored == "tensors"
             for recipe, index in target.shard(file.path).chunks()
@@ -191,7 +192,7 @@ def test_with_the_base_sharded_by_somebody_else_too(
         progress=lambda phase, _, total: phases.update({phase: total}),
     )
     assert contents(tmp_path / "out") == contents(large.target)
-    sampled = phases["check base"] * CHUNK_BYTES
+    sampled = phases["check base"]
     assert 0 < shelf.weight_bytes("org/mirror") <= 1.05 * needed_bytes(made, large.base) + sampled
 
 
@@ -558,6 +559,91 @@ def test_a_listing_that_does_not_end_is_given_up(
         server.shutdown()
 
 
+class _Dripping(BaseHTTPRequestHandler):
+    """Begins an answer, and sends a byte of it now and then: of its head, or of its body. Nothing but a clock
+    of our own ends that."""
+
+    part = ""
+
+    def do_HEAD(self) -> None:
+        start, end = map(int, self.headers.get("Range", "bytes=0-4999999")[6:].split("-"))
+        self.send_response(206 if "Range" in self.headers else 200)
+        for name, value in (
+            ("X-Repo-Commit", "a" * 40),
+            ("ETag", '"b"'),
+            ("Content-Length", str(end - start + 1)),
+            ("Content-Range", f"bytes {start}-{end}/5000000"),
+        ):
+            self.send_header(name, value)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.part == "body":
+            self.do_HEAD()
+        elif self.part == "head":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+        else:
+            self.send_error(404)
+        with suppress(OSError):
+            while self.part:
+                self.wfile.write(b"a")
+                time.sleep(0.05)
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def dripping(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Repository]:
+    """A repository on a server that drips, and clocks that run fast."""
+    for module, name in (
+        (hub_client, "_HEAD_SECONDS"),
+        (hub_client, "_STILL_SECONDS"),
+        (hub_upload, "_MOST_SECONDS"),
+    ):
+        monkeypatch.setattr(module, name, 0.5)
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Dripping) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+            url + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        yield Repository("org/base", "a" * 40, {"a.safetensors": RemoteFile(5_000_000, "b", None)})
+        monkeypatch.setattr(_Dripping, "part", "")  # what was given up ends now, and disturbs no other test
+        for thread in threading.enumerate():
+            if thread.name == "deltaweights-hub":
+                thread.join(30)
+        server.shutdown()
+
+
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_nothing_asked_of_the_hub_waits_for_ever(
+    dripping: Repository, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    monkeypatch.setattr(_Dripping, "part", part)
+    for name in ("_LISTING_SECONDS", "_SLOW_SECONDS"):
+        monkeypatch.setattr(hub_client, name, 0.5)
+    with pytest.raises(HubReadError, match=r"An answer of .* does not end"):
+        hub_client.find_repository("org/base", None)
+    with pytest.raises(HubReadError, match=r"An answer of .* does not end"):
+        b"".join(hub_client.Downloader(dripping).fetch("a.safetensors", 0, 5_000_000))
+    with pytest.raises(HubReadError, match=r"The download of a\.safetensors from .* does not end"):
+        hub_client.download(dripping, "a.safetensors")
+    with pytest.raises(HubWriteError, match=r"A request to .* does not end"):
+        hub_upload.find_branch("org/base", None, private=True)
+    data = bytes(2 << 20)
+    files = [hub_upload.Outgoing("a.bin", data, len(data), hashlib.sha256(data).hexdigest())]
+    monkeypatch.setattr(hub_upload, "_LEAST_RATE", 1 << 30)
+    branch = hub_upload.Branch(dripping, None, is_private=True)
+    with pytest.raises(HubWriteError, match=r"A request to .* does not end"):
+        hub_upload.upload(branch, files, [], message="", create_pr=False, sent=print)
+
+
 def test_bytes_that_come_too_slowly_are_given_up(shelf: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_client, "_SLOW_SECONDS", 0)
     monkeypatch.setattr(hub_client, "_LEAST_RATE", 1)
@@ -599,6 +685,10 @@ def test_a_private_or_missing_repository_cannot_be_found(
             monkeypatch.setenv("HF_TOKEN", token)
         for name in ("org/private", "org/missing"):
             with pytest.raises(HubError, match=f"{name} cannot be found") as caught:
+                open_checkpoint(f"hf://{name}")
+            assert not caught.value.retryable
+            assert "hf auth login" in caught.value.fix
+            with pytest.raises(HubError, match=f"no file or folder {name}, and no such repository") as caught:
                 open_checkpoint(name)
             assert not caught.value.retryable
             assert "hf auth login" in caught.value.fix
@@ -636,10 +726,14 @@ def test_a_revision_that_is_not_there(shelf: HubServer, tmp_path: Path) -> None:
 
 def test_a_hub_that_cannot_be_reached(hub: HubServer) -> None:
     hub.close()
-    with pytest.raises(HubError, match="Cannot reach the Hub") as caught:
-        open_checkpoint("org/base")
-    assert caught.value.retryable
-    assert hub.endpoint in caught.value.why
+    for location, what in (
+        ("hf://org/base", "Cannot reach the Hub"),
+        ("org/base", "There is no file or folder org/base, and the Hub cannot be reached"),
+    ):
+        with pytest.raises(HubError, match=what) as caught:
+            open_checkpoint(location)
+        assert caught.value.retryable
+        assert hub.endpoint in caught.value.why
 
 
 # The cache --------------------------------------------------------------------------------------------
@@ -697,7 +791,7 @@ def test_offline_with_a_part_of_the_base_in_the_cache(
     with pytest.raises(BaseMismatchError, match="it has no tensor"):
         apply_delta(made, tmp_path / "out")
     with pytest.raises(CheckpointError, match="org/target is not here") as caught:
-        open_checkpoint("org/target")
+        open_checkpoint("hf://org/target")
     assert "hf download org/target" in caught.value.fix
 
 
@@ -921,7 +1015,7 @@ def test_the_commands_take_hub_ids(shelf: HubServer, large: Trio, tmp_path: Path
     assert json.loads(done.stdout)["base"]["repo_id"] == "org/base"
     done = CliRunner().invoke(app, ["apply", "org/missing", "-o", str(out)])
     assert done.exit_code == 1
-    assert "org/missing cannot be found" in done.stderr
+    assert "no file or folder org/missing, and no such repository on the Hub" in done.stderr
 
 
 def test_the_environment_counts_in_a_process_of_its_own(
@@ -936,7 +1030,7 @@ def test_the_environment_counts_in_a_process_of_its_own(
 
     done = apply("never", HF_HUB_OFFLINE="1")
     assert done.returncode == 1
-    assert "error: org/delta is not here\n" in done.stderr
+    assert "error: There is no file or folder org/delta, and the Hub is not asked\n" in done.stderr
     assert "HF_HUB_OFFLINE is set" in done.stderr
     assert not shelf.log
     done = apply("online")

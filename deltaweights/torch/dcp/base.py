@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from ... import codec
 from ...checkpoint import Checkpoint
 from ...checkpoint import Tensor as StoredTensor
-from ...match.names import CompiledRule, renamed
+from ...storage import sha256_of
+from ...workers import Workers
 from .boxes import Box, cut, envelope, read_box
 from .record import DTYPES, BaseIdentity, DcpBaseTensor
 
@@ -42,6 +44,9 @@ class BaseTensors(Protocol):
 
     def expect(self, parts: Iterable[tuple[str, Box]]) -> AbstractContextManager[None]:
         """Announce that these parts will be read within the block, each once, in about this order."""
+
+    def require_undamaged(self, workers: Workers, share: int, of: int) -> None:
+        """Check what nothing else checks: one of ``of`` shares of it."""
 
     def close(self) -> None: ...
 
@@ -92,8 +97,35 @@ class CheckpointBase:
                     spans.append(tensor.span(first * itemsize, end * itemsize))
         return self._checkpoint.source.expect(spans) if spans else nullcontext()
 
+    def require_undamaged(self, workers: Workers, share: int, of: int) -> None:
+        """Compare the SHA-256 of files in the Hub cache with the one that they are stored under, once in a
+        process. Of other files there is none, or none without reading all of them over the network.
+
+        Raises:
+            CheckpointError: one is damaged.
+        """
+        source = self._checkpoint.source
+        paths = sorted({tensor.path for tensor in self._checkpoint.tensors})
+        stored = [path for path in paths if source.full_path(path) and source.told_sha256(path)]
+
+        def check(path: str) -> None:
+            copy = source.full_path(path)
+            assert copy is not None
+            status = copy.stat()
+            mark = copy, status.st_size, status.st_ctime_ns, status.st_ino
+            if mark not in _undamaged:
+                source.require_sha256(path, sha256_of(source.blocks(path)))
+                _undamaged.add(mark)
+
+        for _ in workers.map(check, stored[share::of]):
+            pass
+
     def close(self) -> None:
         self._checkpoint.source.close()
+
+
+#: Files in the Hub cache that this process has compared: path, size, time of change, inode.
+_undamaged: set[tuple[Path, int, int, int]] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,18 +163,22 @@ class BasePart:
 
 
 def find_counterpart(
-    tensors: BaseTensors, name: str, dtype: str, shape: tuple[int, ...], rules: Sequence[CompiledRule]
+    tensors: BaseTensors, name: str, dtype: str, shape: tuple[int, ...]
 ) -> DcpBaseTensor | None:
-    """Find the base tensor for the tensor ``name`` of a state: by that name, after the rename rules, or by
-    that name without its first part (which belongs to the state, as in ``{"model": model.state_dict()}``).
+    """Find the base tensor called ``name``, or that without its first part (which belongs to the state, as in
+    ``{"model": model.state_dict()}``).
 
     It has the same shape, and the same dtype or a float dtype that converts to it.
     """
-    name = renamed(name, rules)
-    for candidate in (name, name.partition(".")[2]):
+    for candidate in candidates(name):
         found = tensors.find(candidate)
         if found is None or found.shape != shape:
             continue
         if found.dtype == dtype or codec.is_convertible(found.dtype, dtype):
             return DcpBaseTensor(candidate, found.dtype)
     return None
+
+
+def candidates(name: str) -> tuple[str, str]:
+    """The names to look for in a base, for a tensor of a state: its own, and that without the first part."""
+    return name, name.partition(".")[2]

@@ -245,6 +245,9 @@ class DeltaFolder:
         """Does nothing."""
         return nullcontext()
 
+    def require_undamaged(self, workers: Workers, share: int, of: int) -> None:
+        """Does nothing: each chunk has a checksum, and so has each of its base."""
+
     def expect_base(self, chunks: Iterable[tuple[StoredPart, int]]) -> AbstractContextManager[None]:
         """Announce that these chunks of shards will be decoded within the block, in about this order."""
         if self._base is None:

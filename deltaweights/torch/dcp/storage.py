@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -40,15 +40,17 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from ...checkpoint.oddities import tell
 from ...errors import CheckpointError, DeltaError, DeltaWeightsError, OutputError
-from ...match.names import RenameRule, compile_rules
+from ...match.names import Names, RenameRule, compile_rules
 from ...storage import Location, Readable, is_same, local_path, open_source, output_path
 from ...workers import Workers
-from .base import BaseTensors
+from ..tensors import first_line
+from .base import BaseTensors, candidates
 from .boxes import Box
 from .folder import DeltaFolder, StoredPart, open_base
 from .record import RECORD_NAME, CheckpointRecord, parse_record
-from .write import create_file, first_line, load_value, make_record, require_storable, write_items
+from .write import create_file, load_value, make_record, require_storable, write_items
 
 #: The files of all saves to a folder, complete or not.
 _FILE_NAME = re.compile(r"delta-\d{5,}-[0-9a-f]{16}\.safetensors(\.partial)?", re.ASCII)
@@ -127,6 +129,9 @@ class DeltaStorageWriter(StorageWriter):
         opener = _opener(self._base)
         if opener and self._opened is None:
             self._opened = opener()
+        if self._opened:
+            with Workers(self._threads) as workers:
+                self._opened.require_undamaged(workers, *_share_of_machine())
         if isinstance(self._opened, DeltaFolder) and any(
             is_same(folder, root) for root in self._opened.roots
         ):
@@ -138,14 +143,24 @@ class DeltaStorageWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return plans
+        """Apply the rename rules to the names of all ranks, which one rule may be meant for."""
+        if not self._rules:
+            return plans
+        given = {item.index.fqn for plan in plans for item in plan.items if item.tensor_data}
+        names = Names(self._rules, given)
+        base = self._opened
+        if base:
+            tell(names.useless(lambda name: any(map(base.find, candidates(name)))))
+        renamed = {name: names.of_base(name) for name in given if names.of_base(name) != name}
+        return [replace(plan, storage_data=renamed) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
         if plan.items:
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
             folder = local_path(self.checkpoint_id)
-            results = write_items(plan.items, planner, folder, rank, self._opened, self._rules, self._threads)
+            renamed = plan.storage_data or {}
+            results = write_items(plan.items, planner, folder, rank, self._opened, renamed, self._threads)
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -305,6 +320,12 @@ class DeltaStorageReader(StorageReader):
         torch.save(value, clean)
         clean.seek(0)
         return clean
+
+
+def _share_of_machine() -> tuple[int, int]:
+    """The number of this process among those of this machine, and how many these are, as torchrun tells."""
+    rank, ranks = (os.environ.get(name, "") for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    return (int(rank), int(ranks)) if rank.isdecimal() and ranks.isdecimal() and int(ranks) else (0, 1)
 
 
 def _opener(base: Readable | DeltaStorageReader | None) -> Callable[[], BaseTensors] | None:

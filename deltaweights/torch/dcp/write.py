@@ -6,7 +6,7 @@ import io
 import math
 import secrets
 import zipfile
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,10 @@ from ... import codec
 from ..._version import __version__
 from ...errors import OutputError
 from ...manifest import FileRecord, Tool
-from ...match.names import CompiledRule
 from ...payload import ChunkPlan, CodedChunk, PayloadFile, encode_row
 from ...storage import PartialFile
 from ...workers import Workers
+from ..tensors import first_line
 from .base import BasePart, BaseTensors, find_counterpart
 from .boxes import Box, fill
 from .record import (
@@ -110,10 +110,11 @@ def write_items(
     folder: Path,
     rank: int,
     base: BaseTensors | None,
-    rules: Sequence[CompiledRule],
+    renamed: Mapping[str, str],
     threads: int,
 ) -> list[WriteResult]:
-    """Write one file with all items of this rank.
+    """Write one file with all items of this rank. ``renamed`` has the base's names for those of the state
+    that rename rules change.
 
     Raises:
         OutputError: an item cannot be saved, or the folder cannot be written.
@@ -130,7 +131,7 @@ def write_items(
             if item.tensor_data is None:
                 part = _Part(np.frombuffer(values[fqn], np.uint8), "U8")
             else:
-                part = _resolve(item, item.tensor_data, planner, base, rules)
+                part = _resolve(item, item.tensor_data, planner, base, renamed)
             key = payload_name(fqn, part.box.offsets if part.box else None)
             plan = ChunkPlan(part.data.size, part.data.size if part.base else 0)
             with closing(_encoded(part, plan, workers)) as chunks:
@@ -206,11 +207,6 @@ def load_value(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
-def first_line(error: Exception) -> str:
-    """An error's message without advice that does not apply here."""
-    return str(error).partition("\n")[0]
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -220,7 +216,7 @@ def _resolve(
     planned: TensorWriteData,
     planner: SavePlanner,
     base: BaseTensors | None,
-    rules: Sequence[CompiledRule],
+    renamed: Mapping[str, str],
 ) -> _Part:
     """A shard's bytes, copied from the device, and its part of the base."""
     fqn, chunk = item.index.fqn, planned.chunk
@@ -235,7 +231,8 @@ def _resolve(
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     data = plain.reshape(-1).view(torch.uint8).numpy()
     box, code, reference = Box(tuple(chunk.offsets), tuple(chunk.sizes)), DTYPES[dtype][0], None
-    counterpart = find_counterpart(base, fqn, code, tuple(planned.size), rules) if base else None
+    name = renamed.get(fqn, fqn)
+    counterpart = find_counterpart(base, name, code, tuple(planned.size)) if base else None
     if base and counterpart:
         reference = BasePart(base, counterpart, box)
     return _Part(data, code, box, dtype, reference)

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder ``step-00000400``, a delta against the base, or ``step-00000500-on-00000400``, a
 delta against the named checkpoint. Each gets its name by one rename, so a killed process loses at most the
-checkpoint that it was writing.
+checkpoint that it was writing. What else training needs is in ``training-00000400``, which is there first.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import IO
 from weakref import WeakSet
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from ...delta.chain import MAX_DELTAS
 from ...diff import make_delta
@@ -32,13 +32,15 @@ from ...match.names import RenameRule
 from ...payload import CHUNK_BYTES
 from ...storage import LocalSource, Location, Source, flush_folder, local_path, lock, open_source, output_path
 from ...workers import ProgressCallback, result_of
-from ..tensors import byte_view, settle
+from ..tensors import copied, settle
 from .layout import Layout, lay_out
 from .load import load_into
 from .memory import MemorySource
+from .training_state import Snapshots, read, write
 
 _NAME = re.compile(r"step-(\d{8,})(?:-on-(\d{8,}))?", re.ASCII)
-_PARTIAL, _TRASH, _LOCK = ".partial", ".trash", ".lock"
+_TRAINING = re.compile(r"training-(\d{8,})", re.ASCII)
+_PARTIAL, _PARTIAL_TRAINING, _TRASH, _LOCK = ".partial", ".partial-training", ".trash", ".lock"
 
 
 _log = logging.getLogger("deltaweights")
@@ -79,17 +81,19 @@ class DeltaCheckpointer:
     """Saves checkpoints of a model in ``folder``, each as a delta; a context manager.
 
     :meth:`save` copies the weights to the CPU's memory and returns; a thread of its own does the rest.
-    Weights, buffers and config come back bit for bit. The state of optimizer, scheduler and random generators
-    is not kept. If the program ends without :meth:`close`, the last checkpoint is finished all the same.
+    Weights, buffers and config come back bit for bit; so does what :meth:`save` is given as ``training``,
+    such as the optimizer's state. If the program ends without :meth:`close`, the last checkpoint is finished
+    all the same.
 
     A folder that holds checkpoints of another run takes no more, unless that run is resumed: by
     :meth:`load_into`, :meth:`discard_after` or ``resume``.
 
     Memory: one copy of the weights on the CPU (pinned if they come from CUDA), or two with ``anchor_every``
-    above 1.
+    above 1, and one copy of ``training``.
 
     Args:
-        folder: where the checkpoints go; made if need be. One process at a time may write to it.
+        folder: where the checkpoints go; made if need be. One process at a time may write to it: of several
+            that train together, the first.
         base: what they are deltas against: a folder, one .safetensors file or a Hub id. It has to stay the
             same.
         anchor_every: every so many checkpoints, one is made against the base; those between, against the one
@@ -146,14 +150,15 @@ class DeltaCheckpointer:
             chunk_bytes=chunk_bytes,
             threads=threads,
         )
-        self._lock = _lock(self.folder)
-        for name in (_PARTIAL, _TRASH):  # an earlier process was killed
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        self._lock: IO[bytes] | None = None
+        if _is_first():
+            self._hold()
         self._is_ours = resume or not self.steps
         self._thread = ThreadPoolExecutor(1, "deltaweights-checkpoint")
         self._job: Future[None] | None = None
         self._made: _Made | None = None
         self._snapshots: list[dict[str, Tensor]] = []
+        self._training = Snapshots()
         self._known: dict[str, str] = {}  # SHA-256 by fingerprint of the base's files
         _open.add(self)
 
@@ -172,21 +177,36 @@ class DeltaCheckpointer:
         """The steps of the existing checkpoints, in order."""
         return list(list_checkpoints(self.folder))
 
-    def save(self, step: int, state: nn.Module | Mapping[str, Tensor]) -> None:
+    def save(
+        self,
+        step: int,
+        state: nn.Module | Mapping[str, Tensor],
+        *,
+        training: Mapping[str, object] | None = None,
+    ) -> None:
         """Save the weights of ``state`` as the checkpoint of ``step``.
 
         Returns once they are copied. If the previous checkpoint is still being written, waits for it.
+
+        Args:
+            training: what else training needs to go on, by file name, such as
+                ``{"optimizer.pt": optimizer.state_dict()}``: plain data and tensors, which are copied too.
+                ``torch.save`` writes each to its file; bytes are written as they are.
 
         Raises:
             OutputError: there is a checkpoint of this step or a later one, or the folder holds another run's.
             CheckpointError: a tensor cannot be saved.
             DeltaWeightsError: the previous checkpoint failed, and was not saved.
-            ValueError: ``step`` is negative.
+            ValueError: ``step`` is negative, or a key of ``training`` is not a file name.
         """
         if step < 0:
             raise ValueError(f"step is {step}, not at least 0")
+        for name in training or ():
+            if not name or name != Path(name).name:
+                raise ValueError(f"{name!r} in training is not a file name")
         self.wait()
         self.require_resumed()
+        self._hold()
         later = [other for other in self.steps if other >= step]
         if later:
             raise OutputError(
@@ -195,7 +215,8 @@ class DeltaCheckpointer:
                 f"To drop the later checkpoints: discard_after({step - 1}).",
             )
         layout = self._copy(lay_out(state, self._max_shard_size))
-        self._job = self._thread.submit(self._write, step, layout)
+        values = None if training is None else self._training.take(training)
+        self._job = self._thread.submit(self._write, step, layout, values)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written.
@@ -215,8 +236,10 @@ class DeltaCheckpointer:
         finally:
             self._thread.shutdown()
             self._snapshots.clear()
+            self._training.clear()
             self._made = None
-            self._lock.close()
+            if self._lock:
+                self._lock.close()
 
     def load_into(
         self,
@@ -242,19 +265,10 @@ class DeltaCheckpointer:
         Raises:
             CheckpointError: there is no such checkpoint. Also raises the errors of :func:`load_into`.
         """
-        self.wait()
-        chains = list_checkpoints(self.folder)
-        if not chains:
-            raise CheckpointError(
-                f"{self.folder} holds no checkpoint", "None was finished.", "Save one first."
-            )
-        step = max(chains) if step is None else step
-        if step not in chains:
-            there = f"It has those of steps {', '.join(map(str, chains))}."
-            raise CheckpointError(f"{self.folder} has no checkpoint {step}", there, "Choose another step.")
+        step, chain = self._find(step)
         load_into(
             model,
-            chains[step],
+            chain,
             self.base,
             device=device,
             strict=strict,
@@ -265,6 +279,54 @@ class DeltaCheckpointer:
         )
         self.resume()
         return step
+
+    def load_training(self, step: int | None = None) -> dict[str, object]:
+        """Load what :meth:`save` was given as ``training``, with tensors on the CPU.
+
+        Args:
+            step: the checkpoint's step; None for the last one.
+
+        Returns:
+            The values by file name.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, nothing was saved beside it, or a file is damaged.
+        """
+        return read(self.training_folder(step))
+
+    def training_folder(self, step: int | None = None) -> Path:
+        """The folder of the files of :meth:`load_training`.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or nothing was saved beside it.
+        """
+        step, _ = self._find(step)
+        folder = self.folder / f"training-{step:08d}"
+        if not folder.is_dir():
+            there = [other for other in self.steps if (self.folder / f"training-{other:08d}").is_dir()]
+            raise CheckpointError(
+                f"Checkpoint {step} in {self.folder} holds weights only",
+                "No state of an optimizer was saved with it, or it is kept only for later ones.",
+                f"Choose one of these steps: {', '.join(map(str, there))}; or begin anew with its weights: "
+                "load_into(model)."
+                if there
+                else "Begin anew with its weights: load_into(model).",
+            )
+        return folder
+
+    def _find(self, step: int | None) -> tuple[int, list[Path]]:
+        """A checkpoint's step and chain."""
+        self.wait()
+        chains = list_checkpoints(self.folder)
+        if not chains:
+            raise CheckpointError(
+                f"{self.folder} holds no checkpoint", "None was finished.", "Save one first."
+            )
+        step = max(chains) if step is None else step
+        if step not in chains:
+            there = f"It has those of steps {', '.join(map(str, chains))}."
+            raise CheckpointError(f"{self.folder} has no checkpoint {step}", there, "Choose another step.")
+        return step, chains[step]
 
     def resume(self) -> None:
         """Go on with the run whose checkpoints the folder holds. Its weights have to be loaded already."""
@@ -288,10 +350,19 @@ class DeltaCheckpointer:
         """Delete all checkpoints of later steps than ``step``, to resume training from there."""
         self.wait()
         self.resume()
+        self._hold()
         self._made = None
         for other, chain in sorted(list_checkpoints(self.folder).items(), reverse=True):
             if other > step:
                 self._remove(chain[-1])
+        self._prune_training(self.steps)
+
+    def _hold(self) -> None:
+        """Lock the folder, unless that is done."""
+        if self._lock is None:
+            self._lock = _lock(self.folder)
+            for name in (_PARTIAL, _PARTIAL_TRAINING, _TRASH):  # an earlier process was killed
+                shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _copy(self, layout: Layout) -> Layout:
         """The layout with its tensors copied to this checkpointer's memory, which is reused."""
@@ -299,8 +370,7 @@ class DeltaCheckpointer:
         snapshot: dict[str, Tensor] = {}
         for tensors, _ in layout.shards.values():
             for name, tensor in tensors.items():
-                snapshot[name] = _like(tensor, spare.get(name))
-                _copy_bytes(tensor, snapshot[name])
+                snapshot[name] = copied(tensor, spare.get(name))
         settle(tensor for tensors, _ in layout.shards.values() for tensor in tensors.values())
         self._snapshots.append(snapshot)
         shards = {
@@ -315,8 +385,12 @@ class DeltaCheckpointer:
         checkpoint."""
         return 1 if self._anchor_every == 1 else 2
 
-    def _write(self, step: int, layout: Layout) -> None:
+    def _write(self, step: int, layout: Layout, training: Mapping[str, object] | None) -> None:
         """Write and publish one checkpoint, in the background."""
+        unfinished = self.folder / _PARTIAL_TRAINING
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if training is not None:
+            write(unfinished, training)
         made, self._made = self._made, None
         parent = made if made and made.depth + 1 < self._anchor_every else None
         unfinished = self.folder / _PARTIAL
@@ -327,6 +401,9 @@ class DeltaCheckpointer:
             manifest = self._make_delta(before, source, unfinished)
         if parent is None:
             self._known = {prints[file.path]: file.sha256 for file in manifest.base.files}
+        if training is not None:
+            self._prune_training(self.steps)  # what a run that was killed left at this step
+            _rename(self.folder / _PARTIAL_TRAINING, self.folder / f"training-{step:08d}")
         suffix = f"-on-{parent.step:08d}" if parent else ""
         _rename(unfinished, self.folder / f"step-{step:08d}{suffix}")
         digests = {file.path: file.sha256 for file in manifest.target.files}
@@ -347,10 +424,18 @@ class DeltaCheckpointer:
         if self._keep is None:
             return
         chains = list_checkpoints(self.folder)
+        self._prune_training(list(chains)[-self._keep :])
         needed = {path for step in list(chains)[-self._keep :] for path in chains[step]}
         for chain in reversed(chains.values()):
             if chain[-1] not in needed:
                 self._remove(chain[-1])
+
+    def _prune_training(self, steps: Sequence[int]) -> None:
+        """Delete what is beside all checkpoints but these. It goes before its checkpoint, and is no use to a
+        later one."""
+        for path in list(self.folder.iterdir()):
+            if (match := _TRAINING.fullmatch(path.name)) and int(match[1]) not in steps:
+                self._remove(path)
 
     def _remove(self, path: Path) -> None:
         """Delete a checkpoint. It is renamed first, so that a half-deleted one is never taken for a
@@ -390,21 +475,11 @@ class _KnownBase(LocalSource):
         return self._known.get(self.fingerprint(path)) if path in self.sizes else None
 
 
-def _like(tensor: Tensor, spare: Tensor | None) -> Tensor:
-    """Memory on the CPU for a copy of ``tensor``: ``spare`` if it fits."""
-    if spare is not None and (spare.shape, spare.dtype) == (tensor.shape, tensor.dtype):
-        return spare
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-
-
-def _copy_bytes(source: Tensor, copy: Tensor) -> None:
-    """Copy to the CPU, asynchronously from CUDA."""
-    if source.device.type == "cpu":
-        # memcpy on one core: beside busy threads, torch's copy waits for all its own and takes six times as
-        # long.
-        np.copyto(byte_view(copy).numpy(), byte_view(source).numpy())
-    else:
-        copy.copy_(source, non_blocking=source.is_cuda)
+def _is_first() -> bool:
+    """Whether this is the only process of a training, or the first of several. The others just read."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _lock(folder: Path) -> IO[bytes]:

@@ -76,6 +76,11 @@ class DeltaSubscriber:
         allow_rollback: follow the stream to a state of a lower number than one that was synced before. Else
             that is refused: a publisher never goes back, also where its training does, so that somebody put
             an old head there, or began another stream.
+        last_number: the :attr:`SyncReport.number` of the last state that was synced before, by a process that
+            has ended: a subscriber keeps nothing on disk, so what it remembers ends with it. 0: none.
+
+    Raises:
+        ValueError: ``last_number`` is less than 0.
     """
 
     def __init__(
@@ -85,14 +90,17 @@ class DeltaSubscriber:
         in_place: bool = False,
         threads: int | None = None,
         allow_rollback: bool = False,
+        last_number: int = 0,
     ) -> None:
+        if last_number < 0:
+            raise ValueError(f"last_number is {last_number}, not at least 0")
         self._transport = open_transport(location)
         self._in_place = in_place
         self._threads = threads
         self._known: _Known | None = None
         self._tied: set[str] = set()  # names of the model alone, tied to such as the stream has
         self._allow_rollback = allow_rollback
-        self._number = 0  # of the last state that was synced
+        self._number = last_number  # of the last state that was synced
 
     def sync(self, model: State) -> SyncReport:
         """Bring ``model`` to the stream's newest state, bit for bit.
@@ -140,7 +148,7 @@ class DeltaSubscriber:
         if head.newest.number < self._number and not self._allow_rollback:
             raise DeltaError(
                 f"The stream at {self._transport.where} goes back",
-                f"Its head names state {head.newest.number}; this subscriber was at {self._number} already.",
+                f"Its head names state {head.newest.number}; this subscriber was already at {self._number}.",
                 "Sync again later. If it is meant, make a DeltaSubscriber with allow_rollback=True.",
             )
         state = _without_tied(state, state.keys() - self._tied)

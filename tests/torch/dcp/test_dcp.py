@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickle
@@ -547,6 +548,77 @@ def _written(offset: int, length: int, **changed: Any) -> WriteResult:
     base = changed.pop("base", None)
     item = replace(Item(4 * length, Box((offset,), (length,)), "float32", None), **changed)
     return WriteResult(MetadataIndex("w", [offset]), 1, Written(item, file, base))
+
+
+def in_hub_cache(root: Path, folder: Path) -> Path:
+    """A snapshot of the folder as the Hub cache has it: links to files called by their SHA-256."""
+    repository = root / "models--acme--base"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for path in folder.iterdir():
+        blob = repository / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.copy(path, blob)
+        (snapshot / path.name).symlink_to(blob)
+    return snapshot
+
+
+def test_a_base_that_is_damaged_in_the_cache_is_refused(folder: Path, tmp_path: Path) -> None:
+    """A checkpoint against it could be read by nobody who has the right base. An earlier good look at the
+    file does not count once it has changed."""
+    base = in_hub_cache(tmp_path, folder / "base")
+    save(small(1), tmp_path / "one", base)
+    blob = (base / "model.safetensors").resolve()
+    data = bytearray(blob.read_bytes())
+    data[-3] ^= 1
+    blob.write_bytes(data)
+    with pytest.raises(CheckpointException) as raised:
+        save(small(2), tmp_path / "two", base)
+    assert isinstance(failure(raised), CheckpointError)
+    assert "Hub cache is damaged" in str(failure(raised))
+    assert not (tmp_path / "two" / RECORD_NAME).exists()
+    data[-3] ^= 1
+    blob.write_bytes(data)
+    save(small(2), tmp_path / "two", base)
+    assert_equal(load(tmp_path / "two", folder / "base", small(2)), small(2))
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_processes_of_a_machine_share_the_look_at_the_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_rank: int
+) -> None:
+    (tmp_path / "base").mkdir()
+    for number, name in enumerate(("norm", "rows.uneven")):
+        save_file({name: state(0)[name]}, tmp_path / "base" / f"model-{number}.safetensors")
+    base = in_hub_cache(tmp_path, tmp_path / "base")
+    blob = (base / "model-1.safetensors").resolve()
+    blob.write_bytes(blob.read_bytes()[:-2] + b"xy")
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    if local_rank:
+        with pytest.raises(CheckpointException):
+            save(small(1), tmp_path / "one", base)
+    else:
+        save(small(1), tmp_path / "one", base)
+
+
+def test_rename_rules_are_those_of_diff(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A layer was left out: each of those after it moves once, though the next rule fits its new name. A rule
+    without effect is told."""
+    weights = {f"layers.{k}.weight": torch.randn(40, 30) for k in range(4)}
+    (tmp_path / "base").mkdir()
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    pruned = {f"layers.{k}.weight": weights[f"layers.{k + (k > 0)}.weight"] + 0.1 for k in range(3)}
+    rules = [(r"layers\.1\.", "layers.2."), (r"layers\.2\.", "layers.3."), ("layrs", "layers")]
+    save({"model": pruned}, tmp_path / "one", tmp_path / "base", rename=rules)
+    record = record_of(tmp_path / "one")
+    assert {name: tensor.base.name for name, tensor in record.tensors.items() if tensor.base} == {
+        "model.layers.0.weight": "layers.0.weight",
+        "model.layers.1.weight": "layers.2.weight",
+        "model.layers.2.weight": "layers.3.weight",
+    }
+    told = [entry.message for entry in caplog.records if entry.name.startswith("deltaweights")]
+    assert told == ["The rename rule 'layrs=layers' changed no name."]
 
 
 def test_what_ranks_say_has_to_fit_together() -> None:

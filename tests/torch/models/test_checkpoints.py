@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import signal
 import subprocess
@@ -174,6 +175,106 @@ def test_another_run_s_checkpoints_are_kept(qwen2: Trio, folder: Path) -> None:
             resumed(checkpointer)
             checkpointer.save(step, tiny_qwen2())
     assert list(list_checkpoints(folder)) == [4, 5, 6]
+
+
+def optimizer_state(model: torch.nn.Module) -> tuple[torch.optim.AdamW, dict[str, Any]]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, amsgrad=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer, copy.deepcopy(optimizer.state_dict())
+
+
+def test_the_state_of_an_optimizer_comes_back_as_it_was_then(qwen2: Trio, folder: Path) -> None:
+    """Though training goes on while it is written, and overwrites it."""
+    model = tiny_qwen2()
+    optimizer, expected = optimizer_state(model)
+    odd = {
+        "sparse": torch.eye(3).to_sparse(), "conjugate": torch.tensor([1 + 2j]).conj(), "none": None,
+        "strided": torch.arange(6).view(2, 3).t(), "tuple": (1, torch.zeros(())), "empty": torch.zeros(0, 2),
+    }  # fmt: skip
+    with DeltaCheckpointer(folder, qwen2.base) as checkpointer:
+        for step in (1, 2):
+            training = {"optimizer.pt": optimizer.state_dict(), "odd.pt": odd, "note.txt": b"\0plain"}
+            checkpointer.save(step, model, training=training)
+        for value in optimizer.state.values():
+            value["exp_avg"].zero_()
+        optimizer.param_groups[0]["lr"] = 0.5
+        checkpointer.wait()
+        for at in (1, None):
+            loaded = checkpointer.load_training(at)
+            torch.testing.assert_close(loaded.pop("optimizer.pt"), expected, rtol=0, atol=0)
+            torch.testing.assert_close(loaded.pop("odd.pt"), odd, rtol=0, atol=0)
+            assert loaded == {"note.txt": b"\0plain"}
+    assert list(list_checkpoints(folder)) == [1, 2]
+
+
+def test_only_kept_checkpoints_have_an_optimizer_s_state(qwen2: Trio, folder: Path) -> None:
+    """What a later one is made against needs its weights only. What a killed process left goes away."""
+    (folder / ".partial-training").mkdir(parents=True)
+    with DeltaCheckpointer(folder, qwen2.base, anchor_every=3, keep=2) as checkpointer:
+        assert not (folder / ".partial-training").exists()
+        (folder / "training-00000004").mkdir()
+        for step in range(6):
+            checkpointer.save(step, tiny_qwen2(), training={"step.pt": step})
+        checkpointer.wait()
+        assert checkpointer.steps == [3, 4, 5]
+        assert [checkpointer.load_training(step) for step in (4, 5)] == [{"step.pt": 4}, {"step.pt": 5}]
+        with pytest.raises(CheckpointError, match=r"Checkpoint 3 .* holds weights only") as caught:
+            checkpointer.load_training(3)
+        assert "4, 5;" in caught.value.fix
+        checkpointer.discard_after(4)
+        assert sorted(path.name for path in folder.glob("training-*")) == ["training-00000004"]
+
+
+class NotPlain:
+    """What ``weights_only`` does not build."""
+
+
+@pytest.mark.parametrize("value", [NotPlain(), lambda: 5], ids=["class", "function"])
+def test_what_could_not_be_loaded_again_is_refused(qwen2: Trio, folder: Path, value: object) -> None:
+    with DeltaCheckpointer(folder, qwen2.base) as checkpointer:
+        checkpointer.save(1, tiny_qwen2(), training={"optimizer.pt": {"state": [value]}})
+        with pytest.raises(CheckpointError, match=r"optimizer\.pt cannot be saved"):
+            checkpointer.wait()
+        assert checkpointer.steps == []
+        checkpointer.save(1, tiny_qwen2(), training={"optimizer.pt": 5})
+        checkpointer.wait()
+        assert checkpointer.load_training() == {"optimizer.pt": 5}
+        with pytest.raises(ValueError, match="not a file name"):
+            checkpointer.save(2, tiny_qwen2(), training={"../optimizer.pt": 5})
+
+
+def test_a_state_with_code_in_it_is_not_run(qwen2: Trio, folder: Path, tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    with DeltaCheckpointer(folder, qwen2.base) as checkpointer:
+        checkpointer.save(1, tiny_qwen2(), training={"optimizer.pt": 5})
+        checkpointer.wait()
+        path = checkpointer.training_folder() / "optimizer.pt"
+        torch.save(Attack(), path)
+        with pytest.raises(CheckpointError, match="more than plain data"):
+            checkpointer.load_training()
+        assert not (tmp_path / "ran").exists()
+        path.write_bytes(path.read_bytes()[:50])
+        with pytest.raises(CheckpointError, match="damaged"):
+            checkpointer.load_training()
+
+
+def test_of_several_processes_only_the_first_holds_the_folder(
+    qwen2: Trio, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others read from it; one that writes all the same is refused."""
+    with DeltaCheckpointer(folder, qwen2.base) as first:
+        first.save(1, tiny_qwen2())
+        first.wait()
+        monkeypatch.setenv("RANK", "1")
+        with DeltaCheckpointer(folder, qwen2.base) as other:
+            assert other.load_into(tiny_qwen2()) == 1
+            with pytest.raises(OutputError, match="another process"):
+                other.save(2, tiny_qwen2())
 
 
 _ENDS = """

@@ -552,11 +552,15 @@ def test_an_old_head_is_refused_unless_it_is_meant(tmp_path: Path) -> None:
             states.append(bits(model))
             heads.append((tmp_path / "s" / HEAD_NAME).read_bytes())
     subscriber = DeltaSubscriber(tmp_path / "s")
-    subscriber.sync(engine)
+    report = subscriber.sync(engine)
     (tmp_path / "s" / HEAD_NAME).write_bytes(heads[0])
     with pytest.raises(DeltaError, match="goes back"):
         subscriber.sync(engine)
     assert bits(engine) == states[1]
+    with pytest.raises(DeltaError, match="already at 2"):  # in a new process, which was told
+        DeltaSubscriber(tmp_path / "s", last_number=report.number).sync(Net())
+    with pytest.raises(ValueError, match="last_number"):
+        DeltaSubscriber(tmp_path / "s", last_number=-1)
     meant = DeltaSubscriber(tmp_path / "s", allow_rollback=True)
     (tmp_path / "s" / HEAD_NAME).write_bytes(heads[1])
     subscriber.sync(engine)
