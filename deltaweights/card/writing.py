@@ -22,6 +22,10 @@ _RELATIONS = ("finetune", "adapter", "quantized", "merge")
 _MAX_TEXT = 200_000
 _MAX_CONFIG_BYTES = 1 << 20
 
+#: A title, with lines of HTML and pictures above it.
+_HEAD = re.compile(r"(?:[ \t]*(?:(?:<|!\[|\[!\[)[^\n]*)?\n){0,40} {0,3}# [^\n]+")
+_VOID = ("br", "hr", "img", "source")
+
 #: What stands for a delta's place until it has one on the Hub.
 _UNPLACED = "PATH_OF_THIS_DELTA"
 _USE = re.compile(
@@ -43,19 +47,19 @@ def write_card(manifest: Manifest, target: Source | None = None) -> bytes:
     if shortened:
         text = text.rpartition("\n")[0]
     text = relocate(text, find)
-    title = re.match(r"\s*(# [^\n]+)", text)
+    head, text = _head_of(text)
     parts = [
-        title[1] if title else "" if text.strip() else _title(manifest),
+        head or ("" if text else _title(manifest)),
         *(f"**{line}**" for line in displays(manifest.base.license)),
         _what_it_is(manifest),
         _how_to_use(manifest, _transformers_arguments(manifest, target)),
         _facts(manifest),
         _obligations(manifest),
-        "---" if text.strip() else "",
+        "---" if text else "",
         f"*The model's own page follows. It is longer: all of it is in {CARD_NAME} of the rebuilt model.*"
         if shortened
         else "",
-        text[title.end() if title else 0 :].strip(),
+        text,
     ]
     body = "\n\n".join(filter(None, parts))
     return f"---\n{dump(_fields(manifest, kept))}---\n\n{body}\n".encode(errors="replace")
@@ -149,6 +153,17 @@ def _finder(manifest: Manifest) -> Finder:
 def _at(side: BaseRecord | TargetRecord, rest: str) -> str:
     """A URL of a side's repository; ``{}`` in ``rest`` stands for its revision."""
     return f"{_HUB}{side.repo_id}{rest.replace('{}', side.revision or 'main', 1)}"
+
+
+def _head_of(text: str) -> tuple[str, str]:
+    """The title that a text begins with, with pictures above it that leave no tag open; and the rest."""
+    found = _HEAD.match(text)
+    head = found[0] if found else ""
+    opened = [tag.casefold() for tag in re.findall(r"<(\w+)", head) if tag.casefold() not in _VOID]
+    closed = [tag.casefold() for tag in re.findall(r"</(\w+)", head)]
+    if sorted(opened) != sorted(closed) or head.count("<!--") != head.count("-->"):
+        head = ""
+    return head.strip(), text[len(head) :].strip()
 
 
 def _title(manifest: Manifest) -> str:

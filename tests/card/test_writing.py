@@ -113,6 +113,34 @@ def test_name_text_and_metadata_are_the_fine_tunes(tmp_path: Path) -> None:
     assert max(k for k, line in enumerate(lines) if "License of" in line) < own, "an open fence hides nothing"
 
 
+@pytest.mark.parametrize(
+    ("above", "stays_above"),
+    [
+        ("", True),
+        ("\n\n", True),
+        ('<p align="center">\n  <img src="https://x.org/a.png"><br>\n</p>\n\n', True),
+        ("<!-- made by hand -->\n[![badge](https://x.org/a.svg)](https://x.org)\n", True),
+        ('<div align="center">\n\n', False),
+        ("<!--\n", False),
+        ("Some text.\n\n", False),
+        ("```\n", False),
+    ],
+)
+def test_the_page_begins_as_the_fine_tune_s(tmp_path: Path, above: str, stays_above: bool) -> None:
+    """What would swallow the delta's part, or be put around it, comes below it."""
+    page = _page(tmp_path, {"README.md": f"{above}# Tuned\n\nText.\n"}).decode()
+    assert (page.index("# Tuned") < page.index("This is a delta")) == stays_above
+    if stays_above:
+        assert page.partition("---\n\n")[2].startswith(f"{above}# Tuned".strip())
+    else:
+        assert page.endswith("# Tuned\n\nText.\n")
+
+
+def test_what_was_left_out_is_said(tmp_path: Path) -> None:
+    page = _page(tmp_path, {"a.pt": "x", "b.pt": "x"}, exclude=["*.pt"]).decode()
+    assert "| Left out | 2 files, listed in `deltaweights.json` |" in page
+
+
 def test_the_page_is_the_same_every_time(tmp_path: Path) -> None:
     pages = [_page(tmp_path / side, {"README.md": README, "eval.md": "x"}) for side in ("a", "b")]
     assert pages[0] == pages[1]

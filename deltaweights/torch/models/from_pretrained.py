@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Collection
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ...delta.chain import Deltas
 from ...errors import CheckpointError
@@ -72,15 +74,19 @@ def from_pretrained(
                 "Use load_state_dict, or load_into a model of your own.",
             )
         config, options = _read_config(folder, trust_remote_code, kwargs)
-        options.setdefault("device_map", {"": device})
+        mapped = "device_map" in options
+        if not mapped and torch.device(device).type != "cpu" and find_spec("accelerate"):
+            options["device_map"] = {"": device}  # else the weights would pass through the CPU's memory
         kind = _class_of(config, folder, trust_remote_code, model_class)
-        place = "cpu" if "device_map" in kwargs else device
+        place = "cpu" if mapped else device
         state = load_state_dict(delta, base, device=place, threads=threads, progress=progress)
         model: PreTrainedModel = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype or former or "auto", **options
         )
         if model.can_generate():
             model.generation_config = _generation_config(folder, files)
+        if "device_map" not in options and torch.device(device).type != "cpu":
+            nn.Module.to(model, device)
     return model
 
 

@@ -72,6 +72,16 @@ def test_the_class_may_be_another(tmp_path: Path, wanted: Any) -> None:
     assert_same(loaded, wanted.from_pretrained(tmp_path / "target"))
 
 
+def test_it_needs_no_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extra does not bring it, and transformers refuses any device_map without it."""
+    _pair(tmp_path, tiny_qwen2())
+    monkeypatch.setattr("transformers.integrations.accelerate.is_accelerate_available", lambda: False)
+    with pytest.raises(ValueError, match="requires `accelerate`"):
+        from_pretrained(tmp_path / "delta", tmp_path / "base", device_map="cpu")
+    loaded = from_pretrained(tmp_path / "delta", tmp_path / "base")
+    assert_same(loaded, AutoModelForCausalLM.from_pretrained(tmp_path / "target"))
+
+
 def test_a_class_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
     _pair(tmp_path, tiny_qwen2())
     with pytest.raises(CheckpointError, match="has none for a Qwen2Config") as caught:
