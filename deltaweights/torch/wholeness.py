@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn, strided
+from torch import distributed as dist
 from torch.nn.parameter import is_lazy
 
 from ..errors import CheckpointError
@@ -54,6 +55,21 @@ def require_gathered(state: nn.Module | Mapping[str, Tensor]) -> None:
             f"{some(empty)}, of {len(tensors)}, are empty: placeholders, as DeepSpeed ZeRO-3 and FSDP leave "
             "them while each process has a part.",
             _GATHER,
+        )
+
+
+def require_unsharded(model: nn.Module) -> None:
+    """Refuse a model that one process cannot save alone: it would wait for the others, or have a part.
+
+    Raises:
+        CheckpointError: it is in FSDP, or has DTensors.
+    """
+    sharded = [name for name, tensor in model.named_parameters() if hasattr(tensor, "full_tensor")]
+    if sharded or (_is_in_fsdp(model) and dist.get_world_size() > 1):
+        raise CheckpointError(
+            "The model is sharded over several processes",
+            "Only one of them saves here.",
+            "Use the Trainer's own checkpoints, or save with DeltaStorageWriter on every process.",
         )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from deltaweights import CheckpointError
 from deltaweights.torch import (
@@ -69,6 +70,12 @@ def fsdp(base: Path, folder: Path) -> None:
         assert raw_state(loaded.state_dict()) == expected
         with pytest.raises(CheckpointError, match="makes copies of"):
             load_into(model, out, base)
+        checkpointer = DeltaCheckpointer(folder / f"checkpoints-{out.name}", base)
+        arguments = TrainingArguments(output_dir=str(folder), report_to="none", use_cpu=True)
+        with checkpointer, pytest.raises(CheckpointError, match="sharded over several processes"):
+            DeltaCallback(checkpointer, 1).on_train_begin(
+                arguments, TrainerState(), TrainerControl(), model=model
+            )
         stream = folder / f"stream-{out.name}"
         with DeltaPublisher(stream, loaded), pytest.raises(CheckpointError, match="makes copies of"):
             DeltaSubscriber(stream).sync(model)
