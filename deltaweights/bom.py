@@ -5,6 +5,7 @@ The room :mod:`.license.bom` has the facts that go into either format, and a wri
 
 from __future__ import annotations
 
+import logging
 from datetime import datetime, timezone
 from typing import Literal, TypeAlias
 
@@ -12,6 +13,8 @@ from .delta.opening import read_manifest
 from .errors import DeltaWeightsError
 from .license.bom.facts import Facts, read_facts
 from .storage import Location, open_source
+
+_log = logging.getLogger(__name__)
 
 Format: TypeAlias = Literal["cyclonedx", "spdx"]
 
@@ -36,6 +39,7 @@ def bom_of(delta: Location, format: Format = "cyclonedx", *, created: datetime =
             list.
     """
     with open_source(delta) as source:
+        _log.info("describing %s as %s", source.where, format)
         facts = read_facts(source, read_manifest(source), created)
     return _write(facts, format).encode("ascii")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
-from .checkpoint import Checkpoint, Tensor
+from .checkpoint import Base, Checkpoint, Gathered, Group, HeldExtents, Tensor
 from .delta.chain import links, open_recipe
 from .delta.rebuilt import RebuiltSource
 from .delta.target_recipe import TargetRecipe
@@ -19,6 +21,8 @@ from .patch import check_base, check_licenses
 from .payload import CHUNK_BYTES
 from .storage import Location, Readable, output_path
 from .workers import ProgressCallback, Workers
+
+_log = logging.getLogger(__name__)
 
 
 def compact_deltas(
@@ -41,8 +45,7 @@ def compact_deltas(
         delta: the folder to write; new or empty, or an interrupted run's.
         base: the first delta's base; if None, the repository that its manifest names, at its commit.
         chunk_bytes, force, threads: as for :func:`make_delta`.
-        progress: called with a phase, the amount done and the total: "check base" (in chunks) and "diff" (in
-            bytes).
+        progress: called with a phase, bytes done and total bytes: "check base" and "diff".
 
     Returns:
         The manifest that was written. It takes the base from the first manifest and the target from the last
@@ -69,6 +72,7 @@ def compact_deltas(
         new = Checkpoint(RebuiltSource(target))
         check_place(delta, old, new)
         check_licenses(target)
+        _log.info("compacting %s", ", ".join(link.source.where for link in links(target)))
         with Workers(threads) as workers:
             workers.at_stop(target.cancel)
             check_base(target, workers, progress=progress)
@@ -110,12 +114,33 @@ def _trace(target: TargetRecipe, old: Checkpoint, new: Checkpoint) -> list[Match
     of the same name."""
     views = links(target)
     traced = []
+    held = HeldExtents()
     for tensor in new.tensors:
-        base: Tensor | None = tensor
+        base: Base | None = tensor
         for view in reversed(views):
-            base = view.base_of(base.shard.path, base.info.name) if base else None
+            base = _traced(view, base, held) if base else None
         traced.append(match_pair(tensor, base or find_named(old, tensor.name, tensor)))
     return traced
+
+
+def _traced(view: TargetRecipe, base: Base, held: HeldExtents) -> Base | None:
+    """What a tensor of a delta's target, or parts of several, are made from in the delta's base; None where
+    nothing says so."""
+    if isinstance(base, Tensor):
+        return view.base_of(base.path, base.name)
+    found = {tensor: view.base_of(tensor.path, tensor.name) for tensor in base.tensors}
+    whole = {
+        tensor: other
+        for tensor, other in found.items()
+        if isinstance(other, Tensor) and (other.dtype, other.nbytes) == (tensor.dtype, tensor.nbytes)
+    }
+    if len(whole) < len(found):
+        return None
+    groups = (
+        Group(group.repeats, tuple(replace(piece, tensor=whole[piece.tensor]) for piece in group.pieces))
+        for group in base.groups
+    )
+    return Gathered(list(groups), held)
 
 
 def _checksums(target: TargetRecipe, tensor: Tensor) -> bytes:

@@ -7,14 +7,14 @@ checkpoint.
 from __future__ import annotations
 
 import hashlib
-import threading
+import logging
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,45 +24,45 @@ from numpy.typing import NDArray
 
 from . import codec
 from ._version import __version__
-from .checkpoint import Checkpoint, Shard, Tensor
+from .checkpoint import Checkpoint, Tensor
 from .checkpoint.oddities import (
     is_excluded,
     is_pointer,
     oddities_of_base,
     oddities_of_target,
+    oddities_of_unrelated,
     tell,
 )
+from .delta.digests import CodedBatch, PassingDigest, ShardDigests, base_spans, is_far, passing_shards
+from .delta.entry import entry_of, removed_entries
 from .delta.opening import read_manifest
 from .delta.writer import DeltaWriter
+from .entries import TensorEntry
 from .errors import BaseMismatchError, CheckpointError, DeltaError, DeltaWeightsError, OutputError
 from .license import cards, rules
 from .manifest import (
     MANIFEST_NAME,
     MAX_CHUNK_BYTES,
     BaseRecord,
-    BaseTensor,
     FileRecord,
     Manifest,
     RepoId,
     Revision,
-    Status,
     TargetFile,
     TargetRecord,
-    TargetTensor,
-    TensorEntry,
     Tool,
     is_safe_path,
 )
 from .match.duplicates import find_duplicates
 from .match.names import Match, RenameRule, match_tensors
-from .payload import CHUNK_BYTES, ChunkPlan, CodedChunk, WrittenPayload, encode_row
+from .match.quantized import find_quantized
+from .payload import CHUNK_BYTES, ChunkPlan, CodedChunk, encode_row
 from .storage import (
     HubId,
     LocalSource,
     Location,
     OutputFolder,
     Readable,
-    Source,
     Span,
     is_clutter,
     is_same,
@@ -72,8 +72,7 @@ from .storage import (
 )
 from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches, result_of
 
-#: What is hashed at a time.
-_BLOCK_BYTES = 1 << 20
+_log = logging.getLogger(__name__)
 
 
 def make_delta(
@@ -143,11 +142,14 @@ def make_delta(
             ),
         )
         _warn_of_swapped(old, new, *sides)
+        matches = match_tensors(old, new, rename)
+        if matches and not any(match.base for match in matches):
+            tell(oddities_of_unrelated(new))
         return write_delta(
             old,
             new,
             delta,
-            match_tensors(old, new, rename),
+            matches,
             *sides,
             rename=rename,
             chunk_bytes=chunk_bytes,
@@ -270,7 +272,11 @@ def write_delta(
         texts = [*base.license.texts, *target.license.texts, rules.NOTICE_NAME]
         folder.require_distinct([cards.CARD_NAME, MANIFEST_NAME, *texts, *writer.names(new.other_files)])
         _check_vacant(folder, force)
+        matches = find_quantized(matches, old, new)
         matches = find_duplicates(new, matches, chunk_bytes, workers, glance)
+        for side, checkpoint in (("base", old), ("target", new)):
+            facts = checkpoint.source.where, len(checkpoint.shards), len(checkpoint.tensors)
+            _log.info("the %s is %s: %d shards, %d tensors", side, *facts)
         encoder = _Encoder(old, new, writer, workers, chunk_bytes, meter)
         base_files, target_files, entries = encoder.write_files(matches, base.files)
         base_record = BaseRecord(base.repo_id, base.revision, base.license.license, base_files)
@@ -281,12 +287,13 @@ def write_delta(
             base=base_record,
             target=target_record,
             license=writer.write_licenses(base_record, target_record, base.license, target.license),
-            tensors=(*entries, *_removed(old, matches)),
+            tensors=(*entries, *removed_entries(old, matches)),
             files=tuple(sorted(writer.files, key=lambda file: file.path)),
             tool=Tool("deltaweights", __version__),
             chunk_bytes=chunk_bytes,
         )
         writer.write_manifest(manifest)
+        _log.info("wrote the delta to %s: %d bytes", folder.root, manifest.delta_bytes)
         return manifest
 
 
@@ -351,16 +358,6 @@ def _check_vacant(folder: OutputFolder, force: bool) -> None:
         (folder.root / MANIFEST_NAME).unlink()  # from here on, the delta is incomplete
 
 
-def _removed(old: Checkpoint, matches: Iterable[Match]) -> list[TensorEntry]:
-    """Entries for the base tensors that no target tensor is compared with."""
-    used = {match.base for match in matches}
-    return [
-        TensorEntry(t.info.name, None, t.info.dtype, t.info.shape, "removed", None, 0, 0, 0)
-        for t in old.tensors
-        if t not in used
-    ]
-
-
 class _Row(NamedTuple):
     """Chunks ``first`` to ``end - 1`` of a tensor, to be encoded."""
 
@@ -387,21 +384,13 @@ class _Row(NamedTuple):
         return codec.rescale(self.nbytes, self.match.target.dtype, self.match.base.dtype)
 
     @property
-    def base_span(self) -> Span:
-        """Where they are in the base's files."""
-        assert self.match.base
+    def base_span(self) -> Span | None:
+        """Where they are in the base's files; None for parts of several tensors."""
+        if not isinstance(self.match.base, Tensor):
+            return None
         dtypes = self.match.target.dtype, self.match.base.dtype
         start, end = self.plan.bounds(self.first, self.end)
         return self.match.base.span(codec.rescale(start, *dtypes), codec.rescale(end, *dtypes))
-
-
-class _Batch(NamedTuple):
-    """Encoded chunks, and the bytes of target and base as they were read."""
-
-    chunks: list[CodedChunk]
-    target: NDArray[np.uint8]
-    base: NDArray[np.uint8]
-    base_spans: list[Span]  # where those of the base are in its files
 
 
 class _Encoder:
@@ -417,7 +406,7 @@ class _Encoder:
         meter: Meter,
     ) -> None:
         #: Those of the base's shards that are hashed as they are coded.
-        self._passing: dict[str, _PassingDigest] = {}
+        self._passing: dict[str, PassingDigest] = {}
         self._old = old
         self._new = new
         self._writer = writer
@@ -437,11 +426,10 @@ class _Encoder:
         by_shard: dict[str, list[Match]] = {path: [] for path in self._new.shards}
         for match in matches:
             by_shard[match.target.path].append(match)
-        self._passing = {shard.path: _PassingDigest(shard) for shard in _passing(by_shard, self._old)}
+        self._passing = {shard.path: PassingDigest(shard) for shard in passing_shards(by_shard, self._old)}
         with ThreadPoolExecutor(1) as aside:
             try:
                 digesting = aside.submit(self._digest_base)
-                aside.submit(cards.prepare)
                 shards, entries = self._write_shards(by_shard)
                 digests = result_of(digesting)
                 base_files = self._base_records(digests, known)
@@ -458,7 +446,7 @@ class _Encoder:
         source, digests = self._old.source, {}
         for path in source.sizes:
             if path not in self._passing:
-                published = source.published_sha256(path) if _is_far(source, path) else None
+                published = source.published_sha256(path) if is_far(source, path) else None
                 digests[path] = published or self._writer.digest(source, path)
         return digests
 
@@ -503,10 +491,11 @@ class _Encoder:
     ) -> tuple[TargetFile, list[TensorEntry]]:
         (path, matches), name = job
         if done := self._writer.finished_before(name):
-            self._meter.add(done.target.size)
+            self._meter.skip(done.target.size)
+            _log.info("%s: kept from an earlier run", path)
             return done.target, list(done.entries)
         shard, plans, entries = self._new.shards[path], self._plans(matches), []
-        digests = _Digests(shard, self._passing, lane)
+        digests = ShardDigests(shard, self._passing, lane)
         with self._writer.shard(name, shard, plans) as output:
             with self._expect(matches), closing(self._encode_all(lane, matches, digests)) as chunks:
                 for match, plan in zip(matches, plans, strict=True):
@@ -514,26 +503,31 @@ class _Encoder:
                     if match.like:
                         deque(coded, 0)  # a duplicate's bytes are only hashed
                     else:
-                        written = output.payloads.write(plan, coded)
-                    entries.append(_entry(match, written, self._old))
+                        stored = match.prediction.stored if match.prediction else b""
+                        written = output.payloads.write(plan, coded, prediction=stored)
+                    entries.append(entry_of(match, written, self._old))
+                    _log_tensor(entries[-1], plan)
             digests.finish()
             self._new.source.require_sha256(path, digests.target)
             target = output.finish(digests.target, entries)
         self._meter.add(shard.header.data_start)
+        payloads = sum(entry.payload_bytes for entry in entries)
+        sizes = len(entries), shard.file.size, payloads
+        _log.info("%s: %d tensors, %d bytes, written as %d bytes of payloads to %s", path, *sizes, name)
         return target, entries
 
     @contextmanager
     def _expect(self, matches: Sequence[Match]) -> Iterator[None]:
         """Within the block, the matches' tensors will be read, about in order."""
         targets = (m.target.span(0, m.target.info.nbytes) for m in matches)
-        with self._old.source.expect(_base_spans(matches)), self._new.source.expect(targets):
+        with self._old.source.expect(base_spans(matches)), self._new.source.expect(targets):
             yield
 
     def _plans(self, matches: Sequence[Match]) -> list[ChunkPlan]:
         return [ChunkPlan(m.target.info.nbytes, m.shared_bytes, self._chunk_bytes) for m in matches]
 
     def _encode_all(
-        self, lane: Lane, matches: Sequence[Match], digests: _Digests
+        self, lane: Lane, matches: Sequence[Match], digests: ShardDigests
     ) -> Generator[CodedChunk, None, None]:
         """The chunks of all tensors, in order. While one tensor is written, the next ones are encoded and
         their input is hashed."""
@@ -551,100 +545,7 @@ class _Encoder:
             yield from batch.chunks
 
 
-class _PassingDigest:
-    """SHA-256 of a base's shard whose bytes are read for the delta, as far as they come in order. What comes
-    out of order (the rest of the shard, where another shard of the target begins) is read once more."""
-
-    def __init__(self, shard: Shard) -> None:
-        self._shard = shard
-        self._sha256 = hashlib.sha256(shard.header.raw)
-        self._end = shard.header.data_start
-        self._lock = threading.Lock()
-
-    def feed(self, start: int, data: memoryview) -> None:
-        """Bytes of the file from ``start`` on; from any thread."""
-        with self._lock:
-            if start == self._end:
-                self._sha256.update(data)
-                self._end += len(data)
-
-    def finish(self, source: Source, workers: Workers) -> str:
-        """The file's SHA-256; reads what is missing."""
-        path, file = self._shard.path, self._shard.file
-        with source.expect([Span(path, self._end, file.size)] if self._end < file.size else []):
-            for start in range(self._end, file.size, _BLOCK_BYTES):
-                workers.check()
-                self._sha256.update(file.read(start, min(_BLOCK_BYTES, file.size - start)))
-        return self._sha256.hexdigest()
-
-
-class _Digests:
-    """SHA-256 of a target's shard, and of the base's shards that are read along with it."""
-
-    def __init__(self, shard: Shard, passing: Mapping[str, _PassingDigest], lane: Lane) -> None:
-        self._target = hashlib.sha256(shard.header.raw)
-        self._passing = passing
-        self._lane = lane
-        self._unfinished: tuple[Callable[[], None], ...] = ()  # the base is hashed at the same time
-
-    def update(self, batch: _Batch, buffers: Buffers) -> None:
-        """Hash the next batch, and give its memory back to ``buffers``."""
-        self.finish()
-        if any(span.path in self._passing for span in batch.base_spans):
-            hashed = self._lane.aside(partial(self._feed, batch))
-            self._unfinished = hashed, partial(buffers.give, batch.base)
-        else:
-            buffers.give(batch.base)
-        self._target.update(batch.target.data)
-        buffers.give(batch.target)
-
-    def _feed(self, batch: _Batch) -> None:
-        position = 0
-        for path, start, end in batch.base_spans:
-            if path in self._passing:
-                self._passing[path].feed(start, batch.base[position : position + end - start].data)
-            position += end - start
-
-    def finish(self) -> None:
-        """Wait until all of the base is hashed."""
-        for call in self._unfinished:
-            call()
-        self._unfinished = ()
-
-    @property
-    def target(self) -> str:
-        return self._target.hexdigest()
-
-
-def _passing(by_shard: Mapping[str, Sequence[Match]], old: Checkpoint) -> list[Shard]:
-    """The base's shards that are hashed while shards are coded: those that are read from the first byte to
-    the last for one shard of the target; on the Hub, where a second read costs most, all that are read."""
-    found: dict[str, Shard] = {}
-    for matches in by_shard.values():
-        spans = _base_spans(matches)
-        for shard in {span.path: old.shards[span.path] for span in spans}.values():
-            ends = [Span(shard.path, 0, shard.header.data_start), *spans]
-            in_order = all(a.path == b.path and a.end == b.start for a, b in pairwise(ends))
-            if _is_far(old.source, shard.path) or (in_order and spans[-1].end == shard.file.size):
-                found[shard.path] = shard
-    return [shard for shard in found.values() if old.source.checked_sha256(shard.path) is None]
-
-
-def _is_far(source: Source, path: str) -> bool:
-    """Whether a file comes over a network: it is not in the local cache."""
-    return source.is_remote and source.full_path(path) is None
-
-
-def _base_spans(matches: Iterable[Match]) -> list[Span]:
-    """The bytes of the base's files that the matches are compared with."""
-    return [
-        m.base.span(0, codec.rescale(m.shared_bytes, m.target.info.dtype, m.base.info.dtype))
-        for m in matches
-        if m.base and m.shared_bytes
-    ]
-
-
-def _encode(rows: list[_Row], buffers: Buffers) -> _Batch:
+def _encode(rows: list[_Row], buffers: Buffers) -> CodedBatch:
     """Read and encode some rows of chunks."""
     target = buffers.take(sum(row.nbytes for row in rows))
     base = buffers.take(sum(row.base_bytes for row in rows))
@@ -655,7 +556,8 @@ def _encode(rows: list[_Row], buffers: Buffers) -> _Batch:
         old = base[base_position : base_position + row.base_bytes]
         position, base_position = position + new.size, base_position + old.size
         chunks += _encode_row(row, new, old)
-    return _Batch(chunks, target, base, [row.base_span for row in rows if row.base_bytes])
+    spans = [(row.base_span, row.base_bytes) for row in rows if row.base_bytes]
+    return CodedBatch(chunks, target, base, spans)
 
 
 def _encode_row(row: _Row, target: NDArray[np.uint8], base: NDArray[np.uint8]) -> list[CodedChunk]:
@@ -667,39 +569,21 @@ def _encode_row(row: _Row, target: NDArray[np.uint8], base: NDArray[np.uint8]) -
         match.base.read_into(codec.rescale(origin, dtype, match.base.dtype), base)
     if match.like:
         return [CodedChunk(0, 0, 0, b"", 0)] * (row.end - row.first)
-    return encode_row(target, base if row.has_base else None, dtype, row.plan.chunk_bytes, base_dtype=source)
-
-
-def _entry(match: Match, written: WrittenPayload | None, old: Checkpoint) -> TensorEntry:
-    new = match.target.info
-    reference = None
-    if match.base and match.shared_bytes:
-        twins = old.named(match.base.info.name)
-        file = match.base.shard.path if len(twins) > 1 else None
-        reference = BaseTensor(match.base.info.name, match.base.info.dtype, match.base.info.shape, file)
-    return TensorEntry(
-        name=new.name,
-        file=match.target.shard.path,
-        dtype=new.dtype,
-        shape=new.shape,
-        status=_status(match, written),
-        base=reference,
-        shared_bytes=match.shared_bytes,
-        changed=written.changed if written else 0,
-        payload_bytes=written.nbytes if written else 0,
-        like=TargetTensor(match.like.info.name, match.like.shard.path) if match.like else None,
+    predict = partial(match.compared, start=origin) if match.prediction else None
+    return encode_row(
+        target,
+        base if row.has_base else None,
+        dtype,
+        row.plan.chunk_bytes,
+        base_dtype=source,
+        predict=predict,
     )
 
 
-def _status(match: Match, written: WrittenPayload | None) -> Status:
-    if match.like:
-        return "duplicate"
-    if match.base is None:
-        return "added"
-    if match.base.info.shape != match.target.info.shape:
-        return "resized"
-    if match.base.info.name != match.target.info.name:
-        return "renamed"
-    if not match.shared_bytes and match.target.info.nbytes:
-        return "changed"  # a dtype without a rule to convert
-    return "same" if written and written.is_same else "changed"
+def _log_tensor(entry: TensorEntry, plan: ChunkPlan) -> None:
+    other = entry.base or entry.like
+    counts = entry.changed, plan.count, plan.shared_count, entry.payload_bytes
+    _log.debug(
+        "%s: %s, %s %s, compared with %s: %d elements changed; %d chunks, %d with a base; payload: %d bytes",
+        entry.name, entry.status, entry.dtype, list(entry.shape), other.name if other else "nothing", *counts,
+    )  # fmt: skip

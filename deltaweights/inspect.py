@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -12,11 +13,14 @@ import msgspec
 
 from . import codec
 from .delta.opening import license_texts, read_manifest
+from .entries import STATUSES, Status, TensorEntry
 from .errors import DeltaError
 from .license import rules
 from .license.rules import LicenseReport, LicenseText
-from .manifest import STATUSES, BaseRecord, FileRecord, Manifest, Status, TargetRecord, TensorEntry, Tool
+from .manifest import BaseRecord, FileRecord, Manifest, TargetRecord, Tool
 from .storage import Readable, Source, open_source
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +90,16 @@ class DeltaSummary:
     tool: Tool
 
     def to_dict(self) -> dict[str, object]:
-        """The same, ready for JSON: licenses stand in ``license`` only, and ``like`` where there is one."""
+        """The same, ready for JSON: licenses stand in ``license`` only, ``like`` and ``prediction`` where
+        there is one."""
         found = msgspec.to_builtins(self)
         del found["stored_whole"]  # which the files of the target tell
         for side in ("base", "target"):
             del found[side]["license"]
         for tensor in found["tensors"]:
-            if tensor["like"] is None:
-                del tensor["like"]
+            for field in ("like", "prediction"):
+                if tensor[field] is None:
+                    del tensor[field]
         return {**found, "license": self.license.to_dict()}
 
 
@@ -115,6 +121,7 @@ def inspect_delta(delta: Readable) -> DeltaSummary:
 def load_manifest(delta: Readable) -> Manifest:
     """The manifest of the delta at ``delta``; raises as :func:`inspect_delta` does."""
     with open_source(delta) as source:
+        _log.info("reading the manifest of %s", source.where)
         return read_manifest(source)
 
 
@@ -131,6 +138,7 @@ def license_of(delta: Readable, *, texts: bool = False) -> LicenseReport:
         DeltaError: a text is not the one in the manifest.
     """
     with open_source(delta) as source:
+        _log.info("reading the licenses of %s", source.where)
         manifest = read_manifest(source)
         found = (
             LicenseText(record.path, record.size, record.sha256, _text(source, record) if texts else None)

@@ -9,36 +9,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
 from . import canonical
+from .entries import Kind, PlainEntry, Rows, Size, TensorEntry, check_entries, from_rows, to_plain, to_rows
 from .errors import ManifestError
 
 MANIFEST_NAME = "deltaweights.json"
 FORMAT_VERSION = 1
 
-#: Far above any real manifest (about 250 bytes a tensor).
+#: Far above any real manifest (about 80 bytes a tensor).
 MAX_MANIFEST_BYTES = 1 << 27
 
 #: A reader holds several chunks for each of its threads.
 MAX_CHUNK_BYTES = 1 << 22
 
-Size: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
-Dim: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 Sha256: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 RepoId: TypeAlias = Annotated[
     str,
     msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?\Z", max_length=200),
 ]
 Revision: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*\Z", max_length=200)]
-Shape: TypeAlias = Annotated[tuple[Dim, ...], msgspec.Meta(max_length=64)]
 ChunkBytes: TypeAlias = Annotated[int, msgspec.Meta(ge=4096, le=MAX_CHUNK_BYTES, multiple_of=4096)]
-Status: TypeAlias = Literal["same", "changed", "added", "removed", "renamed", "resized", "duplicate"]
-
-STATUSES: tuple[Status, ...] = ("same", "changed", "added", "removed", "renamed", "resized", "duplicate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,47 +105,6 @@ class TargetRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class BaseTensor:
-    """The base tensor that a target tensor is coded against. ``file`` tells apart two base tensors of
-    one name; else it is None, since a base may be sharded in any way."""
-
-    name: str
-    dtype: str
-    shape: Shape
-    file: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TargetTensor:
-    """A tensor of the target, as a duplicate refers to it: its name, and the shard that holds it."""
-
-    name: str
-    file: str
-
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """One tensor of the target, or (status ``removed``, without a ``file``) one that only the base has.
-
-    ``shared_bytes`` of its bytes, from the first on, are coded against ``base``; ``changed`` of those
-    bytes' elements differ from it. ``payload_bytes`` is what it takes up in the delta shard.
-
-    A ``duplicate`` has none of these: its bytes are those of the tensor ``like``, which has a payload.
-    """
-
-    name: str
-    file: str | None
-    dtype: str
-    shape: Shape
-    status: Status
-    base: BaseTensor | None
-    shared_bytes: Size
-    changed: Size
-    payload_bytes: Size
-    like: TargetTensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Tool:
     """The program that wrote the manifest."""
 
@@ -158,13 +112,15 @@ class Tool:
     version: str
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """All of it. ``files`` are the delta's own files, but for the manifest and the model card."""
+_Json: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Facts:
+    """What every form of a manifest states in the same way."""
 
     base: BaseRecord
     target: TargetRecord
-    tensors: tuple[TensorEntry, ...]
     files: tuple[FileRecord, ...]
     tool: Tool
     chunk_bytes: ChunkBytes
@@ -173,6 +129,15 @@ class Manifest:
     license: DeltaLicense | None = None
     #: SHA-256 of the canonical JSON in which this value is empty; filled in by ``to_json``.
     checksum: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest(_Facts):
+    """All of it. ``files`` are the delta's own files, but for the manifest and the model card."""
+
+    tensors: tuple[TensorEntry, ...]
+    #: Whether its JSON has an object for each tensor, as the first manifests had.
+    is_plain: bool = field(default=False, compare=False)
 
     @property
     def target_bytes(self) -> int:
@@ -184,10 +149,30 @@ class Manifest:
         """Size of the delta: its files and the manifest itself (the model card is not counted)."""
         return sum(file.size for file in self.files) + len(self.to_json())
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether any byte of the target comes from the base."""
+        files = any(file.stored == "base" for file in self.target.files)
+        return files or any(entry.shared_bytes for entry in self.tensors)
+
     def to_json(self) -> bytes:
         """Canonical JSON: UTF-8, keys sorted, no white space, one line feed at the end."""
-        fields = _fields(replace(self, checksum=""))
+        fields = self._fields()
         return canonical.encode(fields | {"checksum": canonical.digest(fields)})
+
+    def _fields(self) -> _Json:
+        """What stands in the JSON. Two fields came after the first manifests: they are absent, never null."""
+        found: _Json = {name: msgspec.to_builtins(getattr(self, name)) for name in _FACTS}
+        found["checksum"] = ""
+        licenses = (found["base"]["license"], found["target"]["license"])
+        for name, records in (("license", [found]), ("expression", licenses)):
+            for record in records:
+                if record[name] is None:
+                    del record[name]
+        if self.is_plain:
+            return found | {"tensors": [to_plain(entry) for entry in self.tensors]}
+        kinds, tables = to_rows(self.tensors)
+        return found | {"kinds": kinds, "tensors": tables}
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:
@@ -197,23 +182,59 @@ class Manifest:
             FormatVersionError: its format version is not known here.
             ManifestError: it is damaged, not canonical, or contradicts itself.
         """
-        manifest = canonical.decode(data, cls, _FORMAT, _damaged, cls.to_json)
-        _validate(manifest)
-        return manifest
+        found: list[Manifest] = []
+
+        def to_json(document: Any) -> bytes:
+            found.append(document.manifest())
+            return found[0].to_json()
+
+        canonical.decode(data, _Plain if _is_plain(data) else _Tables, _FORMAT, _damaged, to_json)
+        _validate(found[0])
+        return found[0]
 
 
+_FACTS = [one.name for one in fields(_Facts)]
 _FORMAT = canonical.Format("deltaweights", FORMAT_VERSION, "This delta", MAX_MANIFEST_BYTES)
 
 
-def _fields(manifest: Manifest) -> dict[str, Any]:
-    """What stands in the JSON. Three fields came after the first manifests: they are absent, never null."""
-    fields: dict[str, Any] = msgspec.to_builtins(manifest)
-    licenses = (fields["base"]["license"], fields["target"]["license"])
-    for name, records in (("license", [fields]), ("expression", licenses), ("like", fields["tensors"])):
-        for record in records:
-            if record[name] is None:
-                del record[name]
-    return fields
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tables(_Facts):
+    """A manifest's JSON: a row for each tensor."""
+
+    kinds: tuple[Kind, ...]
+    tensors: tuple[Rows, ...]
+
+    def manifest(self) -> Manifest:
+        try:
+            entries = from_rows(self.kinds, self.tensors)
+        except ValueError as error:
+            raise _damaged(str(error)) from error
+        return Manifest(**{name: getattr(self, name) for name in _FACTS}, tensors=entries)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plain(_Facts):
+    """The JSON of the first manifests: an object for each tensor."""
+
+    tensors: tuple[PlainEntry, ...]
+
+    def manifest(self) -> Manifest:
+        entries = tuple(entry.entry() for entry in self.tensors)
+        return Manifest(**{name: getattr(self, name) for name in _FACTS}, tensors=entries, is_plain=True)
+
+
+class _Form(msgspec.Struct):
+    kinds: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+def _is_plain(data: bytes) -> bool:
+    """Whether it has the first form. What cannot be read has either: decoding it says why."""
+    if len(data) > MAX_MANIFEST_BYTES:
+        return False
+    try:
+        return msgspec.json.decode(data, type=_Form).kinds is msgspec.UNSET
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        return False
 
 
 def _damaged(why: str) -> ManifestError:
@@ -266,15 +287,10 @@ def _validate(manifest: Manifest) -> None:
     if manifest.license and manifest.license.notice not in {None, *own}:
         raise _damaged("Its notice is missing from the delta's files")
     shards = {file.path for file in manifest.target.files if file.stored == "tensors"}
-    seen: dict[tuple[str | None, str], TensorEntry] = {}
-    for entry in manifest.tensors:
-        _validate_entry(entry, shards)
-        if (entry.file, entry.name) in seen and entry.file is not None:
-            raise _damaged(f"It names tensor {entry.name!r} of {entry.file!r} twice")
-        seen[entry.file, entry.name] = entry
-    for entry in manifest.tensors:
-        if entry.like:
-            _validate_duplicate(entry, seen.get((entry.like.file, entry.like.name)))
+    try:
+        check_entries(manifest.tensors, shards)
+    except ValueError as error:
+        raise _damaged(str(error)) from error
 
 
 def _validate_target_file(file: TargetFile, own: Collection[str], base: dict[str, FileRecord]) -> None:
@@ -285,31 +301,3 @@ def _validate_target_file(file: TargetFile, own: Collection[str], base: dict[str
     source = base.get(file.source)
     if not source or (source.size, source.sha256) != (file.size, file.sha256):
         raise _damaged(f"{file.path!r} comes from {file.source!r}, which the base does not have")
-
-
-def _validate_entry(entry: TensorEntry, shards: Collection[str]) -> None:
-    if entry.name == "__metadata__":
-        raise _damaged("A tensor is called '__metadata__', which is no tensor's name in a safetensors header")
-    if (entry.status == "removed") != (entry.file is None):
-        raise _damaged(f"Tensor {entry.name!r} is {entry.status} but in file {entry.file!r}")
-    if entry.file is not None and entry.file not in shards:
-        raise _damaged(f"Tensor {entry.name!r} is in {entry.file!r}, which is not a shard")
-    if entry.changed > entry.shared_bytes:
-        raise _damaged(f"Tensor {entry.name!r} has more changed elements than shared bytes")
-    if entry.shared_bytes and not entry.base:
-        raise _damaged(f"Tensor {entry.name!r} shares bytes with no base tensor")
-    if (entry.status == "duplicate") != bool(entry.like):
-        raise _damaged(f"Tensor {entry.name!r} is {entry.status}, which does not go with what it is like")
-
-
-def _validate_duplicate(entry: TensorEntry, other: TensorEntry | None) -> None:
-    """``other`` is the entry that it refers to. It has a payload, so references end there: none leads on to
-    another one, or back."""
-    if entry.base or entry.shared_bytes or entry.payload_bytes:
-        raise _damaged(f"Tensor {entry.name!r} is a duplicate, but has a base or a payload")
-    if other is None:
-        raise _damaged(f"Tensor {entry.name!r} is like one that the target does not have")
-    if other.like:
-        raise _damaged(f"Tensor {entry.name!r} is like {other.name!r}, which is a duplicate itself")
-    if (entry.dtype, entry.shape) != (other.dtype, other.shape):
-        raise _damaged(f"Tensor {entry.name!r} is like {other.name!r}, which has another dtype or shape")

@@ -7,6 +7,7 @@ own name once its SHA-256 equals the manifest's.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -24,6 +25,8 @@ from .license.rules import landing_place, text_records
 from .manifest import Manifest, TargetFile
 from .storage import Location, OutputFolder, Readable, Source, is_within, output_path, sha256_of
 from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches
+
+_log = logging.getLogger(__name__)
 
 #: Before anything is written, at least _SAMPLED_CHUNKS chunks of the base are compared with the delta, and at
 #: least one of every tensor. A sampled chunk has at least 1/_ENOUGH of the full length.
@@ -69,8 +72,8 @@ def apply_delta(
         force: write even if ``out`` holds other files. They stay, unless the target has a file of the same
             name.
         threads: number of threads; if None, the number of usable cores, at most 8.
-        progress: called with a phase, the amount done and the total: "check base" (in chunks), "download
-            base", "check files there" and "apply" (in bytes).
+        progress: called with a phase, bytes done and total bytes: "check base", "download base",
+            "check files there" and "apply".
 
     Raises:
         CheckpointError: the base or the delta cannot be found, read or downloaded.
@@ -82,6 +85,7 @@ def apply_delta(
     with open_recipe(delta, base) as target, Workers(threads) as workers:
         workers.at_stop(target.cancel)
         _check_apart(root, target)
+        _log.info("rebuilding %s into %s", ", ".join(link.source.where for link in links(target)), root)
         check_licenses(target)
         check_base(target, workers, keep=keep_base, progress=progress)
         with OutputFolder(root) as folder:
@@ -95,6 +99,7 @@ def apply_delta(
             meter = Meter(progress, "apply", nbytes)
             _write_all(target, missing, folder, workers, meter)
             _write_licenses(target, folder)
+        _log.info("rebuilt %d files, %d bytes; %d files were there", len(missing), nbytes, len(kept))
     rebuilt = tuple(file.path for file in missing)
     return ApplyReport(str(root), rebuilt, tuple(sorted(kept)), nbytes)
 
@@ -179,7 +184,11 @@ def check_base(
     if target.base is None:
         return
     source = target.base.source
+    _log.info("the base is %s: %d shards", source.where, len(target.base.shards))
     proven = target.check_published()
+    _log.debug(
+        "of the right base by the SHA-256 that the Hub publishes: %s", ", ".join(sorted(proven)) or "none"
+    )
     _check_chunks(target, proven, workers, progress)
     for file in target.manifest.target.files:
         if file.stored == "base" and file.source not in proven and _is_other(target, file, workers):
@@ -202,12 +211,12 @@ def _check_chunks(
     recipes = target.with_base(proven)
     target.read_tables(recipes)
     sample = sample_chunks(recipes)
-    meter = Meter(progress, "check base", len(sample))
+    meter = Meter(progress, "check base", sum(map(_nbytes, sample)))
     differ = []
     with target.expect_base(sample):
         results = workers.map(lambda chunk: chunk[0].matches_base(chunk[1]), sample)
         for chunk, matches in zip(sample, results, strict=True):
-            meter.add(1)
+            meter.add(_nbytes(chunk))
             if not matches:
                 differ.append(chunk)
     # Try again: a chunk may arrive damaged over a network.
@@ -221,6 +230,13 @@ def _check_chunks(
         raise target.faults.wrong_base(
             f"of {count} tensors sampled, {len(names)} differ, such as {names[0]!r}"
         )
+    _log.info("the base is the right one, by %d chunks of %d tensors", len(sample), len(recipes))
+
+
+def _nbytes(chunk: tuple[TensorRecipe, int]) -> int:
+    """The bytes of a chunk in the base."""
+    start, end = chunk[0].base_bounds(chunk[1], chunk[1] + 1)
+    return end - start
 
 
 def sample_chunks(recipes: list[TensorRecipe]) -> list[tuple[TensorRecipe, int]]:
@@ -259,6 +275,7 @@ def _write_all(
         with folder.create(file.path) as output:
             check_digest(file, rebuild_shard(target.shard(file.path), lane, meter, output.write_at))
             output.commit()
+        _log.info("%s: rebuilt, %d bytes, SHA-256 %s", file.path, file.size, file.sha256)
 
     workers.each(write_shard, shards)
     for file in sorted(others, key=lambda file: (file.path.endswith(".index.json"), file.path)):
@@ -266,6 +283,7 @@ def _write_all(
             output.write_blocks(workers.watch(target.blocks(file), meter))
             check_digest(file, output.digest()[1])
             output.commit()
+        _log.debug("%s: rebuilt, %d bytes, SHA-256 %s", file.path, file.size, file.sha256)
 
 
 def _write_licenses(target: TargetRecipe, folder: OutputFolder) -> None:
@@ -312,6 +330,8 @@ def rebuild_shard(recipe: ShardRecipe, lane: Lane, meter: Meter, sink: Sink | No
         return data
 
     recipe.target.read_tables(recipe.tensors.values())
+    for tensor in recipe.tensors.values():
+        _log_tensor(tensor)
     with recipe.target.expect(recipe.chunks()):
         for data in lane.map(
             decode, batches(recipe.rows(at_once), at_once, lambda row: row[0].plan.length(*row[1:]))
@@ -320,6 +340,12 @@ def rebuild_shard(recipe: ShardRecipe, lane: Lane, meter: Meter, sink: Sink | No
             meter.add(data.size)
             buffers.give(data)
     return sha256.hexdigest()
+
+
+def _log_tensor(tensor: TensorRecipe) -> None:
+    base = tensor.base.name if tensor.base else None
+    counts = tensor.plan.count, tensor.plan.shared_count
+    _log.debug("%s: %d chunks, %d with the base tensor %s", tensor.info.name, *counts, base)
 
 
 def _bounds(row: tuple[TensorRecipe, int, int]) -> tuple[int, int]:

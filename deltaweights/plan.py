@@ -8,6 +8,7 @@ downloaded.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -28,6 +29,8 @@ from .storage.local import free_space
 from .storage.read_ahead import WINDOW_BYTES
 from .storage.source import HEAD_BYTES
 from .workers import Workers
+
+_log = logging.getLogger(__name__)
 
 #: In bits per second: a home, an office, a data centre.
 BANDWIDTHS = (100_000_000, 1_000_000_000, 10_000_000_000)
@@ -161,6 +164,8 @@ def plan_apply(
         if opened:
             stack.enter_context(opened)
         missing = _missing(manifest, out)
+        base_at = opened.source.where if opened else "no base"
+        _log.info("planning to apply %s to %s: %d files to rebuild", source.where, base_at, len(missing))
         reads = _Reads(source), _Reads(opened.source) if opened else None
         workers = stack.enter_context(Workers(threads))
         check, mismatch, kept = None, None, 0
@@ -312,7 +317,8 @@ def _count_base_checks(target: TargetRecipe, delta: _Reads, base: _Reads) -> Non
         delta.head(recipe.delta_shard)
     delta.tables(recipes)
     target.read_tables(recipes)
-    base.spans((recipe.base_span(index) for recipe, index in sample_chunks(recipes)), is_check=True)
+    sample = sample_chunks(recipes)
+    base.spans((span for recipe, index in sample for span in recipe.base_spans(index)), is_check=True)
     for file in target.manifest.target.files:
         if file.stored == "base" and file.source not in proven:
             base.whole(file.source, is_check=True)
@@ -327,7 +333,8 @@ def _count_shard(shard: ShardRecipe, delta: _Reads, base: _Reads | None) -> None
     shard.target.read_tables(shard.tensors.values())
     delta.spans(recipe.data_span(index) for recipe, index in shard.chunks())
     if base:
-        base.spans(recipe.base_span(index) for recipe, index in shard.chunks() if recipe.needs_base(index))
+        needed = (recipe.base_spans(index) for recipe, index in shard.chunks() if recipe.needs_base(index))
+        base.spans(span for spans in needed for span in spans)
 
 
 def _memory(manifest: Manifest, sources: Iterable[Source], workers: Workers) -> int:

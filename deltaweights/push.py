@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .card import address_card
 from .checkpoint import Checkpoint
 from .checkpoint.oddities import tell
 from .delta.opening import read_manifest
@@ -27,6 +29,8 @@ from .storage.hub_client import Downloader, Repository
 from .storage.hub_upload import Outgoing, find_branch, require_login, require_published, upload
 from .verify import verify_delta
 from .workers import Meter, ProgressCallback
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,7 @@ def push_delta(
         message: the commit's message.
         create_pr: open a pull request to the main branch instead.
         accept_conflicts: publish to everybody (``private=False``) despite conflicting licenses.
-        progress: called with a phase, the amount done and the total: "verify delta" and "upload", in bytes.
+        progress: called with a phase, bytes done and total bytes: "verify delta" and "upload".
 
     Raises:
         CheckpointError: there is no such folder.
@@ -99,12 +103,15 @@ def push_delta(
         conflicts = describe(manifest).conflicts
         if conflicts and not private and not accept_conflicts:
             raise _unsettled(conflicts)
-        files = list(_files(source, manifest))
         branch = find_branch(repo_id, revision, private=private)
         repository = branch.repository
+        place = f"{repository.repo_id}@{branch.name}" if branch.name else repository.repo_id
+        files = list(_files(source, manifest, place))
         new = [file for file in files if not file.is_in(repository)]
         nbytes = sum(file.size for file in new)
         old = _left_over(repository, files)
+        there = len(files) - len(new)
+        _log.info("pushing %s to %s: %d files, %d are there", source.where, branch.url, len(files), there)
         commit, url = repository.commit, branch.url
         if new or old:
             meter = Meter(progress, "upload", nbytes)
@@ -215,11 +222,13 @@ def _unsettled(conflicts: tuple[str, ...]) -> DeltaError:
     )
 
 
-def _files(source: LocalSource, manifest: Manifest) -> Iterator[Outgoing]:
-    """The files to publish: those that the manifest lists, the model card, the manifest."""
+def _files(source: LocalSource, manifest: Manifest, place: str) -> Iterator[Outgoing]:
+    """The files to publish: those that the manifest lists, the model card, the manifest.
+
+    The card says how to use the delta at ``place``, where it will be."""
     for record in manifest.files:
         yield Outgoing(record.path, source.full_path(record.path), record.size, record.sha256)
-    card = b"".join(source.blocks(CARD_NAME))
+    card = address_card(b"".join(source.blocks(CARD_NAME)), place)
     for path, content in ((CARD_NAME, card), (MANIFEST_NAME, manifest.to_json())):
         yield Outgoing(path, content, len(content), hashlib.sha256(content).hexdigest())
 

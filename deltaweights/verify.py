@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from .manifest import MANIFEST_NAME, FileRecord, Manifest, TargetFile
 from .patch import check_base, rebuild_shard
 from .storage import HubSource, Location, Readable, Source, is_clutter, open_source, sha256_of
 from .workers import Lane, Meter, ProgressCallback, Workers
+
+_log = logging.getLogger(__name__)
 
 #: Files that the Hub adds to a repository.
 _HUBS_OWN = ".gitattributes"
@@ -80,8 +83,8 @@ def verify_delta(
         keep_base: as for :func:`apply_delta`.
         target: if given, a folder, file or Hub id whose files are compared with the target's.
         threads: number of threads; if None, the number of usable cores, at most 8.
-        progress: called with a phase, the amount done and the total: "verify delta", "verify target",
-            "download base", "rebuild" (in bytes), "check base" (in chunks).
+        progress: called with a phase, bytes done and total bytes: "verify delta", "verify target", "check
+            base", "download base", "rebuild".
 
     For a delta or target on the Hub, the published SHA-256 of a file is compared if there is one; only the
     other files are read.
@@ -97,6 +100,7 @@ def verify_delta(
         check_continuity(sources, manifests)
         problems, checked, published = [], 0, 0
         for source, manifest in zip(sources, manifests, strict=True):
+            _log.info("checking %s: %d files", source.where, len(manifest.files))
             workers.at_stop(source.cancel)
             found = _compare("delta", source, manifest.files, workers, progress)
             # With several deltas, a name must say which one it belongs to.
@@ -106,6 +110,7 @@ def verify_delta(
         are_whole, target_repo = not problems, None
         if target is not None:
             with open_source(target) as other:
+                _log.info("checking the target %s: %d files", other.where, len(manifest.target.files))
                 workers.at_stop(other.cancel)
                 problems += _compare("target", other, manifest.target.files, workers, progress)
                 published += _count_published(other, manifest.target.files)
@@ -119,6 +124,7 @@ def verify_delta(
                 if view.is_remote:
                     target_repo = _compare_published(manifest, problems)
             checked += len(manifest.target.files)
+    _log.info("checked %d files: %d problems", checked, len(problems))
     return VerifyReport(checked, tuple(sorted(problems)), published, target_repo)
 
 
@@ -146,6 +152,8 @@ def _compare(
 
     def compare(lane: Lane, record: FileRecord | TargetFile) -> Problem | None:
         size = source.sizes.get(record.path)
+        if size != record.size:
+            meter.skip(record.size)
         if size is None:
             return Problem(place, record.path, "missing", f"{record.size} bytes are expected")
         if size != record.size:
@@ -155,6 +163,7 @@ def _compare(
             meter.add(size)
         else:
             digest = sha256_of(lane.watch(source.blocks(record.path), meter))
+        _log.debug("%s of the %s: SHA-256 %s", record.path, place, digest)
         if digest != record.sha256:
             detail = f"SHA-256 is {digest}, not {record.sha256}"
             return Problem(place, record.path, "different", detail)
@@ -179,6 +188,8 @@ def _compare_rebuilt(
             if view.is_remote and isinstance(error, CheckpointError):
                 raise  # it says nothing about the delta
             return Problem("rebuilt", file.path, "different", " ".join(filter(None, (error.what, error.why))))
+        level = logging.INFO if file.stored == "tensors" else logging.DEBUG
+        _log.log(level, "%s: rebuilt in memory, SHA-256 %s", file.path, digest)
         if digest != file.sha256:
             return Problem("rebuilt", file.path, "different", f"SHA-256 is {digest}, not {file.sha256}")
         return None

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-#: Called with the name of a phase, the amount done and the total (bytes, or chunks for some phases), from any
-#: thread, one call at a time.
+#: Called with the name of a phase, the bytes done and the bytes in total, from any thread, one call at a
+#: time. The total becomes smaller if an earlier run turns out to have done a part.
 ProgressCallback = Callable[[str, int, int], None]
 
 
@@ -304,3 +304,9 @@ class Meter:
             with self._lock:
                 self._done += count
                 self._callback(self._phase, self._done, self._total)
+
+    def skip(self, count: int) -> None:
+        """Count no more on what was done before, so that the speed is that of the work."""
+        with self._lock:
+            self._total -= count
+        self.add(0)

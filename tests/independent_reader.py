@@ -15,6 +15,7 @@ import math
 import re
 import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,10 +52,23 @@ FIELDS = {
     },
     "base tensor": {"name", "dtype", "shape", "file"},
     "target tensor": {"name", "file"},
+    "kind": {"dtype", "shape", "status", "shared_bytes", "base"},
+    "base of a kind": {"dtype", "shape"},
+    "rows": {"file", "rows"},
+    "part": {"name", "count"},
+    "group": {"parts"},
+    "prediction": {"method", "nbytes"},
 }
 
 #: Fields that may be absent.
-OPTIONAL = {"manifest": {"license"}, "license": {"expression"}, "tensor": {"like"}}
+OPTIONAL = {
+    "manifest": {"license", "kinds"},
+    "license": {"expression"},
+    "tensor": {"like", "prediction"},
+    "part": {"start", "step", "stride", "file"},
+    "group": {"repeats"},
+    "prediction": {"rank"},
+}
 
 
 class BadDeltaError(Exception):
@@ -112,6 +126,8 @@ def read_manifest(delta: Path) -> Fields:
     need(canonical(manifest).encode() + b"\n" == data, "manifest: canonical form")
     emptied, count = re.subn(rb'("checksum":")[0-9a-f]{64}', rb"\1", data)
     need(count == 1 and hashlib.sha256(emptied).hexdigest() == manifest["checksum"], "manifest: checksum")
+    if "kinds" in manifest:
+        manifest["tensors"] = spell_out(manifest["kinds"], manifest["tensors"])
     check_fields(manifest)
     own = check_paths([record["path"] for record in manifest["files"]])
     need(not own & {"deltaweights.json", "README.md"}, "manifest: lists itself")
@@ -134,12 +150,53 @@ def read_manifest(delta: Path) -> Fields:
         need((entry["file"] is None) == (entry["status"] == "removed"), f"{entry['name']}: status")
         need(entry["base"] or not entry["shared_bytes"], f"{entry['name']}: base")
         need(entry["changed"] <= entry["shared_bytes"], f"{entry['name']}: changed")
+        need(
+            (entry["status"] == "rearranged") == ("groups" in (entry["base"] or {})),
+            f"{entry['name']}: parts",
+        )
+        predicted = entry.get("prediction", {}).get("nbytes", 0)
+        need(not predicted or (entry["shared_bytes"] and predicted <= entry["payload_bytes"]), "prediction")
         if entry["file"] is not None:
             need(entry["file"] in shards, f"{entry['name']}: file")
             need((entry["file"], entry["name"]) not in seen, f"{entry['name']}: twice")
             seen.add((entry["file"], entry["name"]))
     check_duplicates(manifest["tensors"])
     return manifest
+
+
+def spell_out(kinds: list[Fields], tables: list[Fields]) -> list[Fields]:
+    """An entry for each row, as manifests without kinds have them."""
+    entries: list[Fields] = []
+    used: list[int] = []
+    for before, table in zip([None, *tables], tables, strict=False):
+        need(set(table) == FIELDS["rows"], "manifest: fields of rows")
+        need(
+            table["rows"] and (before is None or before["file"] != table["file"]), "manifest: rows of a file"
+        )
+        for name, number, changed, payload_bytes, *rest in table["rows"]:
+            need(0 <= number < len(kinds), f"{name}: kind")
+            kind, more = kinds[number], rest[0] if rest else {}
+            need(len(rest) < 2 and (not rest or more), f"{name}: a row that says too much")
+            allowed = {"base", "base_file", "like", "parts", "prediction"}
+            need(set(more) <= allowed and None not in more.values(), f"{name}: fields of a row")
+            used += [number] if number not in used else []
+            entry = {"name": name, "file": table["file"], "changed": changed, "payload_bytes": payload_bytes}
+            entry |= {key: kind[key] for key in ("dtype", "shape", "status", "shared_bytes")}
+            entry |= {key: more[key] for key in ("like", "prediction") if key in more}
+            entry["base"] = None
+            need(("parts" in more) == bool(kind["base"] and kind["base"]["shape"] is None), f"{name}: parts")
+            if "parts" in more:
+                entry["base"] = {"dtype": kind["base"]["dtype"], "groups": more["parts"]}
+            elif kind["base"]:
+                need(more.get("base") != name, f"{name}: a base that need not be named")
+                own = {"name": more.get("base", name), "file": more.get("base_file")}
+                entry["base"] = kind["base"] | own
+            need(
+                kind["base"] or not {"base", "base_file"} & set(more), f"{name}: a base's name without a base"
+            )
+            entries.append(entry)
+    need(used == list(range(len(kinds))), "manifest: kinds in another order than they are used")
+    return entries
 
 
 def check_duplicates(entries: list[Fields]) -> None:
@@ -179,7 +236,14 @@ def check_fields(manifest: Fields) -> None:
     objects += [("file", text) for side in ("base", "target") for text in manifest[side]["license"]["files"]]
     objects += [("target file", file) for file in manifest["target"]["files"]]
     objects += [("tensor", entry) for entry in manifest["tensors"]]
-    objects += [("base tensor", entry["base"]) for entry in manifest["tensors"] if entry["base"]]
+    bases = [entry["base"] for entry in manifest["tensors"] if entry["base"]]
+    objects += [("base tensor", base) for base in bases if "groups" not in base]
+    groups = [group for base in bases for group in base.get("groups", [])]
+    objects += [("group", group) for group in groups]
+    objects += [("part", part) for group in groups for part in group["parts"]]
+    objects += [("prediction", entry["prediction"]) for entry in manifest["tensors"] if "prediction" in entry]
+    objects += [("kind", kind) for kind in manifest.get("kinds", [])]
+    objects += [("base of a kind", kind["base"]) for kind in manifest.get("kinds", []) if kind["base"]]
     objects += [("target tensor", entry["like"]) for entry in manifest["tensors"] if "like" in entry]
     for kind, value in objects:
         need(set(value) - OPTIONAL.get(kind, set()) == FIELDS[kind], f"manifest: fields of {kind}")
@@ -322,6 +386,10 @@ def decode_tensor(
     need(shared <= size, f"{name}: shared_bytes")
     spans = [(s, min(s + chunk_bytes, shared)) for s in range(0, shared, chunk_bytes)]
     spans += [(s, min(s + chunk_bytes, size)) for s in range(shared, size, chunk_bytes)]
+    predict = None
+    if "prediction" in entry and reference:
+        predict = read_prediction(entry, payload, reference, shared)
+        payload = payload[entry["prediction"]["nbytes"] :]
     position = 24 * len(spans)
     result = b""
     for index, (start, end) in enumerate(spans):
@@ -329,7 +397,7 @@ def decode_tensor(
         need(zeros == bytes(3), f"{name}: chunk {index}: reserved bytes")
         old = None
         if start < shared and reference:
-            old = base_bytes(reference, entry["dtype"], start, end, base_sum)
+            old = base_bytes(reference, entry["dtype"], start, end, base_sum, predict)
         need(length <= end - start, f"{name}: chunk {index}: length")
         data = payload[position : position + length]
         chunk = decode_chunk(method, data, old, entry["dtype"], end - start)
@@ -343,21 +411,119 @@ def decode_tensor(
 def find_base(entry: Fields, base: dict[str, list[BaseTensor]]) -> BaseTensor:
     """The base tensor that an entry names."""
     wanted = entry["base"]
-    file = wanted["file"] or entry["file"]
-
-    def rank(tensor: BaseTensor) -> tuple[bool, bool, str]:
-        folder = tensor.file.rpartition("/")[0]
-        return tensor.file != file, folder != file.rpartition("/")[0], tensor.file
-
-    found = sorted(base.get(wanted["name"], []), key=rank)
+    if "groups" in wanted:
+        return put_together(entry, base)
+    found = named(wanted["name"], wanted["file"] or entry["file"], base)
     need(found, f"{wanted['name']}: not in the base")
     need([found[0].dtype, found[0].shape] == [wanted["dtype"], wanted["shape"]], f"{wanted['name']}: differs")
     return found[0]
 
 
-def base_bytes(base: BaseTensor, dtype: str, start: int, end: int, checksum: int) -> bytes:
-    """A chunk's base bytes in the target's dtype."""
-    if dtype != base.dtype:
+def put_together(entry: Fields, base: dict[str, list[BaseTensor]]) -> BaseTensor:
+    """The parts of base tensors that an entry names, as one tensor."""
+    dtype, name = entry["base"]["dtype"], entry["name"]
+    need(BITS.get(dtype, 1) % 8 == 0, f"{name}: parts of a dtype that does not fill bytes")
+    width, result = BITS[dtype] // 8, b""
+    for group in entry["base"]["groups"]:
+        columns = []
+        for part in group["parts"]:
+            start, step, stride = part.get("start", 0), part.get("step", 0), part.get("stride", 1)
+            repeats, count = group.get("repeats", 1), part["count"]
+            need(min(start, step) >= 0 and min(stride, repeats, count) >= 1, f"{name}: numbers of a part")
+            found = [
+                tensor
+                for tensor in named(part["name"], part.get("file") or entry["file"], base)
+                if tensor.dtype == dtype
+            ]
+            need(found, f"{part['name']}: not in the base")
+            elements = np.frombuffer(found[0].data, np.dtype((np.void, width)))
+            last = start + (repeats - 1) * step + (count - 1) * stride
+            need(last < len(elements), f"{part['name']}: too short")
+            need(stride == 1 or (last + 1 - start) * width <= 1 << 28, f"{part['name']}: strided too far")
+            places = start + step * np.arange(repeats)[:, None] + stride * np.arange(count)
+            columns.append(elements[places])
+        result += np.concatenate(columns, axis=1).tobytes()
+    return BaseTensor("", dtype, [len(result) // width], result)
+
+
+def named(name: str, file: str, base: dict[str, list[BaseTensor]]) -> list[BaseTensor]:
+    """The base tensors of that name, the one that is meant first."""
+
+    def rank(tensor: BaseTensor) -> tuple[bool, bool, str]:
+        folder = tensor.file.rpartition("/")[0]
+        return tensor.file != file, folder != file.rpartition("/")[0], tensor.file
+
+    return sorted(base.get(name, []), key=rank)
+
+
+Predict = Callable[[bytes, int], bytes]
+
+
+def read_prediction(entry: Fields, payload: bytes, base: BaseTensor, shared: int) -> Predict:
+    """What makes a chunk's base bytes (from an element on) more like the target."""
+    sealed = payload[: entry["prediction"]["nbytes"]]
+    data = sealed[8:]
+    need(
+        len(sealed) >= 8 and sealed[:8] == xxhash.xxh3_64_intdigest(data).to_bytes(8, "little"), "prediction"
+    )
+    need(entry["prediction"]["method"] == "quantized", "prediction: method")
+    return read_quantized(data, entry["dtype"], base.dtype, shared)
+
+
+def read_quantized(data: bytes, dtype: str, base_dtype: str, numel: int) -> Predict:
+    """A prediction by the scales of blocks."""
+    need(dtype in EIGHT_BITS and base_dtype in FLOAT_WIDTHS, "quantized: dtypes")
+    columns, high, wide = struct.unpack_from("<QII", data)
+    need(columns and high and wide and numel % columns == 0, "quantized: shape")
+    shape = math.ceil(numel // columns / high), math.ceil(columns / wide)
+    need(shape[0] * shape[1] <= min(numel, 1 << 24), "quantized: scales")
+    scales = np.frombuffer(decompress_frame(data[16:], 4 * shape[0] * shape[1]), "<f4").reshape(shape)
+
+    def predict(base: bytes, first: int) -> bytes:
+        values = np.frombuffer(convert(base, base_dtype, "F32") if base_dtype != "F32" else base, "<f4")
+        places = first + np.arange(values.size)
+        with np.errstate(all="ignore"):
+            divided = values / scales[places // columns // high, places % columns // wide]
+        return b"".join(EIGHT_BITS[dtype](float(value)) for value in divided)
+
+    return predict
+
+
+def nearest_float8(value: float, exponent: int, mantissa: int, largest: float) -> bytes:
+    """The float of 8 bits that is nearest to a float32, ties to even."""
+    if math.isnan(value):
+        return b"\x7f"
+    sign, size = math.copysign(1, value) < 0, min(abs(value), largest)
+    smallest = 2 - (1 << (exponent - 1))
+    place = max(math.frexp(size)[1] - 1 if size else smallest, smallest)
+    steps = round(size / 2.0 ** (place - mantissa))  # to even
+    bits = steps + ((place - smallest) << mantissa)
+    return bytes([bits | (0x80 if sign else 0)])
+
+
+def nearest_int8(value: float) -> bytes:
+    """The nearest integer of 8 bits, ties to even; 0 for NaN."""
+    clamped = 0.0 if math.isnan(value) else max(-128.0, min(127.0, value))
+    return (round(clamped) & 255).to_bytes(1, "little")
+
+
+FLOAT_WIDTHS = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+EIGHT_BITS: dict[str, Callable[[float], bytes]] = {
+    "F8_E4M3": lambda value: nearest_float8(value, 4, 3, 448.0),
+    "F8_E5M2": lambda value: nearest_float8(value, 5, 2, 57344.0),
+    "I8": nearest_int8,
+}
+
+
+def base_bytes(
+    base: BaseTensor, dtype: str, start: int, end: int, checksum: int, predict: Predict | None
+) -> bytes:
+    """A chunk's base bytes in the target's dtype, as the prediction changes them."""
+    first = 0
+    if predict:
+        first = start // (BITS[dtype] // 8)
+        start, end = (place // (BITS[dtype] // 8) * (BITS[base.dtype] // 8) for place in (start, end))
+    elif dtype != base.dtype:
         need({dtype, base.dtype} <= {"BF16", "F16", "F32", "F64"}, f"{base.dtype} to {dtype}")
         width, old_width = BITS[dtype] // 8, BITS[base.dtype] // 8
         need(start % width == 0 == end % width, "shared_bytes: between elements")
@@ -365,6 +531,8 @@ def base_bytes(base: BaseTensor, dtype: str, start: int, end: int, checksum: int
     need(end <= len(base.data), "shared_bytes: beyond the base")
     data = base.data[start:end]
     need(xxhash.xxh3_64_intdigest(data) == checksum, "base checksum")
+    if predict:
+        return predict(data, first)
     return data if dtype == base.dtype else convert(data, base.dtype, dtype)
 
 

@@ -30,7 +30,8 @@ from deltaweights.cli.commands import app
 from deltaweights.codec import Method, convert
 from deltaweights.delta.chain import open_recipe
 from deltaweights.delta.shards import usual_header
-from deltaweights.manifest import FORMAT_VERSION, TensorEntry
+from deltaweights.entries import TensorEntry
+from deltaweights.manifest import FORMAT_VERSION
 
 from . import independent_reader
 from .checkpoints import Array, contents, digests, random_array, weights, write_pair, write_safetensors
@@ -46,7 +47,7 @@ GUIDES_FOR_TORCH = ("train", "serve")
 EXAMPLES = sorted({*ROOT.glob("examples/*.py")} - {ROOT / "examples" / "demo.py"})
 
 #: What comes on stderr besides: progress in a log, and the wait for the kernels on a new machine.
-PROGRESS = re.compile(r"[a-z ]+: \d+%|compiling the codec .*")
+PROGRESS = re.compile(r"\d{4}-\d\d-\d\d [\d:]{8} [a-z ]+: .*|compiling the codec .*")
 
 
 def run(command: list[str], folder: Path) -> tuple[int, str]:
@@ -72,7 +73,7 @@ def blocks(document: str) -> list[tuple[str, str]]:
 def normal(output: str) -> list[str]:
     """Output without what may differ from one machine to the next: numbers, digests and white space."""
     output = re.sub(r"\b[0-9a-f]{12,64}\b|[\d.,]*\d", "0", output)
-    output = re.sub(r"\b0 (bytes|KB|MB)\b", "0 KB", output)
+    output = re.sub(r"\b0 (bytes|KB|MB|GB)\b", "0 KB", output)
     return [" ".join(line.split()) for line in output.splitlines() if line.strip()]
 
 

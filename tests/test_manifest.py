@@ -17,20 +17,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaweights import FormatVersionError, Manifest, ManifestError
+from deltaweights.entries import (
+    STATUSES,
+    BaseParts,
+    BaseTensor,
+    PartGroup,
+    PartOfBase,
+    Prediction,
+    Status,
+    TargetTensor,
+    TensorEntry,
+)
 from deltaweights.manifest import (
     FORMAT_VERSION,
     MAX_MANIFEST_BYTES,
-    STATUSES,
     BaseRecord,
-    BaseTensor,
     DeltaLicense,
     FileRecord,
     License,
-    Status,
     TargetFile,
     TargetRecord,
-    TargetTensor,
-    TensorEntry,
     Tool,
     is_safe_path,
 )
@@ -94,16 +100,32 @@ def target_files(
 
 
 @st.composite
-def entries(draw: st.DrawFn, shards: list[str]) -> TensorEntry:
-    coded = st.sampled_from([status for status in STATUSES if status != "duplicate"])
+def base_parts(draw: st.DrawFn) -> BaseParts:
+    counts = st.integers(1, 2**62 - 1)
+    part = st.builds(PartOfBase, texts, counts, sizes, sizes, counts, optional_texts)
+    groups = st.builds(PartGroup, st.lists(part, min_size=1, max_size=3).map(tuple), counts)
+    return BaseParts(draw(texts), tuple(draw(st.lists(groups, max_size=2))))
+
+
+@st.composite
+def entries(draw: st.DrawFn, shards: list[str], *, is_plain: bool) -> TensorEntry:
+    later = {"duplicate", "rearranged"} if is_plain else {"duplicate"}
+    coded = st.sampled_from([status for status in STATUSES if status not in later])
     status: Status = draw(coded) if shards else "removed"
-    base = None
-    if draw(st.booleans()):
-        base = BaseTensor(draw(texts), draw(texts), draw(shapes), draw(optional_texts))
+    base: BaseTensor | BaseParts | None = None
+    name = draw(texts)
+    if status == "rearranged":
+        base = draw(base_parts())
+    elif draw(st.booleans()):
+        base = BaseTensor(draw(st.just(name) | texts), draw(texts), draw(shapes), draw(optional_texts))
     shared = draw(sizes) if base and status != "removed" else 0
-    shared = draw(sizes) if base and status != "removed" else 0
+    payload = draw(sizes) if status != "removed" else 0
+    prediction = None
+    if shared and payload and not is_plain and draw(st.booleans()):
+        method: Literal["quantized", "low_rank"] = draw(st.sampled_from(("quantized", "low_rank")))
+        prediction = Prediction(method, draw(st.integers(1, payload)), draw(st.none() | sizes))
     return TensorEntry(
-        name=draw(texts),
+        name=name,
         file=None if status == "removed" else draw(st.sampled_from(shards)),
         dtype=draw(texts),
         shape=draw(shapes),
@@ -111,7 +133,8 @@ def entries(draw: st.DrawFn, shards: list[str]) -> TensorEntry:
         base=base,
         shared_bytes=shared,
         changed=draw(st.integers(0, shared)),
-        payload_bytes=draw(sizes) if status != "removed" else 0,
+        payload_bytes=payload,
+        prediction=prediction,
     )
 
 
@@ -138,7 +161,9 @@ def manifests(draw: st.DrawFn) -> Manifest:
     base = draw(file_records())
     files = draw(target_files(own, base))
     shards = [file.path for file in files if file.stored == "tensors"]
-    tensors = draw(st.lists(entries(shards), max_size=4, unique_by=lambda entry: (entry.file, entry.name)))
+    is_plain = draw(st.booleans())
+    coded = entries(shards, is_plain=is_plain)
+    tensors = draw(st.lists(coded, max_size=4, unique_by=lambda entry: (entry.file, entry.name)))
     tensors = draw(st.permutations([*tensors, *draw(duplicates(tensors, shards))]))
     return Manifest(
         base=BaseRecord(draw(repo_ids), draw(revisions), draw(licenses(own)), base),
@@ -154,6 +179,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         tool=Tool(draw(texts), draw(texts)),
         chunk_bytes=draw(st.integers(1, 1024)) * 4096,
         license=draw(st.none() | delta_licenses(own)),
+        is_plain=is_plain,
     )
 
 
@@ -168,7 +194,9 @@ def test_what_is_written_is_read_back(manifest: Manifest) -> None:
 @given(manifests())
 def test_what_is_read_is_written_back(manifest: Manifest) -> None:
     data = manifest.to_json()
-    assert Manifest.from_json(data).to_json() == data
+    found = Manifest.from_json(data)
+    assert found.to_json() == data
+    assert found.is_plain == manifest.is_plain or not manifest.tensors
 
 
 @given(manifests())
@@ -373,6 +401,25 @@ def _repeat(*keys: Any) -> Callable[[Json], None]:
     return change
 
 
+_PARTS = {"parts": [{"parts": [{"name": "x", "count": 4}]}]}
+_PREDICTED: Json = {"prediction": {"method": "low_rank", "nbytes": 8, "rank": 16}}
+
+
+def _rearranged(group: Json) -> Callable[[Json], None]:
+    """The first tensor is coded against these parts."""
+
+    def change(fields: Json) -> None:
+        fields["kinds"][0] |= {"status": "rearranged", "base": {"dtype": "BF16", "shape": None}}
+        fields["tensors"][0]["rows"][0].append({"parts": [group]})
+
+    return change
+
+
+def _predicted(method: str, nbytes: int) -> Callable[[Json], None]:
+    prediction = {"method": method, "nbytes": nbytes}
+    return lambda fields: fields["tensors"][0]["rows"][0].append({"prediction": prediction})
+
+
 SHA = "0" * 64
 UNSAFE = [
     "",
@@ -505,6 +552,88 @@ RULES: dict[str, tuple[Callable[[Json], None], str]] = {
 }
 
 
+#: Rules of kinds and rows; ``rows`` is those of the example's only shard.
+ROW_RULES: dict[str, tuple[Callable[[Json], None], str]] = {
+    "a kind that is not there": (_set("tensors", 0, "rows", 0, 1, 2), "has kind 2, which is not there"),
+    "a negative kind": (_set("tensors", 0, "rows", 0, 1, -1), "tensors"),
+    "a kind twice": (_repeat("kinds"), "canonical"),
+    "a kind that nobody has": (
+        lambda fields: fields["kinds"].append(fields["kinds"][0] | {"dtype": "F16"}),
+        "canonical",
+    ),
+    "a row that says more": (lambda fields: fields["tensors"][0]["rows"][0].extend([{}, 1]), "canonical"),
+    "a row that says nothing more": (lambda fields: fields["tensors"][0]["rows"][0].append({}), "canonical"),
+    "a row that says less": (lambda fields: fields["tensors"][0]["rows"][0].pop(), "length"),
+    "no rows": (_set("tensors", 0, "rows", []), "canonical"),
+    "rows of one file apart": (
+        lambda fields: fields["tensors"].insert(1, fields["tensors"][0] | {"rows": [["x", 0, 0, 0]]}),
+        "canonical",
+    ),
+    "a row twice": (_repeat("tensors", 0, "rows"), "twice"),
+    "parts without a kind of parts": (
+        lambda fields: fields["tensors"][0]["rows"][0].append(_PARTS),
+        "parts that do not go with its kind",
+    ),
+    "a kind of parts without parts": (_set("kinds", 0, "base", "shape", None), "do not go with its kind"),
+    "parts and another status": (
+        _both(
+            _set("kinds", 0, "base", "shape", None),
+            lambda fields: fields["tensors"][0]["rows"][0].append(_PARTS),
+        ),
+        "is changed, which does not go with its base",
+    ),
+    "another status and no parts": (_set("kinds", 0, "status", "rearranged"), "does not go with its base"),
+    "a part of no elements": (_rearranged({"parts": [{"name": "x", "count": 0}]}), "count"),
+    "a group of no parts": (_rearranged({"parts": []}), "parts"),
+    "a group of no repetitions": (
+        _rearranged({"parts": [{"name": "x", "count": 4}], "repeats": 0}),
+        "repeats",
+    ),
+    "a stride of 0": (_rearranged({"parts": [{"name": "x", "count": 4, "stride": 0}]}), "stride"),
+    "a negative start": (_rearranged({"parts": [{"name": "x", "count": 4, "start": -1}]}), "start"),
+    "a default that is written": (
+        _rearranged({"parts": [{"name": "x", "count": 4, "start": 0}]}),
+        "canonical",
+    ),
+    "a prediction that is larger than the payload": (_predicted("low_rank", 31), "no room for it"),
+    "an unknown prediction": (_predicted("oracle", 8), "prediction"),
+    "a prediction of no bytes": (_predicted("quantized", 0), "prediction"),
+    "a prediction without a base": (
+        _both(
+            _set("kinds", 0, "shared_bytes", 0),
+            _set("tensors", 0, "rows", 0, 2, 0),
+            _predicted("low_rank", 8),
+        ),
+        "no base",
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", ROW_RULES.values(), ids=ROW_RULES)
+def test_rows_that_break_a_rule_are_refused(rule: tuple[Callable[[Json], None], str]) -> None:
+    change, why = rule
+    with pytest.raises(ManifestError, match=why):
+        Manifest.from_json(_changed(change, is_plain=False))
+
+
+def test_rows_of_parts_and_predictions_are_read() -> None:
+    group = {"parts": [{"name": "x", "count": 4}]}
+    change = _both(_rearranged(group), lambda fields: fields["tensors"][0]["rows"][0][4].update(_PREDICTED))
+    (entry, _) = Manifest.from_json(_changed(change, is_plain=False)).tensors
+    assert entry.base == BaseParts("BF16", (PartGroup((PartOfBase("x", 4),)),))
+    assert entry.prediction == Prediction("low_rank", 8, 16)
+
+
+def test_a_tensor_takes_few_bytes() -> None:
+    """Its name, and some 20 bytes."""
+    names = [f"model.layers.{k}.mlp.experts.{k}.down_proj.weight" for k in range(1000)]
+    entries = tuple(
+        replace(EXAMPLE.tensors[0], name=name, base=BaseTensor(name, "BF16", (2, 2))) for name in names
+    )
+    grown = len(replace(EXAMPLE, tensors=entries).to_json()) - len(EXAMPLE.to_json())
+    assert grown < sum(map(len, names)) + 20 * len(names)
+
+
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_a_manifest_that_breaks_a_rule_is_refused(rule: tuple[Callable[[Json], None], str]) -> None:
     change, why = rule
@@ -630,9 +759,9 @@ def _canonical(fields: Json) -> bytes:
     return text.encode() + b"\n"
 
 
-def _changed(change: Callable[[Json], None]) -> bytes:
+def _changed(change: Callable[[Json], None], *, is_plain: bool = True) -> bytes:
     """The example, changed, with the checksum made right again: what a hostile author would write."""
-    fields = json.loads(EXAMPLE.to_json())
+    fields = json.loads(replace(EXAMPLE, is_plain=is_plain).to_json())
     change(fields)
     fields["checksum"] = hashlib.sha256(_canonical(fields | {"checksum": ""})).hexdigest()
     return _canonical(fields)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pytest
 import zstandard
+from huggingface_hub import ModelCard
 from typer.testing import CliRunner, Result
 
 from deltaweights import (
@@ -29,6 +32,7 @@ from deltaweights import (
     push_delta,
     verify_delta,
 )
+from deltaweights.card import address_card
 from deltaweights.checkpoint import TensorInfo, open_checkpoint
 from deltaweights.cli.commands import app
 from deltaweights.cli.rendering import size as size_text
@@ -85,6 +89,12 @@ def published(hub: HubServer, repo: str = REPO, revision: str = "main") -> dict[
     return {path: data for path, data in hub.files(repo, revision).items() if path != ".gitattributes"}
 
 
+def as_published(delta: Path, place: str = REPO) -> dict[str, bytes]:
+    """The files of a delta, the page as it is at ``place`` on the Hub."""
+    files = contents(delta)
+    return files | {"README.md": address_card(files["README.md"], place)}
+
+
 def titles(hub: HubServer, repo: str = REPO, branch: str = "main") -> list[str]:
     """Its commits, the newest first."""
     return [commit.title for commit in hub.repos[repo].branches[branch].history()]
@@ -109,7 +119,7 @@ def test_a_new_repository_is_private_and_gets_all_in_one_commit(
     report = push_delta(
         release.delta, REPO, progress=lambda phase, done, total: phases.update({phase: (done, total)})
     )
-    files = contents(release.delta)
+    files = as_published(release.delta)
     assert published(writer) == files
     assert "README.md" in files
     assert writer.repos[REPO].private
@@ -122,6 +132,54 @@ def test_a_new_repository_is_private_and_gets_all_in_one_commit(
     assert phases["upload"] == (nbytes, nbytes)
     assert phases["verify delta"][0] == phases["verify delta"][1] > 0
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_page_s_commands_work_as_they_stand(
+    writer: HubServer, release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer.add_repo("org/base", contents(release.base))
+    push_delta(release.delta, REPO)
+    page = published(writer)["README.md"].decode()
+    (shell,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    (python,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    assert shell == f"deltaweights apply {REPO} -o OUT\n"
+    result = CliRunner().invoke(app, shlex.split(shell)[1:])
+    assert result.exit_code == 0, result.output
+    assert contents(tmp_path / "OUT") == contents(release.target)
+    shutil.rmtree(tmp_path / "OUT")
+    exec(python, {})  # noqa: S102
+    assert contents(tmp_path / "OUT") == contents(release.target)
+
+
+def test_the_hub_takes_the_page_of_any_fine_tune(writer: HubServer, release: Release, tmp_path: Path) -> None:
+    """Metadata that it would refuse are left out, not sent."""
+    target = shutil.copytree(release.target, tmp_path / "target")
+    (target / "README.md").write_text(
+        "---\nlanguage: no\nlanguage: en\nx: !!python/name:os.system ''\nbase_model: ./base\nmodel-index: 5\n"
+        "self: a\n1: b\ndate: 2024-13-45\npipeline_tag: fill-mask\n---\n# Mine\n\n---\nlicense: none\n---\n"
+    )
+    make_delta(release.base, target, tmp_path / "delta", base_repo="org/base", target_license="mit")
+    push_delta(tmp_path / "delta", REPO)
+    page = ModelCard(published(writer)["README.md"].decode())
+    fields: dict[str, Any] = page.data.to_dict()  # type: ignore[no-untyped-call]
+    assert (fields["pipeline_tag"], fields["base_model"], fields["license"]) == (
+        "fill-mask",
+        "org/base",
+        "mit",
+    )
+    assert page.text.lstrip().startswith("# Mine\n")
+
+
+def test_a_delta_that_was_on_the_hub_gets_its_new_place(
+    writer: HubServer, release: Release, tmp_path: Path
+) -> None:
+    push_delta(release.delta, REPO)
+    for path, data in published(writer).items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(data)
+    push_delta(tmp_path, "org/copy")
+    assert published(writer, "org/copy") == as_published(release.delta, "org/copy")
 
 
 def test_what_was_pushed_gives_the_target_back(writer: HubServer, release: Release, tmp_path: Path) -> None:
@@ -138,7 +196,7 @@ def test_files_that_are_no_part_of_the_delta_stay_here(
     delta = shutil.copytree(release.delta, tmp_path / "delta")
     (delta / "password.txt").write_text("secret")
     push_delta(delta, REPO)
-    assert published(writer) == contents(release.delta)
+    assert published(writer) == as_published(release.delta)
 
 
 def test_public_only_if_asked_for(writer: HubServer, release: Release) -> None:
@@ -155,7 +213,7 @@ def test_a_public_repository_is_refused_unless_asked_for(writer: HubServer, rele
     assert published(writer) == {"README.md": b"mine"}
     assert not writer.requests(kind="upload")
     push_delta(release.delta, REPO, private=False)
-    assert published(writer) == contents(release.delta)
+    assert published(writer) == as_published(release.delta)
 
 
 def test_a_private_repository_stays_private(writer: HubServer, release: Release) -> None:
@@ -163,21 +221,21 @@ def test_a_private_repository_stays_private(writer: HubServer, release: Release)
     report = push_delta(release.delta, REPO, private=False)
     assert report.private
     assert writer.repos[REPO].private
-    assert published(writer) == contents(release.delta)
+    assert published(writer) == as_published(release.delta)
 
 
 def test_a_renamed_repository_is_followed(writer: HubServer, release: Release) -> None:
     writer.add_repo(REPO, {}, private=True)
     writer.rename(REPO, "org/new-name")
     assert push_delta(release.delta, REPO).repo_id == "org/new-name"
-    assert published(writer, "org/new-name") == contents(release.delta)
+    assert published(writer, "org/new-name") == as_published(release.delta, "org/new-name")
 
 
 def test_a_branch_is_made_and_the_main_one_left_alone(writer: HubServer, release: Release) -> None:
     writer.add_repo(REPO, {"README.md": b"mine"}, private=True)
     report = push_delta(release.delta, REPO, revision="v2", message="The second")
     assert report.url == f"{writer.endpoint}/{REPO}/tree/v2"
-    assert published(writer, revision="v2") == contents(release.delta)
+    assert published(writer, revision="v2") == as_published(release.delta, f"{REPO}@v2")
     assert published(writer) == {"README.md": b"mine"}
     assert titles(writer, branch="v2") == ["The second", "initial commit"]
     again = push_delta(release.delta, REPO, revision="v2")
@@ -189,7 +247,7 @@ def test_a_pull_request_changes_nothing_yet(writer: HubServer, release: Release)
     report = push_delta(release.delta, REPO, create_pr=True)
     assert report.url == f"{writer.endpoint}/{REPO}/discussions/1"
     assert published(writer) == {"README.md": b"mine"}
-    assert published(writer, revision="refs/pr/1") == contents(release.delta)
+    assert published(writer, revision="refs/pr/1") == as_published(release.delta)
     assert report.commit == writer.repos[REPO].branches["refs/pr/1"].id
 
 
@@ -214,7 +272,7 @@ def test_only_what_is_missing_is_sent(writer: HubServer, release: Release) -> No
     writer.log.clear()
     report = push_delta(release.delta, REPO)
     assert sorted(report.uploaded) == ["NOTICE", "README.md", SHARDS[1]]
-    assert published(writer) == contents(release.delta)
+    assert published(writer) == as_published(release.delta)
     assert not count_uploads(writer)  # the Hub still had its bytes
 
 
@@ -230,7 +288,7 @@ def test_an_interrupted_upload_goes_on(writer: HubServer, release: Release) -> N
     writer.log.clear()
     push_delta(release.delta, REPO)
     assert count_uploads(writer) == 2
-    assert published(writer) == contents(release.delta)
+    assert published(writer) == as_published(release.delta)
     assert len(titles(writer)) == 2
 
 
@@ -242,7 +300,7 @@ def test_what_an_earlier_delta_leaves_over_is_removed(writer: HubServer, release
     assert {*SHARDS, "files/tokenizer.json"} <= gone
     assert report.removed == tuple(sorted(gone))
     by_hand = {"results.md": b"by hand", "delta-00009-of-00009.safetensors": b"by hand too"}
-    assert published(writer) == contents(release.later) | by_hand
+    assert published(writer) == as_published(release.later) | by_hand
     assert len(titles(writer)) == 4  # the first, two pushes, and what was done by hand
 
 
@@ -256,7 +314,7 @@ def test_a_manifest_that_nobody_can_read_removes_nothing(
     writer.add_repo(REPO, old, private=True)
     report = push_delta(release.later, REPO)
     assert report.removed == ()
-    assert published(writer) == old | contents(release.later)
+    assert published(writer) == old | as_published(release.later)
 
 
 def test_a_killed_push_goes_on(writer: HubServer, release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +336,7 @@ def test_a_killed_push_goes_on(writer: HubServer, release: Release, monkeypatch:
     writer.log.clear()
     push_delta(release.delta, REPO)
     assert count_uploads(writer) == 2
-    assert published(writer) == contents(release.delta)
+    assert published(writer) == as_published(release.delta)
 
 
 # What is refused ------------------------------------------------------------------------------------------
@@ -567,7 +625,7 @@ PASSING: dict[str, dict[str, Any]] = {
 def test_push_goes_on_after_faults(writer: HubServer, release: Release, fault: str) -> None:
     writer.fail(None, **PASSING[fault])
     push_delta(release.delta, REPO)
-    assert published(writer) == contents(release.delta)
+    assert published(writer) == as_published(release.delta)
     assert len(titles(writer)) == 2
 
 
@@ -615,7 +673,7 @@ def test_a_fault_that_stays_is_a_clear_error_and_nothing_is_seen(
     assert published(writer) == {"README.md": b"before"}
     writer.heal()
     push_delta(release.delta, REPO)
-    assert published(writer) == contents(release.delta)
+    assert published(writer) == as_published(release.delta)
 
 
 def test_somebody_else_s_commit_is_not_overwritten(writer: HubServer, release: Release) -> None:
@@ -628,7 +686,7 @@ def test_somebody_else_s_commit_is_not_overwritten(writer: HubServer, release: R
     assert "Run the same command again" in caught.value.fix
     assert published(writer) == {"README.md": b"theirs"}
     push_delta(release.delta, REPO)
-    assert published(writer) == contents(release.delta)
+    assert published(writer) == as_published(release.delta)
 
 
 def test_files_that_the_repository_ignores_are_missed(writer: HubServer, release: Release) -> None:
@@ -684,13 +742,14 @@ def test_the_command_says_what_it_did(writer: HubServer, trio: Trio, tmp_path: P
     result = run(delta, REPO)
     assert result.exit_code == 0, result.output
     commit = writer.repos[REPO].branches["main"].id[:12]
-    line, conflict = result.stdout.splitlines()
-    count, nbytes = len(contents(delta)), sum(map(len, contents(delta).values()))
-    assert line == f"{writer.endpoint}/{REPO}: {count} files, {size_text(nbytes)}, commit {commit}, private"
+    conflict, line = result.stdout.splitlines()
+    count, nbytes = len(contents(delta)), sum(map(len, as_published(delta).values()))
+    page, sent = f"{writer.endpoint}/{REPO}", rf"{size_text(nbytes)} in [\d.]+ s, [\d.]+ [KM]B/s"
+    assert re.fullmatch(f"{page}: commit {commit}, private, {count} files; {sent}", line)
     assert conflict.startswith("License: The target is stated to be under MIT")
-    assert "upload: 100%" in result.stderr
+    assert f"upload: {size_text(nbytes)} in " in result.stderr
     again = run(delta, REPO)
-    assert again.stdout.splitlines()[0].endswith(f"{REPO}: all was there, commit {commit}, private")
+    assert f"{REPO}: commit {commit}, private, all was there; " in again.stdout.splitlines()[-1]
     refused = run(delta, "org/other", "--public")
     assert refused.exit_code == 1
     assert "error: The licenses do not fit together\n" in refused.stderr
@@ -704,7 +763,8 @@ def test_the_command_gives_its_report_as_json(writer: HubServer, release: Releas
     result = run(release.later, REPO, "--json", "--quiet")
     report = json.loads(result.stdout)
     assert result.exit_code == 0
-    assert set(report) == {field.name for field in fields(PushReport)}
+    costs = {"seconds", "bytes_read", "bytes_written", "warnings"}
+    assert set(report) == {field.name for field in fields(PushReport)} | costs
     assert report["private"] is True
     assert set(SHARDS) <= set(report["removed"])
     assert "deltaweights.json" in report["uploaded"]
@@ -716,4 +776,4 @@ def test_the_command_gives_its_report_as_json(writer: HubServer, release: Releas
 def test_the_command_says_what_it_removed(writer: HubServer, release: Release) -> None:
     push_delta(release.delta, REPO)
     gone = len(set(contents(release.delta)) - set(contents(release.later)))
-    assert f", {gone} removed, commit " in run(release.later, REPO).stdout
+    assert f", {gone} removed; " in run(release.later, REPO).stdout

@@ -1,12 +1,13 @@
 """What a checkpoint is: headers, shards, tensors."""
 
 from .checkpoint import Checkpoint, Shard, Tensor, open_checkpoint, read_header, read_shard
-from .gathered import MAX_STRIDED_BYTES, Gathered, Group, HeldExtents, Piece
+from .gathered import MAX_STRIDED_BYTES, Base, Gathered, Group, HeldExtents, Piece, tensors_of
 from .header import MAX_HEADER_BYTES, Header, TensorInfo, build_header, parse_header
 
 __all__ = [
     "MAX_HEADER_BYTES",
     "MAX_STRIDED_BYTES",
+    "Base",
     "Checkpoint",
     "Gathered",
     "Group",
@@ -21,4 +22,5 @@ __all__ = [
     "parse_header",
     "read_header",
     "read_shard",
+    "tensors_of",
 ]

@@ -15,6 +15,7 @@ from ..storage.location import Readable, open_source
 from ..storage.source import HEAD_BYTES, ReadableFile, Source, Span
 from .header import Header, TensorInfo, header_length, parse_header
 from .index import read_indexes
+from .other_formats import advice
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +46,11 @@ class Tensor:
         return self.info.dtype
 
     @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return self.info.nbytes
+
+    @property
     def path(self) -> str:
         """The path of its shard."""
         return self.shard.path
@@ -58,6 +64,10 @@ class Tensor:
         """The span of the tensor's bytes ``start`` to ``end`` in its file."""
         offset = self.shard.header.data_start + self.info.start
         return Span(self.shard.path, offset + start, offset + end)
+
+    def spans(self, start: int, end: int) -> list[Span]:
+        """:meth:`span`, as a list."""
+        return [self.span(start, end)]
 
 
 class Checkpoint:
@@ -117,10 +127,10 @@ class Checkpoint:
                 f"Get all of it: hf download {id.repo_id} --revision {id.revision}",
             )
         if not paths:
+            is_one = source.root is not None and source.root.is_file()
             raise CheckpointError(
-                f"{source.where} holds no .safetensors file",
-                "deltaweights compares safetensors checkpoints.",
-                "Convert the weights first, for example with save_pretrained(...) of transformers.",
+                f"{source.where} {'is' if is_one else 'holds'} no .safetensors file",
+                *advice(source.sizes),
             )
 
     def __enter__(self) -> Checkpoint:

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeAlias
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -230,6 +231,15 @@ class Gathered:
             return out
 
         return self._held.get((piece, repeats), read).view(self._kind)
+
+
+#: What a tensor is compared with.
+Base: TypeAlias = Tensor | Gathered
+
+
+def tensors_of(base: Base) -> list[Tensor]:
+    """The tensors that it is, or is made of."""
+    return [base] if isinstance(base, Tensor) else base.tensors
 
 
 def _piece_at(group: Group, within: int) -> tuple[Piece, int]:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
 
 from ..dtypes import DTYPES
+from ..manifest import MANIFEST_NAME
 from ..storage import Source
 from .checkpoint import Checkpoint
 
@@ -86,6 +87,18 @@ def oddities_of_base(base: Checkpoint, pointers: Collection[str]) -> Iterator[st
     for error in base.broken.values():
         yield f"{error.what}: it counts as absent from the base."
     yield from _missing_shards("base", base)
+
+
+def oddities_of_unrelated(target: Checkpoint) -> Iterator[str]:
+    """What to say of a target of which no tensor is compared with any of the base."""
+    names = {path.rpartition("/")[2] for path in target.shards}
+    if MANIFEST_NAME in target.source.sizes:
+        cause = "The target is a delta itself: apply it first, and pass the result."
+    elif names and all(name.startswith("adapter_model") for name in names):
+        cause = "The target is a PEFT adapter, not a whole model: merge it into the base first."
+    else:
+        cause = "Is the base the right one, and has the target the usual names?"
+    yield f"No tensor of the target was found in the base: the delta becomes about as large as it. {cause}"
 
 
 def _missing_shards(side: str, checkpoint: Checkpoint) -> Iterator[str]:

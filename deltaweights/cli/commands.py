@@ -5,11 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,7 +15,10 @@ import typer
 from .._version import __version__
 from ..errors import OutputError
 from . import rendering
+from .layout import screen_of
 from .options import (
+    MATCHING,
+    RECORDS,
     AcceptLicense,
     Base,
     BaseOption,
@@ -31,32 +32,40 @@ from .options import (
     KeepBase,
     Quiet,
     Threads,
+    Verbose,
     bits,
     rename_rules,
 )
-from .session import (
-    errors_explained,
-    in_flags,
-    kept_warnings,
-    open_streams,
-    progress,
-    report,
-    settle_license,
-    show_error,
-    stdout_failed,
-)
+from .session import Work, in_flags, settle_license, working
+from .streams import open_streams, show_error, stdout_failed
+from .usage import Commands
 
 if TYPE_CHECKING:
     from ..manifest import Manifest
 
 app = typer.Typer(
     name="deltaweights",
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Publish a fine-tune as what it adds to its base, and get it back byte for byte.",
+    context_settings={"help_option_names": ["--help", "-h"]},
+    help="""Publish a fine-tune as what it adds to its base, and get it back byte for byte.
+
+    deltaweights diff BASE TUNED -o delta            what the fine-tune adds
+    deltaweights inspect delta                       how much that is, and where
+    deltaweights push delta your-name/model-delta    to the Hub, privately
+
+    deltaweights plan your-name/model-delta          what the next line will take
+    deltaweights apply your-name/model-delta -o out  the fine-tune, from its base
+    deltaweights verify your-name/model-delta --target out
+    """,
     epilog="BASE and TARGET: a folder, one .safetensors file, or a Hub id \\[hf://]org/name\\[@revision]. "
-    "DELTA: a folder or a Hub id. What is on the Hub streams through memory, unless it is in the Hub cache.",
+    "DELTA: a folder or a Hub id. What is on the Hub streams through memory, unless it is in the Hub cache."
+    "\n\n`deltaweights COMMAND --help` has examples.",
 )
+
+#: The panels of the commands in the help.
+_PUBLISH, _USE, _LOOK = "To publish", "To use", "To look into a delta"
 
 
 @app.callback(invoke_without_command=True)
@@ -68,7 +77,7 @@ def _version(
         raise typer.Exit
 
 
-@app.command()
+@app.command(rich_help_panel=_PUBLISH)
 def diff(
     base: Base,
     target: Annotated[str, typer.Argument(metavar="TARGET", help="The fine-tune.")],
@@ -78,61 +87,80 @@ def diff(
         typer.Option(
             metavar="REGEX=REPLACEMENT",
             help="Turn target tensor names into base tensor names. May be given several times.",
+            rich_help_panel=MATCHING,
         ),
     ] = None,
-    base_repo: Annotated[str | None, typer.Option(help="The base's Hub id.")] = None,
-    base_revision: Annotated[str | None, typer.Option(help="The base's commit on the Hub.")] = None,
-    base_license: Annotated[str | None, typer.Option(help="The base's license id.")] = None,
-    target_repo: Annotated[str | None, typer.Option(help="The target's Hub id.")] = None,
-    target_license: Annotated[str | None, typer.Option(help="The target's license id.")] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PATTERN",
             help="Leave out files of TARGET with such a path, name or folder. May be given several times.",
+            rich_help_panel=MATCHING,
         ),
+    ] = None,
+    base_repo: Annotated[
+        str | None, typer.Option(metavar="ID", help="The base's Hub id.", rich_help_panel=RECORDS)
+    ] = None,
+    base_revision: Annotated[
+        str | None,
+        typer.Option(metavar="COMMIT", help="The base's commit on the Hub.", rich_help_panel=RECORDS),
+    ] = None,
+    base_license: Annotated[
+        str | None, typer.Option(metavar="ID", help="The base's license id.", rich_help_panel=RECORDS)
+    ] = None,
+    target_repo: Annotated[
+        str | None, typer.Option(metavar="ID", help="The target's Hub id.", rich_help_panel=RECORDS)
+    ] = None,
+    target_license: Annotated[
+        str | None, typer.Option(metavar="ID", help="The target's license id.", rich_help_panel=RECORDS)
     ] = None,
     force: Force = False,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = 0,
     debug: Debug = False,
 ) -> None:
-    """Write what TARGET adds to BASE."""
+    """Write what TARGET adds to BASE.
+
+    Run it again to go on after an interruption.
+
+    deltaweights diff ./base ./tuned -o delta
+    deltaweights diff org/base ./tuned -o delta --exclude 'checkpoint-*'
+    """
     rules = rename_rules(rename or ())
-    with errors_explained(debug, as_json, resumes=True), kept_warnings() as odd, progress(quiet) as shown:
+    with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work:
         from ..diff import make_delta
 
-        manifest = make_delta(
-            base,
-            target,
-            output,
-            rename=rules,
-            base_repo=base_repo,
-            base_revision=base_revision,
-            base_license=base_license,
-            target_repo=target_repo,
-            target_license=target_license,
-            exclude=exclude or (),
-            force=force,
-            threads=threads,
-            progress=shown,
-        )
-    _report_written(output, manifest, odd, as_json=as_json, quiet=quiet)
+        with work.progress() as shown:
+            manifest = make_delta(
+                base,
+                target,
+                output,
+                rename=rules,
+                base_repo=base_repo,
+                base_revision=base_revision,
+                base_license=base_license,
+                target_repo=target_repo,
+                target_license=target_license,
+                exclude=exclude or (),
+                force=force,
+                threads=threads,
+                progress=shown,
+            )
+    _report_written(work, output, manifest, shown.done("diff"))
 
 
-def _report_written(
-    output: Path, manifest: Manifest, warnings: Sequence[str] = (), *, as_json: bool, quiet: bool
-) -> None:
-    """What there is to know of a delta that was just written."""
+def _report_written(work: Work, output: str, manifest: Manifest, nbytes: int) -> None:
+    """What there is to know of a delta that was just written, from so many bytes of a target."""
     from ..inspect import summarise
 
     summary = summarise(manifest)
-    lines = rendering.written_lines(output, summary, warnings)
-    report({**summary.to_dict(), "warnings": list(warnings)}, lines, as_json=as_json, quiet=quiet)
+    last = rendering.speed_line("Compared", nbytes, work.seconds)
+    work.report(summary.to_dict(), [*rendering.written_lines(output, summary), last], with_costs=True)
 
 
-@app.command()
+@app.command(rich_help_panel=_PUBLISH)
 def push(
     delta: Annotated[str, typer.Argument(metavar="DELTA", help="The delta, a folder.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="The repository on the Hub, org/name.")],
@@ -149,31 +177,39 @@ def push(
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = 0,
     debug: Debug = False,
 ) -> None:
-    """Check DELTA and publish it on the Hub, in one commit. Run it again to go on after an interruption."""
+    """Check DELTA and publish it on the Hub, in one commit.
+
+    Run it again to go on after an interruption.
+
+    deltaweights push delta your-name/model-delta
+    deltaweights push delta your-name/model-delta --public --message "Epoch 3"
+    """
     if create_pr and revision:
         raise typer.BadParameter("A pull request goes to the main branch.", param_hint="--revision")
-    with errors_explained(debug, as_json, resumes=True), progress(quiet) as shown:
+    with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work:
         from ..push import push_delta
 
-        done = push_delta(
-            delta,
-            repo,
-            private=not public,
-            revision=revision,
-            message=message,
-            create_pr=create_pr,
-            accept_conflicts=accept_conflicts,
-            progress=shown,
-        )
-    report(asdict(done), rendering.push_lines(done), as_json=as_json, quiet=quiet)
+        with work.progress() as shown:
+            done = push_delta(
+                delta,
+                repo,
+                private=not public,
+                revision=revision,
+                message=message,
+                create_pr=create_pr,
+                accept_conflicts=accept_conflicts,
+                progress=shown,
+            )
+    work.report(asdict(done), rendering.push_lines(done, work.seconds), with_costs=True)
 
 
-@app.command()
+@app.command(rich_help_panel=_USE)
 def apply(
     deltas: Deltas,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")],
     base: BaseOption = None,
     keep_base: KeepBase = False,
     accept_license: AcceptLicense = None,
@@ -184,15 +220,26 @@ def apply(
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = 0,
     debug: Debug = False,
 ) -> None:
-    """Rebuild the target from DELTA and its base. Run it again to go on after an interruption."""
+    """Rebuild the target from DELTA and its base.
+
+    Run it again to go on after an interruption.
+
+    deltaweights apply org/model-delta -o model
+    deltaweights apply ./delta -o model --base ./base
+    """
     if dry_run:
         if len(deltas) > 1:
             raise typer.BadParameter("It takes one delta.", param_hint="--dry-run")
-        _plan(deltas[0], base, keep_base, output, None, threads, as_json=as_json, quiet=quiet, debug=debug)
+        at_work = working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
+        _plan(at_work, deltas[0], base, keep_base, output, None, threads)
         return
-    with errors_explained(debug, as_json, resumes=True), ExitStack() as opened:
+    with (
+        working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work,
+        ExitStack() as opened,
+    ):
         from ..patch import apply_delta
         from ..storage import open_source
 
@@ -200,14 +247,14 @@ def apply(
         sources = [opened.enter_context(open_source(delta)) for delta in deltas]
         may_ask = not (quiet or as_json)
         settle_license(deltas, sources, accept_license or [], quiet=quiet, may_ask=may_ask)
-        shown = opened.enter_context(progress(quiet))
+        shown = opened.enter_context(work.progress())
         done = apply_delta(
             sources, output, base=base, keep_base=keep_base, force=force, threads=threads, progress=shown
         )
-    report(asdict(done), rendering.apply_lines(output, done), as_json=as_json, quiet=quiet)
+    work.report(asdict(done), rendering.apply_lines(output, done, work.seconds), with_costs=True)
 
 
-@app.command()
+@app.command(rich_help_panel=_PUBLISH)
 def compact(
     deltas: Deltas,
     output: DeltaOut,
@@ -216,23 +263,28 @@ def compact(
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = 0,
     debug: Debug = False,
 ) -> None:
-    """Write one delta that does what several do one after the other."""
-    with errors_explained(debug, as_json, resumes=True), progress(quiet) as shown:
+    """Write one delta that does what several do one after the other.
+
+    deltaweights compact delta-1 delta-2 delta-3 -o one --base ./base
+    """
+    with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work:
         from ..compact import compact_deltas
 
-        manifest = compact_deltas(deltas, output, base=base, force=force, threads=threads, progress=shown)
-    _report_written(output, manifest, as_json=as_json, quiet=quiet)
+        with work.progress() as shown:
+            manifest = compact_deltas(deltas, output, base=base, force=force, threads=threads, progress=shown)
+    _report_written(work, output, manifest, shown.done("diff"))
 
 
-@app.command()
+@app.command(rich_help_panel=_USE)
 def plan(
     delta: Delta,
     base: BaseOption = None,
     keep_base: KeepBase = False,
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--output", "-o", metavar="OUT", help="Count what stands there already as done."),
     ] = None,
     bandwidth: Annotated[
@@ -246,27 +298,30 @@ def plan(
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = 0,
     debug: Debug = False,
 ) -> None:
-    """Say what `apply` would download and need, and whether the base is right. Downloads no weights."""
-    _plan(delta, base, keep_base, output, bandwidth, threads, as_json=as_json, quiet=quiet, debug=debug)
+    """Say what `apply` would download and need, and whether the base is right. Downloads no weights.
+
+    deltaweights plan org/model-delta
+    deltaweights plan org/model-delta --base ./base -o model --bandwidth 250M
+    """
+    at_work = working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
+    _plan(at_work, delta, base, keep_base, output, bandwidth, threads)
 
 
 def _plan(
+    at_work: AbstractContextManager[Work],
     delta: str,
     base: str | None,
     keep_base: bool,
-    output: Path | None,
+    output: str | None,
     bandwidth: list[str] | None,
     threads: int | None,
-    *,
-    as_json: bool,
-    quiet: bool,
-    debug: bool,
 ) -> None:
     """``plan`` and ``apply --dry-run``."""
     rates = [bits(text) for text in bandwidth or ("100M", "1G", "10G")]
-    with errors_explained(debug, as_json):
+    with at_work as work:
         from ..plan import plan_apply
 
         found = plan_apply(
@@ -275,13 +330,13 @@ def _plan(
     if found.mismatch is not None:
         found = replace(found, mismatch=in_flags(found.mismatch))
     fields = {"ok": found.mismatch is None, "download": found.download, **found.to_dict()}
-    report(fields, rendering.plan_lines(found), as_json=as_json, quiet=quiet)
+    work.report(fields, rendering.plan_lines(found))
     if found.mismatch is not None:
         show_error(found.mismatch)
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=_LOOK)
 def verify(
     deltas: Deltas,
     base: BaseOption = None,
@@ -292,46 +347,59 @@ def verify(
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = 0,
     debug: Debug = False,
 ) -> None:
-    """Check DELTA's own files; with --base rebuild the target in memory; with --target check a copy."""
-    with errors_explained(debug, as_json), progress(quiet) as shown:
+    """Check DELTA's own files; with --base rebuild the target in memory; with --target check a copy.
+
+    deltaweights verify delta
+    deltaweights verify delta --base ./base --target ./model
+    """
+    with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug) as work:
         from ..verify import verify_delta
 
-        found = verify_delta(
-            deltas, base=base, keep_base=keep_base, target=target, threads=threads, progress=shown
-        )
-    report({"ok": found.ok, **asdict(found)}, rendering.verify_lines(found, quiet=quiet), as_json=as_json)
+        with work.progress() as shown:
+            found = verify_delta(
+                deltas, base=base, keep_base=keep_base, target=target, threads=threads, progress=shown
+            )
+    lines = rendering.verify_lines(found, shown.done(), work.seconds, quiet=quiet)
+    work.report({"ok": found.ok, **asdict(found)}, lines, with_costs=True, always=True)
     if not found.ok:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=_LOOK)
 def inspect(
     delta: Delta,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     files: Annotated[bool, typer.Option("--files", help="List every file of the target.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
+    verbose: Verbose = 0,
     debug: Debug = False,
 ) -> None:
-    """Show what DELTA says of itself: base, target, license, sizes, tensors."""
-    with errors_explained(debug, as_json):
+    """Show what DELTA says of itself: base, target, license, sizes, tensors.
+
+    deltaweights inspect org/model-delta
+    deltaweights inspect delta --json | jq .size
+    """
+    with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug) as work:
         from ..inspect import inspect_delta
 
         summary = inspect_delta(delta)
-    lines = rendering.summary_lines(summary, every_tensor=tensors, every_file=files)
-    report(summary.to_dict(), lines, as_json=as_json, quiet=quiet)
+    screen = screen_of(sys.stdout)
+    lines = rendering.summary_lines(summary, screen, every_tensor=tensors, every_file=files)
+    work.report(summary.to_dict(), lines)
 
 
-@app.command()
+@app.command(rich_help_panel=_LOOK)
 def bom(
     delta: Delta,
     format: Annotated[
         BomFormat, typer.Option("--format", help="CycloneDX 1.7 or SPDX 3.0.1, as JSON.")
     ] = BomFormat.cyclonedx,
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--output", "-o", metavar="FILE", help="The file to write; stdout by default."),
     ] = None,
     created: Annotated[
@@ -344,10 +412,15 @@ def bom(
             help="The time that the document gives for itself, in seconds since 1970.",
         ),
     ] = 0,
+    verbose: Verbose = 0,
     debug: Debug = False,
 ) -> None:
-    """Write a bill of materials for DELTA: target, base, files, licenses. Needs the extra `bom`."""
-    with errors_explained(debug, as_json=False):
+    """Write a bill of materials for DELTA: target, base, files, licenses. Needs the extra `bom`.
+
+    deltaweights bom delta -o bom.json
+    deltaweights bom org/model-delta --format spdx
+    """
+    with working(verbose=verbose, debug=debug):
         from ..bom import bom_of
         from ..storage import output_path
 
@@ -362,19 +435,24 @@ def bom(
             raise OutputError(f"Cannot write {output}", f"{error.strerror}.") from error
 
 
-@app.command("license")
+@app.command("license", rich_help_panel=_LOOK)
 def show_license(
     delta: Delta,
     texts: Annotated[bool, typer.Option("--texts", help="Also show the license texts and notices.")] = False,
     as_json: Json = False,
+    verbose: Verbose = 0,
     debug: Debug = False,
 ) -> None:
-    """Show the licenses of base and target, what they ask, and what does not fit together."""
-    with errors_explained(debug, as_json):
+    """Show the licenses of base and target, what they ask, and what does not fit together.
+
+    deltaweights license org/model-delta
+    deltaweights license delta --texts | less
+    """
+    with working(as_json=as_json, verbose=verbose, debug=debug) as work:
         from ..inspect import license_of
 
         facts = license_of(delta, texts=texts)
-    report(facts.to_dict(), rendering.license_lines(facts), as_json=as_json)
+    work.report(facts.to_dict(), rendering.license_lines(facts))
 
 
 def main() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from enum import Enum
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+#: The panels that a command's options stand in, beside its own ones.
+MATCHING, RECORDS, REPORTING = "What is compared", "What the delta says of both", "What is shown"
 
 Base = Annotated[str, typer.Argument(metavar="BASE", help="The checkpoint it was fine-tuned from.")]
 Delta = Annotated[str, typer.Argument(metavar="DELTA", help="The delta.")]
@@ -26,9 +28,29 @@ KeepBase = Annotated[
     bool,
     typer.Option("--keep-base", help="Download a base on the Hub into the Hub cache, and leave it there."),
 ]
-DeltaOut = Annotated[Path, typer.Option("--output", "-o", metavar="DELTA", help="The folder to write.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
+DeltaOut = Annotated[str, typer.Option("--output", "-o", metavar="DELTA", help="The folder to write.")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="One JSON object on stdout, errors too.", rich_help_panel=REPORTING),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet", "-q", help="No progress, no summary; warnings and errors only.", rich_help_panel=REPORTING
+    ),
+]
+Verbose = Annotated[
+    int,
+    typer.Option(
+        "--verbose",
+        "-v",
+        count=True,
+        metavar="",
+        show_default=False,
+        help="Log what is done, with the time; -vv logs more.",
+        rich_help_panel=REPORTING,
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Write there even if it holds other files.")]
 AcceptLicense = Annotated[
     list[str] | None,
@@ -41,7 +63,9 @@ AcceptLicense = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="How many threads; all cores, at most 8, by default.")
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=REPORTING)
+]
 
 
 class BomFormat(str, Enum):

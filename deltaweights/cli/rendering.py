@@ -6,13 +6,12 @@ Every name that comes from a file is made harmless (:func:`plain`): none may con
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from .layout import Screen, table
 
+if TYPE_CHECKING:
     from ..inspect import DeltaSummary, StoredFile, TensorSummary
     from ..license.rules import LicenseReport, SideLicense
     from ..manifest import BaseRecord, TargetRecord
@@ -54,12 +53,22 @@ def rate(bits: float) -> str:
     return _scaled(bits, ("bit/s", "kbit/s", "Mbit/s", "Gbit/s", "Tbit/s"))
 
 
+def byte_rate(nbytes: float) -> str:
+    """Bytes a second, as in ``1.4 GB/s``."""
+    return _scaled(nbytes, ("bytes/s", "KB/s", "MB/s", "GB/s", "TB/s"))
+
+
 def duration(seconds: float) -> str:
-    """Seconds, as in ``6 s``, ``5 min`` or ``7 h 20 min``."""
+    """Seconds to come, as in ``6 s``, ``5 min`` or ``7 h 20 min``."""
     minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.0f} s" if seconds >= 1 else "less than 1 s"
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+def elapsed(seconds: float) -> str:
+    """Seconds that it took, as in ``3.2 s``, or as :func:`duration` says it."""
+    return f"{max(seconds, 0.001):.2g} s" if seconds < 9.95 else duration(seconds)
 
 
 def _scaled(number: float, units: Sequence[str]) -> str:
@@ -81,15 +90,25 @@ def display_name(side: BaseRecord | TargetRecord | SideLicense, fallback: str) -
 # What a verb did -----------------------------------------------------------------------------------------
 
 
-def written_lines(place: object, summary: DeltaSummary, warnings: Sequence[str] = ()) -> Iterator[str]:
+def written_lines(place: object, summary: DeltaSummary) -> Iterator[str]:
     """A delta that was just written to ``place``."""
     counts = ", ".join(f"{count} {status}" for status, count in summary.counts.items())
-    yield f"{place}: {_size_line(summary)}; tensors: {counts or 'none'}"
+    yield plain(f"{place}: {_size_line(summary)}; tensors: {counts or 'none'}")
     if summary.target.left_out:
         yield plain(f"Left out: {', '.join(summary.target.left_out)}")
     yield from _whole_lines(summary)
-    yield from (plain(f"Warning: {text}") for text in warnings)
     yield from _conflict_lines(summary.license.conflicts)
+
+
+def speed_line(did: str, nbytes: int, seconds: float) -> str:
+    """The last line of what a verb did: how much, how long it took, and how fast that was."""
+    return f"{did} {speed(nbytes, seconds)}"
+
+
+def speed(nbytes: int, seconds: float) -> str:
+    """Bytes in a time, as in ``8.4 MB in 3.2 s, 2.6 MB/s``."""
+    rate = f", {byte_rate(nbytes / seconds)}" if nbytes and seconds > 0 else ""
+    return f"{size(nbytes)} in {elapsed(seconds)}{rate}"
 
 
 def _whole_lines(summary: DeltaSummary) -> Iterator[str]:
@@ -108,24 +127,25 @@ def _whole_lines(summary: DeltaSummary) -> Iterator[str]:
     yield plain(f"Stored whole: {size(total)} in {len(stored)} files: {', '.join(shown)}")
 
 
-def push_lines(report: PushReport) -> Iterator[str]:
-    """What ``push`` did."""
-    sent = f"{len(report.uploaded)} files, {size(report.nbytes)}"
-    done = sent if report.uploaded else "all was there"
+def push_lines(report: PushReport, seconds: float) -> Iterator[str]:
+    """What ``push`` did, and how fast."""
+    yield from _conflict_lines(report.conflicts)
     removed = f", {len(report.removed)} removed" if report.removed else ""
     who = "private" if report.private else "public"
-    yield plain(f"{report.url}: {done}{removed}, commit {report.commit[:12]}, {who}")
-    yield from _conflict_lines(report.conflicts)
+    done = f"{len(report.uploaded)} files" if report.uploaded else "all was there"
+    sent = speed(report.nbytes, seconds)
+    yield plain(f"{report.url}: commit {report.commit[:12]}, {who}, {done}{removed}; {sent}")
 
 
-def apply_lines(place: object, report: ApplyReport) -> Iterator[str]:
-    """What ``apply`` did."""
+def apply_lines(place: object, report: ApplyReport, seconds: float) -> Iterator[str]:
+    """What ``apply`` did, and how fast."""
     kept = f", {len(report.kept)} were already there" if report.kept else ""
-    yield f"{place}: {len(report.rebuilt)} files rebuilt and checked, {size(report.nbytes)}{kept}"
+    done = f"{len(report.rebuilt)} files rebuilt and checked{kept}"
+    yield plain(f"{place}: {done}; {speed(report.nbytes, seconds)}")
 
 
-def verify_lines(report: VerifyReport, *, quiet: bool) -> Iterator[str]:
-    """Every problem that ``verify`` found, and, unless ``quiet``, its verdict."""
+def verify_lines(report: VerifyReport, nbytes: int, seconds: float, *, quiet: bool) -> Iterator[str]:
+    """Every problem that ``verify`` found, and, unless ``quiet``, its verdict, and how fast it was found."""
     for problem in report.problems:
         yield plain(f"{problem.place}: {problem.path}: {problem.kind}: {problem.detail}")
     if quiet:
@@ -135,7 +155,7 @@ def verify_lines(report: VerifyReport, *, quiet: bool) -> Iterator[str]:
         verdict += f" ({report.published} of them by the SHA-256 that the Hub publishes, not read)"
     if report.target_repo:
         verdict += f"; compared with {plain(report.target_repo)} too"
-    yield f"{report.checked} files checked: {verdict}"
+    yield f"{report.checked} files checked: {verdict}; {speed(nbytes, seconds)}"
 
 
 def _conflict_lines(conflicts: Sequence[str]) -> Iterator[str]:
@@ -145,49 +165,77 @@ def _conflict_lines(conflicts: Sequence[str]) -> Iterator[str]:
 # inspect -------------------------------------------------------------------------------------------------
 
 
-def summary_lines(summary: DeltaSummary, *, every_tensor: bool, every_file: bool = False) -> Iterator[str]:
-    """All that ``inspect`` shows: facts, then a table of tensors, the ten largest payloads or every one; and
-    one of files, if it was asked for, or where much is stored whole."""
-    from rich.console import Console
-    from rich.table import Table
+def summary_lines(
+    summary: DeltaSummary, screen: Screen, *, every_tensor: bool, every_file: bool = False
+) -> Iterator[str]:
+    """All that ``inspect`` shows: facts, then a table of tensors, the largest payloads by module or every
+    tensor; and one of files, if it was asked for, or where much is stored whole."""
+    yield from (f"{name:14}  {fact}" for name, fact in _facts(summary))
+    yield ""
+    if every_tensor:
+        headings: tuple[str, ...] = ("tensor", "dtype", "shape", "status", "changed", "payload")
+        rows = [_tensor_row(tensor) for tensor in summary.tensors]
+    else:
+        yield "largest payloads"
+        headings = ("tensor", "", "dtype", "shape", "changed", "payload")
+        groups = sorted(_by_module(summary.tensors), key=lambda group: -_payload_of(group))
+        rows = [_group_row(group) for group in groups[:10] if _payload_of(group)]
+    right, names = ("", "changed", "payload"), ("tensor", "status", "shape", "dtype")
+    yield from table(headings, rows, screen, right=right, names=names, whole=every_tensor)
+    if every_file or sum(file.stored_bytes for file in summary.stored_whole) >= _MUCH:
+        yield ""
+        yield from _file_lines(summary, screen, every_file=every_file)
 
-    facts = Table.grid(padding=(0, 2))
-    for name, fact in _facts(summary):
-        facts.add_row(name, fact)
-    tensors: Sequence[TensorSummary] = summary.tensors
-    if not every_tensor:
-        tensors = sorted(tensors, key=lambda tensor: -tensor.payload_bytes)[:10]
-    table = Table(title=None if every_tensor else "largest payloads", title_justify="left", box=None)
-    for heading in ("tensor", "dtype", "shape", "status", "changed", "payload"):
-        table.add_column(heading, justify="right" if heading in ("changed", "payload") else "left")
+
+def _by_module(tensors: Iterable[TensorSummary]) -> list[list[TensorSummary]]:
+    """The tensors in groups that differ in nothing but numbers in their names: layers, experts."""
+    groups: dict[tuple[object, ...], list[TensorSummary]] = {}
     for tensor in tensors:
-        table.add_row(*_tensor_row(tensor))
-    # In a pipe or a log, long names are worth more than 80 columns.
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
-    with console.capture() as shown:
-        console.print(facts)
-        console.print()
-        console.print(table)
-        if every_file or sum(file.stored_bytes for file in summary.stored_whole) >= _MUCH:
-            console.print()
-            console.print(_file_table(summary, every_file=every_file))
-    yield from shown.get().splitlines()
+        key = folded(tensor.name), tensor.dtype, tensor.shape, tensor.status
+        groups.setdefault(key, []).append(tensor)
+    return list(groups.values())
 
 
-def _file_table(summary: DeltaSummary, *, every_file: bool) -> Table:
-    from rich.table import Table
+def folded(name: str) -> str:
+    """A tensor's name with ``*`` for every part that is a number."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
+
+def _payload_of(tensors: Iterable[TensorSummary]) -> int:
+    return sum(tensor.payload_bytes for tensor in tensors)
+
+
+def _group_row(group: Sequence[TensorSummary]) -> tuple[str, ...]:
+    """Tensors of one kind as a row: what part of their elements changed, and their status, unless that is
+    ``changed``."""
+    first, *more = group
+    fractions = [tensor.changed_fraction for tensor in group if tensor.changed_fraction is not None]
+    changed = f"{sum(fractions) / len(fractions):.1%}" if fractions else ""
+    return (
+        plain(folded(first.name) if more else first.name),
+        f"x{len(group)}" if more else "",
+        plain(first.dtype),
+        _shape(first),
+        changed if first.status == "changed" else f"{first.status} {changed}".strip(),
+        size(_payload_of(group)),
+    )
+
+
+def _file_lines(summary: DeltaSummary, screen: Screen, *, every_file: bool) -> Iterator[str]:
     stored = {file.path: file for file in summary.stored_whole}
-    title = "files" if every_file else "largest files that are stored whole"
-    table = Table(title=title, title_justify="left", box=None)
-    for heading in ("file", "stored", "size", "in the delta"):
-        table.add_column(heading, justify="right" if heading in ("size", "in the delta") else "left")
     every = {file.path: file for file in summary.target.files}
-    for path in every if every_file else [*stored][:10]:
-        file = every[path]
-        held = size(stored[path].stored_bytes) if path in stored else ""
-        table.add_row(plain(path), file.stored, size(file.size), held)
-    return table
+    yield "files" if every_file else "largest files that are stored whole"
+    rows = [
+        (
+            plain(path),
+            every[path].stored,
+            size(every[path].size),
+            size(stored[path].stored_bytes) if path in stored else "",
+        )
+        for path in (every if every_file else [*stored][:10])
+    ]
+    headings = ("file", "stored", "size", "in the delta")
+    yield from table(headings, rows, screen, right=headings[2:], names=("file",), whole=every_file)
 
 
 def _facts(summary: DeltaSummary) -> Iterator[tuple[str, str]]:
@@ -204,11 +252,15 @@ def _tensor_row(tensor: TensorSummary) -> tuple[str, ...]:
     return (
         plain(tensor.name),
         plain(tensor.dtype),
-        " x ".join(map(str, tensor.shape)) or "scalar",
+        _shape(tensor),
         f"{tensor.status} of {plain(tensor.like.name)}" if tensor.like else tensor.status,
         "" if changed is None else f"{changed:.1%}",
         size(tensor.payload_bytes),
     )
+
+
+def _shape(tensor: TensorSummary) -> str:
+    return " x ".join(map(str, tensor.shape)) or "scalar"
 
 
 def _size_line(summary: DeltaSummary) -> str:

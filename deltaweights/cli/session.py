@@ -1,31 +1,29 @@
-"""A command's talk with whoever runs it: progress, questions, reports, errors and exit codes.
+"""A command's talk with whoever runs it: errors and exit codes, questions, what it cost.
 
 Exit codes: 0 done, 1 it failed or differs, 2 wrong usage, 3 a license was not accepted, 130 interrupted.
 """
 
 from __future__ import annotations
 
-import errno
-import io
-import json
 import logging
-import os
 import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
 
 import typer
 
 from ..errors import DeltaWeightsError, LicenseNotAcceptedError
-from .rendering import UNSEEN, license_panel, plain
+from .logs import level_of, logs_shown
+from .progress import Phases, progress
+from .rendering import license_panel, plain
+from .streams import note, report, show_error
 
 if TYPE_CHECKING:
     from ..license.table import Terms
-    from ..storage import Source
-    from ..workers import ProgressCallback
+    from ..storage import Source, Traffic
 
 #: What errors tell to do, in Python's words and in the command line's.
 FLAGS = {
@@ -48,76 +46,91 @@ def in_flags(fix: str) -> str:
     return _IN_PYTHON.sub(lambda found: FLAGS[found[0]], fix)
 
 
-# Streams -------------------------------------------------------------------------------------------------
+class Work:
+    """A command at work, and what there is to report of it."""
+
+    def __init__(self, level: int, warnings: Sequence[str], *, as_json: bool, quiet: bool) -> None:
+        self.warnings = warnings
+        self.seconds = 0.0
+        self._is_logged = level < logging.WARNING
+        self._as_json = as_json
+        self._quiet = quiet
+        self._began = time.monotonic()
+        self._before = _traffic()
+        self._bytes = self._before
+
+    def progress(self) -> AbstractContextManager[Phases]:
+        """What shows progress, inside the block. The clock starts here, after imports and questions."""
+        self._began = time.monotonic()
+        return progress(quiet=self._quiet, as_log=self._is_logged)
+
+    def end(self) -> None:
+        """Stop the clock, and count bytes no more."""
+        self.seconds = time.monotonic() - self._began
+        self._bytes = _traffic().since(self._before)
+
+    def report(
+        self,
+        fields: Mapping[str, object],
+        lines: Iterable[str],
+        *,
+        with_costs: bool = False,
+        always: bool = False,
+    ) -> None:
+        """Print one JSON object, or lines of text.
+
+        Args:
+            with_costs: add to the object how long the work took, the bytes that it read and wrote, and its
+                warnings.
+            always: print the lines even if the command is to be quiet.
+        """
+        costs = {
+            "seconds": round(self.seconds, 3),
+            "bytes_read": self._bytes.read,
+            "bytes_written": self._bytes.written,
+            "warnings": list(self.warnings),
+        }
+        fields = {**fields, **(costs if with_costs else {})}
+        report(fields, lines, as_json=self._as_json, quiet=self._quiet and not always)
 
 
-#: The streams that were closed when the program began.
-_CLOSED: set[str] = set()
+def _traffic() -> Traffic:
+    from ..storage import total_traffic
 
-
-def open_streams() -> None:
-    """Make stdin, stdout and stderr fit to be used, whatever they are.
-
-    One that is closed becomes the null device: else the next file that is opened would get its number, and
-    messages. What the terminal's encoding lacks is shown as ``\\u202e``.
-    """
-    for fd, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(fd)
-        except OSError:
-            _CLOSED.add(name)
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def stdout_failed(error: OSError) -> None:
-    """Say that the report could not be written, and leave nothing for Python to write once more."""
-    show_error(
-        f"Cannot write to stdout\n{error.strerror}.\nWhat was asked for is done, but was not reported."
-    )
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-# Reports and errors --------------------------------------------------------------------------------------
-
-
-def report(fields: Mapping[str, object], lines: Iterable[str], *, as_json: bool, quiet: bool = False) -> None:
-    """What a command found or did: one JSON object, or lines of text, or nothing."""
-    if as_json:
-        if "stdout" in _CLOSED:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        is_utf = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
-        text = json.dumps(fields, ensure_ascii=not is_utf)
-        typer.echo(UNSEEN.sub(lambda found: json.dumps(found[0])[1:-1], text))
-    elif not quiet:
-        for line in lines:
-            typer.echo(line)
-
-
-def show_error(text: str) -> None:
-    """Lines of an error, on stderr."""
-    note("\n".join(map(plain, f"error: {text}".splitlines())))
-
-
-def note(text: str) -> None:
-    """A line on stderr. That nobody can read it is no reason to stop the work."""
-    with suppress(OSError):
-        typer.echo(text, err=True)
+    return total_traffic()
 
 
 @contextmanager
-def errors_explained(debug: bool, as_json: bool, *, resumes: bool = False) -> Iterator[None]:
-    """An error inside the block becomes its three lines and an exit code.
+def working(
+    *,
+    as_json: bool = False,
+    quiet: bool = False,
+    verbose: int = 0,
+    debug: bool = False,
+    resumes: bool = False,
+) -> Iterator[Work]:
+    """A command's work is done inside the block. An error there becomes its three lines and an exit code.
 
     Args:
-        debug: let the traceback through instead.
         as_json: also print the error as one JSON object.
+        quiet: show no progress and no summary. (Warnings are shown; with ``as_json`` they are in the report.)
+        verbose: log what is done, or more of it.
+        debug: let an error's traceback through.
         resumes: whether the command, run again, goes on where it was interrupted.
     """
+    level = level_of(verbose)
+    with (
+        _errors_explained(debug, as_json, resumes=resumes),
+        logs_shown(level, quiet=quiet, warnings_shown=not (quiet and as_json)) as warnings,
+    ):
+        work = Work(level, warnings, as_json=as_json, quiet=quiet)
+        yield work
+        work.end()
+
+
+@contextmanager
+def _errors_explained(debug: bool, as_json: bool, *, resumes: bool) -> Iterator[None]:
+    """An error inside the block becomes its three lines and an exit code."""
     hint = " Run the same command again to go on." if resumes else ""
     try:
         yield
@@ -136,28 +149,6 @@ def errors_explained(debug: bool, as_json: bool, *, resumes: bool = False) -> It
             raise
         note(f"Interrupted.{hint}")
         raise typer.Exit(130) from None
-
-
-@contextmanager
-def kept_warnings() -> Iterator[list[str]]:
-    """What is told of odd inputs inside the block: it belongs into the report."""
-    kept: list[str] = []
-
-    class Keeper(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            kept.append(record.getMessage())
-
-    log, keeper = logging.getLogger("deltaweights.inputs"), Keeper()
-    before = log.level, log.propagate
-    log.addHandler(keeper)
-    log.setLevel(logging.WARNING)
-    log.propagate = False
-    try:
-        yield kept
-    finally:
-        log.removeHandler(keeper)
-        log.setLevel(before[0])
-        log.propagate = before[1]
 
 
 # Licenses ------------------------------------------------------------------------------------------------
@@ -201,8 +192,9 @@ def _confirmed(names: str) -> bool:
     """Ask, if there is somebody to ask. Ctrl-C and Ctrl-D are a no."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
+    note(plain(f"To be accepted: {names}"))
     try:
-        return typer.confirm(plain(f"Do you accept {names}?"), err=True)
+        return typer.confirm("Do you accept?", err=True)
     except typer.Abort:
         return False
 
@@ -216,54 +208,3 @@ def _not_accepted(missing: Sequence[Terms], delta: str) -> LicenseNotAcceptedErr
         f"Read it (deltaweights license {delta} --texts), then pass {options} or set "
         f"DELTAWEIGHTS_ACCEPT_LICENSE={' '.join(terms.spdx for terms in missing)!r}.",
     )
-
-
-# Progress ------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def progress(quiet: bool) -> Iterator[ProgressCallback | None]:
-    """A bar for each phase on a terminal, a line now and then in a log."""
-    if quiet:
-        log = logging.getLogger("deltaweights")
-        before = log.level
-        log.setLevel(logging.ERROR)  # it tells when the codec has to be compiled
-        try:
-            yield None
-        finally:
-            log.setLevel(before)
-    elif not sys.stderr.isatty():
-        yield _LogLines()
-    else:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("{task.description:14}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-            tasks: dict[str, Any] = {}
-
-            def show(phase: str, done: int, total: int) -> None:
-                if phase not in tasks:
-                    tasks[phase] = bars.add_task(phase, total=total)
-                bars.update(tasks[phase], completed=done)
-
-            yield show
-
-
-class _LogLines:
-    """Progress as lines: the start and the end of each phase, and every ten seconds in between."""
-
-    def __init__(self) -> None:
-        self._shown = 0.0
-        self._phase = ""
-
-    def __call__(self, phase: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if phase != self._phase or now - self._shown > 10 or done >= total > 0:
-            self._phase, self._shown = phase, now
-            note(f"{phase}: {done / max(1, total):.0%}")

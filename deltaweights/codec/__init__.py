@@ -18,15 +18,20 @@ from .methods.chunk import (
     read_patch,
 )
 from .opaque import compress_blocks, decompress_blocks
+from .predictions import Predictor, parse_prediction, seal_prediction
+from .quantized import QUANTIZED, Quantized, quantize
 from .rows import RECORD, checksum, compare_row, decode_row, decode_table, element_bytes
 
 __all__ = [
     "MAX_CHUNK",
+    "QUANTIZED",
     "RECORD",
     "STANDALONE",
     "Method",
     "Overwritten",
     "Patch",
+    "Predictor",
+    "Quantized",
     "checksum",
     "compare_row",
     "compress_blocks",
@@ -38,7 +43,10 @@ __all__ = [
     "element_bytes",
     "encode_chunk",
     "is_convertible",
+    "parse_prediction",
     "patch_chunk",
+    "quantize",
     "read_patch",
     "rescale",
+    "seal_prediction",
 ]

@@ -22,7 +22,7 @@ def is_convertible(source: str, target: str) -> bool:
 
 def rescale(nbytes: int, source: str, target: str) -> int:
     """The bytes that the elements in ``nbytes`` bytes of dtype ``source`` take as ``target``."""
-    return nbytes if source == target else nbytes // _FLOATS[source] * _FLOATS[target]
+    return nbytes if source == target else nbytes * 8 // DTYPES[source].bits * DTYPES[target].bits // 8
 
 
 def convert(data: NDArray[np.uint8], source: str, target: str) -> NDArray[np.uint8]:

@@ -71,6 +71,6 @@ def _target() -> Any:
 
 @cache
 def _announce() -> None:
-    logging.getLogger("deltaweights").warning(
+    logging.getLogger("deltaweights.codec").warning(
         "compiling the codec for this processor, which takes some seconds, once"
     )

@@ -65,9 +65,6 @@ def open_base(manifest: Manifest, base: Readable | None) -> Checkpoint | None:
     Raises:
         CheckpointError: it cannot be found or read.
     """
-    needs_base = any(entry.shared_bytes for entry in manifest.tensors) or any(
-        file.stored == "base" for file in manifest.target.files
-    )
     if base is not None:
         try:
             return open_checkpoint(base, may_lack=True)
@@ -75,9 +72,9 @@ def open_base(manifest: Manifest, base: Readable | None) -> Checkpoint | None:
             # Offline, the cache may have the commit and no branch that leads to it.
             if base != manifest.base.repo_id or manifest.base.revision is None:
                 raise
-    if needs_base and manifest.base.repo_id:  # never a path: a manifest must not name our folders
+    if manifest.needs_base and manifest.base.repo_id:  # never a path: a manifest must not name our folders
         return Checkpoint(open_hub(manifest.base.repo_id, manifest.base.revision), may_lack=True)
-    if needs_base:
+    if manifest.needs_base:
         raise CheckpointError(
             "This delta needs its base",
             "The delta does not say where on the Hub it is.",

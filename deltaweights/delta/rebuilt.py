@@ -127,7 +127,8 @@ class RebuiltSource(Source):
                 payloads.append(Span(file.source, 0, self.target.source.sizes[file.source]))
         self.target.read_tables(dict.fromkeys(recipe for recipe, _ in chunks))
         payloads += [recipe.data_span(index) for recipe, index in chunks]
-        bases += [recipe.base_span(index) for recipe, index in chunks if recipe.needs_base(index)]
+        wanted = (recipe.base_spans(index) for recipe, index in chunks if recipe.needs_base(index))
+        bases += [span for spans in wanted for span in spans]
         return payloads, bases
 
     def cancel(self) -> None:

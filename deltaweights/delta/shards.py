@@ -20,8 +20,9 @@ from ..checkpoint import (
     read_shard,
 )
 from ..dtypes import DTYPE_BITS
+from ..entries import TensorEntry
 from ..errors import CheckpointError, DeltaError, HeaderError, PayloadError
-from ..manifest import TargetFile, TensorEntry
+from ..manifest import TargetFile
 from ..storage import Source
 
 

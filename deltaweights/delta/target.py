@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import DTYPE_BITS, DTYPES
+from ..entries import TensorEntry
 from ..errors import CheckpointError
-from ..manifest import Manifest, TensorEntry
+from ..manifest import Manifest
 from ..storage import Readable
 from .chain import Deltas, open_recipe
 from .recipes import TensorRecipe

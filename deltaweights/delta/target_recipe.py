@@ -10,13 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import codec
-from ..checkpoint import Checkpoint, Tensor
+from ..checkpoint import Base, Checkpoint, HeldExtents, tensors_of
+from ..entries import TargetTensor, TensorEntry
 from ..errors import DeltaError, PayloadError
-from ..manifest import BaseTensor, Manifest, TargetFile, TargetTensor, TensorEntry
+from ..manifest import Manifest, TargetFile
+from ..recent import Recent
 from ..storage import Source
+from .bases import find_bases
 from .faults import DeltaFaults
 from .recipes import ShardRecipe, TensorRecipe
 from .shards import DeltaShard, contradicts, read_delta_shard
+
+#: Memory for what predicts the tensors that are rebuilt at the same time.
+_PREDICTORS_BYTES = 64 << 20
 
 
 class TargetRecipe:
@@ -35,7 +41,8 @@ class TargetRecipe:
         for entry in manifest.tensors:
             if entry.file is not None:
                 self._entries[entry.file][entry.name] = entry
-        self._bases = self._find_bases()
+        self._predictors = Recent[codec.Predictor](_PREDICTORS_BYTES)
+        self._bases = find_bases(manifest, base, self.faults, HeldExtents())
 
     def __enter__(self) -> TargetRecipe:
         return self
@@ -87,7 +94,7 @@ class TargetRecipe:
             payload = self._delta_shard(coded.file).payload(coded)
             base = self._bases.get((coded.file, coded.name))
             tensors[info.name] = TensorRecipe(
-                info, coded, payload, base, self.manifest.chunk_bytes, self.faults
+                info, coded, payload, base, self.manifest.chunk_bytes, self.faults, self._predictors
             )
         if len(tensors) != len(entries):
             raise contradicts(file, f"The manifest has {len(entries)} tensors, the shard has {len(tensors)}")
@@ -108,43 +115,9 @@ class TargetRecipe:
         like = entry.like
         return self._entries[like.file][like.name] if isinstance(like, TargetTensor) else entry
 
-    def _find_bases(self) -> dict[tuple[str, str], Tensor]:
-        """The base tensor of every entry that has one.
-
-        Raises:
-            BaseMismatchError: the base lacks a tensor, or its dtype or shape differs.
-        """
-        found, wrong = {}, []
-        for entry in self.manifest.tensors:
-            if not entry.base or not entry.shared_bytes or entry.file is None:
-                continue
-            reference = entry.base
-            path = reference.file or entry.file
-            tensor = self.base and _counterpart(self.base, reference, path)
-            if not tensor:
-                if self.base:
-                    self.base.require_found(reference.name, path)
-                wrong.append(f"it has no tensor {reference.name!r}{self._unread()}")
-            elif (tensor.info.dtype, tensor.info.shape) != (reference.dtype, reference.shape):
-                wrong.append(
-                    f"tensor {reference.name!r} is {tensor.info.dtype} {list(tensor.info.shape)}, "
-                    f"not {reference.dtype} {list(reference.shape)}"
-                )
-            else:
-                found[entry.file, entry.name] = tensor
-        if wrong:
-            more = f" ({len(wrong) - 1} more tensors are missing or differ)" if wrong[1:] else ""
-            raise self.faults.wrong_base(wrong[0] + more)
-        return found
-
-    def _unread(self) -> str:
-        """Which of the base's files might hold what is missing, and cannot be read."""
-        first = next(iter(self.base.broken.values()), None) if self.base else None
-        return f" ({first.what}: {first.why.rstrip('.')})" if first else ""
-
-    def base_of(self, path: str, name: str) -> Tensor | None:
-        """The base tensor against which tensor ``name`` of the shard at ``path`` is coded, if any. For a
-        duplicate, the base tensor of its name, or else that of its original."""
+    def base_of(self, path: str, name: str) -> Base | None:
+        """What tensor ``name`` of the shard at ``path`` is coded against, if anything. For a duplicate, the
+        base tensor of its name, or else the base of its original."""
         entry = self._entries[path][name]
         coded = self._coded(entry)
         own = self.base.find(name, path) if self.base and coded is not entry else None
@@ -152,7 +125,7 @@ class TargetRecipe:
 
     def base_files(self) -> list[str]:
         """The base's files that the target needs, by path."""
-        shards = {tensor.shard.path for tensor in self._bases.values()}
+        shards = {tensor.path for base in self._bases.values() for tensor in tensors_of(base)}
         others = {file.source for file in self.manifest.target.files if file.stored == "base"}
         return sorted(shards | others)
 
@@ -165,8 +138,8 @@ class TargetRecipe:
         """The recipes of all tensors with a base, except those whose base is in the files ``skipped``."""
         return [
             self.shard(path).tensors[name]
-            for (path, name), tensor in self._bases.items()
-            if tensor.shard.path not in skipped
+            for (path, name), base in self._bases.items()
+            if any(tensor.path not in skipped for tensor in tensors_of(base))
         ]
 
     def read_tables(self, recipes: Iterable[TensorRecipe]) -> None:
@@ -190,7 +163,7 @@ class TargetRecipe:
         """:meth:`expect` for reads of the base's bytes only."""
         if self.base is None:
             return nullcontext()
-        return self.base.source.expect(recipe.base_span(index) for recipe, index in chunks)
+        return self.base.source.expect(span for recipe, index in chunks for span in recipe.base_spans(index))
 
     def read(self, recipe: TensorRecipe, start: int = 0, end: int | None = None) -> NDArray[np.uint8]:
         """A tensor's bytes from ``start`` to ``end``; all of them by default.
@@ -253,17 +226,6 @@ class TargetRecipe:
             left, why = -1, f"{error.what}."
         if left:
             raise PayloadError(f"{file.source} in the delta is damaged", why, "Get the delta again.")
-
-
-def _counterpart(base: Checkpoint, reference: BaseTensor, path: str) -> Tensor | None:
-    """The base tensor that a manifest refers to; of several with its name, the one in the file that it names,
-    or else one of its dtype and shape."""
-    kind = reference.dtype, reference.shape
-
-    def misfit(tensor: Tensor) -> tuple[bool, ...]:
-        return reference.file not in (None, tensor.path), (tensor.dtype, tensor.info.shape) != kind
-
-    return base.closest(reference.name, path, misfit)
 
 
 def check_digest(file: TargetFile, sha256: str) -> None:

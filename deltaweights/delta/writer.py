@@ -10,8 +10,10 @@ from pathlib import PurePosixPath
 
 import msgspec
 
+from ..card import write_card
 from ..checkpoint import MAX_HEADER_BYTES, Shard
 from ..codec import RECORD, compress_blocks
+from ..entries import Kind, Rows, TensorEntry, from_rows, to_rows
 from ..errors import CheckpointError
 from ..license import cards, rules
 from ..manifest import (
@@ -22,7 +24,6 @@ from ..manifest import (
     Manifest,
     TargetFile,
     TargetRecord,
-    TensorEntry,
     is_safe_path,
 )
 from ..payload import ChunkPlan, PayloadWriter
@@ -43,7 +44,13 @@ class FinishedShard:
     inputs: str
     file: FileRecord
     target: TargetFile
-    entries: tuple[TensorEntry, ...]
+    kinds: tuple[Kind, ...]
+    tensors: tuple[Rows, ...]
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """Its tensors' entries."""
+        return from_rows(self.kinds, self.tensors)
 
 
 class DeltaWriter:
@@ -104,7 +111,8 @@ class DeltaWriter:
     def finish_shard(self, file: PartialFile, target: TargetFile, entries: Sequence[TensorEntry]) -> None:
         """Give a delta shard its name, and remember that it is done."""
         stored = self._finish(file)
-        done = FinishedShard(self._inputs, stored, target, tuple(entries))
+        kinds, rows = to_rows(entries)
+        done = {"inputs": self._inputs, "file": stored, "target": target, "kinds": kinds, "tensors": rows}
         self._folder.remember(file.path, msgspec.json.encode(done))
 
     def finished_before(self, name: str) -> FinishedShard | None:
@@ -178,7 +186,7 @@ class DeltaWriter:
         self._folder.remove_claims(keep=[file.path for file in manifest.files])
         self._folder.claim([cards.CARD_NAME, MANIFEST_NAME])
         for path, content in (
-            (cards.CARD_NAME, cards.write_card(manifest)),
+            (cards.CARD_NAME, write_card(manifest, self._target)),
             (MANIFEST_NAME, Manifest.from_json(manifest.to_json()).to_json()),  # checked as a reader would
         ):
             with self._folder.create(path) as file:

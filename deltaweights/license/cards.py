@@ -1,17 +1,16 @@
-"""Reads model cards and license files of checkpoints, and writes a delta's model card."""
+"""Reads model cards and license files of checkpoints."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ..checkpoint import Checkpoint
-from ..manifest import BaseRecord, FileRecord, License, Manifest, TargetRecord
+from ..manifest import FileRecord, License
 from ..storage import Source
-from .rules import MAX_TEXT_BYTES, displays, expression_of, resolve, terms_of
-from .table import Terms
+from .rules import MAX_TEXT_BYTES, resolve
 
 CARD_NAME = "README.md"
 _HUB = "https://huggingface.co/"
@@ -69,7 +68,7 @@ def read_license(
         if LICENSE_FILE.fullmatch(path):
             licenses[path] = content
     license, conflicts = resolve(side, License(id, name, link, tuple(records)), licenses)
-    return LicenseTexts(license, stored, conflicts, _base_models(fields.get("base_model")))
+    return LicenseTexts(license, stored, conflicts, base_models_of(fields.get("base_model")))
 
 
 def recall_license(
@@ -86,7 +85,7 @@ def recall_license(
     licenses = {names[path]: text for path, text in texts.items() if LICENSE_FILE.fullmatch(names[path])}
     _, conflicts = resolve(side, stated, licenses)
     return LicenseTexts(
-        stated, texts, conflicts, _base_models(_card_fields(checkpoint.source).get("base_model"))
+        stated, texts, conflicts, base_models_of(_card_fields(checkpoint.source).get("base_model"))
     )
 
 
@@ -94,15 +93,25 @@ def _content(source: Source, path: str) -> bytes:
     return b"".join(source.blocks(path))
 
 
+def read_card(source: Source) -> tuple[str, str]:
+    """A checkpoint's model card: its front matter, and the text below; of a gigantic one, the beginning."""
+    content = b""
+    for block in source.blocks(CARD_NAME) if CARD_NAME in source.sizes else ():
+        content += block
+        if len(content) > _MAX_CARD_BYTES:
+            break
+    card = content[:_MAX_CARD_BYTES].decode("utf-8-sig", errors="replace")
+    found = FRONT_MATTER.match(card)
+    return (found["fields"], card[found.end() :]) if found else ("", card)
+
+
 def _card_fields(source: Source) -> dict[str, object]:
-    if source.sizes.get(CARD_NAME, _MAX_CARD_BYTES + 1) > _MAX_CARD_BYTES:
-        return {}
     import yaml  # type: ignore[import-untyped]
 
-    block = FRONT_MATTER.match(_content(source, CARD_NAME).decode("utf-8-sig", errors="replace"))
+    front_matter, _ = read_card(source)
     try:
         # Not ModelCard: one odd field would hide all others. BaseLoader makes only text, lists and maps.
-        fields = yaml.load(block["fields"], Loader=yaml.BaseLoader) if block else None  # noqa: S506
+        fields = yaml.load(front_matter, Loader=yaml.BaseLoader)  # noqa: S506
     except (yaml.YAMLError, RecursionError, TypeError):
         return {}  # an unreadable card states no license, but the license files still count
     return fields if isinstance(fields, dict) else {}
@@ -117,111 +126,9 @@ def _text(value: object) -> str | None:
     return " AND ".join(texts)[:_MAX_FIELD].encode("utf-8", "replace").decode() or None
 
 
-def _base_models(value: object) -> tuple[str, ...]:
+def base_models_of(value: object) -> tuple[str, ...]:
     """Hub ids of ``base_model``, which is one or a list of them; trainers write paths there too."""
     values = value if isinstance(value, list) else [value]
     texts = (one.strip() for one in values if isinstance(one, str))
     ids = (text.removeprefix(_HUB).rstrip("/") for text in texts)
     return tuple(id for id in ids if _HUB_ID.fullmatch(id))[:100]
-
-
-def prepare() -> None:
-    """Import the modules that :func:`write_card` needs. This is slow, so it runs while other threads work."""
-    from huggingface_hub import ModelCardData  # noqa: F401
-
-
-def write_card(manifest: Manifest) -> bytes:
-    """The delta's own model card, as Markdown with the Hub's front matter."""
-    from huggingface_hub import ModelCardData  # ModelCard would also import the Hub's client
-
-    base = manifest.base
-    data = ModelCardData(
-        base_model=base.repo_id,
-        library_name="deltaweights",
-        tags=["deltaweights", "delta", "safetensors"],
-        ignore_metadata_errors=True,
-        **_license_fields(manifest),
-    )
-    if base.repo_id:
-        data["base_model_relation"] = "finetune"
-    return f"---\n{data.to_yaml()}\n---\n\n{_card_text(manifest)}".encode()
-
-
-def _license_fields(manifest: Manifest) -> dict[str, Any]:
-    """The license of base and target together, in the Hub's terms: ids of its list, or ``other`` with a short
-    name and a URL. (The Hub accepts a link to a file only if it is ``LICENSE``, but the delta has several
-    texts.)"""
-    sides = [(side, one) for side in (manifest.target, manifest.base) for one in terms_of(side.license)]
-    every = terms_of(manifest.target.license, manifest.base.license)
-    if all(one.hub for one in every):
-        ids = list(dict.fromkeys(one.hub for one in every))
-        return {"license": ids if ids[1:] else ids[0]} if ids else {}
-    urls = (_license_url(side, one) for side, one in sides if not one.hub)
-    name = "-and-".join(_short_name(one) for one in every)
-    return {"license": "other", "license_name": name, "license_link": next(filter(None, urls), None)}
-
-
-def _short_name(terms: Terms) -> str:
-    name = terms.hub or next(iter(terms.aliases), terms.spdx.removeprefix("LicenseRef-"))
-    return re.sub(r"[^a-z0-9.-]+", "-", name.lower())
-
-
-def _license_url(side: BaseRecord | TargetRecord, terms: Terms) -> str | None:
-    link = side.license.link or ""
-    if re.match(r"https?://", link):
-        return link
-    names = [file.path.partition("-")[2] for file in side.license.files]
-    name = next((name for name in names if name == link or LICENSE_FILE.fullmatch(name)), None)
-    if side.repo_id and name:
-        return f"{_HUB}{side.repo_id}/blob/{side.revision or 'main'}/{name}"
-    return terms.source or None
-
-
-def _card_text(manifest: Manifest) -> str:
-    base, target = manifest.base, manifest.target
-    base_name = base.repo_id or "its base"
-    name = target.repo_id or "this model"
-    base_argument = "" if base.repo_id else " --base PATH_OF_THE_BASE"
-    revision = f" at commit `{base.revision}`" if base.revision else ""
-    ratio = manifest.delta_bytes / max(1, manifest.target_bytes)
-    display = "".join(f"**{text}**\n\n" for text in displays(base.license))
-    together = expression_of(target.license, base.license) or "not stated"
-    return f"""# {target.repo_id or "A fine-tune"}, as a delta of {base_name}
-
-{display}This is not a whole model: it holds what {name} adds to {base_name}{revision}. Together they give the
-model's files back, byte for byte, by the program deltaweights:
-
-```
-deltaweights apply PATH_OF_THIS_DELTA -o OUT{base_argument}
-```
-
-| | |
-|---|---|
-| Target | {len(target.files)} files, {manifest.target_bytes:,} bytes |
-| Delta | {manifest.delta_bytes:,} bytes ({ratio:.1%} of the target) |
-| License of the base | {_license_text(base.license)} |
-| License of the target | {_license_text(target.license)} |
-| Both together | {_plain(together)} |
-
-The base stays where it is, under its own license; the texts that came with it are in `licenses/`. Every
-rebuilt file is checked against the SHA-256 in `deltaweights.json` before it gets its name.
-{_obligations(manifest)}"""
-
-
-def _obligations(manifest: Manifest) -> str:
-    parts = []
-    for side, license in (("base", manifest.base.license), ("target", manifest.target.license)):
-        if license.obligations:
-            lines = "\n".join(f"- {_plain(text)}" for text in license.obligations)
-            parts.append(f"\nWhat the {side}'s license asks (listed, not legal advice):\n\n{lines}\n")
-    return "".join(parts)
-
-
-def _license_text(license: License) -> str:
-    known = [text for text in (license.name or license.id, license.link) if text]
-    return _plain(", ".join(known) or expression_of(license) or "not stated")
-
-
-def _plain(text: str) -> str:
-    """Text from a card, on one line and without markup."""
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))

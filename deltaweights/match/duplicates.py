@@ -126,8 +126,8 @@ def _cost(chunk_bytes: int, match: Match) -> int:
     for index in range(plan.count):
         target, base = match.read(*plan.span(index)), None
         if plan.has_base(index):
-            assert match.base is not None
-            base = codec.convert(match.read_base(*plan.span(index)), match.base.info.dtype, info.dtype)
+            start, end = plan.span(index)
+            base = match.compared(match.read_base(start, end), start)
         _, data = codec.encode_chunk(base, target, info.dtype)
         if data:
             return (len(data) + codec.RECORD.itemsize) * (plan.count - index)

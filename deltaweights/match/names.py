@@ -4,22 +4,31 @@ sides' names share, by equal or similar bytes."""
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import Checkpoint, Tensor
+from ..checkpoint import Base, Checkpoint, Gathered, HeldExtents, Tensor
 from ..checkpoint.oddities import tell
-from ..codec import is_convertible, rescale
+from ..codec import Predictor, convert, element_bytes, is_convertible, rescale
 from ..dtypes import DTYPE_BITS
 from ..errors import DeltaWeightsError
+from .advice import advise, describe_parts
+from .parts import find_parts
 from .similarity import find_similar
 
+_log = logging.getLogger(__name__)
+
 _BLOCK_BYTES = 1 << 20
+
+#: The part of the target's weights without a base that is worth a word.
+_MUCH = 0.02
 
 #: Bounds of the search for common prefixes: names with the same ending, and pairs of prefixes.
 _MAX_NAMES = 64
@@ -38,17 +47,28 @@ CompiledRule = tuple[re.Pattern[str], str]
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
-    """A target tensor and the base tensor to code it against, if any. The first ``shared_bytes`` bytes of the
-    target tensor have counterparts in the base tensor.
+class FoundPrediction:
+    """A prediction, as the manifest names it (``method``, ``rank``), as it is stored, and to be used."""
 
-    ``like`` is another tensor of the target with the same bytes, which is coded in its place;
-    ``shared_bytes`` is 0 then."""
+    method: Literal["quantized", "low_rank"]
+    stored: bytes
+    predictor: Predictor
+    rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A target tensor and the base tensor to code it against, if any, or parts of several. The first
+    ``shared_bytes`` bytes of the target tensor have counterparts there.
+
+    ``prediction`` makes the base more like the target. ``like`` is another tensor of the target with the same
+    bytes, which is coded in its place; ``shared_bytes`` is 0 then."""
 
     target: Tensor
-    base: Tensor | None
+    base: Base | None
     shared_bytes: int
     like: Tensor | None = None
+    prediction: FoundPrediction | None = None
 
     def read(self, start: int, end: int) -> NDArray[np.uint8]:
         """The target tensor's bytes ``start`` to ``end``."""
@@ -57,11 +77,19 @@ class Match:
     def read_base(self, start: int, end: int) -> NDArray[np.uint8]:
         """The base tensor's bytes, in its own dtype, for the target tensor's bytes ``start`` to ``end``."""
         assert self.base is not None
-        dtypes = self.target.info.dtype, self.base.info.dtype
+        dtypes = self.target.dtype, self.base.dtype
         return _read(self.base, rescale(start, *dtypes), rescale(end, *dtypes))
 
+    def compared(self, base: NDArray[np.uint8], start: int) -> NDArray[np.uint8]:
+        """What the target's bytes from ``start`` on are compared with: the base's, from :meth:`read_base`, in
+        the target's dtype and as :attr:`prediction` changes them."""
+        assert self.base is not None
+        if self.prediction:
+            return self.prediction.predictor.predict(base, start // element_bytes(self.target.dtype, start))
+        return convert(base, self.base.dtype, self.target.dtype)
 
-def _read(tensor: Tensor, start: int, end: int) -> NDArray[np.uint8]:
+
+def _read(tensor: Base, start: int, end: int) -> NDArray[np.uint8]:
     out = np.empty(end - start, np.uint8)
     tensor.read_into(start, out)
     return out
@@ -74,32 +102,46 @@ def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameR
         DeltaWeightsError: a rename rule is not a valid regular expression or replacement.
         CheckpointError: a file of the base is broken that should hold a tensor of the target's.
     """
-    names = Names(compile_rules(rename), [tensor.name for tensor in target.tensors] if rename else ())
+    names = Names(compile_rules(rename), (tensor.name for tensor in target.tensors))
+    whole = _match_whole(names, base, target)
+    unmatched = [tensor for tensor in target.tensors if tensor not in whole]
+    by_name = {  # a rule is the user's word
+        tensor: other
+        for tensor, other in whole.items()
+        if tensor.info.numel == other.info.numel and names.of_base(tensor.name) == tensor.name
+    }
+    similar = find_similar(by_name, unmatched, base, target)
+    whole |= similar.found
+    wanted = [*(tensor for tensor in unmatched if tensor not in whole), *similar.doubtful]
+    parts = find_parts(wanted, base, target, set(whole.values()), HeldExtents())
+    unfound = [tensor for tensor in unmatched if tensor not in whole and tensor not in parts]
+    for line in describe_parts(parts):
+        _log.info("%s", line)
+    if _is_much(unfound, target) and len(unfound) < len(target.tensors):
+        tell(advise(unfound, base, target))
+    for tensor in unfound if base.broken else ():
+        base.require_found(names.of_base(tensor.name), tensor.path)
+    tell(names.useless(lambda name: bool(base.named(name))))
+    return [match_pair(tensor, parts.get(tensor) or whole.get(tensor)) for tensor in target.tensors]
+
+
+def _is_much(tensors: Iterable[Tensor], target: Checkpoint) -> bool:
+    """Whether these make a good part of the target's weights."""
+    return sum(tensor.nbytes for tensor in tensors) > _MUCH * sum(tensor.nbytes for tensor in target.tensors)
+
+
+def _match_whole(names: Names, base: Checkpoint, target: Checkpoint) -> dict[Tensor, Tensor]:
+    """The base tensor of each target tensor that has one by its name, by words that names share, or by equal
+    bytes."""
     found: dict[Tensor, Tensor] = {}
     for tensor in target.tensors:
         if candidate := find_named(base, names.of_base(tensor.name), tensor):
             found[tensor] = candidate
-    used = set(found.values())
-    unmatched = [tensor for tensor in target.tensors if tensor not in found]
-    free = [tensor for tensor in base.tensors if tensor not in used]
-    found.update(_match_common_words(unmatched, free))
-    used = set(found.values())
-    unmatched = [tensor for tensor in unmatched if tensor not in found]
-    found.update(_match_prefixes(unmatched, [tensor for tensor in free if tensor not in used]))
-    unmatched = [tensor for tensor in unmatched if tensor not in found]
-    found.update(_match_bytes(unmatched, base, target))
-    unmatched = [tensor for tensor in unmatched if tensor not in found]
-    by_name = {  # a rule is the user's word
-        tensor: other
-        for tensor, other in found.items()
-        if tensor.info.shape == other.info.shape and names.of_base(tensor.name) == tensor.name
-    }
-    found.update(find_similar(by_name, unmatched, base, target))
-    for tensor in unmatched if base.broken else ():
-        if tensor not in found:
-            base.require_found(names.of_base(tensor.name), tensor.path)
-    tell(names.useless(lambda name: bool(base.named(name))))
-    return [match_pair(tensor, found.get(tensor)) for tensor in target.tensors]
+    for search in (_match_common_words, _match_prefixes):
+        used = set(found.values())
+        unmatched = [tensor for tensor in target.tensors if tensor not in found]
+        found |= search(unmatched, [tensor for tensor in base.tensors if tensor not in used])
+    return found | _match_bytes([tensor for tensor in target.tensors if tensor not in found], base, target)
 
 
 def find_named(base: Checkpoint, name: str, target: Tensor) -> Tensor | None:
@@ -187,10 +229,13 @@ def compile_rules(rename: Sequence[RenameRule]) -> list[CompiledRule]:
     return compiled
 
 
-def match_pair(target: Tensor, base: Tensor | None) -> Match:
-    """Match a target tensor with the base tensor found for it."""
-    shared = _shared_bytes(target, base) if base else 0
-    return Match(target, base, shared)
+def match_pair(target: Tensor, base: Base | None) -> Match:
+    """Match a target tensor with the base tensor found for it, or with parts."""
+    if isinstance(base, Gathered):
+        dtypes = base.dtype, target.dtype
+        is_known = dtypes[0] == dtypes[1] or is_convertible(*dtypes)
+        return Match(target, base, min(rescale(base.nbytes, *dtypes), target.nbytes) if is_known else 0)
+    return Match(target, base, _shared_bytes(target, base) if base else 0)
 
 
 def _shared_bytes(target: Tensor, base: Tensor) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,23 +34,35 @@ _MAX_CANDIDATES = 512
 _LAYER = re.compile(r"^(.*?\.)(\d+)(\..*)$")
 
 
+class Similar(NamedTuple):
+    """What :func:`find_similar` found.
+
+    Attributes:
+        found: the base tensor that each of some target tensors resembles.
+        doubtful: target tensors whose base tensor by name does not resemble them, and no other does.
+    """
+
+    found: dict[Tensor, Tensor]
+    doubtful: list[Tensor]
+
+
 def find_similar(
     named: Mapping[Tensor, Tensor], unmatched: Sequence[Tensor], base: Checkpoint, target: Checkpoint
-) -> dict[Tensor, Tensor]:
+) -> Similar:
     """Base tensors that resemble a target tensor which has none, or whose own by name does not resemble it.
 
     Only samples are read, and none over a network, where each would be a request.
 
     Args:
-        named: the base tensor of each target tensor that has one by name.
+        named: the base tensor of each target tensor that has one by name, of the same number of elements.
         unmatched: target tensors that have none.
     """
     if base.source.is_remote or target.source.is_remote:
-        return {}
+        return Similar({}, [])
     checked = [tensor for tensor in named if _can_be_sampled(tensor)]
     lone = [tensor for tensor in unmatched if _can_be_sampled(tensor)]
     if not checked and not lone:
-        return {}
+        return Similar({}, [])
     samples = _Samples([*checked, *lone], target)
     bases = _Samples([named[tensor] for tensor in checked if _can_be_sampled(named[tensor])], base)
     doubtful = [
@@ -71,7 +84,8 @@ def find_similar(
                 nearest = int(np.argmin(distances))
                 if distances[nearest] < _CLOSE:
                     found[tensor] = alike[nearest]
-    return found | _whole_layers(found, named, unmatched, base)
+    found |= _whole_layers(found, named, unmatched, base)
+    return Similar(found, [tensor for tensor in doubtful if tensor not in found])
 
 
 def _whole_layers(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from .. import codec
 from ..checkpoint import Tensor
+from ..codec import Predictor
 from ..errors import DeltaError, DeltaWeightsError, PayloadError
 from ..storage import Span
 from .chunks import ChunkPlan, check_records
@@ -69,14 +70,18 @@ class StoredPayload:
         plan: how the tensor is cut.
         stored: the tensor that holds the payload's bytes.
         faults: the errors to raise.
+        predicted: the bytes of its prediction, which come first.
     """
 
-    def __init__(self, name: str, dtype: str, plan: ChunkPlan, stored: Tensor, faults: Faults) -> None:
+    def __init__(
+        self, name: str, dtype: str, plan: ChunkPlan, stored: Tensor, faults: Faults, predicted: int = 0
+    ) -> None:
         self.name = name
         self.dtype = dtype
         self.plan = plan
         self.stored = stored
         self.faults = faults
+        self._predicted = predicted
 
     @property
     def path(self) -> str:
@@ -90,15 +95,16 @@ class StoredPayload:
         Raises:
             DeltaError: they do not add up.
         """
-        there = self.stored.info.nbytes
+        there = self.stored.info.nbytes - self._predicted
         if self._table_bytes > there:
-            raise self.damaged(f"Its payload of {there} bytes is too short")
+            raise self.damaged(f"Its payload of {self.stored.info.nbytes} bytes is too short")
         table = np.empty(self._table_bytes, np.uint8)
-        self.stored.read_into(0, table)
+        self.stored.read_into(self._predicted, table)
         try:
-            return check_records(table.tobytes(), self.plan, there)
+            records, starts = check_records(table.tobytes(), self.plan, there)
         except PayloadError as error:
             raise self.damaged(error.what) from error
+        return records, starts + self._predicted
 
     def read_table(self) -> None:
         """Read and check the chunk records now: memory for a tensor is taken only where its payload is as
@@ -116,8 +122,8 @@ class StoredPayload:
 
     @property
     def table_span(self) -> Span:
-        """The span of the chunk records."""
-        return self.stored.span(0, min(self._table_bytes, self.stored.info.nbytes))
+        """The span of the chunk records, and of the prediction before them."""
+        return self.stored.span(0, min(self._predicted + self._table_bytes, self.stored.info.nbytes))
 
     def data_span(self, index: int) -> Span:
         """The span of the data of chunk ``index``."""
@@ -178,15 +184,30 @@ class PayloadReader(StoredPayload):
     """Rebuilds a tensor from its payload and its base, by rows of chunks, in any number of threads.
 
     Args:
-        name, dtype, plan, stored, faults: as for :class:`StoredPayload`.
+        name, dtype, plan, stored, faults, predicted: as for :class:`StoredPayload`.
         base: the bytes that it is coded against; None if there are none.
     """
 
     def __init__(
-        self, name: str, dtype: str, plan: ChunkPlan, stored: Tensor, base: BaseBytes | None, faults: Faults
+        self,
+        name: str,
+        dtype: str,
+        plan: ChunkPlan,
+        stored: Tensor,
+        base: BaseBytes | None,
+        faults: Faults,
+        predicted: int = 0,
     ) -> None:
-        super().__init__(name, dtype, plan, stored, faults)
+        super().__init__(name, dtype, plan, stored, faults, predicted)
         self.base = base
+
+    def predictor(self) -> Predictor | None:
+        """What predicts the tensor from its base; None if the base is compared as it is.
+
+        Raises:
+            DeltaError: it is damaged.
+        """
+        return None
 
     def needs_base(self, index: int) -> bool:
         """Whether chunk ``index`` is decoded from the base's bytes."""
@@ -271,7 +292,7 @@ class PayloadReader(StoredPayload):
         out: NDArray[np.uint8],
     ) -> list[int]:
         """Decode and check as many chunks as possible in one call. Returns the indices of those left."""
-        if base is None or self.base is None or self.base.dtype != self.dtype:
+        if base is None or self.base is None or self.base.dtype != self.dtype or self._predicted:
             return list(range(first, end))
         is_right = codec.decode_row(
             self.table[0][first:end], data, base, self.dtype, out, self.plan.chunk_bytes
@@ -289,6 +310,9 @@ class PayloadReader(StoredPayload):
         )
         if not self.is_from(index, base[start:stop]):
             raise _WrongBase
+        if predictor := self.predictor():
+            element = self.plan.span(index)[0] // codec.element_bytes(self.dtype, self.plan.nbytes)
+            return predictor.predict(base[start:stop], element)
         return codec.convert(base[start:stop], self.base.dtype, self.dtype)
 
     def _decode_anew(self, index: int, out: NDArray[np.uint8]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +47,7 @@ def encode_row(
     chunk_bytes: int,
     *,
     base_dtype: str | None = None,
+    predict: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
     quick: bool = False,
 ) -> list[CodedChunk]:
     """Encode adjacent chunks.
@@ -57,16 +58,17 @@ def encode_row(
         dtype: the target's dtype.
         chunk_bytes: the length of all chunks except the last.
         base_dtype: the base's dtype, if it differs.
+        predict: makes what the chunks are compared with of the base's bytes; converts them by default.
         quick: as for :func:`codec.encode_chunk`.
     """
     spans = [slice(start, start + chunk_bytes) for start in range(0, target.size, chunk_bytes)]
     if base is None:
         return [_encode_alone(target[span], dtype) for span in spans]
     source = base_dtype or dtype
-    converted = codec.convert(base, source, dtype)
+    converted = predict(base) if predict else codec.convert(base, source, dtype)
     compared = codec.compare_row(converted, target, dtype, chunk_bytes)
     sums = compared.base.tolist()
-    if source != dtype:
+    if source != dtype or predict:
         ends = [codec.rescale(min(span.stop, target.size), dtype, source) for span in spans]
         sums = [codec.checksum(part) for part in np.split(base, ends[:-1])]
     coded = []
@@ -99,12 +101,17 @@ class PayloadWriter:
         return self._end - self._start
 
     def write(
-        self, plan: ChunkPlan, chunks: Iterable[CodedChunk], *, skip_same: bool = False
+        self,
+        plan: ChunkPlan,
+        chunks: Iterable[CodedChunk],
+        *,
+        skip_same: bool = False,
+        prediction: bytes = b"",
     ) -> WrittenPayload:
-        """Write one payload, all chunks of ``plan`` in order; with ``skip_same``, only if it differs from the
-        base."""
+        """Write one payload, a prediction (if any) and all chunks of ``plan`` in order; with ``skip_same``,
+        only if it differs from the base."""
         start, changed = self._end, 0
-        end = start + plan.count * codec.RECORD.itemsize
+        end = start + len(prediction) + plan.count * codec.RECORD.itemsize
         unwritten, size, is_small = list[bytes](), 0, True
         rows = []
         for chunk in chunks:
@@ -124,14 +131,14 @@ class PayloadWriter:
             return WrittenPayload(start - self._start, 0, changed, records, is_same)
         self._end = end + size
         if is_small:
-            self._pending.append(b"".join([records.tobytes(), *unwritten]))
+            self._pending.append(b"".join([prediction, records.tobytes(), *unwritten]))
             self._pending_bytes += len(self._pending[-1])
             if self._pending_bytes >= _WRITE_BYTES:
                 self.flush()
         else:
             if unwritten:
                 self._file.write_at(end, *unwritten)
-            self._file.write_at(start, records.tobytes())
+            self._file.write_at(start, prediction, records.tobytes())
         return WrittenPayload(start - self._start, self._end - start, changed, records, is_same)
 
     def flush(self) -> None:

@@ -7,6 +7,8 @@ from .location import Location, Readable, open_source
 from .output import OutputFolder, PartialFile
 from .source import HubId, ReadableFile, Source, Span, file_blocks, sha256_of
 from .system import flush_folder, is_same, is_within, lock
+from .traffic import Traffic
+from .traffic import total as total_traffic
 
 __all__ = [
     "HubId",
@@ -19,6 +21,7 @@ __all__ = [
     "ReadableFile",
     "Source",
     "Span",
+    "Traffic",
     "file_blocks",
     "flush_folder",
     "is_clutter",
@@ -31,4 +34,5 @@ __all__ = [
     "output_path",
     "sha256_of",
     "spelling",
+    "total_traffic",
 ]

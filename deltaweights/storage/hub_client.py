@@ -5,6 +5,7 @@ All requests use huggingface_hub (1.x or 2.x), so its token, cache, endpoint and
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import threading
@@ -26,6 +27,9 @@ from ..errors import HubReadError
 from .hub_errors import cache_full, explained, http_error, may_pass
 from .local import free_space
 from .patience import does_not_end, within
+from .traffic import count
+
+_log = logging.getLogger(__name__)
 
 #: Seconds to wait before each retry while no data arrives, about two minutes in total. Each wait is stretched
 #: by up to a half at random, so that many connections do not return at the same moment.
@@ -79,7 +83,9 @@ def find_repository(repo_id: str, revision: str | None) -> Repository:
         HubReadError: it cannot be found or read.
     """
     with explained(repo_id, revision):
-        return patiently(lambda: _ask(repo_id, revision))
+        found = patiently(lambda: _ask(repo_id, revision))
+    _log.debug("%s is at commit %s, with %d files", found.repo_id, found.commit, len(found.files))
+    return found
 
 
 def patiently(action: Callable[[], Result]) -> Result:
@@ -146,6 +152,7 @@ def _whole_answer(url: str) -> bytes:
             body += piece
             if len(body) > _MOST_LISTING:
                 raise _too_much(_MOST_LISTING)
+        count(read=len(body))
         return bytes(body)
 
 
@@ -241,11 +248,13 @@ class Downloader:
             CancelledError: :meth:`cancel` was called, and a pause was due.
         """
         attempt, pace = 0, _Pace()
+        _log.debug("reading bytes %d to %d of %s in %s", start, end, path, self._repository.repo_id)
         with explained(self._repository.repo_id, self._repository.commit, path):
             while start < end:
                 try:
                     for piece in pace.watch(self._attempt(path, start, end)):
                         start += len(piece)
+                        count(read=len(piece))
                         attempt = 0
                         yield piece
                     if start < end:
@@ -318,7 +327,11 @@ def _pause(error: Exception, attempt: int, delays: tuple[float, ...]) -> float:
     wait = _asked_to_wait(error.response.headers) if isinstance(error, HfHubHTTPError) else 0.0
     if not may_pass(error) or attempt >= len(delays) or wait > _LONGEST_WAIT:
         raise error
-    return max(wait, delays[attempt] * random.uniform(1, 1.5))  # noqa: S311
+    wait = max(wait, delays[attempt] * random.uniform(1, 1.5))  # noqa: S311
+    _log.info(
+        "the Hub is asked again in %.1f s: %s", wait, str(error).partition("\n")[0] or type(error).__name__
+    )
+    return wait
 
 
 def _asked_to_wait(headers: Any) -> float:
@@ -385,9 +398,13 @@ def download(repository: Repository, path: str) -> Path:
                 found.append((file.name, file.stat().st_size))
         return sorted(found)
 
+    _log.info("downloading %s of %s into the Hub cache", path, repository.repo_id)
     with explained(repository.repo_id, repository.commit, path), without_bars():
         get = partial(hf_hub_download, repository.repo_id, path, revision=repository.commit, **WE)
-        return Path(within(_STILL_SECONDS, get, what=f"The download of {path} from", progress=arrived))
+        found = Path(within(_STILL_SECONDS, get, what=f"The download of {path} from", progress=arrived))
+    size = repository.files[path].size
+    count(read=size, written=size)
+    return found
 
 
 @contextmanager

@@ -38,6 +38,21 @@ def may_pass(error: BaseException) -> bool:
     return isinstance(error, (http_error(), *kinds))
 
 
+def why_absent(error: HubReadError) -> str:
+    """What to say of a repository that is not on the Hub, or on one that cannot be asked; else nothing."""
+    from huggingface_hub import errors
+
+    cause = error.__cause__
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        return "the Hub is not asked"
+    if isinstance(cause, errors.RepositoryNotFoundError) and not isinstance(cause, errors.GatedRepoError):
+        return "no such repository on the Hub"
+    is_answer = isinstance(cause, errors.HfHubHTTPError)
+    if not is_answer and isinstance(cause, (http_error(), ConnectionError, TimeoutError)):
+        return "the Hub cannot be reached"
+    return ""
+
+
 def is_passing_status(status: int) -> bool:
     """Whether an HTTP status is a temporary error."""
     return status in (408, 429) or status >= 500
@@ -82,7 +97,7 @@ def _answer(error: Exception, repo_id: str, revision: str | None, path: str) -> 
         fix = f"Ask for access: {page} and log in with that account: hf auth login"
     elif isinstance(error, errors.RepositoryNotFoundError):
         what = f"{repo_id} cannot be found"
-        why = "There is no file or folder of that name here, nor a repository on the Hub that you may read."
+        why = "The Hub has no such repository, or you may not read it."
         fix = "Check the name. If the repository is private, log in: hf auth login"
     elif isinstance(error, errors.RevisionNotFoundError):
         what = f"{repo_id} has no revision {revision or 'main'}"
@@ -119,8 +134,8 @@ def _obstacle(error: Exception, repo_id: str, revision: str | None) -> Lines:
     fix = "Check HF_ENDPOINT, and the proxy if there is one."
     if isinstance(error, errors.OfflineModeIsEnabled):
         what = f"{repo_id} is not here"
-        why = "It is neither a file or folder nor whole in the local Hub cache, and HF_HUB_OFFLINE is set."
-        fix = f"Check the path, or unset HF_HUB_OFFLINE for: hf download {repo_id}{at}"
+        why = "It is not whole in the local Hub cache, and HF_HUB_OFFLINE is set."
+        fix = f"Check the name, or unset HF_HUB_OFFLINE for: hf download {repo_id}{at}"
     elif isinstance(error, errors.HFValidationError):
         what, why = f"{repo_id!r} is not a Hub id", f"{said}."
         fix = "Hub ids look like org/name or org/name@revision."

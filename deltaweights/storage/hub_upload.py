@@ -8,6 +8,7 @@ file that has arrived is not sent again, not even by a later run.
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from .hub_client import WE, Repository, find_repository, patiently, without_bars
 from .hub_errors import explained
 from .local import blocks_at
 from .patience import within
+from .traffic import count
+
+_log = logging.getLogger(__name__)
 
 #: Files with more bytes than this are sent before the commit, one by one.
 _LARGE_BYTES = 1 << 20
@@ -156,6 +160,11 @@ def upload(
     api, repo_id = HfApi(**WE), branch.repository.repo_id
     with _explained(repo_id), _quiet():
         operations: list[Any] = [CommitOperationDelete(path, is_folder=False) for path in removed]
+
+        def arrived(nbytes: int) -> None:
+            count(written=nbytes)
+            sent(nbytes)
+
         for file in files:
             operation = CommitOperationAdd(file.path, _content(file))
             if operation.upload_info.sha256.hex() != file.sha256:
@@ -166,8 +175,10 @@ def upload(
                 )
             operations.append(operation)
             if file.size > _LARGE_BYTES:
+                _log.info("sending %s, %d bytes", file.path, file.size)
                 _ask(partial(_send, api, branch, operation, create_pr), file.size)
-                sent(file.size)
+                count(read=2 * file.size)  # by huggingface_hub: to hash it, and to send it
+                arrived(file.size)
 
         def commit() -> Commit:
             try:
@@ -190,7 +201,8 @@ def upload(
         small = sum(file.size for file in files if file.size <= _LARGE_BYTES)
         # A retry would open a second request.
         done = _ask(commit, small, retry=not create_pr)
-        sent(small)
+        arrived(small)
+        _log.info("committed %d files to %s as %s", len(files), repo_id, done.id)
         return done
 
 
@@ -211,7 +223,9 @@ def _content(file: Outgoing) -> bytes | Path:
     if isinstance(file.content, bytes):
         return file.content
     if file.size <= _LARGE_BYTES:
-        return file.content.read_bytes()
+        data = file.content.read_bytes()
+        count(read=len(data))
+        return data
     file.content.stat()  # huggingface_hub's own error for a missing file misleads
     return file.content
 

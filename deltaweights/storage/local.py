@@ -185,8 +185,10 @@ def output_path(location: str | os.PathLike[str]) -> Path:
     """:func:`local_path` for a folder or file that is to be written.
 
     Raises:
-        OutputError: it is a URL.
+        OutputError: it is a URL, or empty.
     """
+    if not os.fspath(location):
+        raise OutputError("The output's path is empty", "", "Name a folder, such as the present one: .")
     if scheme := url_scheme(location):
         raise OutputError(
             f"{os.fspath(location)} is a URL, not a folder",
@@ -202,12 +204,14 @@ def local_path(location: str | os.PathLike[str]) -> Path:
     """The location as a path, ``~`` resolved.
 
     Raises:
-        CheckpointError: no path can look like this, or it is a URL.
+        CheckpointError: no path can look like this, it is a URL, or empty.
     """
     if url_scheme(location):
         raise CheckpointError(
             f"{os.fspath(location)[:200]!r} is a URL, not a file or folder", *_advice(os.fspath(location))
         )
+    if not os.fspath(location):
+        raise CheckpointError("A path is empty", "", "Name a folder; a variable in the command may be unset.")
     try:
         path = Path(location).expanduser()
         path.lstat()

@@ -6,8 +6,9 @@ import os
 import re
 from typing import TypeAlias
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, HubReadError
 from .hub import open_hub
+from .hub_errors import why_absent
 from .local import LocalSource, local_path, url_scheme
 from .source import Source
 
@@ -32,8 +33,31 @@ def open_source(location: Readable) -> Source:
     """
     if not isinstance(location, (str, os.PathLike)):
         return location
-    hub_id = _hub_id(os.fspath(location))
-    return open_hub(*hub_id) if hub_id else LocalSource(location)
+    text = os.fspath(location)
+    if hub_id := _hub_id(text):
+        return open_hub(*hub_id) if text.startswith("hf://") else _open_named(text, *hub_id)
+    if not os.path.exists(local_path(location)):
+        raise CheckpointError(
+            f"There is no file or folder {text}",
+            "Nor is that the name of a repository on the Hub, which looks like org/name.",
+            "Check the path or the name.",
+        )
+    return LocalSource(location)
+
+
+def _open_named(location: str, repo_id: str, revision: str | None) -> Source:
+    """:func:`open_hub` for what could have been a path, too; an error says that it is neither."""
+    try:
+        return open_hub(repo_id, revision)
+    except HubReadError as error:
+        if not (absence := why_absent(error)):
+            raise
+        raise HubReadError(
+            f"There is no file or folder {location}, and {absence}",
+            error.why,
+            error.fix,
+            retryable=error.retryable,
+        ) from error.__cause__
 
 
 def _hub_id(location: str) -> tuple[str, str | None] | None:

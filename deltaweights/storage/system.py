@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import DeltaWeightsError
+from .traffic import count
 
 try:
     import fcntl
@@ -71,10 +72,13 @@ def read_at(fd: int, offset: int, out: memoryview) -> int:
     ``out``; 0 at the end of the file."""
     out = out[:_MOST_BYTES]
     if hasattr(os, "preadv"):
-        return os.preadv(fd, [out], offset)
-    data = os.pread(fd, len(out), offset)
-    out[: len(data)] = data
-    return len(data)
+        done = os.preadv(fd, [out], offset)
+    else:
+        data = os.pread(fd, len(out), offset)
+        out[: len(data)] = data
+        done = len(data)
+    count(read=done)
+    return done
 
 
 def read_bytes_at(fd: int, offset: int, nbytes: int) -> bytes:
@@ -84,6 +88,7 @@ def read_bytes_at(fd: int, offset: int, nbytes: int) -> bytes:
         parts.append(part)
         offset += len(part)
         nbytes -= len(part)
+        count(read=len(part))
     return b"".join(parts)  # no copy if there is only one
 
 
@@ -91,8 +96,11 @@ def write_at(fd: int, offset: int, parts: Sequence[memoryview]) -> int:
     """Write the parts, one after the other, beginning at byte ``offset``. Returns the number of bytes
     written, at least one."""
     if hasattr(os, "pwritev") and sum(map(len, parts)) <= _MOST_BYTES:
-        return os.pwritev(fd, parts, offset)
-    return os.pwrite(fd, parts[0][:_MOST_BYTES], offset)
+        done = os.pwritev(fd, parts, offset)
+    else:
+        done = os.pwrite(fd, parts[0][:_MOST_BYTES], offset)
+    count(written=done)
+    return done
 
 
 def is_same(path: Path, other: Path) -> bool:

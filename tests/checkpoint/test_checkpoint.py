@@ -223,8 +223,16 @@ def test_a_folder_comes_before_a_hub_id_of_that_name_but_for_a_uri(hub_cache: Pa
 @pytest.mark.parametrize(
     ("location", "what", "fix"),
     [
-        ("org/missing", "org/missing is not here", "hf download org/missing"),
-        ("org/name@v9", "org/name is not here", "hf download org/name --revision v9"),
+        (
+            "org/missing",
+            "There is no file or folder org/missing, and the Hub is not asked",
+            "hf download org/missing",
+        ),
+        (
+            "org/name@v9",
+            "There is no file or folder org/name@v9, and the Hub is not asked",
+            "hf download org/name --revision v9",
+        ),
         ("hf://missing", "missing is not here", "hf download missing"),
         ("a..b/c", "'a..b/c' is not a Hub id", "org/name@revision."),
         ("hf://a/b/c", "'hf://a/b/c' is not a Hub id", "hf://org/name@revision."),
@@ -381,7 +389,7 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path: Path) -> None:
     _write(tmp_path, {"model.bin": b"x"})
-    with pytest.raises(CheckpointError, match=r"holds no \.safetensors file"):
+    with pytest.raises(CheckpointError, match=r"is no \.safetensors file"):
         open_checkpoint(tmp_path / "model.bin")
 
 

@@ -488,7 +488,10 @@ def test_the_command_line_takes_chains(chain: Chain, tmp_path: Path) -> None:
     assert "tensors:" in done.stdout
     summary = json.loads(run("inspect", one, "--json").stdout)
     again = run("compact", *chain.deltas, "-o", tmp_path / "two", "--base", chain.base, "--json", "-q")
-    assert json.loads(again.stdout) == summary | {"warnings": []}
+    costs = ("seconds", "bytes_read", "bytes_written", "warnings")
+    report = json.loads(again.stdout)
+    assert {name: value for name, value in report.items() if name not in costs} == summary
+    assert set(costs) <= report.keys()
     done = run("compact", chain.deltas[0], chain.deltas[2], "-o", tmp_path / "never", "--base", chain.base)
     assert done.exit_code == 1
     assert "does not follow" in done.stderr

@@ -44,8 +44,9 @@ from deltaweights import (
 from deltaweights.checkpoint import TensorInfo, build_header, parse_header
 from deltaweights.codec import RECORD, Method, checksum
 from deltaweights.delta.shards import usual_header
+from deltaweights.entries import BaseTensor, TargetTensor, TensorEntry
 from deltaweights.inspect import inspect_delta
-from deltaweights.manifest import BaseTensor, FileRecord, License, TargetFile, TargetTensor, TensorEntry
+from deltaweights.manifest import FileRecord, License, TargetFile
 
 from ..checkpoints import bf16, contents, digests, f32, payload_places, weights, write_safetensors
 from ..conftest import Trio

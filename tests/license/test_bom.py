@@ -409,12 +409,12 @@ def hostile(draw: st.DrawFn) -> tuple[Manifest, dict[str, bytes]]:
     target_files = [TargetFile(f.path, f.size, f.sha256, "base", f.path) for f in base_files if _is_plain(f)]
     notice = draw(st.none() | st.sampled_from(sorted(own))) if own else None
     manifest = Manifest(
-        BaseRecord(draw(repo_ids), draw(revisions), licenses[0], tuple(base_files)),
-        TargetRecord(draw(repo_ids), draw(revisions), licenses[1], tuple(target_files)),
-        (),
-        records(own),
-        Tool(draw(words), draw(words)),
-        4096,
+        base=BaseRecord(draw(repo_ids), draw(revisions), licenses[0], tuple(base_files)),
+        target=TargetRecord(draw(repo_ids), draw(revisions), licenses[1], tuple(target_files)),
+        tensors=(),
+        files=records(own),
+        tool=Tool(draw(words), draw(words)),
+        chunk_bytes=4096,
         license=DeltaLicense(draw(optional_words), tuple(draw(st.lists(words, max_size=2))), notice),
     )
     return manifest, own

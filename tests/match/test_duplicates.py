@@ -26,7 +26,7 @@ from deltaweights import (
 )
 from deltaweights.checkpoint import Checkpoint
 from deltaweights.delta.chain import open_recipe
-from deltaweights.manifest import TargetTensor, TensorEntry
+from deltaweights.entries import TargetTensor, TensorEntry
 from deltaweights.match.duplicates import find_duplicates
 from deltaweights.match.names import match_tensors
 from deltaweights.storage import LocalSource, ReadableFile

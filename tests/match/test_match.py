@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaweights import DeltaWeightsError
-from deltaweights.checkpoint import Tensor, open_checkpoint
-from deltaweights.cli.session import kept_warnings
+from deltaweights.checkpoint import Base, Tensor, open_checkpoint
+from deltaweights.cli.logs import logs_shown
 from deltaweights.codec import is_convertible
 from deltaweights.dtypes import DTYPE_BITS
 from deltaweights.match.names import RenameRule, match_tensors
@@ -48,7 +49,8 @@ class Matcher:
             found = match_tensors(old, new, rename)
             assert [match.target for match in found] == new.tensors
 
-        def label(tensor: Tensor) -> str:
+        def label(tensor: Base) -> str:
+            assert isinstance(tensor, Tensor)
             return f"{tensor.shard.path.removesuffix('.safetensors')}:{tensor.info.name}"
 
         return {
@@ -188,13 +190,13 @@ def test_a_rule_goes_on_where_another_one_took_a_part_away(matches: Matcher) -> 
 
 def test_a_rule_without_effect_is_told_of(matches: Matcher) -> None:
     base, target = {"lm_head": noise(1), "a": noise(2)}, {"head": noise(3), "a": noise(4)}
-    with kept_warnings() as told:
+    with logs_shown(logging.WARNING, quiet=True, warnings_shown=False) as told:
         matches.names(base, target, (r"\.base_layr", ""), ("^head", "output"))
     assert told == [
         r"The rename rule '\\.base_layr=' changed no name.",
         "The rename rule '^head=output' gave names that the base does not have, such as 'output'.",
     ]
-    with kept_warnings() as told:
+    with logs_shown(logging.WARNING, quiet=True, warnings_shown=False) as told:
         matches.names(base, target, ("^head", "lm_head"))
     assert told == []
 

@@ -54,7 +54,7 @@ def needed_bytes(delta: Path, base: Path) -> int:
     """How many of the base's bytes it takes to decode the delta."""
     with open_recipe(delta, base) as target:
         spans = [
-            recipe.base_span(index)
+            recipe.base_spans(index)[0]
             for file in target.manifest.target.files
             if file.stored == "tensors"
             for recipe, index in target.shard(file.path).chunks()
@@ -192,7 +192,7 @@ def test_with_the_base_sharded_by_somebody_else_too(
         progress=lambda phase, _, total: phases.update({phase: total}),
     )
     assert contents(tmp_path / "out") == contents(large.target)
-    sampled = phases["check base"] * CHUNK_BYTES
+    sampled = phases["check base"]
     assert 0 < shelf.weight_bytes("org/mirror") <= 1.05 * needed_bytes(made, large.base) + sampled
 
 
@@ -685,6 +685,10 @@ def test_a_private_or_missing_repository_cannot_be_found(
             monkeypatch.setenv("HF_TOKEN", token)
         for name in ("org/private", "org/missing"):
             with pytest.raises(HubError, match=f"{name} cannot be found") as caught:
+                open_checkpoint(f"hf://{name}")
+            assert not caught.value.retryable
+            assert "hf auth login" in caught.value.fix
+            with pytest.raises(HubError, match=f"no file or folder {name}, and no such repository") as caught:
                 open_checkpoint(name)
             assert not caught.value.retryable
             assert "hf auth login" in caught.value.fix
@@ -722,10 +726,14 @@ def test_a_revision_that_is_not_there(shelf: HubServer, tmp_path: Path) -> None:
 
 def test_a_hub_that_cannot_be_reached(hub: HubServer) -> None:
     hub.close()
-    with pytest.raises(HubError, match="Cannot reach the Hub") as caught:
-        open_checkpoint("org/base")
-    assert caught.value.retryable
-    assert hub.endpoint in caught.value.why
+    for location, what in (
+        ("hf://org/base", "Cannot reach the Hub"),
+        ("org/base", "There is no file or folder org/base, and the Hub cannot be reached"),
+    ):
+        with pytest.raises(HubError, match=what) as caught:
+            open_checkpoint(location)
+        assert caught.value.retryable
+        assert hub.endpoint in caught.value.why
 
 
 # The cache --------------------------------------------------------------------------------------------
@@ -783,7 +791,7 @@ def test_offline_with_a_part_of_the_base_in_the_cache(
     with pytest.raises(BaseMismatchError, match="it has no tensor"):
         apply_delta(made, tmp_path / "out")
     with pytest.raises(CheckpointError, match="org/target is not here") as caught:
-        open_checkpoint("org/target")
+        open_checkpoint("hf://org/target")
     assert "hf download org/target" in caught.value.fix
 
 
@@ -1007,7 +1015,7 @@ def test_the_commands_take_hub_ids(shelf: HubServer, large: Trio, tmp_path: Path
     assert json.loads(done.stdout)["base"]["repo_id"] == "org/base"
     done = CliRunner().invoke(app, ["apply", "org/missing", "-o", str(out)])
     assert done.exit_code == 1
-    assert "org/missing cannot be found" in done.stderr
+    assert "no file or folder org/missing, and no such repository on the Hub" in done.stderr
 
 
 def test_the_environment_counts_in_a_process_of_its_own(
@@ -1022,7 +1030,7 @@ def test_the_environment_counts_in_a_process_of_its_own(
 
     done = apply("never", HF_HUB_OFFLINE="1")
     assert done.returncode == 1
-    assert "error: org/delta is not here\n" in done.stderr
+    assert "error: There is no file or folder org/delta, and the Hub is not asked\n" in done.stderr
     assert "HF_HUB_OFFLINE is set" in done.stderr
     assert not shelf.log
     done = apply("online")

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from deltaweights import CheckpointError, OutputError, apply_delta, compact_deltas, make_delta, plan_apply
+from deltaweights.cli.commands import app
 from deltaweights.storage import OutputFolder, open_source
 
 from ..conftest import Trio
@@ -68,3 +70,36 @@ def test_a_colon_makes_no_url(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     with OutputFolder(name) as folder:
         assert folder.root == Path(name)
+
+
+@pytest.mark.parametrize("name", ["./mymodel", "mymodel", "a/b/c", "../x/y", "~/nothing-there"])
+def test_a_path_that_is_nowhere_is_no_hub_id_either(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the Hub is not asked."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(CheckpointError) as caught:
+        open_source(name)
+    assert caught.value.what == f"There is no file or folder {name}"
+    assert "a repository on the Hub" in caught.value.why
+    assert "org/name" in caught.value.why
+
+
+def test_an_empty_path_is_not_the_present_folder(
+    trio: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A variable that is not set must not lead there."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="A path is empty"):
+        make_delta("", trio.target, "delta")
+    with pytest.raises(OutputError, match="The output's path is empty"):
+        make_delta(trio.base, trio.target, "")
+    result = CliRunner().invoke(app, ["apply", str(trio.delta), "-o", "", "--accept-license", "qwen"])
+    assert "The output's path is empty" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_url_is_shown_as_it_was_given(trio: Trio) -> None:
+    result = CliRunner().invoke(app, ["diff", str(trio.base), str(trio.target), "-o", "s3://bucket/x"])
+    assert "error: s3://bucket/x is a URL, not a folder" in result.stderr

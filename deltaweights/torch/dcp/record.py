@@ -14,8 +14,9 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 
 from ... import canonical, dtypes
+from ...entries import Shape, Size
 from ...errors import DeltaError, ManifestError
-from ...manifest import FileRecord, RepoId, Revision, Sha256, Shape, Size, Tool, is_safe_path
+from ...manifest import FileRecord, RepoId, Revision, Sha256, Tool, is_safe_path
 from ...storage import Source
 from .boxes import Box, fill
 

@@ -17,8 +17,9 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 
 from ... import canonical
+from ...entries import Shape, Size
 from ...errors import DeltaError
-from ...manifest import Sha256, Shape, Size
+from ...manifest import Sha256
 
 HEAD_NAME = "head.json"
 FORMAT_VERSION = 1

@@ -78,13 +78,15 @@ def test_a_checkpoint_is_what_save_pretrained_writes(qwen2: Trio, tmp_path: Path
     """Config and files of a folder too; so apply_delta makes a folder for anybody."""
     (tmp_path / "extras").mkdir()
     (tmp_path / "extras" / "tokenizer.json").write_text("{}")
+    (tmp_path / "extras" / "README.md").write_text("# Mine\n")
     model = tiny_qwen2()
     with DeltaCheckpointer(folder, qwen2.base, anchor_every=2, files=tmp_path / "extras") as checkpointer:
         for step in (1, 2):
             nudge(model, seed=step)
             checkpointer.save(step, model)
     model.save_pretrained(tmp_path / "saved")
-    shutil.copy(tmp_path / "extras" / "tokenizer.json", tmp_path / "saved")
+    shutil.copytree(tmp_path / "extras", tmp_path / "saved", dirs_exist_ok=True)
+    assert "# Mine\n" in (folder / "step-00000001" / "README.md").read_text()
     apply_delta(list_checkpoints(folder)[2], tmp_path / "out", base=qwen2.base)
     assert contents(tmp_path / "out") == contents(tmp_path / "saved")
 

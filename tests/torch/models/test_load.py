@@ -31,7 +31,6 @@ from deltaweights import (
 )
 from deltaweights.torch import (
     LoadReport,
-    from_pretrained,
     load_into,
     load_state_dict,
     save_delta,
@@ -347,55 +346,6 @@ def test_what_was_not_loaded_is_returned_and_logged(tied: Trio, caplog: pytest.L
     report = load_into(More(), tied.delta, tied.base, strict=False)
     assert report == LoadReport(["more.weight", "more.bias"], [])
     assert "'more.weight', 'more.bias'" in caplog.text
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_model_is_had_in_one_call(tmp_path: Path, tied: bool) -> None:
-    model = tiny_qwen2(tied=tied)
-    model.save_pretrained(tmp_path / "base")
-    nudge(model)
-    assert model.generation_config is not None
-    model.generation_config.max_new_tokens = 7
-    model.save_pretrained(tmp_path / "target")
-    make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta")
-    loaded = from_pretrained(tmp_path / "delta", tmp_path / "base")
-    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
-    assert type(loaded) is type(model)
-    assert not loaded.training
-    assert raw_state(loaded.state_dict()) == raw_state(expected.state_dict())
-    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
-    assert loaded.config.to_diff_dict() == expected.config.to_diff_dict()
-    assert loaded.generation_config is not None
-    assert loaded.generation_config.max_new_tokens == 7
-    assert from_pretrained(tmp_path / "delta", tmp_path / "base", dtype=torch.float32).dtype == torch.float32
-
-
-def test_a_model_whose_tensors_are_fused_is_had_in_one_call(tmp_path: Path) -> None:
-    model = tiny_mixtral()
-    model.save_pretrained(tmp_path / "base")
-    nudge(model)
-    save_delta(model, tmp_path / "base", tmp_path / "delta")
-    loaded = from_pretrained(tmp_path / "delta", tmp_path / "base", model_class=type(model))
-    assert raw_state(loaded.state_dict()) == raw_state(model.state_dict())
-
-
-def test_what_transformers_cannot_make_is_an_error(trio: Trio, qwen2: Trio, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="names the class None"):
-        from_pretrained(trio.delta, trio.base)
-    save_delta(saved_state(qwen2.target), qwen2.base, tmp_path / "weights")
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
-        from_pretrained(tmp_path / "weights", qwen2.base)
-    (tmp_path / "files").mkdir()
-    config = json.loads((qwen2.target / "config.json").read_text())
-    for more, fix in (({}, "model_class"), ({"auto_map": {"AutoModel": "code.Other"}}, "trust_remote_code")):
-        (tmp_path / "files" / "config.json").write_text(
-            json.dumps(config | {"architectures": ["Other"]} | more)
-        )
-        state = saved_state(qwen2.target)
-        save_delta(state, qwen2.base, tmp_path / "delta", files=tmp_path / "files", force=True)
-        with pytest.raises(CheckpointError, match="names the class 'Other'") as caught:
-            from_pretrained(tmp_path / "delta", qwen2.base)
-        assert fix in caught.value.fix
 
 
 def test_chains_are_loaded(qwen2: Trio, tmp_path: Path) -> None:

@@ -129,11 +129,14 @@ def test_files_of_a_folder_belong_to_the_target(qwen2: Trio, tmp_path: Path) -> 
     shutil.copytree(qwen2.target, extras)
     (extras / "tokenizer").mkdir()
     (extras / "tokenizer" / "vocab.json").write_text('{"a": 0}')
-    (extras / "README.md").write_text("---\nlicense: mit\n---\n")
+    (extras / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
     shutil.copytree(extras / "tokenizer", tmp_path / "target" / "tokenizer")
     shutil.copy(extras / "README.md", tmp_path / "target")
     (extras / "config.json").write_text("{}")
     check_equal(tmp_path, qwen2.base, model, files=extras)
+    page = next(path.read_text() for path in tmp_path.glob("*/README.md") if "how to use" in path.read_text())
+    assert "# Mine\n" in page
+    assert "from_pretrained" in page, "the config is the model's"
 
 
 @pytest.mark.parametrize("size", ["5GB", "2KB"])

@@ -1,0 +1,53 @@
+"""Predictions: what stands once at the start of a payload, and makes the base more like the target before
+chunks are compared with it."""
+
+from __future__ import annotations
+
+import struct
+from typing import Protocol
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ..errors import PayloadError
+from .quantized import Quantized
+
+_CHECKSUM = struct.Struct("<Q")
+
+
+class Predictor(Protocol):
+    """Predicts a target's elements from its base's."""
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes."""
+
+    def predict(self, base: NDArray[np.uint8], start: int) -> NDArray[np.uint8]:
+        """The elements in the target's dtype, for the base's from element ``start`` on (uint8, in the base's
+        own dtype)."""
+
+
+def seal_prediction(data: bytes) -> bytes:
+    """A prediction as it stands in a payload: behind its XXH3-64."""
+    return _CHECKSUM.pack(xxhash.xxh3_64_intdigest(data)) + data
+
+
+def parse_prediction(method: str, sealed: bytes, dtype: str, base_dtype: str, numel: int) -> Predictor:
+    """Read a prediction out of a payload.
+
+    Args:
+        method: as in the manifest.
+        sealed: what :func:`seal_prediction` made.
+        dtype, base_dtype: of target and base.
+        numel: the elements that have a base.
+
+    Raises:
+        PayloadError: it is damaged, or does not go with the tensor.
+    """
+    data = sealed[_CHECKSUM.size :]
+    if len(sealed) < _CHECKSUM.size or _CHECKSUM.unpack_from(sealed)[0] != xxhash.xxh3_64_intdigest(data):
+        raise PayloadError("A prediction is not the one that was written")
+    if method == "quantized":
+        return Quantized.parse(data, dtype, base_dtype, numel)
+    raise PayloadError(f"The prediction {method!r} is not known")
