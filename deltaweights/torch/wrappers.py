@@ -1,5 +1,5 @@
-"""Models under wrappers: what torch.compile, DDP, FSDP and activation checkpointing put around a model, and
-into its tensors' names, is seen through."""
+"""Models under wrappers: what torch.compile, DDP, FSDP, activation checkpointing and moving averages put
+around a model, and into its tensors' names, is seen through."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
+
 #: What wrappers call the module inside: words that nobody else uses for a part of a model.
 _WORDS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 #: Classes that call it ``module``, as others may call a part of theirs. By name: they need not be imported.
-_PARALLEL = {"DataParallel", "DistributedDataParallel", "DeepSpeedEngine"}
+_PARALLEL = {"DataParallel", "DistributedDataParallel", "DeepSpeedEngine", "ModelEmaV2", "ModelEmaV3"}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -32,8 +34,15 @@ def plain_state(
     Args:
         state: a model, or its tensors by name.
         keep_vars: as for ``Module.state_dict``.
+
+    Raises:
+        CheckpointError: a key is not a text.
     """
     named = state.state_dict(keep_vars=keep_vars) if isinstance(state, nn.Module) else state
+    if odd := [name for name in named if not isinstance(name, str)]:
+        raise CheckpointError(
+            "The state cannot be read", f"{odd[0]!r} is no name of a tensor.", "Pass tensors by name."
+        )
     plain = plain_names(named, parallel_paths(state) if isinstance(state, nn.Module) else None)
     return {plain[name]: value for name, value in named.items()}
 

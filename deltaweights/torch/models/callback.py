@@ -16,6 +16,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
 from ...errors import CheckpointError, OutputError
+from ..wholeness import require_unsharded
 from .checkpoints import DeltaCheckpointer
 
 if TYPE_CHECKING:
@@ -91,7 +92,10 @@ class DeltaCallback(TrainerCallback):
         Raises:
             OutputError: the Trainer resumes before the last checkpoint, or begins anew where another run's
                 checkpoints are.
+            CheckpointError: the model is sharded over several processes.
         """
+        if isinstance(model := kwargs.get("model"), nn.Module):
+            require_unsharded(model)
         self.checkpointer.wait()
         self._is_due, self._done = False, state.global_step
         if state.global_step:

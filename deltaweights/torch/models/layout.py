@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ...errors import CheckpointError
 from ..tensors import sharing
-from ..wholeness import obstacle, require_gathered, require_merged
+from ..wholeness import obstacle, require_gathered, require_merged, require_unquantized
 from ..wrappers import plain_state
 from .pretrained import pretrained
 
@@ -60,7 +61,21 @@ def lay_out(state: nn.Module | Mapping[str, Tensor], max_shard_size: int | str |
     require_gathered(state)
     named = plain_state(state)
     require_merged(state, list(named))
+    require_unquantized(state)
+    if not named and isinstance(state, nn.Module) and any(True for _ in state.parameters()):
+        raise CheckpointError(
+            "The model cannot be saved from this process",
+            "It has parameters, and its state_dict is empty: FSDP gathers all of them on the first process "
+            "alone (rank0_only).",
+            "Save it there, after model.state_dict() on every process.",
+        )
     model = pretrained(state) if isinstance(state, nn.Module) else None
+    if isinstance(state, AveragedModel) and pretrained(state.module):
+        raise CheckpointError(
+            "The averaged model cannot be saved with its wrapper",
+            "transformers would not find its weights: their names begin with 'module.'.",
+            "Pass the model inside: averaged.module",
+        )
     if model:
         return _lay_out_pretrained(model, named, size)
     kept, removed = _without_ties(_checked(named))

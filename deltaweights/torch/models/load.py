@@ -23,7 +23,7 @@ from ...errors import CheckpointError
 from ...storage import Location, OutputFolder, Readable, output_path
 from ...workers import Lane, Meter, ProgressCallback, Workers, batches
 from ..tensors import byte_view, dtype_of, settle, torch_shape
-from ..wholeness import obstacle, require_gathered, some
+from ..wholeness import obstacle, require_gathered, require_own, some
 from ..wrappers import plain_state
 from .conversion import Fit, Fusion, fit_names
 
@@ -209,6 +209,7 @@ def _state_of(model: nn.Module) -> dict[str, Tensor]:
                 f"{name!r} is {why}.",
                 "Load it before it is sharded, quantized or wrapped so; or use distributed checkpoints.",
             )
+    require_own(model, state)
     return state
 
 

@@ -100,7 +100,9 @@ def _save(name: str, value: object, file: IO[bytes]) -> None:
     try:
         torch.save(value, file)
     except RuntimeError as error:  # torch's own, where the disk is full
-        raise OutputError(f"Cannot write {name}", f"{first_line(error)}.") from error
+        told = error.__context__
+        why = told.strerror if isinstance(told, OSError) else first_line(error)
+        raise OutputError(f"Cannot write {name}", f"{why}.") from error
     except (AttributeError, TypeError, pickle.PicklingError) as error:
         raise _not_plain(name, error) from error
 

@@ -15,7 +15,7 @@ from ...errors import CheckpointError
 from ...payload import ChunkPlan
 from ...workers import Workers
 from ..tensors import byte_view, code_of, settle, sharing, stored_shape
-from ..wholeness import obstacle, require_gathered, require_merged
+from ..wholeness import obstacle, require_gathered, require_merged, require_unquantized
 from ..wrappers import plain_state
 from . import gpu
 from .records import CHUNK_BYTES, tensor_digest
@@ -117,6 +117,7 @@ def state_of(state: State) -> dict[str, StateTensor]:
     named = plain_state(state)
     tensors = {name: tensor for name, tensor in sorted(named.items()) if isinstance(tensor, Tensor)}
     require_merged(state, list(tensors))
+    require_unquantized(state)
     if not tensors:
         raise CheckpointError("The state has no tensors", "", "Pass a model or its state_dict().")
     found = {name: StateTensor(name, tensor) for name, tensor in tensors.items()}

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from torch import nn
+
 from ...errors import BaseMismatchError, CheckpointError, DeltaError
 from ...storage import Location
 from ...workers import Workers
+from ..wholeness import require_own
+from ..wrappers import plain_state
 from .payloads import StreamStep
 from .records import (
     MAX_RECORD_BYTES,
@@ -124,6 +128,8 @@ class DeltaSubscriber:
         for _ in range(_ATTEMPTS):
             try:
                 state = state_of(model)
+                if isinstance(model, nn.Module):
+                    require_own(model, plain_state(model))
                 with Workers(self._threads) as workers:
                     report = self._sync(state, workers)
                 self._number = report.number

@@ -204,11 +204,13 @@ def test_resuming_before_the_last_checkpoint_is_an_error(qwen2: Trio, tmp_path: 
         assert checkpointer.steps == [6]
 
 
-def test_two_processes_go_on_as_if_they_had_never_stopped(qwen2: Trio, tmp_path: Path) -> None:
-    """Each with its own dropout; the first of them writes for both."""
+@pytest.mark.parametrize("task", ["go_on", "fsdp"])
+def test_two_processes(qwen2: Trio, tmp_path: Path, task: str) -> None:
+    """Under DDP, training goes on as if it had never stopped, each process with its own dropout; the first
+    one writes for both. In FSDP's first version, what can be had whole is saved."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     done = subprocess.run(
-        [*command, "tests.torch.models.ranks", str(qwen2.base), str(tmp_path)],
+        [*command, "tests.torch.models.ranks", task, str(qwen2.base), str(tmp_path)],
         capture_output=True,
         text=True,
         check=False,

@@ -227,6 +227,28 @@ def test_only_kept_checkpoints_have_an_optimizer_s_state(qwen2: Trio, folder: Pa
         assert sorted(path.name for path in folder.glob("training-*")) == ["training-00000004"]
 
 
+_FULL = """
+import resource, signal, sys, torch
+from deltaweights.torch import DeltaCheckpointer
+folder, base = sys.argv[1:]
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with DeltaCheckpointer(folder, base) as checkpointer:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))
+    checkpointer.save(1, {"w0": torch.zeros(8, 8)}, training={"optimizer.pt": torch.zeros(1 << 18)})
+"""
+
+
+def test_a_disk_that_fills_up_under_the_optimizer_s_state_is_told(tmp_path: Path, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(state_of(0), tmp_path / "base.safetensors")
+    command = [sys.executable, "-c", _FULL, str(folder), str(tmp_path / "base.safetensors")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "OutputError: Cannot write optimizer.pt\nFile too large." in ended.stderr
+    assert list_checkpoints(folder) == {}
+    assert not list(folder.glob("training-*"))
+
+
 class NotPlain:
     """What ``weights_only`` does not build."""
 

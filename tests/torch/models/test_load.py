@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from deltaweights import (
@@ -418,6 +419,28 @@ def test_what_torch_cannot_hold_is_an_error(tmp_path: Path, array: Array, why: s
     make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta")
     with pytest.raises(CheckpointError, match=why):
         load_state_dict(tmp_path / "delta", tmp_path / "base")
+
+
+class WithExtra(nn.Linear):
+    """A module with a tensor in its state that is none of its own."""
+
+    def get_extra_state(self) -> Tensor:
+        return torch.zeros(2)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.taken = state
+
+
+def test_a_model_that_gives_copies_of_its_tensors_is_not_said_to_be_loaded(tmp_path: Path) -> None:
+    model = WithExtra(3, 3)
+    (tmp_path / "base").mkdir()
+    save_torch_state_dict(model.state_dict(), tmp_path / "base")
+    save_delta({**model.state_dict(), "_extra_state": torch.ones(2)}, tmp_path / "base", tmp_path / "delta")
+    with pytest.raises(CheckpointError, match="makes copies of '_extra_state'") as caught:
+        load_into(model, tmp_path / "delta", tmp_path / "base")
+    assert "model.load_state_dict(" in caught.value.fix
+    model.load_state_dict(load_state_dict(tmp_path / "delta", tmp_path / "base"))
+    assert model.taken.tolist() == [1, 1]
 
 
 def test_sharded_tensors_are_refused(qwen2: Trio, tmp_path: Path) -> None:

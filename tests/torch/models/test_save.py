@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModelForCausalLM
 
 from deltaweights import CheckpointError, apply_delta, make_delta
@@ -183,6 +185,11 @@ def test_a_model_without_tensors_is_one_empty_shard(qwen2: Trio, tmp_path: Path)
 
 
 _STORAGE = torch.zeros(6)
+_FREED = torch.zeros(3)
+_FREED.untyped_storage().resize_(0)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    _NESTED = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
 
 
 @pytest.mark.parametrize(
@@ -194,8 +201,11 @@ _STORAGE = torch.zeros(6)
         ({"x": torch.zeros(2, dtype=torch.complex128)}, "no torch.complex128"),
         ({"x": torch.zeros((1,), dtype=torch.uint8).view(torch.float4_e2m1fn_x2)[0]}, "has no dimension"),
         ({"x": _STORAGE[:4], "y": _STORAGE[2:]}, "None of .* covers all of it"),
+        ({"x": _FREED}, "memory, which was set free"),
+        ({"x": _NESTED}, "a nested tensor"),
+        ({3: torch.zeros(2)}, "3 is no name"),
     ],
-    ids=["meta", "sparse", "text", "dtype", "pair", "overlap"],
+    ids=["meta", "sparse", "text", "dtype", "pair", "overlap", "freed", "nested", "number"],
 )
 def test_what_cannot_be_saved_is_an_error(qwen2: Trio, tmp_path: Path, state: Any, why: str) -> None:
     with pytest.raises(CheckpointError, match=why):
@@ -233,7 +243,13 @@ def test_a_model_of_peft_is_refused_until_it_is_merged(qwen2: Trio, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "name", ["layers.0.q_proj.base_layer.weight", "layers.0.q_proj.lora_A.default.weight"]
+    "name",
+    [
+        "layers.0.q_proj.base_layer.weight",
+        "layers.0.q_proj.lora_A.default.weight",
+        "lm_head.original_module.weight",
+        "lm_head.modules_to_save.default.weight",
+    ],
 )
 def test_names_of_adapters_among_others_are_refused(qwen2: Trio, tmp_path: Path, name: str) -> None:
     with pytest.raises(CheckpointError, match="adapters that are not merged"):
@@ -241,11 +257,43 @@ def test_names_of_adapters_among_others_are_refused(qwen2: Trio, tmp_path: Path,
 
 
 def test_an_adapter_alone_is_saved(tmp_path: Path) -> None:
+    """With a layer that was trained whole beside it, as PEFT saves ``modules_to_save``."""
     state = {f"base_model.model.layers.0.q_proj.lora_{k}.weight": torch.ones(3) for k in "AB"}
+    state["base_model.model.lm_head.weight"] = torch.ones(3)
     (tmp_path / "base").mkdir()
     save_file(state, tmp_path / "base" / "model.safetensors")
     manifest = save_delta(state, tmp_path / "base", tmp_path / "delta")
-    assert [entry.status for entry in manifest.tensors] == ["same", "same"]
+    assert {entry.status for entry in manifest.tensors} <= {"same", "duplicate"}
+
+
+def test_parameters_that_bitsandbytes_has_quantized_are_refused(tmp_path: Path) -> None:
+    """Not bitsandbytes itself: what it leaves on a parameter, and state_dict takes away."""
+    model = nn.Linear(4, 4)
+    (tmp_path / "base").mkdir()
+    save_torch_model(model, tmp_path / "base")
+    model.weight.quant_state = object()  # type: ignore[attr-defined]
+    for save_it in (
+        lambda: save_delta(model, tmp_path / "base", tmp_path / "delta"),
+        lambda: DeltaPublisher(tmp_path / "stream", model),
+    ):
+        with pytest.raises(CheckpointError, match="The model is quantized") as caught:
+            save_it()
+        assert "dequantize()" in caught.value.fix
+
+
+def test_a_moving_average_is_saved_as_the_model_inside(qwen2: Trio, tmp_path: Path) -> None:
+    class ModelEmaV2(nn.Module):  # timm's
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    manifest = save_delta(ModelEmaV2(tiny_qwen2()), qwen2.base, tmp_path / "delta")
+    assert "config.json" in {file.path for file in manifest.target.files}
+    averaged = AveragedModel(tiny_qwen2())
+    with pytest.raises(CheckpointError, match="with its wrapper") as caught:
+        save_delta(averaged, qwen2.base, tmp_path / "delta-2")
+    assert "averaged.module" in caught.value.fix
+    save_delta(averaged.module, qwen2.base, tmp_path / "delta-2")
 
 
 def test_placeholders_of_zero_3_are_refused_until_they_are_gathered(qwen2: Trio, tmp_path: Path) -> None:
