@@ -38,7 +38,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "checkpoint",
         "payload",
         "license match",
-        "card",
+        "card inputs",
         "delta",
         "bom diff inspect patch",
         "compact plan verify",
@@ -96,7 +96,7 @@ RANKS: dict[str, tuple[str, ...]] = {
     ),
     "delta": (
         "digests entry opening shards faults",
-        "bases",
+        "bases encoding",
         "recipes",
         "target_recipe",
         "rebuilt",
