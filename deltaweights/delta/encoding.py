@@ -51,6 +51,15 @@ class ChunkRow(NamedTuple):
         start, end = self.plan.bounds(self.first, self.end)
         return self.match.base.span(codec.rescale(start, *dtypes), codec.rescale(end, *dtypes))
 
+    @property
+    def base_spans(self) -> list[Span]:
+        """All places of the base's files that they are compared with."""
+        if not self.match.base or not self.has_base:
+            return []
+        dtypes = self.match.target.dtype, self.match.base.dtype
+        start, end = self.plan.bounds(self.first, self.end)
+        return self.match.base.spans(codec.rescale(start, *dtypes), codec.rescale(end, *dtypes))
+
 
 def encode_rows(rows: list[ChunkRow], buffers: Buffers) -> CodedBatch:
     """Read and encode rows of chunks. The arrays of the result come from ``buffers``."""
