@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from .errors import ManifestError as ManifestError
     from .errors import OutputError as OutputError
     from .errors import PayloadError as PayloadError
+    from .estimate import DeltaEstimate as DeltaEstimate
+    from .estimate import EstimatedTensors as EstimatedTensors
+    from .estimate import estimate_delta as estimate_delta
     from .inspect import DeltaSummary as DeltaSummary
     from .inspect import inspect_delta as inspect_delta
     from .inspect import license_of as license_of

@@ -11,8 +11,9 @@ from .checkpoint import Base, Checkpoint, Gathered, Group, HeldExtents, Tensor
 from .delta.chain import links, open_recipe
 from .delta.rebuilt import RebuiltSource
 from .delta.target_recipe import TargetRecipe
-from .diff import CheckpointFacts, check_chunk_bytes, check_place, write_delta
+from .diff import check_chunk_bytes, check_place, write_delta
 from .errors import CheckpointError
+from .inputs import CheckpointFacts
 from .license import cards
 from .license.rules import text_records
 from .manifest import BaseRecord, Manifest, TargetRecord

@@ -12,33 +12,22 @@ from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
-from . import codec
 from ._version import __version__
 from .checkpoint import Checkpoint, Tensor
-from .checkpoint.oddities import (
-    is_excluded,
-    is_pointer,
-    oddities_of_base,
-    oddities_of_target,
-    oddities_of_unrelated,
-    tell,
-)
-from .delta.digests import CodedBatch, PassingDigest, ShardDigests, base_spans, is_far, passing_shards
+from .delta.digests import PassingDigest, ShardDigests, base_spans, is_far, passing_shards
+from .delta.encoding import ChunkRow, encode_rows
 from .delta.entry import entry_of, removed_entries
 from .delta.opening import read_manifest
 from .delta.writer import DeltaWriter
 from .entries import TensorEntry
 from .errors import BaseMismatchError, CheckpointError, DeltaError, DeltaWeightsError, OutputError
+from .inputs import CheckpointFacts, facts_of, match_inputs, open_base, open_target
 from .license import cards, rules
 from .manifest import (
     MANIFEST_NAME,
@@ -54,20 +43,16 @@ from .manifest import (
     is_safe_path,
 )
 from .match.duplicates import find_duplicates
-from .match.names import Match, RenameRule, match_tensors
+from .match.names import Match, RenameRule
 from .match.quantized import find_quantized
-from .payload import CHUNK_BYTES, ChunkPlan, CodedChunk, encode_row
+from .payload import CHUNK_BYTES, ChunkPlan, CodedChunk
 from .storage import (
-    HubId,
     LocalSource,
     Location,
     OutputFolder,
     Readable,
-    Span,
-    is_clutter,
     is_same,
     is_within,
-    open_source,
     output_path,
 )
 from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches, result_of
@@ -125,31 +110,18 @@ def make_delta(
     """
     check_chunk_bytes(chunk_bytes)
     output_path(delta)
-    with _open_base(base) as old, _open_target(target, exclude) as new:
+    with open_base(base) as old, open_target(target, exclude) as new:
         check_place(delta, old, new)
         _check_hub_ids(base_repo, target_repo, base_revision)
-        old_id, new_id = old.source.hub_id, new.source.hub_id
         sides = (
-            CheckpointFacts(
-                base_repo or old_id.repo_id,
-                base_revision or _revision(old_id, base_repo),
-                cards.read_license(old, "base", base_license),
-            ),
-            CheckpointFacts(
-                target_repo or new_id.repo_id,
-                _revision(new_id, target_repo),
-                cards.read_license(new, "target", target_license),
-            ),
+            facts_of(old, "base", base_repo, base_revision, base_license),
+            facts_of(new, "target", target_repo, None, target_license),
         )
-        _warn_of_swapped(old, new, *sides)
-        matches = match_tensors(old, new, rename)
-        if matches and not any(match.base for match in matches):
-            tell(oddities_of_unrelated(new))
         return write_delta(
             old,
             new,
             delta,
-            matches,
+            match_inputs(old, new, *sides, rename),
             *sides,
             rename=rename,
             chunk_bytes=chunk_bytes,
@@ -159,79 +131,10 @@ def make_delta(
         )
 
 
-def _open_base(base: Readable) -> Checkpoint:
-    """The base, without what it need not have: a Git LFS pointer stands for a file that is not there."""
-    source = open_source(base)
-    source.leave_out(is_clutter)
-    others = (path for path in source.sizes if not path.endswith(".safetensors"))
-    pointers = {path for path in others if is_pointer(source, path)}
-    source.leave_out(pointers.__contains__)
-    checkpoint = Checkpoint(source, may_lack=True)
-    tell(oddities_of_base(checkpoint, sorted(pointers)))
-    return checkpoint
-
-
-def _open_target(target: Readable, exclude: Sequence[str]) -> Checkpoint:
-    """The target, without what was excluded, and what is no part of any model."""
-    source = open_source(target)
-    for pattern in exclude:
-        if not any(is_excluded(path, pattern) for path in source.sizes):
-            tell([f"No file of the target is excluded by {pattern!r}."])
-    tell(
-        f"The target's {path} is left out: such a file holds secrets, mostly."
-        for path in source.sizes
-        if _is_env(path) and not any(is_excluded(path, pattern) for pattern in exclude)
-    )
-    source.leave_out(lambda path: any(is_excluded(path, pattern) for pattern in exclude))
-    source.leave_out(lambda path: is_clutter(path) or _is_env(path))
-    checkpoint = Checkpoint(source)
-    tell(oddities_of_target(checkpoint))
-    return checkpoint
-
-
-def _warn_of_swapped(
-    old: Checkpoint, new: Checkpoint, base: CheckpointFacts, target: CheckpointFacts
-) -> None:
-    """Where the base's card names the target as *its* base, and the target's card does not say the like."""
-
-    def names_of(checkpoint: Checkpoint, facts: CheckpointFacts) -> set[str]:
-        ids = [facts.repo_id or "", checkpoint.source.hub_id.repo_id or ""]
-        root = checkpoint.source.root
-        return {name.casefold() for name in (*ids, *([root.resolve().name] if root else [])) if name}
-
-    def is_named(models: Sequence[str], names: set[str]) -> bool:
-        return any({m.casefold(), m.casefold().rpartition("/")[2]} & names for m in models)
-
-    if is_named(base.license.base_models, names_of(new, target)) and not is_named(
-        target.license.base_models, names_of(old, base)
-    ):
-        tell(
-            [
-                "The base's card names the target as its base. Are the two swapped? The base comes first, "
-                "then the fine-tune."
-            ]
-        )
-
-
-def _is_env(path: str) -> bool:
-    return path.rpartition("/")[2] == ".env"
-
-
 def check_chunk_bytes(chunk_bytes: int) -> None:
     """Raise :class:`ValueError` if ``chunk_bytes`` is out of range."""
     if not 4096 <= chunk_bytes <= MAX_CHUNK_BYTES or chunk_bytes % 4096:
         raise ValueError(f"chunk_bytes is {chunk_bytes}, not a multiple of 4096 up to {MAX_CHUNK_BYTES}")
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointFacts:
-    """A manifest's facts about base or target: Hub id and commit, license, and its files if they are known in
-    advance."""
-
-    repo_id: str | None
-    revision: str | None
-    license: cards.LicenseTexts
-    files: tuple[FileRecord, ...] = ()
 
 
 def check_place(delta: Location, old: Checkpoint, new: Checkpoint) -> None:
@@ -304,11 +207,6 @@ def _inputs(old: Checkpoint, new: Checkpoint, chunk_bytes: int, rename: Sequence
     return hashlib.sha256("\n".join(inputs).encode(errors="backslashreplace")).hexdigest()
 
 
-def _revision(found: HubId, repo_id: str | None) -> str | None:
-    """The commit that was read, unless the user gives the repository a different name."""
-    return found.revision if repo_id in (None, found.repo_id) else None
-
-
 def _check_hub_ids(base_repo: str | None, target_repo: str | None, revision: str | None) -> None:
     for value, kind in ((base_repo, RepoId), (target_repo, RepoId), (revision, Revision)):
         try:
@@ -356,41 +254,6 @@ def _check_vacant(folder: OutputFolder, force: bool) -> None:
         with suppress(DeltaError, CheckpointError), LocalSource(folder.root) as earlier:
             folder.claim(file.path for file in read_manifest(earlier).files)
         (folder.root / MANIFEST_NAME).unlink()  # from here on, the delta is incomplete
-
-
-class _Row(NamedTuple):
-    """Chunks ``first`` to ``end - 1`` of a tensor, to be encoded."""
-
-    match: Match
-    plan: ChunkPlan
-    first: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        """Their length in bytes of the target."""
-        return self.plan.length(self.first, self.end)
-
-    @property
-    def has_base(self) -> bool:
-        """Whether these chunks are coded against the base."""
-        return self.plan.has_base(self.first)
-
-    @property
-    def base_bytes(self) -> int:
-        """Their length in bytes of the base."""
-        if not self.match.base or not self.has_base:
-            return 0
-        return codec.rescale(self.nbytes, self.match.target.dtype, self.match.base.dtype)
-
-    @property
-    def base_span(self) -> Span | None:
-        """Where they are in the base's files; None for parts of several tensors."""
-        if not isinstance(self.match.base, Tensor):
-            return None
-        dtypes = self.match.target.dtype, self.match.base.dtype
-        start, end = self.plan.bounds(self.first, self.end)
-        return self.match.base.span(codec.rescale(start, *dtypes), codec.rescale(end, *dtypes))
 
 
 class _Encoder:
@@ -534,50 +397,15 @@ class _Encoder:
         at_once = lane.batch_bytes
         buffers = Buffers(at_once)
         rows = (
-            _Row(match, plan, first, end)
+            ChunkRow(match, plan, first, end)
             for match, plan in zip(matches, self._plans(matches), strict=True)
             for first, end in plan.rows(at_once)
         )
-        encode = partial(_encode, buffers=buffers)
+        encode = partial(encode_rows, buffers=buffers)
         for batch in lane.map(encode, batches(rows, at_once, lambda row: row.nbytes)):
             digests.update(batch, buffers)
             self._meter.add(batch.target.nbytes)
             yield from batch.chunks
-
-
-def _encode(rows: list[_Row], buffers: Buffers) -> CodedBatch:
-    """Read and encode some rows of chunks."""
-    target = buffers.take(sum(row.nbytes for row in rows))
-    base = buffers.take(sum(row.base_bytes for row in rows))
-    chunks: list[CodedChunk] = []
-    position = base_position = 0
-    for row in rows:
-        new = target[position : position + row.nbytes]
-        old = base[base_position : base_position + row.base_bytes]
-        position, base_position = position + new.size, base_position + old.size
-        chunks += _encode_row(row, new, old)
-    spans = [(row.base_span, row.base_bytes) for row in rows if row.base_bytes]
-    return CodedBatch(chunks, target, base, spans)
-
-
-def _encode_row(row: _Row, target: NDArray[np.uint8], base: NDArray[np.uint8]) -> list[CodedChunk]:
-    """Read a row's bytes of target and base, and encode its chunks. A duplicate's bytes are only read."""
-    match, origin = row.match, row.plan.span(row.first)[0]
-    dtype, source = match.target.dtype, match.base.dtype if match.base else None
-    match.target.read_into(origin, target)
-    if match.base and row.has_base:
-        match.base.read_into(codec.rescale(origin, dtype, match.base.dtype), base)
-    if match.like:
-        return [CodedChunk(0, 0, 0, b"", 0)] * (row.end - row.first)
-    predict = partial(match.compared, start=origin) if match.prediction else None
-    return encode_row(
-        target,
-        base if row.has_base else None,
-        dtype,
-        row.plan.chunk_bytes,
-        base_dtype=source,
-        predict=predict,
-    )
 
 
 def _log_tensor(entry: TensorEntry, plan: ChunkPlan) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -38,10 +39,11 @@ from .options import (
 )
 from .session import Work, in_flags, settle_license, working
 from .streams import open_streams, show_error, stdout_failed
-from .usage import Commands
+from .usage import Commands, UsageError
 
 if TYPE_CHECKING:
     from ..manifest import Manifest
+    from ..match.names import RenameRule
 
 app = typer.Typer(
     name="deltaweights",
@@ -81,7 +83,15 @@ def _version(
 def diff(
     base: Base,
     target: Annotated[str, typer.Argument(metavar="TARGET", help="The fine-tune.")],
-    output: DeltaOut,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="DELTA", help="The folder to write; required, but for --dry-run."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Estimate from a sample what would be written; write nothing.")
+    ] = False,
     rename: Annotated[
         list[str] | None,
         typer.Option(
@@ -127,8 +137,15 @@ def diff(
 
     deltaweights diff ./base ./tuned -o delta
     deltaweights diff org/base ./tuned -o delta --exclude 'checkpoint-*'
+    deltaweights diff ./base ./tuned --dry-run
     """
     rules = rename_rules(rename or ())
+    if dry_run:
+        at_work = working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
+        _estimate(at_work, base, target, rules, exclude or (), threads)
+        return
+    if output is None:
+        raise UsageError("Missing option '--output' (or --dry-run).")
     with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work:
         from ..diff import make_delta
 
@@ -149,6 +166,23 @@ def diff(
                 progress=shown,
             )
     _report_written(work, output, manifest, shown.done("diff"))
+
+
+def _estimate(
+    at_work: AbstractContextManager[Work],
+    base: str,
+    target: str,
+    rename: Sequence[RenameRule],
+    exclude: Sequence[str],
+    threads: int | None,
+) -> None:
+    """``diff --dry-run``."""
+    with at_work as work:
+        from ..estimate import estimate_delta
+
+        found = estimate_delta(base, target, rename=rename, exclude=exclude, threads=threads)
+    lines = rendering.estimate_lines(found, work.seconds, screen_of(sys.stdout))
+    work.report(found.to_dict(), lines, with_costs=True)
 
 
 def _report_written(work: Work, output: str, manifest: Manifest, nbytes: int) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from .layout import Screen, table
 
 if TYPE_CHECKING:
+    from ..estimate import DeltaEstimate, EstimatedTensors
     from ..inspect import DeltaSummary, StoredFile, TensorSummary
     from ..license.rules import LicenseReport, SideLicense
     from ..manifest import BaseRecord, TargetRecord
@@ -266,6 +267,44 @@ def _shape(tensor: TensorSummary) -> str:
 def _size_line(summary: DeltaSummary) -> str:
     delta, target = size(summary.size.delta_bytes), size(summary.size.target_bytes)
     return f"{delta}, {summary.size.ratio:.2%} of the target's {target}"
+
+
+# diff --dry-run ------------------------------------------------------------------------------------------
+
+#: Most kinds of tensors in the table of an estimate.
+_MAX_KINDS = 20
+
+
+def estimate_lines(found: DeltaEstimate, seconds: float, screen: Screen) -> Iterator[str]:
+    """A table of the kinds of tensors that take most, the counts, and the estimate itself."""
+    headings = ("tensor", "", "compared with", "changed", "size", "estimate")
+    rows = [_estimate_row(one) for one in found.tensors[:_MAX_KINDS]]
+    yield from table(
+        headings, rows, screen, right=("", *headings[3:]), names=("tensor", "compared with", "changed")
+    )
+    if more := found.tensors[_MAX_KINDS:]:
+        nbytes = sum(one.delta_bytes for one in more)
+        yield f" and {sum(one.count for one in more)} more tensors: {size(nbytes)}"
+    yield f"tensors: {', '.join(f'{count} {status}' for status, count in found.counts.items()) or 'none'}"
+    yield f"other files, manifest and headers: {size(found.other_bytes)}"
+    spread = "" if found.low == found.high else f" ({size(found.low)} to {size(found.high)})"
+    yield (
+        f"estimate: {size(found.delta_bytes)}{spread}, {found.ratio:.2%} of the target's "
+        f"{size(found.target_bytes)}; {size(found.sampled_bytes)} coded in {elapsed(seconds)}"
+    )
+
+
+def _estimate_row(one: EstimatedTensors) -> tuple[str, ...]:
+    changed = "" if one.changed_fraction is None else f"{one.changed_fraction:.1%}"
+    others = ", ".join(one.compared_with)
+    return (
+        plain(one.name),
+        f"x{one.count}" if one.count > 1 else "",
+        plain(others) if others and others != folded(one.name) else "",
+        changed if one.status == "changed" else f"{one.status} {changed}".strip(),
+        size(one.nbytes),
+        size(one.delta_bytes),
+    )
 
 
 # plan ----------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from typer.core import TyperGroup
 
 from .streams import report, show_error
 
-#: Typer's own copy of click has it, or click, depending on its version.
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+#: Wrong usage. Typer's own copy of click has it, or click, depending on its version.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 class Commands(TyperGroup):
@@ -35,7 +35,7 @@ class Commands(TyperGroup):
             code = super().main(
                 given, prog_name, complete_var, False, windows_expand_args=windows_expand_args, **extra
             )
-        except _UsageError as error:
+        except UsageError as error:
             _show(error, as_json=any(word.partition("=")[0] == "--json" for word in given))
             code = 2
         except typer.Abort:

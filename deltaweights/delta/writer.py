@@ -35,6 +35,21 @@ from .shards import shard_header, shard_metadata
 _WORTH_COMPRESSING = 64 << 10
 _WORTH_SAVING = 0.9
 
+#: Above this size, a file is compressed less, and faster.
+_LARGE = 64 << 20
+
+
+def compression_level(size: int) -> int | None:
+    """The level at which a file of this size is compressed; None if it is stored as it is."""
+    if size < _WORTH_COMPRESSING:
+        return None
+    return 9 if size < _LARGE else 3
+
+
+def most_compressed(size: int) -> int:
+    """How long a file of this size may be when compressed, to be stored so."""
+    return int(size * _WORTH_SAVING)
+
 
 @dataclass(frozen=True, slots=True)
 class FinishedShard:
@@ -145,10 +160,10 @@ class DeltaWriter:
     def _store(self, path: str, size: int, digest: str) -> TargetFile:
         """Copy one file into the delta, compressed if that saves enough."""
         stored = f"files/{path}"
-        if size >= _WORTH_COMPRESSING and self._may_be_compressed(path):
-            level = 9 if size < (64 << 20) else 3
+        level = compression_level(size)
+        if level is not None and self._may_be_compressed(path):
             blocks = compress_blocks(self._same(path, digest), level)
-            if self._write_blocks(f"{stored}.zst", blocks, limit=int(size * _WORTH_SAVING)):
+            if self._write_blocks(f"{stored}.zst", blocks, limit=most_compressed(size)):
                 return TargetFile(path, size, digest, "zstd", f"{stored}.zst")
         self._write_blocks(stored, self._same(path, digest))
         return TargetFile(path, size, digest, "verbatim", stored)

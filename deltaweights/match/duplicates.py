@@ -39,6 +39,8 @@ def find_duplicates(
     chunk_bytes: int,
     workers: Workers,
     glance: Callable[[Tensor], Hashable] | None = None,
+    *,
+    sampled: bool = False,
 ) -> list[Match]:
     """Return the matches, with :attr:`Match.like` set for duplicates of another tensor of the target.
 
@@ -49,18 +51,19 @@ def find_duplicates(
         target: the checkpoint of the matches.
         glance: a key that is equal for equal tensors and differs for most others; if None, some of their
             bytes.
+        sampled: take tensors for equal if a sample of their bytes is, as is good enough for an estimate.
     """
     large = [match for match in matches if match.target.info.nbytes > _REFERENCE_BYTES]
     groups = _split([large], _kind)
     if glance:
         groups = _split(groups, lambda match: glance(match.target))
-    for parts in (_first, _spread, _whole):
+    for parts in (_first, _spread) if sampled else (_first, _spread, _whole):
         if groups:
             with target.source.expect(_spans(groups, parts)):
                 groups = _split(groups, partial(_digest, parts), workers if parts is _whole else None)
     likes: dict[Tensor, Match] = {}
     for group in groups:
-        costs = list(workers.map(partial(_cost, chunk_bytes), group))
+        costs = list(workers.map(partial(_cost, chunk_bytes, _SAMPLES if sampled else None), group))
         kept = min(zip(costs, map(_is_renamed, group), group, strict=True), key=lambda one: one[:2])[2]
         for match, cost in zip(group, costs, strict=True):
             if match is not kept and cost > _REFERENCE_BYTES:
@@ -119,11 +122,12 @@ def _digest(parts: _Parts, match: Match) -> bytes:
     return sha256.digest()
 
 
-def _cost(chunk_bytes: int, match: Match) -> int:
-    """The approximate length of the tensor's payload; 0 if all its bytes are the base's."""
+def _cost(chunk_bytes: int, most: int | None, match: Match) -> int:
+    """The approximate length of the tensor's payload; 0 if all its bytes are the base's, or those of the
+    chunks that are looked at, which are at most ``most``."""
     info = match.target.info
     plan = ChunkPlan(info.nbytes, match.shared_bytes, chunk_bytes)
-    for index in range(plan.count):
+    for index in range(0, plan.count, max(1, plan.count // most) if most else 1):
         target, base = match.read(*plan.span(index)), None
         if plan.has_base(index):
             start, end = plan.span(index)

@@ -1,0 +1,121 @@
+"""Base and target of a diff: opened without what is no part of them, and matched, with a word on what is odd
+about the two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .checkpoint import Checkpoint
+from .checkpoint.oddities import (
+    is_excluded,
+    is_pointer,
+    oddities_of_base,
+    oddities_of_target,
+    oddities_of_unrelated,
+    tell,
+)
+from .license import cards
+from .manifest import FileRecord
+from .match.names import Match, RenameRule, match_tensors
+from .storage import Readable, is_clutter, open_source
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFacts:
+    """A manifest's facts about base or target: Hub id and commit, license, and its files if they are known in
+    advance."""
+
+    repo_id: str | None
+    revision: str | None
+    license: cards.LicenseTexts
+    files: tuple[FileRecord, ...] = ()
+
+
+def open_base(base: Readable) -> Checkpoint:
+    """The base, without what it need not have: a Git LFS pointer stands for a file that is not there."""
+    source = open_source(base)
+    source.leave_out(is_clutter)
+    others = (path for path in source.sizes if not path.endswith(".safetensors"))
+    pointers = {path for path in others if is_pointer(source, path)}
+    source.leave_out(pointers.__contains__)
+    checkpoint = Checkpoint(source, may_lack=True)
+    tell(oddities_of_base(checkpoint, sorted(pointers)))
+    return checkpoint
+
+
+def open_target(target: Readable, exclude: Sequence[str]) -> Checkpoint:
+    """The target, without what was excluded, and what is no part of any model."""
+    source = open_source(target)
+    for pattern in exclude:
+        if not any(is_excluded(path, pattern) for path in source.sizes):
+            tell([f"No file of the target is excluded by {pattern!r}."])
+    tell(
+        f"The target's {path} is left out: such a file holds secrets, mostly."
+        for path in source.sizes
+        if _is_env(path) and not any(is_excluded(path, pattern) for pattern in exclude)
+    )
+    source.leave_out(lambda path: any(is_excluded(path, pattern) for pattern in exclude))
+    source.leave_out(lambda path: is_clutter(path) or _is_env(path))
+    checkpoint = Checkpoint(source)
+    tell(oddities_of_target(checkpoint))
+    return checkpoint
+
+
+def _is_env(path: str) -> bool:
+    return path.rpartition("/")[2] == ".env"
+
+
+def facts_of(
+    checkpoint: Checkpoint,
+    side: Literal["base", "target"],
+    repo_id: str | None = None,
+    revision: str | None = None,
+    license: str | None = None,
+) -> CheckpointFacts:
+    """The facts about one side, as its source and its model card have them, unless the user gives others."""
+    found = checkpoint.source.hub_id
+    # The commit that was read counts, unless the user gives the repository a different name.
+    known = found.revision if repo_id in (None, found.repo_id) else None
+    texts = cards.read_license(checkpoint, side, license)
+    return CheckpointFacts(repo_id or found.repo_id, revision or known, texts)
+
+
+def match_inputs(
+    old: Checkpoint,
+    new: Checkpoint,
+    base: CheckpointFacts,
+    target: CheckpointFacts,
+    rename: Sequence[RenameRule],
+) -> list[Match]:
+    """:func:`match_tensors`, with a word on base and target that are swapped, or strangers."""
+    _tell_of_swapped(old, new, base, target)
+    matches = match_tensors(old, new, rename)
+    if matches and not any(match.base for match in matches):
+        tell(oddities_of_unrelated(new))
+    return matches
+
+
+def _tell_of_swapped(
+    old: Checkpoint, new: Checkpoint, base: CheckpointFacts, target: CheckpointFacts
+) -> None:
+    """Where the base's card names the target as *its* base, and the target's card does not say the like."""
+
+    def names_of(checkpoint: Checkpoint, facts: CheckpointFacts) -> set[str]:
+        ids = [facts.repo_id or "", checkpoint.source.hub_id.repo_id or ""]
+        root = checkpoint.source.root
+        return {name.casefold() for name in (*ids, *([root.resolve().name] if root else [])) if name}
+
+    def is_named(models: Sequence[str], names: set[str]) -> bool:
+        return any({m.casefold(), m.casefold().rpartition("/")[2]} & names for m in models)
+
+    if is_named(base.license.base_models, names_of(new, target)) and not is_named(
+        target.license.base_models, names_of(old, base)
+    ):
+        tell(
+            [
+                "The base's card names the target as its base. Are the two swapped? The base comes first, "
+                "then the fine-tune."
+            ]
+        )
