@@ -117,11 +117,11 @@ def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameR
     unfound = [tensor for tensor in unmatched if tensor not in whole and tensor not in parts]
     for line in describe_parts(parts):
         _log.info("%s", line)
+    tell(names.useless(lambda name: bool(base.named(name))))
     if _is_much(unfound, target) and len(unfound) < len(target.tensors):
         tell(advise(unfound, base, target))
     for tensor in unfound if base.broken else ():
         base.require_found(names.of_base(tensor.name), tensor.path)
-    tell(names.useless(lambda name: bool(base.named(name))))
     return [match_pair(tensor, parts.get(tensor) or whole.get(tensor)) for tensor in target.tensors]
 
 

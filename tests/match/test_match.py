@@ -195,6 +195,7 @@ def test_a_rule_without_effect_is_told_of(matches: Matcher) -> None:
     assert told == [
         r"The rename rule '\\.base_layr=' changed no name.",
         "The rename rule '^head=output' gave names that the base does not have, such as 'output'.",
+        "1 tensor of 4 x 3, head, has no counterpart in the base.",
     ]
     with logs_shown(logging.WARNING, quiet=True, warnings_shown=False) as told:
         matches.names(base, target, ("^head", "lm_head"))

@@ -248,6 +248,6 @@ def _random_states(args: TrainingArguments) -> dict[str, object]:
             own[kind] = device.get_rng_state_all() if several else device.get_rng_state()
     if args.world_size <= 1:
         return {"rng_state.pth": own}
-    from accelerate.utils import gather_object
-
-    return {f"rng_state_{rank}.pth": state for rank, state in enumerate(gather_object([own]))}
+    states: list[dict[str, object] | None] = [None] * args.world_size
+    torch.distributed.all_gather_object(states, own)
+    return {f"rng_state_{rank}.pth": state for rank, state in enumerate(states)}
