@@ -36,7 +36,7 @@ KIND = 1
 ROUNDED = 1  # the flag: products are rounded to the dtype before they are added
 HEAD = struct.Struct("<BBII")  # kind, flags, columns, parts
 NO_GAINS = 255  # in place of a shift
-MOST_CONTEXTS, MOST_SHIFT, EXPONENTS = 64, 16, (-32, 120)
+MOST_CONTEXTS, MOST_SHIFT, EXPONENTS = 40, 16, (-32, 120)
 _MOST_FACTORS = 1 << 27  # of a tensor: what a reader makes room for
 
 
@@ -96,7 +96,9 @@ class Part(NamedTuple):
     def of(cls, factors: NDArray[Any], gains: Floats, exponent: int) -> Part:
         """One of unsigned[rows + columns, rank], as decoded; of 16 bits, rank is even."""
         rows = len(gains)
-        known = factors.view(np.uint32) if factors.itemsize == 2 else factors.view(np.int32).astype(np.float64)
+        known = (
+            factors.view(np.uint32) if factors.itemsize == 2 else factors.view(np.int32).astype(np.float64)
+        )
         columns = len(factors) - rows
         right = np.zeros((known.shape[1], columns + PREDICTED_AT_ONCE), known.dtype)
         right[:, :columns] = known[rows:].T

@@ -79,20 +79,12 @@ def _of_low_rank() -> Iterator[Signature]:
             "decode_factors",
             (_BYTES, _BYTES, _BYTES, _LONGS, _NUMBER_ROWS, _NUMBER_ROWS, _NUMBERS, _WORDS, "i", factors),
         )
-        where = (e, e, single, "i", "i", "i", "i")
-        scratch = (single, single, single)
+        outside = (_NUMBER_ROWS, matrix, matrix, single)
         yield Signature(
             "low_rank_fit",
             "fit_rows",
-            (*where, matrix, matrix, matrix, matrix, matrix, "b", "f", "f", "i", *scratch, matrix, single),
+            (e, e, single, single, "i", matrix, matrix, matrix, "i", matrix, "f", "f", *outside),
         )
-        yield Signature(
-            "low_rank_fit",
-            "gather_columns",
-            (*where, "i", "i", matrix, matrix, "f", *scratch, "f4.3", matrix),
-        )
-        yield Signature("low_rank_fit", "count_outside", (*where, matrix, matrix, *scratch))
-    yield Signature("low_rank_fit", "solve_columns", (matrix, matrix, "i", matrix, "f", "f4.3", matrix))
     yield Signature(
         "low_rank",
         "predict",

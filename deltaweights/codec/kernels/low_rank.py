@@ -83,7 +83,7 @@ def decode_factors(
     return runs.ended_well(words, cursor, settings[LANES], states)
 
 
-class _Float16(NamedTuple):
+class Float16(NamedTuple):
     """Lanes of 32 bits that hold elements of 16."""
 
     builder: ir.IRBuilder
@@ -195,7 +195,7 @@ class _Tile:
         return splat(self.b, load_one(self.b, self.gains, self.row_of(r), F32), lanes).value
 
     def predict_16(self, *, half: bool, rounded: bool) -> None:
-        b, form = self.b, _Float16(self.b, half)
+        b, form = self.b, Float16(self.b, half)
         factor = splat(b, b.fptrunc(self.factor, F32), _LANES).value
         zeros = ir.Constant(ir.VectorType(I32, _LANES), [0] * _LANES)
         with cgutils.for_range(b, self.vectors) as turn:
@@ -309,7 +309,21 @@ def predict(
             )
         else:
             _one_row(
-                base, at, out, at, columns, left, row, right, column, width, pairs, gains, factor, mode, vectors
+                base,
+                at,
+                out,
+                at,
+                columns,
+                left,
+                row,
+                right,
+                column,
+                width,
+                pairs,
+                gains,
+                factor,
+                mode,
+                vectors,
             )
         whole = vectors * _LANES
         if whole < length:
@@ -352,7 +366,21 @@ def predict_wide(
             )
         else:
             _one_wide_row(
-                base, at, out, at, columns, left, row, right, column, width, pairs, gains, factor, mode, vectors
+                base,
+                at,
+                out,
+                at,
+                columns,
+                left,
+                row,
+                right,
+                column,
+                width,
+                pairs,
+                gains,
+                factor,
+                mode,
+                vectors,
             )
         whole = vectors * _WIDE_LANES
         if whole < length:
