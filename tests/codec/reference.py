@@ -353,12 +353,11 @@ def _moved(before: Any, sums: Numbers, gains: Any, exponent: int, dtype: str, *,
                 products = products.astype(np.float32).astype(np.float64)
             moved = (gains.astype(np.float64) * before.view("<f4") + products).astype("<f4").view("<u4")
         else:
-            whole = ((sums + 2**31) % 2**32 - 2**31).astype(np.int32)  # modulo 2**32
-            products = whole.astype(np.float32) * np.float32(2.0**-exponent)
+            sums = (sums + 2**31) % 2**32 - 2**31  # modulo 2**32
+            products = sums.astype(np.float32) * np.float32(2.0**-exponent)
             if rounded:
                 products = _widened(_narrowed(products, dtype), dtype)
             moved = _narrowed(gains * _widened(before, dtype) + products, dtype)
-            sums = whole
     kept = (sums == 0) & (gains == 1) | (ulp.exponent(before, form) == form.mask)
     return np.where(kept, before, moved)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaweights.codec.low_rank import LowRank
-from deltaweights.codec.low_rank_write import CodedPart, code_part, joined, nothing_for
+from deltaweights.codec.low_rank.writing import CodedPart, code_part, joined, nothing_for
 from deltaweights.errors import PayloadError
 
 from . import reference

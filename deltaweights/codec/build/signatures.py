@@ -83,7 +83,7 @@ def _of_low_rank() -> Iterator[Signature]:
         yield Signature(
             "low_rank_fit",
             "fit_rows",
-            (e, e, single, single, "i", matrix, matrix, matrix, "i", matrix, "f", "f", *outside),
+            (e, e, single, single, "i", matrix, matrix, matrix, "i", matrix, "f", *outside),
         )
     yield Signature(
         "low_rank",

@@ -138,8 +138,8 @@ def _vector(element: ir.Type, like: Vec) -> ir.VectorType:
 class _Tile:
     """Some rows of a matrix, vector after vector of columns."""
 
-    names = ("base", "at", "out", "into", "stride", "left", "row", "right", "column", "width", "pairs", "gains",
-             "factor", "mode", "vectors")  # fmt: skip
+    names = ("base", "at", "out", "into", "stride", "left", "row", "right", "column", "width", "pairs",
+             "gains", "factor", "mode", "vectors")  # fmt: skip
     base: ir.Value
     at: ir.Value
     out: ir.Value
@@ -250,8 +250,24 @@ def _tile(rows: int, wide: bool) -> Callable[..., None]:
     """An intrinsic with the arguments that :class:`_Tile` names."""
 
     @intrinsic
-    def f(typingctx: Any, base: Any, at: Any, out: Any, into: Any, stride: Any, left: Any, row: Any, right: Any,
-          column: Any, width: Any, pairs: Any, gains: Any, factor: Any, mode: Any, vectors: Any) -> Any:  # fmt: skip
+    def f(
+        typingctx: Any,
+        base: Any,
+        at: Any,
+        out: Any,
+        into: Any,
+        stride: Any,
+        left: Any,
+        row: Any,
+        right: Any,
+        column: Any,
+        width: Any,
+        pairs: Any,
+        gains: Any,
+        factor: Any,
+        mode: Any,
+        vectors: Any,
+    ) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             tile = _Tile(context, builder, signature, args, rows)
             for number in (0, _ROUNDED) if wide else range(4):
@@ -331,8 +347,8 @@ def predict(
                 first = at + r * columns + whole
                 for i in range(length - whole):
                     some[i] = base[first + i]
-                _one_row(some, 0, found, 0, columns, left, row + r, right, column + whole, width, pairs, gains,
-                         factor, mode, 1)  # fmt: skip
+                _one_row(some, 0, found, 0, columns, left, row + r, right, column + whole, width, pairs,
+                         gains, factor, mode, 1)  # fmt: skip
                 for i in range(length - whole):
                     out[first + i] = found[i]
         at += rows * length

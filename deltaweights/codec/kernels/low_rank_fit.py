@@ -1,8 +1,8 @@
 """Fitting low-rank updates, compiled: for the encoder only.
 
 A weight of the target says in which interval its update lies: the base plus the update rounds to the target.
-Rows (or columns) of one factor are fitted, the other one given, so that as few products as possible leave
-their intervals: Newton's method on the squares of what they exceed them by, in which only those that do count.
+The rows of one factor are fitted, the other one given, so that as few products as possible leave their
+intervals: Newton's method on the squares of what they exceed them by. Only those that do so count.
 
 Factors have whole vectors of components, so their rank is a multiple of 16 here.
 """
@@ -54,7 +54,7 @@ class _Search:
     """Which elements of some rows are outside their intervals, vector after vector of columns."""
 
     names = ("base", "target", "at", "stride", "gains", "others", "left", "row", "rank", "flipped", "width",
-             "count", "part", "form", "places", "excesses", "spare", "counts")  # fmt: skip
+             "count", "form", "places", "excesses", "spare", "counts")  # fmt: skip
     base: ir.Value
     target: ir.Value
     at: ir.Value
@@ -67,7 +67,6 @@ class _Search:
     flipped: ir.Value
     width: ir.Value
     count: ir.Value
-    part: ir.Value
     form: ir.Value
     places: ir.Value
     excesses: ir.Value
@@ -86,7 +85,6 @@ class _Search:
     def search(self, form: int) -> None:
         b, kind = self.b, vector_of(F32)
         cells = [cgutils.alloca_once_value(b, int64(0)) for _ in self.rows]
-        part = splat(b, b.fptrunc(self.part, F32)).value
         vectors = b.udiv(b.add(self.count, int64(WIDTH - 1)), int64(WIDTH))
         iota = Vec(b, ir.Constant(vector_of(I32), list(range(WIDTH))))
         with cgutils.for_range(b, vectors) as turn:
@@ -95,7 +93,7 @@ class _Search:
             place = iota + b.trunc(column, I32)
             inside = place < b.trunc(self.count, I32)
             for r, (product, cell) in enumerate(zip(products, cells, strict=True)):
-                excess, mask = self.excess(form, r, column, product, part)
+                excess, mask = self.excess(form, r, column, product)
                 mask = mask & inside
                 found = b.load(cell, typ=I64)
                 into = b.add(b.mul(self.spare, int64(r)), found)
@@ -125,10 +123,8 @@ class _Search:
         where = address(self.b, array, at, element)
         return self.b.load(where, typ=vector_of(element), align=size_of(element))
 
-    def excess(
-        self, form: int, r: int, column: ir.Value, product: ir.Value, part: ir.Value
-    ) -> tuple[ir.Value, Vec]:
-        """What the products lack of their intervals, of which only the inner part counts; and which lack any."""
+    def excess(self, form: int, r: int, column: ir.Value, product: ir.Value) -> tuple[ir.Value, Vec]:
+        """What the products lack of their intervals; and which lack any."""
         b, single = self.b, vector_of(F32)
         at = b.add(b.add(self.at, b.mul(self.stride, int64(r))), column)
         before, after = (Vec(b, self._bits(array, at)) for array in (self.base, self.target))
@@ -145,11 +141,11 @@ class _Search:
         quarter = Vec(b, b.bitcast(b.fmul(width, _constant(0.25)), vector_of(I32))) | sign
         centre = b.select(lopsided.value, b.fadd(middle, b.bitcast(quarter.value, single)), middle)
         half = b.select(lopsided.value, b.fmul(width, _constant(0.75)), width)
-        off, room_left = b.fsub(centre, product), b.fmul(half, part)
+        off = b.fsub(centre, product)
         size = call(b, "llvm.fabs.v16f32", single, [(single, off)])
-        outside = Vec(b, b.fcmp_ordered(">", size, room_left))
+        outside = Vec(b, b.fcmp_ordered(">", size, half))
         outside = outside & (exponent < top) & (((before >> shift) & top) < top)
-        signed = Vec(b, b.bitcast(room_left, vector_of(I32))) | (
+        signed = Vec(b, b.bitcast(half, vector_of(I32))) | (
             Vec(b, b.bitcast(off, vector_of(I32))) & 0x80000000
         )
         return b.fsub(off, b.bitcast(signed.value, single)), outside
@@ -159,7 +155,7 @@ class _Search:
         return found if self.element == I32 else self.b.zext(found, vector_of(I32))
 
     def _value(self, bits: Vec, form: int) -> ir.Value:
-        if form == 2:  # noqa: PLR2004  (F32)
+        if form == 2:
             return self.b.bitcast(bits.value, vector_of(F32))
         return Float16(self.b, half=form == 1).widen(bits)
 
@@ -191,7 +187,6 @@ def _search(rows: int) -> Callable[..., None]:
         flipped: Any,
         width: Any,
         count: Any,
-        part: Any,
         form: Any,
         places: Any,
         excesses: Any,
@@ -206,9 +201,8 @@ def _search(rows: int) -> Callable[..., None]:
             return context.get_dummy_value()
 
         i = types.int64
-        kinds = (base, target, i, i, gains, others, left, i, i, flipped, i, i, types.float64, i)
-        kinds += (places, excesses, i, counts)
-        return types.void(*kinds), codegen
+        first = (base, target, i, i, gains, others, left, i, i, flipped, i, i, i)
+        return types.void(*first, places, excesses, i, counts), codegen
 
     return f
 
@@ -245,8 +239,8 @@ def _add_gradient(
 def _add_hessian(
     typingctx: Any, places: Any, row: Any, groups: Any, every: Any, factors: Any, out: Any
 ) -> Any:
-    """out += the outer squares of the factors at a row's places, one in `every`, four at a time: of its blocks of
-    16 x 16, those on the diagonal and above."""
+    """out += the outer squares of the factors at a row's places, one in `every`, four at a time: of its
+    blocks of 16 x 16, those on the diagonal and above."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         b, given = builder, _Given(context, builder, signature, args)
@@ -282,7 +276,7 @@ class _Given:
 
     def __init__(self, context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         self.b = builder
-        self.arrays = [
+        self.arrays: list[Any] = [
             context.make_array(kind)(context, builder, value) if isinstance(kind, types.Array) else None
             for kind, value in zip(signature.args, args, strict=True)
         ]
@@ -331,7 +325,7 @@ def _eliminate(typingctx: Any, hessian: Any, values: Any, pivot: Any, inverse: A
 
 @kernel(types.void(_matrix, _matrix, _floats, types.float32))
 def _solve(hessian: Floats, ridge: Floats, values: Floats, weight: Any) -> None:
-    """values = (weight * hessian + ridge)^-1 values, by elimination without pivoting, as both are positive."""
+    """values = (weight * hessian + ridge)^-1 values, by elimination: both are positive."""
     size = len(values)
     for i in range(size):
         for j in range(size):
@@ -359,7 +353,6 @@ def fit_rows(
     flipped: Floats,
     columns: int,
     ridge: Floats,
-    part: float,
     step: float,
     places: Numbers,
     excesses: Floats,
@@ -376,7 +369,6 @@ def fit_rows(
                    a vector more]
     columns        how many columns are looked at, the first ones
     ridge          float32[rank, rank], added to each Hessian
-    part           what part of the intervals counts
     step           how far to go
     places, excesses, hessian, gradient   scratch: uint32 and float32 [4, columns and a vector more],
                    float32[rank, rank] and [rank]
@@ -387,10 +379,10 @@ def fit_rows(
         rows = _ROWS if row + _ROWS <= len(left) else 1
         if rows == _ROWS:
             _search_rows(base, target, row * stride, stride, gains, others, left, row, rank, flipped, width,
-                         columns, part, form, places, excesses, spare, counts)  # fmt: skip
+                         columns, form, places, excesses, spare, counts)  # fmt: skip
         else:
             _search_row(base, target, row * stride, stride, gains, others, left, row, rank, flipped, width,
-                        columns, part, form, places, excesses, spare, counts)  # fmt: skip
+                        columns, form, places, excesses, spare, counts)  # fmt: skip
         for r in range(rows):
             count = counts[r]
             if count == 0:
@@ -400,12 +392,14 @@ def fit_rows(
             gradient[:] = np.float32(0)
             _add_gradient(excesses, places, r, count, right, gradient)
             every = max(count // most, 1)
-            while count % (_TOGETHER * every):
-                places[r, count] = stride
+            while every == 1 and count % _TOGETHER:
+                places[r, count] = stride  # of zeros
                 count += 1
             _add_hessian(places, r, count // (_TOGETHER * every), every, right, hessian)
             _solve(hessian, ridge, gradient, np.float32(every))
-            far = step if every == 1 else min(step, 1.0)  # a Hessian by sample is not sure enough to go farther
+            far = (
+                step if every == 1 else min(step, 1.0)
+            )  # a Hessian by sample is not sure enough to go farther
             for k in range(rank):
                 left[row + r, k] += np.float32(far) * gradient[k]
         row += rows

@@ -1,4 +1,4 @@
-"""Writes what :mod:`.low_rank` reads."""
+"""Writes what :mod:`.prediction` reads."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .compiled import runs
-from .low_rank import HEAD, KIND, MOST_CONTEXTS, NO_GAINS, ROUNDED, PartHead
-from .methods.entropy import encode_list, family, run_space, written
-from .tables import DIRECT_BITS
+from ..compiled import runs
+from ..methods.entropy import encode_list, family, run_space, written
+from ..tables import DIRECT_BITS
+from .prediction import HEAD, KIND, MOST_CONTEXTS, NO_GAINS, ROUNDED, PartHead
 
 __all__ = ["CodedPart", "code_part", "joined", "nothing_for"]
 

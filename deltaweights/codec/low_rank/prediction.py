@@ -6,7 +6,7 @@
     closer = prediction.predict(base, start)          # elements from number `start` on, from the base's
 
 What it predicts becomes the base of the ordinary methods. It is the same on every machine, to the last bit.
-docs/format.md has the layout and the arithmetic; :mod:`.low_rank_search` makes the data.
+docs/format.md has the layout and the arithmetic; :mod:`.search` makes the data.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import PayloadError
-from . import working_memory
-from .compiled import low_rank as kernels
-from .constants import GAIN_BITS, GUARD, MOST_RANK, PREDICTED_AT_ONCE
-from .kernel_arrays import Doubles, Floats, Numbers
-from .methods.entropy import decode_list, family
-from .tables import PRECISION, TOKENS
+from ...errors import PayloadError
+from .. import working_memory
+from ..compiled import low_rank as kernels
+from ..constants import GAIN_BITS, GUARD, MOST_RANK, PREDICTED_AT_ONCE
+from ..kernel_arrays import Doubles, Floats, Numbers
+from ..methods.entropy import decode_list, family
+from ..tables import PRECISION, TOKENS
 
-__all__ = ["LowRank", "Part", "PartHead"]
+__all__ = ["LowRank", "LowRankPart", "PartHead"]
 
 Bytes = NDArray[np.uint8]
 
@@ -84,7 +84,7 @@ class PartHead:
         return (np.arange(self.rank) * self.contexts // max(self.rank, 1)).astype(np.uint8)
 
 
-class Part(NamedTuple):
+class LowRankPart(NamedTuple):
     """Some rows, ready to be predicted; left and right are as the kernels want them."""
 
     left: Numbers | Doubles
@@ -93,12 +93,11 @@ class Part(NamedTuple):
     factor: float
 
     @classmethod
-    def of(cls, factors: NDArray[Any], gains: Floats, exponent: int) -> Part:
+    def of(cls, factors: NDArray[Any], gains: Floats, exponent: int) -> LowRankPart:
         """One of unsigned[rows + columns, rank], as decoded; of 16 bits, rank is even."""
         rows = len(gains)
-        known = (
-            factors.view(np.uint32) if factors.itemsize == 2 else factors.view(np.int32).astype(np.float64)
-        )
+        narrow = factors.itemsize == 2
+        known: Any = factors.view(np.uint32) if narrow else factors.view(np.int32).astype(np.float64)
         columns = len(factors) - rows
         right = np.zeros((known.shape[1], columns + PREDICTED_AT_ONCE), known.dtype)
         right[:, :columns] = known[rows:].T
@@ -129,7 +128,7 @@ class LowRank:
     columns: int
     heads: tuple[PartHead, ...]
     factor_bytes: int
-    _parts: tuple[Part | None, ...]
+    _parts: tuple[LowRankPart | None, ...]
     _rounded: bool
 
     @property
@@ -218,7 +217,7 @@ class _Reader:
         return self.plain(size)
 
 
-def _part(head: PartHead, columns: int, reader: _Reader, itemsize: int) -> Part | None:
+def _part(head: PartHead, columns: int, reader: _Reader, itemsize: int) -> LowRankPart | None:
     if not head.rank and head.shift == NO_GAINS:
         return None
     kind = np.dtype(f"u{itemsize}")
@@ -232,7 +231,7 @@ def _part(head: PartHead, columns: int, reader: _Reader, itemsize: int) -> Part 
         numbers = np.empty(head.rows, np.uint32)
         decode_list(reader.take(head.rows), numbers)
         gains[:] = _gains(numbers, head.shift)
-    return Part.of(factors, gains, head.exponent)
+    return LowRankPart.of(factors, gains, head.exponent)
 
 
 def _decode_factors(data: Bytes, head: PartHead, shifts: Bytes, out: NDArray[Any]) -> None:

@@ -1,7 +1,7 @@
 """Finds low-rank updates, such as merged adapters, from base and target alone.
 
-A sample of rows tells by its spectrum how many components stand out of the rounding noise. :mod:`.low_rank_fit`
-makes their factors exact. Everything here is the encoder's choice: the format knows nothing of it.
+A sample of rows tells by its spectrum how many components stand out of the rounding noise. :mod:`.fit` makes
+their factors exact. Everything here is the encoder's choice: the format knows nothing of it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .constants import FACTOR_BITS, MOST_RANK, WIDE_FACTOR_BITS
-from .kernel_arrays import Floats
-from .low_rank import EXPONENTS, ITEMSIZES, Part
-from .low_rank_fit import Factor, Fitter, Form, Rows, balanced, least_squares, strengths
-from .low_rank_write import CodedPart, code_part, joined, nothing_for
-from .methods.chunk import encode_chunk
+from ..constants import FACTOR_BITS, MOST_RANK, WIDE_FACTOR_BITS
+from ..kernel_arrays import Floats
+from ..methods.chunk import encode_chunk
+from .fit import Factor, Fitter, Form, Rows, balanced, least_squares, strengths
+from .prediction import EXPONENTS, ITEMSIZES, LowRankPart
+from .writing import CodedPart, code_part, joined, nothing_for
 
 __all__ = ["EFFORTS", "Effort", "find_low_rank"]
 
@@ -34,7 +34,10 @@ _FIRST_SAMPLE, _MOST_SAMPLE = 256, 2048  # rows
 _SAMPLE_BYTES = 96 << 20  # of base and target; there is a transposed copy
 _BLOCK_BYTES = 8 << 20  # of rows that are fitted together at last
 _TRIAL_ROWS = 48  # on which grids are compared
-_GAP = 3.0  # between the strengths of two components in a row, where the rest is noise
+#: Added to Hessians, as a part of what they would be if all elements counted; how far Newton's steps go.
+_RIDGE, _STEP = 0.01, 1.8
+_GAP = 3.0  # between the strengths of two components in a row, where the rest may be noise
+_FACTOR_BITS, _ULP_BITS = 9, 7  # what a factor costs, and a weight that is not predicted, about
 _WORTH = 0.97  # of what the tensor would take otherwise
 
 
@@ -42,20 +45,18 @@ class Effort(NamedTuple):
     """How long to fit.
 
     Attributes:
-        rows: of the sample in which both factors are fitted, at least.
-        rounds: how often each factor is.
+        stages: (rows of a sample, how often both factors are fitted in it): first few rows, then more.
         shares: of the columns, by which each row is fitted at last, one after the other.
     """
 
-    rows: int
-    rounds: int
+    stages: tuple[tuple[int, int], ...]
     shares: tuple[float, ...]
 
 
 EFFORTS = {
-    "fast": Effort(512, 3, (0.25, 1.0)),
-    "default": Effort(1024, 5, (0.25, 0.5, 1.0, 1.0)),
-    "max": Effort(4096, 14, (0.25, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0)),
+    "fast": Effort(((512, 3),), (0.25, 1.0)),
+    "default": Effort(((512, 3), (2048, 2)), (0.25, 0.5, 1.0, 1.0)),
+    "max": Effort(((512, 4), (4096, 12)), (0.25, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0)),
 }
 
 
@@ -98,7 +99,7 @@ def find_low_rank(
     dtype: str,
     effort: str = "default",
 ) -> bytes | None:
-    """Look for low-rank updates in a tensor; the bytes of a :class:`.low_rank.LowRank`, or None.
+    """Look for low-rank updates in a tensor; the bytes of a :class:`.LowRank`, or None.
 
     Args:
         read_target_rows, read_base_rows: `read(start, stop)` gives rows of the tensor, all dimensions but the
@@ -110,7 +111,7 @@ def find_low_rank(
     Returns:
         data that should pay for itself, or None.
     """
-    if dtype not in ITEMSIZES or len(shape) < 2 or min(shape) < 1:  # noqa: PLR2004
+    if dtype not in ITEMSIZES or len(shape) < 2 or min(shape) < 1:
         return None
     rows, columns = shape[-2:]
     parts = []
@@ -132,7 +133,7 @@ def _find_part(matrix: _Matrix, effort: Effort) -> CodedPart:
     if right is None:
         return nothing
     sample = matrix.spread(_rows_of_sample(matrix, effort, right.shape[1]))
-    left, right = balanced(*_fit(sample, right, effort))
+    left, right = balanced(*_fit(sample, matrix.rows, right, effort))
     grid = _choose_grid(matrix, sample, left, right)
     if grid is None:
         return nothing
@@ -148,7 +149,7 @@ def _is_worth_a_look(matrix: _Matrix) -> bool:
         return False
     energies = np.einsum("ij,ij->i", update, update)
     update = update[energies > 0] / np.sqrt(energies[energies > 0])[:, None]
-    if len(update) < 8:  # noqa: PLR2004
+    if len(update) < 8:
         return False
     of_columns = np.einsum("ij,ij->j", update, update)
     independent = of_columns.sum() ** 2 / np.square(of_columns).sum()
@@ -168,8 +169,8 @@ def _first_guess(matrix: _Matrix) -> Floats | None:
         count, wide = len(found), max(update.shape)
         noise = float(np.median(found[count // 2 :])) / wide
         edge = noise * (np.sqrt(wide) + np.sqrt(min(update.shape))) ** 2
-        rank = int((found > edge).sum())
-        for _ in range(3):
+        rank = min(int((found > edge).sum()), count // 4)
+        for _ in range(4):
             if 0 < rank <= count // 2:
                 known, rank = rank, int((found > _edge_of_noise(update, vectors[:, :rank])).sum())
                 if rank == known:
@@ -180,7 +181,8 @@ def _first_guess(matrix: _Matrix) -> Floats | None:
     if rank == 0 or rank > MOST_RANK or rank > count // 2:
         return None
     right: Floats = update.T @ vectors[:, :rank]
-    return right / np.sqrt(np.square(right).mean(axis=0))
+    right /= np.sqrt(np.square(right).mean(axis=0))
+    return right
 
 
 def _edge_of_noise(update: Floats, strongest: Floats) -> float:
@@ -196,41 +198,55 @@ def _edge_of_noise(update: Floats, strongest: Floats) -> float:
             return 0.0
         vector /= np.float32(size)
     taken = strongest.shape[1] / len(left)  # of the noise, by components that fit it
-    return 1.1 * size / (1 - taken)
+    return float(1.1 * size / (1 - taken))
 
 
 def _rows_of_sample(matrix: _Matrix, effort: Effort, rank: int) -> int:
     affordable = _SAMPLE_BYTES // (2 * matrix.columns * matrix.form.kind.itemsize)
-    wanted = max(effort.rows, 16 * rank)
-    if 2 * wanted >= matrix.rows:
+    wanted = max(effort.stages[-1][0], 16 * rank)
+    if 1.5 * wanted >= matrix.rows:
         wanted = matrix.rows
     return max(min(wanted, affordable), 2 * rank)
 
 
-def _fit(rows: Rows, right: Floats, effort: Effort) -> tuple[Floats, Floats]:
-    """Both factors for some rows, from a guess of the right one."""
-    across, known = rows.transposed(), Factor(right)
-    left = least_squares(rows, known)
-    for turn in range(effort.rounds):
-        if turn == 1:
-            left, known = map(Factor, _without_weak(*balanced(left.values, known.values)))
-        fitter, other = Fitter(rows.columns, left.rank), Fitter(len(rows), left.rank)
-        part = min(0.9 + 0.1 * turn / max(effort.rounds - 2, 1), 1.0)
-        step = 1.8 if turn else 1.0
-        fitter.fit(rows, left, known, ridge=0.01, part=part, step=step)
-        other.fit(across, known, left, ridge=0.01, part=part, step=step)
+def _fit(sample: Rows, whole: int, right: Floats, effort: Effort) -> tuple[Floats, Floats]:
+    """Both factors for some of the whole rows, from a guess of the right one."""
+    known, first = Factor(right), True
+    for count, turns in effort.stages:
+        every = max(round(len(sample) / max(count, 8 * known.rank)), 1)
+        rows = sample.some(every, len(sample)) if every > 1 else sample
+        across, left = rows.transposed(), least_squares(rows, known)
+        fitter, other = Fitter(rows.columns, known.rank), Fitter(len(rows), known.rank)
+        if not first:
+            fitter.fit(rows, left, known, ridge=_RIDGE, step=1.0)
+        for _ in range(turns):
+            step = 1.0 if first else _STEP
+            fitter.fit(rows, left, known, ridge=_RIDGE, step=step)
+            other.fit(across, known, left, ridge=_RIDGE, step=step)
+            if first:
+                left, known = _without_weak(rows, whole, left, known)
+                fitter, other = Fitter(rows.columns, known.rank), Fitter(len(rows), known.rank)
+                first = False
     return left.values, known.values
 
 
-def _without_weak(left: Floats, right: Floats) -> tuple[Floats, Floats]:
-    """Both factors without the components behind the widest gap of their strengths: an update smaller than
-    most weights' rounding leaves shadows of itself."""
-    strong = strengths(left, right)
+def _without_weak(rows: Rows, whole: int, left: Factor, right: Factor) -> tuple[Factor, Factor]:
+    """Both factors, balanced, perhaps without the components behind the widest gap of their strengths. An
+    update smaller than most weights' rounding leaves shadows of itself, which cost more than they save."""
+    left, right = map(Factor, balanced(left.values, right.values))
+    strong = strengths(left.values, right.values)
     ratios = strong[:-1] / np.maximum(strong[1:], strong[0] * 1e-9)
-    if len(ratios) and ratios.max() > _GAP:
-        kept = int(ratios.argmax()) + 1
-        return left[:, :kept], right[:, :kept]
-    return left, right
+    if not len(ratios) or ratios.max() < _GAP:
+        return left, right
+    kept = int(ratios.argmax()) + 1
+    fewer = Factor(left.values[:, :kept]), Factor(right.values[:, :kept])
+    outside = []
+    for known in (right, fewer[1]):
+        fitter, fitted = Fitter(rows.columns, known.rank), least_squares(rows, known)
+        outside += [fitter.fit(rows, fitted, known, ridge=_RIDGE, step=1.0) for _ in range(3)][-1:]
+    cost = (right.rank - kept) * (whole + rows.columns) * _FACTOR_BITS
+    saved = (outside[1] - outside[0]) / rows.target.size * whole * rows.columns * _ULP_BITS
+    return fewer if saved < cost else (left, right)
 
 
 class _Grid(NamedTuple):
@@ -249,7 +265,7 @@ class _Grid(NamedTuple):
     @property
     def steps(self) -> NDArray[np.float64]:
         """One for each component."""
-        found: NDArray[np.float64] = 2.0 ** (self.shifts - self.exponent / 2)
+        found: NDArray[np.float64] = np.exp2(self.shifts - self.exponent / 2)
         return found
 
     def numbers(self, factor: Floats) -> Integers:
@@ -267,7 +283,7 @@ class _Grid(NamedTuple):
 
 
 def _choose_grid(matrix: _Matrix, sample: Rows, left: Floats, right: Floats) -> _Grid | None:
-    """The grid by which some rows and their share of the factors take least; None if they take less without."""
+    """The grid by which some rows and their share of factors take least; None if they take less without."""
     every = max(len(left) // _TRIAL_ROWS, 1)
     rows, known = sample.some(every, _TRIAL_ROWS), left[::every][:_TRIAL_ROWS]
     fitter = Fitter(matrix.columns, right.shape[1])
@@ -277,7 +293,7 @@ def _choose_grid(matrix: _Matrix, sample: Rows, left: Floats, right: Floats) -> 
         grid = _Grid.of(left, right, exponent)
         given = grid.numbers(right)
         fitted_to = Factor(known)
-        fitter.fit(rows, fitted_to, Factor(given * grid.steps), ridge=0.02, part=1.0, step=1.5)
+        fitter.fit(rows, fitted_to, Factor(given * grid.steps), ridge=_RIDGE, step=_STEP)
         fitted = grid.numbers(fitted_to.values)
         if not grid.fits(fitted, given, matrix.form):
             return np.inf
@@ -316,7 +332,8 @@ def _factor_bytes(left: Floats, right: Floats, grid: _Grid, rows: int) -> float:
 
 def _coded(target: Any, base: Any, form: Form) -> int:
     """How many bytes a target takes against a base."""
-    return len(encode_chunk(*(bits.reshape(-1).view(np.uint8) for bits in (base, target)), form.dtype)[1])
+    before, after = (bits.reshape(-1).view(np.uint8) for bits in (base, target))
+    return len(encode_chunk(before, after, form.dtype)[1])
 
 
 def _predicted(rows: Rows, left: Integers, right: Integers, grid: _Grid) -> Any:
@@ -325,14 +342,14 @@ def _predicted(rows: Rows, left: Integers, right: Integers, grid: _Grid) -> Any:
     if rows.form.kind == np.uint16 and numbers.shape[1] % 2:
         numbers = np.pad(numbers, ((0, 0), (0, 1)))
     factors = np.ascontiguousarray(numbers.astype(rows.form.kind))
-    part = Part.of(factors, np.ones(len(left), np.float32), grid.exponent)
+    part = LowRankPart.of(factors, np.ones(len(left), np.float32), grid.exponent)
     found = np.empty(rows.base.size, rows.form.kind)
     part.predict(rows.base.reshape(-1), found, 0, rows.form.dtype, rounded=False)
     return found
 
 
 def _write(matrix: _Matrix, right: Floats, grid: _Grid, effort: Effort) -> CodedPart | None:
-    """Fit all rows to the right factor on its grid, block after block, and code both; None if they do not fit."""
+    """Fit all rows, in blocks, to the right factor on its grid, and code both; None if they do not fit it."""
     given = grid.numbers(right)
     fitter, known = Fitter(matrix.columns, right.shape[1]), Factor(given * grid.steps)
     block = max(_BLOCK_BYTES // (2 * matrix.columns * matrix.form.kind.itemsize), 16)
@@ -342,7 +359,7 @@ def _write(matrix: _Matrix, right: Floats, grid: _Grid, effort: Effort) -> Coded
         left = least_squares(rows, known)
         for share in effort.shares:
             columns = max(int(share * matrix.columns), min(matrix.columns, 32 * known.rank))
-            fitter.fit(rows, left, known, ridge=0.02, part=1.0, step=1.5, columns=columns)
+            fitter.fit(rows, left, known, ridge=_RIDGE, step=_STEP, columns=columns)
         numbers.append(grid.numbers(left.values))
     fitted = np.concatenate(numbers)
     if not grid.fits(fitted, given, matrix.form):

@@ -1,8 +1,8 @@
-"""Fits the factors of a low-rank update to some rows of base and target, for :mod:`.low_rank_search`.
+"""Fits the factors of a low-rank update to some rows of base and target, for :mod:`.search`.
 
-Least squares find a product that is right to within a part of the rounding. But the rounding also says in which
-interval each weight's update lies. Of two factors fitted in turns, so that few products leave these intervals,
-the product predicts nearly all weights to the last bit.
+Least squares find a product that is right to within a part of the rounding. But the rounding also says in
+which interval each weight's update lies. Of two factors fitted in turns, so that few products leave these
+intervals, the product predicts nearly all weights to the last bit.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import DTYPES
-from .compiled import low_rank_fit as kernels
-from .kernel_arrays import Floats
-from .low_rank import ITEMSIZES
+from ..compiled import low_rank_fit as kernels
+from ..kernel_arrays import Floats
+from .prediction import ITEMSIZES
 
 __all__ = ["Factor", "Fitter", "Form", "Rows", "balanced", "least_squares", "strengths"]
 
@@ -43,17 +42,10 @@ class Form:
         return _FORMS.index(self.dtype)
 
     def values(self, bits: Bits) -> Floats:
-        """As float32s; 0 for what is not finite."""
+        """As float32s."""
         if self.dtype == "BF16":
-            found: Floats = (bits.astype(np.uint32) << 16).view(np.float32)
-        elif self.dtype == "F16":
-            found = bits.view(np.float16).astype(np.float32)
-        else:
-            found = bits.view(np.float32)
-        known = DTYPES[self.dtype]
-        top = (1 << known.exponent) - 1
-        finite = (bits >> known.mantissa) & top != top
-        return found if finite.all() else np.where(finite, found, np.float32(0))
+            return (bits.astype(np.uint32) << 16).view(np.float32)
+        return bits.view(np.float16).astype(np.float32) if self.dtype == "F16" else bits.view(np.float32)
 
 
 class Rows:
@@ -84,13 +76,17 @@ class Rows:
         return found
 
     def update(self, columns: int | None = None) -> Floats:
-        """What was added, to within the rounding; of the first columns, if so many are named."""
+        """What was added, to within the rounding, or 0 if that is no number; of the first columns, if so many
+        are named."""
         target, base = (self.form.values(bits[:, :columns]) for bits in (self.target, self.base))
-        return target - base
+        with np.errstate(invalid="ignore", over="ignore"):
+            found: Floats = target - base
+        finite = np.isfinite(found)
+        return found if finite.all() else np.where(finite, found, np.float32(0))
 
 
 class Factor:
-    """One factor, as the kernels want it: its rank is a multiple of a vector's components, those behind being 0.
+    """One factor, as the kernels want it: with whole vectors of components, those behind its own being 0.
 
     Attributes:
         rank: without them.
@@ -133,21 +129,20 @@ class Fitter:
         right: Factor,
         *,
         ridge: float,
-        part: float,
         step: float,
         columns: int | None = None,
     ) -> int:
         """Move left by one step, right being given; by the first columns, if so many are named.
 
         Returns:
-            how many elements were outside the inner part of their intervals that counts.
+            how many elements were outside their intervals.
         """
         gains = np.ones(len(rows), np.float32)
         # to each Hessian this part is added of what it would be if all elements counted
         added = (ridge * (right.rows.T @ right.rows)).astype(np.float32)
         found: int = kernels.fit_rows(
             rows.flat_base, rows.flat_target, gains, self._ones, rows.form.number, left.rows[:-1], right.rows,
-            right.flipped, min(columns or rows.columns, rows.columns), added, part, step, self._places,
+            right.flipped, min(columns or rows.columns, rows.columns), added, step, self._places,
             self._excesses, self._hessian, self._gradient,
         )  # fmt: skip
         left.flip()
