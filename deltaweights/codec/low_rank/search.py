@@ -163,7 +163,9 @@ def _first_guess(matrix: _Matrix) -> Floats | None:
     """The right factor, float32[columns, rank], from the spectrum of a sample of rows."""
     rows = _FIRST_SAMPLE
     while True:
-        update = matrix.spread(rows).update()
+        update: NDArray[Any] = matrix.spread(rows).update()
+        if matrix.form.dtype == "F32":
+            update = update.astype(np.float64)  # the rounding is less than a millionth of the update
         found, vectors = np.linalg.eigh(update @ update.T)
         found, vectors = np.maximum(found[::-1], 0), vectors[:, ::-1]
         count, wide = len(found), max(update.shape)
@@ -180,23 +182,23 @@ def _first_guess(matrix: _Matrix) -> Floats | None:
         rows *= 2
     if rank == 0 or rank > MOST_RANK or rank > count // 2:
         return None
-    right: Floats = update.T @ vectors[:, :rank]
+    right: Floats = (update.T @ vectors[:, :rank]).astype(np.float32)
     right /= np.sqrt(np.square(right).mean(axis=0))
     return right
 
 
-def _edge_of_noise(update: Floats, strongest: Floats) -> float:
+def _edge_of_noise(update: NDArray[Any], strongest: NDArray[Any]) -> float:
     """The largest eigenvalue that noise has: of what the strongest components leave, with signs at random. It
     has the same variances, which differ from weight to weight, but no structure."""
     left = update - strongest @ (strongest.T @ update)
     left *= 2.0 * np.random.default_rng(0).integers(0, 2, left.shape, np.int8) - 1.0
-    vector, size = np.ones(len(left), np.float32), 0.0
+    vector, size = np.ones(len(left), left.dtype), 0.0
     for _ in range(12):
         vector = left @ (left.T @ vector)
         size = float(np.linalg.norm(vector))
         if not size:
             return 0.0
-        vector /= np.float32(size)
+        vector /= left.dtype.type(size)
     taken = strongest.shape[1] / len(left)  # of the noise, by components that fit it
     return float(1.1 * size / (1 - taken))
 
