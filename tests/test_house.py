@@ -67,7 +67,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "jit",
         "compiled",
         "methods",
-        "rows",
+        "low_rank rows",
         "__init__",
     ),
     "codec/build": (
@@ -81,11 +81,13 @@ RANKS: dict[str, tuple[str, ...]] = {
         "kernel vectors",
         "arithmetic simd xxh3",
         "runs",
-        "difference standalone",
+        "difference low_rank standalone",
+        "low_rank_fit",
         "subset",
         "rows",
         "__init__",
     ),
+    "codec/low_rank": ("prediction", "fit writing", "search", "__init__"),
     "codec/methods": (
         "entropy ulp",
         "planes",

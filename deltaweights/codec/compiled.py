@@ -16,7 +16,18 @@ import numpy as np
 
 from . import library
 
-__all__ = ["Held", "Kernel", "Kernels", "difference", "rows", "runs", "standalone", "subset"]
+__all__ = [
+    "Held",
+    "Kernel",
+    "Kernels",
+    "difference",
+    "low_rank",
+    "low_rank_fit",
+    "rows",
+    "runs",
+    "standalone",
+    "subset",
+]
 
 _RESULTS: dict[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_double, "b": ctypes.c_bool, "n": None}
 _HEAD = object.__basicsize__  # the start of every Python object
@@ -110,8 +121,8 @@ class Kernel:
             return self._loaded[key]
 
 
-standalone, rows, difference, runs, subset = map(
-    Kernels, ("standalone", "rows", "difference", "runs", "subset")
+standalone, rows, difference, runs, subset, low_rank, low_rank_fit = map(
+    Kernels, ("standalone", "rows", "difference", "runs", "subset", "low_rank", "low_rank_fit")
 )
 
 

@@ -45,6 +45,12 @@ SPARSE_SHARE = 16  # one element in so many may be an exception: what reading th
 DRIFT_HEAD = 2  # bytes in front of the list of shifts
 MOST_SHIFTS_LOG = 12  # bits of a mantissa that tell shifts apart, at most
 
+# Low-rank predictions (low_rank.py).
+PREDICTED_AT_ONCE = 16  # elements of 16 bits; rows of the right factor have as many more than columns
+FACTOR_BITS, WIDE_FACTOR_BITS = 16, 22  # of a factor of elements of 16 bits and of 32
+MOST_RANK = 512  # so 512 products of two wide factors are below 2**53, and their sums exact in doubles
+GAIN_BITS = 23  # a gain is 1 + q / 2**23, and zigzagged q has so many bits
+
 # A chunk record: its length, and where it has what. Of the methods and the kinds of planes, those that
 # are decoded many chunks at a time (rows.py).
 RECORD_BYTES, METHOD, LENGTH, BEFORE, AFTER = 24, 0, 4, 8, 16

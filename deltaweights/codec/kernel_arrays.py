@@ -13,6 +13,7 @@ Numbers = NDArray[np.uint32]
 Longs = NDArray[np.int64]
 Moves = NDArray[np.int32]
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 Elements = NDArray[Any]
 
 

@@ -307,3 +307,71 @@ def decode_drift(data: Bytes, base: ulp.Unsigned, form: ulp.FloatFormat) -> tupl
     moved = base.astype(np.int64) + shifts[mantissas >> (form.shift - log)]
     moved = np.where(ulp.exponent(base, form) == 0, base.astype(np.int64), moved)
     return (moved & ((1 << 8 * form.itemsize) - 1)).astype(form.dtype), method, rest
+
+
+# ---------------------------------------------------------------------------------------- predictions
+
+
+def predict(data: bytes, base: Bytes, dtype: str) -> Bytes:
+    """A whole tensor's prediction from its base's bytes; nothing is checked."""
+    _, flags, columns, count = struct.unpack_from("<BBII", data)
+    heads = [struct.unpack_from("<IHbBB", data, 10 + 9 * k) for k in range(count)]
+    rest, elements, at, parts = (
+        np.frombuffer(data, np.uint8)[10 + 9 * count :],
+        base.view(UNSIGNED[dtype]),
+        0,
+        [],
+    )
+    for rows, rank, exponent, contexts, shift in heads:
+        sums, gains = np.zeros((rows, columns), np.int64), np.ones((rows, 1), np.float32)
+        if rank:
+            shifts, rest = rest[:rank].astype(np.int64), rest[rank:]
+            section, rest = _section(rest)
+            run = parse_run(section, np.zeros(contexts, np.int64))
+            of_each = np.tile(np.arange(rank) * contexts // rank, rows + columns)
+            factors = _unzigzag(decode_values(run, of_each.astype(np.uint8))).reshape(-1, rank)
+            sums = (factors[:rows] << (shifts & 15)) @ (factors[rows:] << (shifts >> 4)).T
+        if shift != 255:
+            section, rest = _section(rest)
+            gains[:, 0] = ((1 << 23) + (_unzigzag(_list(section, rows)) << shift)) / 2**23
+        before = elements[at : at + rows * columns].reshape(rows, columns)
+        parts.append(_moved(before, sums, gains, exponent, dtype, rounded=bool(flags)).reshape(-1))
+        at += rows * columns
+    return np.concatenate(parts).view(np.uint8)
+
+
+UNSIGNED = {"BF16": "<u2", "F16": "<u2", "F32": "<u4"}
+
+
+def _moved(before: Any, sums: Numbers, gains: Any, exponent: int, dtype: str, *, rounded: bool) -> Any:
+    """Elements to which products are added; the kinds of floats are what the document says."""
+    form = ulp.FORMATS[dtype]
+    with np.errstate(all="ignore"):
+        if dtype == "F32":
+            products = sums * 2.0**-exponent
+            if rounded:
+                products = products.astype(np.float32).astype(np.float64)
+            moved = (gains.astype(np.float64) * before.view("<f4") + products).astype("<f4").view("<u4")
+        else:
+            sums = (sums + 2**31) % 2**32 - 2**31  # modulo 2**32
+            products = sums.astype(np.float32) * np.float32(2.0**-exponent)
+            if rounded:
+                products = _widened(_narrowed(products, dtype), dtype)
+            moved = _narrowed(gains * _widened(before, dtype) + products, dtype)
+    kept = (sums == 0) & (gains == 1) | (ulp.exponent(before, form) == form.mask)
+    return np.where(kept, before, moved)
+
+
+def _widened(bits: Any, dtype: str) -> Any:
+    return bits.view("<f2").astype(np.float32) if dtype == "F16" else (bits.astype("<u4") << 16).view("<f4")
+
+
+def _narrowed(values: Any, dtype: str) -> Any:
+    if dtype == "F16":
+        return values.astype("<f2").view("<u2")
+    bits = values.view("<u4").astype(np.int64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
+
+
+def _unzigzag(numbers: Numbers) -> Numbers:
+    return (numbers >> 1) ^ -(numbers & 1)

@@ -20,6 +20,8 @@ import zstandard
 from numpy.typing import NDArray
 
 from deltaweights.codec import Method, convert, decode_chunk, encode_chunk
+from deltaweights.codec.low_rank import LowRank
+from deltaweights.codec.low_rank.writing import code_part, joined, nothing_for
 from deltaweights.codec.methods.ulp import FORMATS
 from deltaweights.payload import decode, encode
 
@@ -215,12 +217,44 @@ def test_bases_are_converted_to_the_same_bytes_everywhere(source: str, target: s
     assert digest_of_converted(source, target) == golden()["conversions"][f"{source} to {target}"]
 
 
+PREDICTIONS = [
+    f"{dtype}{extra}" for dtype in ("BF16", "F16", "F32") for extra in ("", ", rounded", ", gains", ", noise")
+]
+
+
+def predicted(name: str) -> list[Any]:
+    """Digests of a prediction of three parts, and of what it makes of weights, or of any bits."""
+    dtype, _, extra = name.partition(", ")
+    columns, parts = 83, [nothing_for(4)]
+    for rows, rank, seed in ((100, 5, 31), (137, 16, 41)):
+        left, right = (
+            (raw(count * rank, seed + k).view("<i8").reshape(count, rank) >> (55 - np.arange(rank) // 3))
+            for k, count in enumerate((rows, columns))
+        )
+        gains = (raw(rows, seed + 2).view("<i8") >> 50, 3) if extra == "gains" else None
+        parts.append(code_part(left, right, 33, np.arange(2 * rank).reshape(2, rank) % 3, gains))
+    count = (4 + 100 + 137) * columns
+    size = WIDTHS[dtype]
+    base = raw(count, 51).view(np.uint8)[: count * size]
+    if extra != "noise":
+        base = to_bits(weights(count, 53), dtype).view(np.uint8)
+    data = joined(columns, parts, rounded=extra == "rounded")
+    found = LowRank.parse(data, dtype, count).predict(base, 0)
+    return [hashlib.sha256(part).hexdigest() for part in (data, found.tobytes())]
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_predictions_are_the_same_everywhere(name: str) -> None:
+    assert predicted(name) == golden()["predictions"][name]
+
+
 def main() -> None:
     """Write golden.json."""
     found = {
         "inputs": digest_of_inputs(),
         "zstd": zstandard.ZSTD_VERSION,
         "conversions": {f"{one} to {other}": digest_of_converted(one, other) for one, other in CONVERSIONS},
+        "predictions": {name: predicted(name) for name in PREDICTIONS},
         "payloads": {name: summary(*payload_of(case)) for name, case in cases().items()},
     }
     text = json.dumps(found, indent=1)

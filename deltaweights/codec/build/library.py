@@ -39,7 +39,7 @@ from .signatures import signatures
 from .targets import CompileTarget, targets_of
 
 #: Modules whose kernels are compiled together, in a process for each line: each takes about as long.
-_PARTS = (("rows",), ("standalone", "difference", "runs", "subset"))
+_PARTS = (("rows",), ("standalone", "difference", "runs", "subset"), ("low_rank", "low_rank_fit"))
 
 _ZIG_TARGETS = {
     "linux-x86_64": "x86_64-linux-gnu",

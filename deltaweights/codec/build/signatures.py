@@ -38,6 +38,7 @@ def signatures() -> Iterator[Signature]:
     for e in _ELEMENTS[1:]:
         yield Signature("standalone", "join", (_NUMBERS, _BYTE_ROWS, e))
         yield Signature("standalone", "upper_words", (e, _NUMBERS))
+    yield from _of_low_rank()
     yield from _of_one_type()
 
 
@@ -67,6 +68,31 @@ def _of_elements_of_32_bits_at_most(e: str) -> Iterator[Signature]:
     yield Signature("subset", "find_changes", (e, e, "i", "i", _NUMBERS, _NUMBERS, _BYTES, _NUMBERS))
     yield Signature("subset", "move", (e, _NUMBERS, _NUMBERS))
     yield Signature("subset", "restore_at", (e, _NUMBERS, _NUMBERS))
+
+
+def _of_low_rank() -> Iterator[Signature]:
+    single, matrix = "f4.1", "f4.2"
+    for e in (_WORDS, _NUMBERS):
+        factors = f"{e[:2]}.2"
+        yield Signature(
+            "low_rank",
+            "decode_factors",
+            (_BYTES, _BYTES, _BYTES, _LONGS, _NUMBER_ROWS, _NUMBER_ROWS, _NUMBERS, _WORDS, "i", factors),
+        )
+        outside = (_NUMBER_ROWS, matrix, matrix, single)
+        yield Signature(
+            "low_rank_fit",
+            "fit_rows",
+            (e, e, single, single, "i", matrix, matrix, matrix, "i", matrix, "f", *outside),
+        )
+    yield Signature(
+        "low_rank",
+        "predict",
+        (_WORDS, _WORDS, "i", "i", _NUMBER_ROWS, _NUMBER_ROWS, single, "f", "b", "b"),
+    )
+    yield Signature(
+        "low_rank", "predict_wide", (_NUMBERS, _NUMBERS, "i", "i", "f8.2", "f8.2", single, "f", "b")
+    )
 
 
 def _of_one_type() -> Iterator[Signature]:

@@ -25,19 +25,18 @@ def define(names: Iterable[str], target: CompileTarget) -> str:
         kind = ir.VectorType(ir.IntType(width), lanes)
         mask = ir.VectorType(I1, lanes)
         ways: dict[str, tuple[Callable[..., Any], ir.Type, list[ir.Type]]] = {
-            "expand_load": (_expand_load, kind, []),
-            "compress": (_compress, ir.VoidType(), [POINTER]),
-            "compress_before": (_compress_before, I64, [POINTER, I64]),
+            "expand_load": (_expand_load, kind, [POINTER, mask]),
+            "compress": (_compress, ir.VoidType(), [kind, mask, POINTER]),
+            "compress_before": (_compress_before, I64, [kind, mask, POINTER, I64]),
+            "dot_pairs": (_dot_pairs, kind, [kind, kind, kind]),
         }
-        emit, result, rest = ways[operation]
-        given = [POINTER if operation == "expand_load" else kind, mask, *rest]
+        emit, result, given = ways[operation]
         function = ir.Function(module, ir.FunctionType(result, given), name)
         function.attributes.add("alwaysinline")
         function.linkage = "linkonce_odr"
         builder = ir.IRBuilder(function.append_basic_block())
-        first, lit, *others = function.args
-        emitter = _Emitter(builder, target)
-        found = emit(emitter, kind, first, Vec(builder, lit), *others)
+        arguments = [Vec(builder, value) if value.type == mask else value for value in function.args]
+        found = emit(_Emitter(builder, target), kind, *arguments)
         builder.ret_void() if found is None else builder.ret(found)
     return str(module)
 
@@ -110,6 +109,38 @@ def _compress_before(
         where = address(builder, base, builder.sub(stop, int64(piece.kind.count)), I16)
         builder.store(packed, where, align=2)
     return at
+
+
+def _dot_pairs(
+    emitter: _Emitter, kind: ir.VectorType, total: ir.Value, left: ir.Value, right: ir.Value
+) -> ir.Value:
+    builder, target = emitter
+    if target.has("avx512vnni"):
+        name = f"llvm.x86.avx512.vpdpwssd.{32 * kind.count}"
+        return call(builder, name, kind, [(kind, total), (kind, left), (kind, right)])
+    lanes, name = next(((n, name) for feature, n, name in _DOT_PRODUCTS if target.has(feature)), (0, ""))
+    if lanes:
+        part, words = ir.VectorType(I32, lanes), ir.VectorType(I16, 2 * lanes)
+        found = []
+        for first in range(0, kind.count, lanes):
+            pieces = (_picked(builder, value, range(first, first + lanes)) for value in (left, right))
+            arguments = [(words, builder.bitcast(piece, words)) for piece in pieces]
+            found.append(call(builder, name, part, arguments))
+        return builder.add(total, _joined(builder, found))
+    words = ir.VectorType(I16, kind.count)
+    for shift in (0, 16):
+        by = ir.Constant(kind, [shift] * kind.count)
+        halves = [builder.sext(builder.trunc(builder.lshr(v, by), words), kind) for v in (left, right)]
+        total = builder.add(total, builder.mul(*halves))
+    return total
+
+
+#: The instructions that multiply pairs and add the products: (feature, 32-bit lanes, LLVM's name).
+_DOT_PRODUCTS = (
+    ("avx512bw", 16, "llvm.x86.avx512.pmaddw.d.512"),
+    ("avx2", 8, "llvm.x86.avx2.pmadd.wd"),
+    ("ssse3", 4, "llvm.x86.sse2.pmadd.wd"),
+)
 
 
 def _packed(builder: ir.IRBuilder, value: ir.Value, mask: Vec) -> ir.Value:

@@ -1,12 +1,13 @@
 """Vectors as LLVM has them: what instructions do to all lanes, and to some of them.
 
-Three operations have no scalar look:
+Some operations have no scalar look:
 
 * `gather` reads sixteen table entries, one per lane;
 * `expand_load` reads consecutive elements into those lanes that need one;
-* `compress` and `compress_before` pack those of the lanes that have one in a row.
+* `compress` and `compress_before` pack those of the lanes that have one in a row;
+* `dot_pairs` multiplies pairs of 16-bit integers, and adds both products.
 
-The last three are calls that each target answers in its own way (:mod:`..build.vector_operations`): what
+All but the first are calls that each target answers in its own way (:mod:`..build.vector_operations`): what
 Numba makes of a kernel is the same for all targets.
 """
 
@@ -20,7 +21,7 @@ OPERATION = "deltaweights.operation."  # what the names of functions begin with 
 _AHEAD = 4096  # bytes; how far ahead of writing them cache lines are asked for
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
-F32 = ir.FloatType()
+F32, F64 = ir.FloatType(), ir.DoubleType()
 POINTER = ir.PointerType()
 
 
@@ -172,7 +173,12 @@ def load(builder: ir.IRBuilder, element: ir.Type, base: ir.Value, index: ir.Valu
 
 def load_one(builder: ir.IRBuilder, base: ir.Value, index: ir.Value, element: ir.Type) -> ir.Value:
     """`base[index]`."""
-    return builder.load(address(builder, base, index, element), typ=element, align=element.width // 8)
+    return builder.load(address(builder, base, index, element), typ=element, align=size_of(element))
+
+
+def size_of(element: ir.Type) -> int:
+    """Its bytes."""
+    return {F32: 4, F64: 8}.get(element) or int(element.width) // 8
 
 
 def store(builder: ir.IRBuilder, vector: Vec, base: ir.Value, index: ir.Value) -> None:
@@ -246,6 +252,12 @@ def compress_before(builder: ir.IRBuilder, vector: Vec, mask: Vec, base: ir.Valu
     words = vector.words()
     arguments = [(words.type, words), (mask.value.type, mask.value), (POINTER, base), (I64, end)]
     return _operation(builder, "compress_before", words.type, I64, arguments)
+
+
+def dot_pairs(builder: ir.IRBuilder, total: ir.Value, left: ir.Value, right: ir.Value) -> ir.Value:
+    """In each 32-bit lane: the total and the products of the low and of the high halves, which are signed."""
+    arguments = [(value.type, value) for value in (total, left, right)]
+    return _operation(builder, "dot_pairs", total.type, total.type, arguments)
 
 
 def _operation(

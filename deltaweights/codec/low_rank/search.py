@@ -1,0 +1,369 @@
+"""Finds low-rank updates, such as merged adapters, from base and target alone.
+
+A sample of rows tells by its spectrum how many components stand out of the rounding noise. :mod:`.fit` makes
+their factors exact. Everything here is the encoder's choice: the format knows nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..constants import FACTOR_BITS, MOST_RANK, WIDE_FACTOR_BITS
+from ..kernel_arrays import Floats
+from ..methods.chunk import encode_chunk
+from .fit import Factor, Fitter, Form, Rows, balanced, least_squares, strengths
+from .prediction import EXPONENTS, ITEMSIZES, LowRankPart
+from .writing import CodedPart, code_part, joined, nothing_for
+
+__all__ = ["EFFORTS", "Effort", "find_low_rank"]
+
+Bytes = NDArray[np.uint8]
+Integers = NDArray[np.int64]
+#: rows `start` to `stop` of a tensor, as uint8
+ReadRows = Callable[[int, int], Bytes]
+
+_LEAST_SIDE, _LEAST_ELEMENTS = 64, 1 << 15  # of a matrix worth a look
+_LOOK_ROWS, _LOOK_COLUMNS = 64, 2048
+_STANDS_OUT = 2.0  # rows of noise would be this much less alike
+_FIRST_SAMPLE, _MOST_SAMPLE = 256, 2048  # rows
+_SAMPLE_BYTES = 96 << 20  # of base and target; there is a transposed copy
+_BLOCK_BYTES = 8 << 20  # of rows that are fitted together at last
+_TRIAL_ROWS = 48  # on which grids are compared
+#: Added to Hessians, as a part of what they would be if all elements counted; how far Newton's steps go.
+_RIDGE, _STEP = 0.01, 1.8
+_GAP = 3.0  # between the strengths of two components in a row, where the rest may be noise
+_FACTOR_BITS, _ULP_BITS = 9, 7  # what a factor costs, and a weight that is not predicted, about
+_WORTH = 0.97  # of what the tensor would take otherwise
+
+
+class Effort(NamedTuple):
+    """How long to fit.
+
+    Attributes:
+        stages: (rows of a sample, how often both factors are fitted in it): first few rows, then more.
+        shares: of the columns, by which each row is fitted at last, one after the other.
+    """
+
+    stages: tuple[tuple[int, int], ...]
+    shares: tuple[float, ...]
+
+
+EFFORTS = {
+    "fast": Effort(((512, 3),), (0.25, 1.0)),
+    "default": Effort(((512, 3), (2048, 2)), (0.25, 0.5, 1.0, 1.0)),
+    "max": Effort(((512, 4), (4096, 12)), (0.25, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0)),
+}
+
+
+@dataclass
+class _Matrix:
+    """A matrix to be read by its rows."""
+
+    read_target: ReadRows
+    read_base: ReadRows
+    first: int  # in the tensor
+    rows: int
+    columns: int
+    form: Form
+
+    def read(self, start: int, stop: int) -> Rows:
+        """Some rows in a row."""
+        found = Rows(stop - start, self.columns, self.form)
+        found.target.reshape(-1).view(np.uint8)[:] = self.read_target(self.first + start, self.first + stop)
+        found.base.reshape(-1).view(np.uint8)[:] = self.read_base(self.first + start, self.first + stop)
+        return found
+
+    def spread(self, count: int, columns: int | None = None) -> Rows:
+        """So many rows from all over it, or of each the first `columns` elements."""
+        if count >= self.rows and columns is None:
+            return self.read(0, self.rows)
+        places = np.unique(np.linspace(0, self.rows - 1, min(count, self.rows)).round().astype(np.int64))
+        found = Rows(len(places), columns or self.columns, self.form)
+        for k, place in enumerate(self.first + places):
+            for into, read in ((found.target, self.read_target), (found.base, self.read_base)):
+                into[k] = read(int(place), int(place) + 1)[: found.columns * self.form.kind.itemsize].view(
+                    self.form.kind
+                )
+        return found
+
+
+def find_low_rank(
+    read_target_rows: ReadRows,
+    read_base_rows: ReadRows,
+    shape: Sequence[int],
+    dtype: str,
+    effort: str = "default",
+) -> bytes | None:
+    """Look for low-rank updates in a tensor; the bytes of a :class:`.LowRank`, or None.
+
+    Args:
+        read_target_rows, read_base_rows: `read(start, stop)` gives rows of the tensor, all dimensions but the
+            last taken as one, as uint8. The base's are in the target's dtype. Rows are read more than once.
+        shape: the tensor's.
+        dtype: its safetensors code.
+        effort: "fast", "default" or "max".
+
+    Returns:
+        data that should pay for itself, or None.
+    """
+    if dtype not in ITEMSIZES or len(shape) < 2 or min(shape) < 1:
+        return None
+    rows, columns = shape[-2:]
+    parts = []
+    for k in range(int(np.prod(shape[:-2], dtype=np.int64))):
+        matrix = _Matrix(read_target_rows, read_base_rows, k * rows, rows, columns, Form(dtype))
+        parts.append(_find_part(matrix, EFFORTS[effort]))
+    if not any(part.head.rank for part in parts):
+        return None
+    return joined(columns, parts, rounded=False)
+
+
+def _find_part(matrix: _Matrix, effort: Effort) -> CodedPart:
+    nothing = nothing_for(matrix.rows)
+    if min(matrix.rows, matrix.columns) < _LEAST_SIDE or matrix.rows * matrix.columns < _LEAST_ELEMENTS:
+        return nothing
+    if not _is_worth_a_look(matrix):
+        return nothing
+    right = _first_guess(matrix)
+    if right is None:
+        return nothing
+    sample = matrix.spread(_rows_of_sample(matrix, effort, right.shape[1]))
+    left, right = balanced(*_fit(sample, matrix.rows, right, effort))
+    grid = _choose_grid(matrix, sample, left, right)
+    if grid is None:
+        return nothing
+    del sample, left
+    return _write(matrix, right, grid, effort) or nothing
+
+
+def _is_worth_a_look(matrix: _Matrix) -> bool:
+    """Whether rows are more alike than rows of noise."""
+    update = matrix.spread(_LOOK_ROWS, min(matrix.columns, _LOOK_COLUMNS)).update()
+    changed = np.count_nonzero(update)
+    if changed < update.size // 256:
+        return False
+    energies = np.einsum("ij,ij->i", update, update)
+    update = update[energies > 0] / np.sqrt(energies[energies > 0])[:, None]
+    if len(update) < 8:
+        return False
+    of_columns = np.einsum("ij,ij->j", update, update)
+    independent = of_columns.sum() ** 2 / np.square(of_columns).sum()
+    alike = update @ update.T
+    np.fill_diagonal(alike, 0)
+    share = float(np.square(alike).sum()) / (len(update) * (len(update) - 1))
+    return bool(share * independent > _STANDS_OUT)
+
+
+def _first_guess(matrix: _Matrix) -> Floats | None:
+    """The right factor, float32[columns, rank], from the spectrum of a sample of rows."""
+    rows = _FIRST_SAMPLE
+    while True:
+        update: NDArray[Any] = matrix.spread(rows).update()
+        if matrix.form.dtype == "F32":
+            update = update.astype(np.float64)  # the rounding is less than a millionth of the update
+        found, vectors = np.linalg.eigh(update @ update.T)
+        found, vectors = np.maximum(found[::-1], 0), vectors[:, ::-1]
+        count, wide = len(found), max(update.shape)
+        noise = float(np.median(found[count // 2 :])) / wide
+        edge = noise * (np.sqrt(wide) + np.sqrt(min(update.shape))) ** 2
+        rank = min(int((found > edge).sum()), count // 4)
+        for _ in range(4):
+            if 0 < rank <= count // 2:
+                known, rank = rank, int((found > _edge_of_noise(update, vectors[:, :rank])).sum())
+                if rank == known:
+                    break
+        if rank <= count // 4 or rows >= min(matrix.rows, _MOST_SAMPLE):
+            break
+        rows *= 2
+    if rank == 0 or rank > MOST_RANK or rank > count // 2:
+        return None
+    right: Floats = (update.T @ vectors[:, :rank]).astype(np.float32)
+    right /= np.sqrt(np.square(right).mean(axis=0))
+    return right
+
+
+def _edge_of_noise(update: NDArray[Any], strongest: NDArray[Any]) -> float:
+    """The largest eigenvalue that noise has: of what the strongest components leave, with signs at random. It
+    has the same variances, which differ from weight to weight, but no structure."""
+    left = update - strongest @ (strongest.T @ update)
+    left *= 2.0 * np.random.default_rng(0).integers(0, 2, left.shape, np.int8) - 1.0
+    vector, size = np.ones(len(left), left.dtype), 0.0
+    for _ in range(12):
+        vector = left @ (left.T @ vector)
+        size = float(np.linalg.norm(vector))
+        if not size:
+            return 0.0
+        vector /= left.dtype.type(size)
+    taken = strongest.shape[1] / len(left)  # of the noise, by components that fit it
+    return float(1.1 * size / (1 - taken))
+
+
+def _rows_of_sample(matrix: _Matrix, effort: Effort, rank: int) -> int:
+    affordable = _SAMPLE_BYTES // (2 * matrix.columns * matrix.form.kind.itemsize)
+    wanted = max(effort.stages[-1][0], 16 * rank)
+    if 1.5 * wanted >= matrix.rows:
+        wanted = matrix.rows
+    return max(min(wanted, affordable), 2 * rank)
+
+
+def _fit(sample: Rows, whole: int, right: Floats, effort: Effort) -> tuple[Floats, Floats]:
+    """Both factors for some of the whole rows, from a guess of the right one."""
+    known, first = Factor(right), True
+    for count, turns in effort.stages:
+        every = max(round(len(sample) / max(count, 8 * known.rank)), 1)
+        rows = sample.some(every, len(sample)) if every > 1 else sample
+        across, left = rows.transposed(), least_squares(rows, known)
+        fitter, other = Fitter(rows.columns, known.rank), Fitter(len(rows), known.rank)
+        if not first:
+            fitter.fit(rows, left, known, ridge=_RIDGE, step=1.0)
+        for _ in range(turns):
+            step = 1.0 if first else _STEP
+            fitter.fit(rows, left, known, ridge=_RIDGE, step=step)
+            other.fit(across, known, left, ridge=_RIDGE, step=step)
+            if first:
+                left, known = _without_weak(rows, whole, left, known)
+                fitter, other = Fitter(rows.columns, known.rank), Fitter(len(rows), known.rank)
+                first = False
+    return left.values, known.values
+
+
+def _without_weak(rows: Rows, whole: int, left: Factor, right: Factor) -> tuple[Factor, Factor]:
+    """Both factors, balanced, perhaps without the components behind the widest gap of their strengths. An
+    update smaller than most weights' rounding leaves shadows of itself, which cost more than they save."""
+    left, right = map(Factor, balanced(left.values, right.values))
+    strong = strengths(left.values, right.values)
+    ratios = strong[:-1] / np.maximum(strong[1:], strong[0] * 1e-9)
+    if not len(ratios) or ratios.max() < _GAP:
+        return left, right
+    kept = int(ratios.argmax()) + 1
+    fewer = Factor(left.values[:, :kept]), Factor(right.values[:, :kept])
+    outside = []
+    for known in (right, fewer[1]):
+        fitter, fitted = Fitter(rows.columns, known.rank), least_squares(rows, known)
+        outside += [fitter.fit(rows, fitted, known, ridge=_RIDGE, step=1.0) for _ in range(3)][-1:]
+    cost = (right.rank - kept) * (whole + rows.columns) * _FACTOR_BITS
+    saved = (outside[1] - outside[0]) / rows.target.size * whole * rows.columns * _ULP_BITS
+    return fewer if saved < cost else (left, right)
+
+
+class _Grid(NamedTuple):
+    """The numbers that factors are multiples of: for component k, 2**(shifts[k] - exponent / 2)."""
+
+    exponent: int
+    shifts: Integers
+
+    @classmethod
+    def of(cls, left: Floats, right: Floats, exponent: int) -> _Grid:
+        """The grid for an exponent: the weaker a component, the coarser its own."""
+        strong = strengths(left, right)
+        shifts = np.rint(0.5 * np.log2(strong[0] / np.maximum(strong, strong[0] * 1e-9)))
+        return _Grid(exponent, np.clip(shifts, 0, 12).astype(np.int64))
+
+    @property
+    def steps(self) -> NDArray[np.float64]:
+        """One for each component."""
+        found: NDArray[np.float64] = np.exp2(self.shifts - self.exponent / 2)
+        return found
+
+    def numbers(self, factor: Floats) -> Integers:
+        """The nearest multiples, before they are shifted."""
+        found: Integers = np.rint(factor / self.steps).astype(np.int64)
+        return found
+
+    def fits(self, left: Integers, right: Integers, form: Form) -> bool:
+        """Whether these multiples can be stored, and their products be added up."""
+        largest = [np.abs(numbers << self.shifts).max(axis=0, initial=0) for numbers in (left, right)]
+        narrow = form.kind == np.uint16
+        most = 1 << (FACTOR_BITS if narrow else WIDE_FACTOR_BITS) - 1
+        sums = float((largest[0].astype(np.float64) * largest[1]).sum())
+        return bool(max(part.max() for part in largest) < most and (not narrow or sums < 1 << 31))
+
+
+def _choose_grid(matrix: _Matrix, sample: Rows, left: Floats, right: Floats) -> _Grid | None:
+    """The grid by which some rows and their share of factors take least; None if they take less without."""
+    every = max(len(left) // _TRIAL_ROWS, 1)
+    rows, known = sample.some(every, _TRIAL_ROWS), left[::every][:_TRIAL_ROWS]
+    fitter = Fitter(matrix.columns, right.shape[1])
+
+    def size(exponent: int) -> float:
+        """In bytes; infinite if the factors do not fit."""
+        grid = _Grid.of(left, right, exponent)
+        given = grid.numbers(right)
+        fitted_to = Factor(known)
+        fitter.fit(rows, fitted_to, Factor(given * grid.steps), ridge=_RIDGE, step=_STEP)
+        fitted = grid.numbers(fitted_to.values)
+        if not grid.fits(fitted, given, matrix.form):
+            return np.inf
+        found = _coded(rows.target, _predicted(rows, fitted, given, grid), matrix.form)
+        share = rows.target.size / (matrix.rows * matrix.columns)
+        return found + share * _factor_bytes(left, right, grid, matrix.rows)
+
+    bits = 9 if matrix.form.kind == np.uint16 else 16
+    guess = round(2 * (bits - np.log2(np.sqrt(np.square(left[:, 0]).mean()))))
+    best, least = _smallest(size, min(max(guess, EXPONENTS[0]), EXPONENTS[1]))
+    if least > _WORTH * _coded(rows.target, rows.base, matrix.form):
+        return None
+    return _Grid.of(left, right, best)
+
+
+def _smallest(size: Callable[[int], float], start: int) -> tuple[int, float]:
+    """The exponent of the smallest size, going downhill from one, and that size."""
+    best, least = start, size(start)
+    for way in (-1, 1):
+        tried = start + way
+        while EXPONENTS[0] <= tried <= EXPONENTS[1] and (found := size(tried)) < least:
+            best, least, tried = tried, found, tried + way
+        if best != start:
+            break
+    return best, least
+
+
+def _factor_bytes(left: Floats, right: Floats, grid: _Grid, rows: int) -> float:
+    """What the factors will take, about."""
+    bits = 0.0
+    for factor, count in ((left, rows), (right, len(right))):
+        spread = np.sqrt(np.square(factor).mean(axis=0)) / grid.steps
+        bits += count * float(np.log2(1 + 4.13 * spread).sum())
+    return bits / 8
+
+
+def _coded(target: Any, base: Any, form: Form) -> int:
+    """How many bytes a target takes against a base."""
+    before, after = (bits.reshape(-1).view(np.uint8) for bits in (base, target))
+    return len(encode_chunk(before, after, form.dtype)[1])
+
+
+def _predicted(rows: Rows, left: Integers, right: Integers, grid: _Grid) -> Any:
+    """What rows are predicted to be."""
+    numbers = np.concatenate([left, right]) << grid.shifts
+    if rows.form.kind == np.uint16 and numbers.shape[1] % 2:
+        numbers = np.pad(numbers, ((0, 0), (0, 1)))
+    factors = np.ascontiguousarray(numbers.astype(rows.form.kind))
+    part = LowRankPart.of(factors, np.ones(len(left), np.float32), grid.exponent)
+    found = np.empty(rows.base.size, rows.form.kind)
+    part.predict(rows.base.reshape(-1), found, 0, rows.form.dtype, rounded=False)
+    return found
+
+
+def _write(matrix: _Matrix, right: Floats, grid: _Grid, effort: Effort) -> CodedPart | None:
+    """Fit all rows, in blocks, to the right factor on its grid, and code both; None if they do not fit it."""
+    given = grid.numbers(right)
+    fitter, known = Fitter(matrix.columns, right.shape[1]), Factor(given * grid.steps)
+    block = max(_BLOCK_BYTES // (2 * matrix.columns * matrix.form.kind.itemsize), 16)
+    numbers = []
+    for first in range(0, matrix.rows, block):
+        rows = matrix.read(first, min(first + block, matrix.rows))
+        left = least_squares(rows, known)
+        for share in effort.shares:
+            columns = max(int(share * matrix.columns), min(matrix.columns, 32 * known.rank))
+            fitter.fit(rows, left, known, ridge=_RIDGE, step=_STEP, columns=columns)
+        numbers.append(grid.numbers(left.values))
+    fitted = np.concatenate(numbers)
+    if not grid.fits(fitted, given, matrix.form):
+        return None
+    return code_part(fitted, given, grid.exponent, np.stack([grid.shifts, grid.shifts]))

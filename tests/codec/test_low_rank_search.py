@@ -1,0 +1,99 @@
+"""Low-rank updates are found where there are some, and nothing where there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from deltaweights.codec import encode_chunk
+from deltaweights.codec.low_rank import EFFORTS, LowRank, find_low_rank
+
+from .pairs import Bytes, to_bits, values_of
+
+DTYPES = {"BF16": 2, "F16": 2, "F32": 4}
+
+
+def rows_of(tensor: Bytes, row_bytes: int) -> Callable[[int, int], Bytes]:
+    return lambda start, stop: tensor[start * row_bytes : stop * row_bytes]
+
+
+def merge(
+    rows: int, columns: int, rank: int, dtype: str, std: float = 4e-4, seed: int = 0
+) -> tuple[Bytes, Bytes]:
+    """(base, target): weights of std 0.02 and what a merge makes of them."""
+    rng = np.random.default_rng(seed)
+    base = to_bits(rng.normal(0, 0.02, rows * columns), dtype)
+    product = rng.normal(0, 1, (rows, rank)) @ rng.normal(0, std / max(rank, 1) ** 0.5, (rank, columns))
+    target = to_bits(values_of(base, dtype) + product.reshape(-1), dtype)
+    return base.view(np.uint8), target.view(np.uint8)
+
+
+def found(
+    base: Bytes, target: Bytes, shape: tuple[int, ...], dtype: str, effort: str = "fast"
+) -> bytes | None:
+    row_bytes = shape[-1] * DTYPES[dtype]
+    return find_low_rank(rows_of(target, row_bytes), rows_of(base, row_bytes), shape, dtype, effort)
+
+
+def size(base: Bytes, target: Bytes, dtype: str) -> int:
+    return len(encode_chunk(base, target, dtype)[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_merge_is_found(dtype: str) -> None:
+    base, target = merge(256, 320, 4, dtype)
+    data = found(base, target, (256, 320), dtype)
+    assert data is not None
+    prediction = LowRank.parse(data, dtype, 256 * 320)
+    assert prediction.rank == 4
+    left = size(prediction.predict(base, 0), target, dtype)
+    assert len(data) + left < 0.45 * size(base, target, dtype)
+
+
+def test_every_matrix_of_a_stack_has_its_own() -> None:
+    parts = [merge(128, 256, rank, "BF16", seed=rank) for rank in (3, 0, 5)]
+    base, target = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
+    data = found(base, target, (3, 128, 256), "BF16")
+    assert data is not None
+    prediction = LowRank.parse(data, "BF16", 3 * 128 * 256)
+    assert [head.rank for head in prediction.heads] == [3, 0, 5]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_found_in_noise(dtype: str) -> None:
+    base, _ = merge(256, 320, 0, dtype)
+    steps = np.random.default_rng(1).laplace(0, 3e-4, 256 * 320)
+    target = to_bits(values_of(base.view(f"<u{DTYPES[dtype]}"), dtype) + steps, dtype).view(np.uint8)
+    assert found(base, target, (256, 320), dtype) is None
+    assert found(base, base, (256, 320), dtype) is None
+
+
+def test_weights_that_are_no_numbers_do_no_harm() -> None:
+    base, target = (part.copy() for part in merge(256, 320, 4, "BF16"))
+    rng = np.random.default_rng(2)
+    for part in (base, target):
+        part.view("<u2")[rng.integers(0, 256 * 320, 100)] = [0x7F80, 0xFFC1] * 50
+    data = found(base, target, (256, 320), "BF16")
+    assert data is not None
+    assert LowRank.parse(data, "BF16", 256 * 320).rank >= 4
+
+
+@pytest.mark.parametrize("shape", [(4096,), (0, 8), (3, 0, 4), (4, 8192), (64, 64)])
+def test_there_is_nothing_to_look_for(shape: tuple[int, ...]) -> None:
+    tensor = np.zeros(2 * int(np.prod(shape)), np.uint8)
+    assert found(tensor, tensor, shape, "BF16") is None
+    assert found(tensor, tensor, shape, "F16", "max") is None
+
+
+def test_more_effort_is_not_worse_and_repeats_itself() -> None:
+    base, target = merge(320, 256, 4, "BF16")
+    sizes = {}
+    for effort in EFFORTS:
+        data = found(base, target, (320, 256), "BF16", effort)
+        assert data is not None
+        assert data == found(base, target, (320, 256), "BF16", effort)
+        left = LowRank.parse(data, "BF16", 320 * 256).predict(base, 0)
+        sizes[effort] = len(data) + size(left, target, "BF16")
+    assert sizes["max"] <= 1.02 * sizes["default"] <= 1.04 * sizes["fast"]
