@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Literal
 
 from .checkpoint import Base, Checkpoint, Gathered, Group, HeldExtents, Tensor
+from .codec import Effort
 from .delta.chain import links, open_recipe
 from .delta.rebuilt import RebuiltSource
 from .delta.target_recipe import TargetRecipe
@@ -32,6 +33,7 @@ def compact_deltas(
     *,
     base: Readable | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    effort: Effort = "default",
     force: bool = False,
     threads: int | None = None,
     progress: ProgressCallback | None = None,
@@ -86,6 +88,7 @@ def compact_deltas(
             _side("target", target.manifest.target, target, new),
             glance=lambda tensor: _checksums(target, tensor),
             chunk_bytes=chunk_bytes,
+            effort=effort,
             force=force,
             threads=threads,
             progress=progress,

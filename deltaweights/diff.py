@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from functools import partial
-from itertools import islice
+from itertools import islice, tee
 from pathlib import Path
 
 import msgspec
 
 from ._version import __version__
 from .checkpoint import Checkpoint, Tensor
+from .codec import Effort
 from .delta.digests import PassingDigest, ShardDigests, base_spans, is_far, passing_shards
 from .delta.encoding import ChunkRow, encode_rows
 from .delta.entry import entry_of, removed_entries
@@ -43,6 +44,7 @@ from .manifest import (
     is_safe_path,
 )
 from .match.duplicates import find_duplicates
+from .match.low_rank import with_low_rank
 from .match.names import Match, RenameRule
 from .match.quantized import find_quantized
 from .payload import CHUNK_BYTES, ChunkPlan, CodedChunk
@@ -73,6 +75,7 @@ def make_delta(
     target_license: str | None = None,
     exclude: Sequence[str] = (),
     chunk_bytes: int = CHUNK_BYTES,
+    effort: Effort = "default",
     force: bool = False,
     threads: int | None = None,
     progress: ProgressCallback | None = None,
@@ -92,6 +95,8 @@ def make_delta(
         exclude: patterns such as ``"*.pt"`` or ``"global_step500"``; files of the target whose path, name or
             folder one of them fits are left out, and listed in the manifest.
         chunk_bytes: bytes of a tensor that are coded independently; a multiple of 4096.
+        effort: how long to fit what merged adapters added, where a glance finds such: "fast", "default" or
+            "max". The result is the same for one machine and effort.
         force: write even if ``delta`` holds other files; the delta's own files are replaced.
         threads: number of threads; if None, the number of usable cores, at most 8.
         progress: called with a phase ("diff"), bytes done and total bytes.
@@ -125,6 +130,7 @@ def make_delta(
             *sides,
             rename=rename,
             chunk_bytes=chunk_bytes,
+            effort=effort,
             force=force,
             threads=threads,
             progress=progress,
@@ -155,6 +161,7 @@ def write_delta(
     rename: Sequence[RenameRule] = (),
     glance: Callable[[Tensor], Hashable] | None = None,
     chunk_bytes: int,
+    effort: Effort,
     force: bool,
     threads: int | None,
     progress: ProgressCallback | None,
@@ -171,7 +178,9 @@ def write_delta(
         for source in (old.source, new.source):
             workers.at_stop(source.cancel)
         meter = Meter(progress, "diff", sum(new.source.sizes.values()))
-        writer = DeltaWriter(folder, new.source, _inputs(old, new, chunk_bytes, rename), workers, meter)
+        writer = DeltaWriter(
+            folder, new.source, _inputs(old, new, chunk_bytes, effort, rename), workers, meter
+        )
         texts = [*base.license.texts, *target.license.texts, rules.NOTICE_NAME]
         folder.require_distinct([cards.CARD_NAME, MANIFEST_NAME, *texts, *writer.names(new.other_files)])
         _check_vacant(folder, force)
@@ -180,7 +189,7 @@ def write_delta(
         for side, checkpoint in (("base", old), ("target", new)):
             facts = checkpoint.source.where, len(checkpoint.shards), len(checkpoint.tensors)
             _log.info("the %s is %s: %d shards, %d tensors", side, *facts)
-        encoder = _Encoder(old, new, writer, workers, chunk_bytes, meter)
+        encoder = _Encoder(old, new, writer, workers, chunk_bytes, effort, meter)
         base_files, target_files, entries = encoder.write_files(matches, base.files)
         base_record = BaseRecord(base.repo_id, base.revision, base.license.license, base_files)
         target_record = TargetRecord(
@@ -200,10 +209,12 @@ def write_delta(
         return manifest
 
 
-def _inputs(old: Checkpoint, new: Checkpoint, chunk_bytes: int, rename: Sequence[RenameRule]) -> str:
+def _inputs(
+    old: Checkpoint, new: Checkpoint, chunk_bytes: int, effort: Effort, rename: Sequence[RenameRule]
+) -> str:
     """A text that changes with the inputs and settings that a delta is made from."""
     inputs = [source.fingerprint(path) for source in (old.source, new.source) for path in source.sizes]
-    inputs += [__version__, str(chunk_bytes), *(f"{p}={r}" for p, r in rename)]
+    inputs += [__version__, str(chunk_bytes), effort, *(f"{p}={r}" for p, r in rename)]
     return hashlib.sha256("\n".join(inputs).encode(errors="backslashreplace")).hexdigest()
 
 
@@ -266,6 +277,7 @@ class _Encoder:
         writer: DeltaWriter,
         workers: Workers,
         chunk_bytes: int,
+        effort: Effort,
         meter: Meter,
     ) -> None:
         #: Those of the base's shards that are hashed as they are coded.
@@ -275,6 +287,7 @@ class _Encoder:
         self._writer = writer
         self._workers = workers
         self._chunk_bytes = chunk_bytes
+        self._effort = effort
         self._meter = meter
 
     def write_files(
@@ -357,11 +370,14 @@ class _Encoder:
             self._meter.skip(done.target.size)
             _log.info("%s: kept from an earlier run", path)
             return done.target, list(done.entries)
-        shard, plans, entries = self._new.shards[path], self._plans(matches), []
+        shard, plans, entries = self._new.shards[path], self._plans(matches), list[TensorEntry]()
         digests = ShardDigests(shard, self._passing, lane)
         with self._writer.shard(name, shard, plans) as output:
-            with self._expect(matches), closing(self._encode_all(lane, matches, digests)) as chunks:
-                for match, plan in zip(matches, plans, strict=True):
+            # Predictions are looked for while the tensors before are coded.
+            for_entries, for_chunks = tee(lane.map(self._with_prediction, matches))
+            planned = zip(for_chunks, plans, strict=True)
+            with self._expect(matches), closing(self._encode_all(lane, planned, digests)) as chunks:
+                for match, plan in zip(for_entries, plans, strict=True):
                     coded, written = islice(chunks, plan.count), None
                     if match.like:
                         deque(coded, 0)  # a duplicate's bytes are only hashed
@@ -389,17 +405,22 @@ class _Encoder:
     def _plans(self, matches: Sequence[Match]) -> list[ChunkPlan]:
         return [ChunkPlan(m.target.info.nbytes, m.shared_bytes, self._chunk_bytes) for m in matches]
 
+    def _with_prediction(self, match: Match) -> Match:
+        """The match, with a low-rank prediction where one pays. That takes several reads of both tensors, so
+        none is looked for over a network."""
+        if self._old.source.is_remote or self._new.source.is_remote:
+            return match
+        return with_low_rank(match, self._effort)
+
     def _encode_all(
-        self, lane: Lane, matches: Sequence[Match], digests: ShardDigests
+        self, lane: Lane, planned: Iterable[tuple[Match, ChunkPlan]], digests: ShardDigests
     ) -> Generator[CodedChunk, None, None]:
         """The chunks of all tensors, in order. While one tensor is written, the next ones are encoded and
         their input is hashed."""
         at_once = lane.batch_bytes
         buffers = Buffers(at_once)
         rows = (
-            ChunkRow(match, plan, first, end)
-            for match, plan in zip(matches, self._plans(matches), strict=True)
-            for first, end in plan.rows(at_once)
+            ChunkRow(match, plan, first, end) for match, plan in planned for first, end in plan.rows(at_once)
         )
         encode = partial(encode_rows, buffers=buffers)
         for batch in lane.map(encode, batches(rows, at_once, lambda row: row.nbytes)):

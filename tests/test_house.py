@@ -116,7 +116,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "runs",
         "advice parts",
         "names",
-        "duplicates quantized",
+        "duplicates low_rank quantized",
         "__init__",
     ),
     "payload": ("chunks faults", "reader writer", "whole", "__init__"),

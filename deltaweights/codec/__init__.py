@@ -6,6 +6,7 @@ in one call. What a payload is, of which chunks are the parts, :mod:`deltaweight
 """
 
 from .convert import convert, is_convertible, rescale
+from .low_rank import Effort, LowRank, find_low_rank
 from .methods.chunk import (
     MAX_CHUNK,
     STANDALONE,
@@ -18,7 +19,7 @@ from .methods.chunk import (
     read_patch,
 )
 from .opaque import compress_blocks, decompress_blocks
-from .predictions import Predictor, parse_prediction, seal_prediction
+from .predictions import Predictor, low_rank_predictor, parse_prediction, seal_prediction
 from .quantized import QUANTIZED, Quantized, quantize
 from .rows import RECORD, checksum, compare_row, decode_row, decode_table, element_bytes
 
@@ -27,6 +28,8 @@ __all__ = [
     "QUANTIZED",
     "RECORD",
     "STANDALONE",
+    "Effort",
+    "LowRank",
     "Method",
     "Overwritten",
     "Patch",
@@ -42,7 +45,9 @@ __all__ = [
     "decompress_blocks",
     "element_bytes",
     "encode_chunk",
+    "find_low_rank",
     "is_convertible",
+    "low_rank_predictor",
     "parse_prediction",
     "patch_chunk",
     "quantize",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deltaweights.codec import encode_chunk
-from deltaweights.codec.low_rank import EFFORTS, LowRank, find_low_rank
+from deltaweights.codec.low_rank import EFFORTS, Effort, LowRank, find_low_rank
 
 from .pairs import Bytes, to_bits, values_of
 
@@ -31,7 +31,7 @@ def merge(
 
 
 def found(
-    base: Bytes, target: Bytes, shape: tuple[int, ...], dtype: str, effort: str = "fast"
+    base: Bytes, target: Bytes, shape: tuple[int, ...], dtype: str, effort: Effort = "fast"
 ) -> bytes | None:
     row_bytes = shape[-1] * DTYPES[dtype]
     return find_low_rank(rows_of(target, row_bytes), rows_of(base, row_bytes), shape, dtype, effort)

@@ -6,6 +6,6 @@ every machine. The ordinary methods code what is left.
 """
 
 from .prediction import LowRank
-from .search import EFFORTS, find_low_rank
+from .search import EFFORTS, Effort, find_low_rank
 
-__all__ = ["EFFORTS", "LowRank", "find_low_rank"]
+__all__ = ["EFFORTS", "Effort", "LowRank", "find_low_rank"]

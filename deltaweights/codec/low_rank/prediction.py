@@ -132,6 +132,11 @@ class LowRank:
     _rounded: bool
 
     @property
+    def nbytes(self) -> int:
+        """The memory that the factors take."""
+        return sum(part.left.nbytes + part.right.nbytes for part in self._parts if part)
+
+    @property
     def rank(self) -> int:
         """The highest rank of a part."""
         return max(head.rank for head in self.heads)

@@ -6,9 +6,10 @@ their factors exact. Everything here is the encoder's choice: the format knows n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,9 @@ from .prediction import EXPONENTS, ITEMSIZES, LowRankPart
 from .writing import CodedPart, code_part, joined, nothing_for
 
 __all__ = ["EFFORTS", "Effort", "find_low_rank"]
+
+#: How long to fit.
+Effort = Literal["fast", "default", "max"]
 
 Bytes = NDArray[np.uint8]
 Integers = NDArray[np.int64]
@@ -41,7 +45,7 @@ _FACTOR_BITS, _ULP_BITS = 9, 7  # what a factor costs, and a weight that is not 
 _WORTH = 0.97  # of what the tensor would take otherwise
 
 
-class Effort(NamedTuple):
+class Schedule(NamedTuple):
     """How long to fit.
 
     Attributes:
@@ -53,10 +57,10 @@ class Effort(NamedTuple):
     shares: tuple[float, ...]
 
 
-EFFORTS = {
-    "fast": Effort(((512, 3),), (0.25, 1.0)),
-    "default": Effort(((512, 3), (2048, 2)), (0.25, 0.5, 1.0, 1.0)),
-    "max": Effort(((512, 4), (4096, 12)), (0.25, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0)),
+EFFORTS: dict[Effort, Schedule] = {
+    "fast": Schedule(((512, 3),), (0.25, 1.0)),
+    "default": Schedule(((512, 3), (2048, 2)), (0.25, 0.5, 1.0, 1.0)),
+    "max": Schedule(((512, 4), (4096, 12)), (0.25, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0)),
 }
 
 
@@ -97,7 +101,8 @@ def find_low_rank(
     read_base_rows: ReadRows,
     shape: Sequence[int],
     dtype: str,
-    effort: str = "default",
+    effort: Effort = "default",
+    heights: Sequence[int] | None = None,
 ) -> bytes | None:
     """Look for low-rank updates in a tensor; the bytes of a :class:`.LowRank`, or None.
 
@@ -107,23 +112,26 @@ def find_low_rank(
         shape: the tensor's.
         dtype: its safetensors code.
         effort: "fast", "default" or "max".
+        heights: the rows of each matrix that may have been merged by itself, in order; if None, those of a
+            stack's matrices.
 
     Returns:
         data that should pay for itself, or None.
     """
     if dtype not in ITEMSIZES or len(shape) < 2 or min(shape) < 1:
         return None
-    rows, columns = shape[-2:]
-    parts = []
-    for k in range(int(np.prod(shape[:-2], dtype=np.int64))):
-        matrix = _Matrix(read_target_rows, read_base_rows, k * rows, rows, columns, Form(dtype))
+    *stacked, rows, columns = shape
+    parts, first = [], 0
+    for height in heights or [rows] * math.prod(stacked):
+        matrix = _Matrix(read_target_rows, read_base_rows, first, height, columns, Form(dtype))
         parts.append(_find_part(matrix, EFFORTS[effort]))
+        first += height
     if not any(part.head.rank for part in parts):
         return None
     return joined(columns, parts, rounded=False)
 
 
-def _find_part(matrix: _Matrix, effort: Effort) -> CodedPart:
+def _find_part(matrix: _Matrix, effort: Schedule) -> CodedPart:
     nothing = nothing_for(matrix.rows)
     if min(matrix.rows, matrix.columns) < _LEAST_SIDE or matrix.rows * matrix.columns < _LEAST_ELEMENTS:
         return nothing
@@ -203,7 +211,7 @@ def _edge_of_noise(update: NDArray[Any], strongest: NDArray[Any]) -> float:
     return float(1.1 * size / (1 - taken))
 
 
-def _rows_of_sample(matrix: _Matrix, effort: Effort, rank: int) -> int:
+def _rows_of_sample(matrix: _Matrix, effort: Schedule, rank: int) -> int:
     affordable = _SAMPLE_BYTES // (2 * matrix.columns * matrix.form.kind.itemsize)
     wanted = max(effort.stages[-1][0], 16 * rank)
     if 1.5 * wanted >= matrix.rows:
@@ -211,7 +219,7 @@ def _rows_of_sample(matrix: _Matrix, effort: Effort, rank: int) -> int:
     return max(min(wanted, affordable), 2 * rank)
 
 
-def _fit(sample: Rows, whole: int, right: Floats, effort: Effort) -> tuple[Floats, Floats]:
+def _fit(sample: Rows, whole: int, right: Floats, effort: Schedule) -> tuple[Floats, Floats]:
     """Both factors for some of the whole rows, from a guess of the right one."""
     known, first = Factor(right), True
     for count, turns in effort.stages:
@@ -350,7 +358,7 @@ def _predicted(rows: Rows, left: Integers, right: Integers, grid: _Grid) -> Any:
     return found
 
 
-def _write(matrix: _Matrix, right: Floats, grid: _Grid, effort: Effort) -> CodedPart | None:
+def _write(matrix: _Matrix, right: Floats, grid: _Grid, effort: Schedule) -> CodedPart | None:
     """Fit all rows, in blocks, to the right factor on its grid, and code both; None if they do not fit it."""
     given = grid.numbers(right)
     fitter, known = Fitter(matrix.columns, right.shape[1]), Factor(given * grid.steps)
