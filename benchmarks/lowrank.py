@@ -1,11 +1,11 @@
-"""Merged adapters: what their deltas take with a low-rank part and without, and how long finding and coding take.
+"""Merged adapters: what they take with a low-rank prediction and without, and how long finding one takes.
 
     OPENBLAS_NUM_THREADS=1 python benchmarks/lowrank.py             # simulated matrices
     OPENBLAS_NUM_THREADS=1 python benchmarks/lowrank.py --real      # and merges by PEFT: see merges.py
 
 Sizes are bits a weight; zstd is zstd-3 of the byte planes of the XOR with the base. Times are those of one
-thread's processor, so that neighbours trouble them little. The time of decoding is divided by that of the same
-tensor without a prediction.
+thread's processor, so that neighbours trouble them little. The time of decoding is divided by that of the
+same tensor without a prediction.
 """
 
 from __future__ import annotations
@@ -67,11 +67,7 @@ def _report(pairs: list[Pair], effort: str) -> None:
     for _, base, target in pairs:
         before, after = (bits.reshape(-1).view(np.uint8) for bits in (base, target))
         plain, encoding = _timed(lambda: _encoded(before, after))  # noqa: B023
-        read = (
-            lambda start, stop, part=part: part[start:stop].reshape(-1).view(np.uint8)
-            for part in (target, base)
-        )
-        data, search = _timed(lambda: find_low_rank(*read, target.shape, "BF16", effort))  # noqa: B023
+        data, search = _timed(lambda: _found(base, target, effort))  # noqa: B023
         prediction = LowRank.parse(data, "BF16", target.size) if data else None
         closer = prediction.predict(before, 0) if prediction else before
         coded = _encoded(closer, after)
@@ -84,6 +80,13 @@ def _report(pairs: list[Pair], effort: str) -> None:
     shown = ", ".join(map(str, sorted(ranks)))
     times = f"{totals[4] * 1e3:.0f} | {totals[5] * 1e3:.0f} | {totals[6] / count:.2f}"
     print(f"| {pairs[0].name} | {sizes_of_all} | {shown} | {times} |", flush=True)
+
+
+def _found(base: Words, target: Words, effort: str) -> bytes | None:
+    def rows_of(part: Words) -> Callable[[int, int], Bytes]:
+        return lambda start, stop: part[start:stop].reshape(-1).view(np.uint8)
+
+    return find_low_rank(rows_of(target), rows_of(base), target.shape, "BF16", effort)
 
 
 def _chunks(count: int) -> Iterator[slice]:
@@ -138,7 +141,8 @@ def _simulated() -> Iterator[Pair]:
 
 def _bf16(values: Any) -> Words:
     bits = values.view(np.uint32)
-    return ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
+    rounded: Words = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
+    return rounded
 
 
 def _real(hidden: int, steps: int) -> Iterator[list[Pair]]:
