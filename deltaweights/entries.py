@@ -223,7 +223,7 @@ class Row(msgspec.Struct, array_like=True, frozen=True):
     more: More | None = None
 
 
-class Rows(msgspec.Struct, frozen=True):
+class EntryRows(msgspec.Struct, frozen=True):
     """The tensors of one shard of the target, or those that only the base has."""
 
     file: str | None
@@ -262,7 +262,7 @@ def _more(entry: TensorEntry) -> More | None:
     return None if more == More() else more
 
 
-def from_rows(kinds: Sequence[Kind], tables: Iterable[Rows]) -> tuple[TensorEntry, ...]:
+def from_rows(kinds: Sequence[Kind], tables: Iterable[EntryRows]) -> tuple[TensorEntry, ...]:
     """The entries.
 
     Raises:

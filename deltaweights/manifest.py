@@ -15,7 +15,17 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 
 from . import canonical
-from .entries import Kind, PlainEntry, Rows, Size, TensorEntry, check_entries, from_rows, to_plain, to_rows
+from .entries import (
+    EntryRows,
+    Kind,
+    PlainEntry,
+    Size,
+    TensorEntry,
+    check_entries,
+    from_rows,
+    to_plain,
+    to_rows,
+)
 from .errors import ManifestError
 
 MANIFEST_NAME = "deltaweights.json"
@@ -202,7 +212,7 @@ class _Tables(_Facts):
     """A manifest's JSON: a row for each tensor."""
 
     kinds: tuple[Kind, ...]
-    tensors: tuple[Rows, ...]
+    tensors: tuple[EntryRows, ...]
 
     def manifest(self) -> Manifest:
         try:

@@ -61,13 +61,14 @@ RANKS: dict[str, tuple[str, ...]] = {
     "codec": (
         "constants convert kernel_arrays opaque processor tables working_memory",
         "quantized",
-        "kernels library predictions",
+        "kernels library",
         "cache",
         "build",
         "jit",
         "compiled",
         "methods",
         "low_rank rows",
+        "predictions",
         "__init__",
     ),
     "codec/build": (

@@ -13,7 +13,7 @@ import msgspec
 from ..card import write_card
 from ..checkpoint import MAX_HEADER_BYTES, Shard
 from ..codec import RECORD, compress_blocks
-from ..entries import Kind, Rows, TensorEntry, from_rows, to_rows
+from ..entries import EntryRows, Kind, TensorEntry, from_rows, to_rows
 from ..errors import CheckpointError
 from ..license import cards, rules
 from ..manifest import (
@@ -60,7 +60,7 @@ class FinishedShard:
     file: FileRecord
     target: TargetFile
     kinds: tuple[Kind, ...]
-    tensors: tuple[Rows, ...]
+    tensors: tuple[EntryRows, ...]
 
     @property
     def entries(self) -> tuple[TensorEntry, ...]:

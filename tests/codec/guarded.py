@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from deltaweights.codec import RECORD, compare_row, compiled, decode_chunk, decode_row, encode_chunk
 from deltaweights.codec import rows as payload_module
+from deltaweights.codec.low_rank import LowRank
 from deltaweights.codec.methods.ulp import FORMATS
 from deltaweights.errors import PayloadError
 from deltaweights.payload import CHUNK_BYTES, encode
 
 from .pairs import Bytes, fine_tune, noise
 from .test_damage import Case, cases, damaged
+from .test_low_rank_search import found, merge
 
 _PAGE = mmap.PAGESIZE
 _DAMAGES = 25  # of each payload
@@ -93,6 +95,21 @@ def _decode_rows(base: Bytes, target: Bytes, dtype: str, rng: np.random.Generato
             assert np.array_equal(out, target)
 
 
+def _predict(dtype: str, rng: np.random.Generator) -> None:
+    """Found, and predicted from any element on; then damaged."""
+    base, target = merge(130, 257, 5, dtype)
+    data = found(base, target, (130, 257), dtype)
+    assert data
+    for part in (data, *(damaged(data, rng) for _ in range(_DAMAGES))):
+        try:
+            prediction = LowRank.parse(part, dtype, 130 * 257)
+        except PayloadError:
+            continue
+        for start, stop in ((0, 130), (3, 7), (129, 130)):
+            size = len(base) // 130 // 257
+            prediction.predict(base[start * 250 * size : stop * 257 * size], start * 250)
+
+
 def main() -> None:
     """Raise where bytes come back wrong, end where a kernel leaves its arrays."""
     rng = np.random.default_rng(0)
@@ -100,6 +117,8 @@ def main() -> None:
     for at_end in (False, True):
         compiled.Kernel.__call__ = plain  # type: ignore[method-assign]
         guard(at_end)
+        for dtype in ("BF16", "F16", "F32"):
+            _predict(dtype, rng)
         for dtype, base, target in _all_cases():
             method, data = encode_chunk(base, target, dtype)
             out = np.empty_like(target)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..compiled import low_rank_fit as kernels
+from ..compiled import low_rank_fit
 from ..kernel_arrays import Floats
 from .prediction import ITEMSIZES
 
@@ -140,7 +140,7 @@ class Fitter:
         gains = np.ones(len(rows), np.float32)
         # to each Hessian this part is added of what it would be if all elements counted
         added = (ridge * (right.rows.T @ right.rows)).astype(np.float32)
-        found: int = kernels.fit_rows(
+        found: int = low_rank_fit.fit_rows(
             rows.flat_base, rows.flat_target, gains, self._ones, rows.form.number, left.rows[:-1], right.rows,
             right.flipped, min(columns or rows.columns, rows.columns), added, step, self._places,
             self._excesses, self._hessian, self._gradient,

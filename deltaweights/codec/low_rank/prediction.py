@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ...errors import PayloadError
 from .. import working_memory
-from ..compiled import low_rank as kernels
+from ..compiled import low_rank
 from ..constants import GAIN_BITS, GUARD, MOST_RANK, PREDICTED_AT_ONCE
 from ..kernel_arrays import Doubles, Floats, Numbers
 from ..methods.entropy import decode_list, family
@@ -108,9 +108,9 @@ class LowRankPart(NamedTuple):
         columns = self.right.shape[1] - PREDICTED_AT_ONCE
         given = (before, after, start, columns, *self)
         if before.itemsize == 2:
-            kernels.predict(*given, dtype == "F16", rounded)
+            low_rank.predict(*given, dtype == "F16", rounded)
         else:
-            kernels.predict_wide(*given, rounded)
+            low_rank.predict_wide(*given, rounded)
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def _decode_factors(data: Bytes, head: PartHead, shifts: Bytes, out: NDArray[Any
     slots = working_memory.SLOTS.take(head.contexts << PRECISION)
     words = working_memory.WORDS.take(len(data) // 2 + GUARD)
     members = np.zeros(head.contexts, np.int64)
-    if not kernels.decode_factors(
+    if not low_rank.decode_factors(
         data, shifts, head.context_of_each(), members, family(), frequencies, slots, words, head.rows, out
     ):
         raise _damaged("has damaged factors")

@@ -36,6 +36,7 @@ _LOOK_ROWS, _LOOK_COLUMNS = 64, 2048
 _STANDS_OUT = 2.0  # rows of noise would be this much less alike
 _FIRST_SAMPLE, _MOST_SAMPLE = 256, 2048  # rows
 _SAMPLE_BYTES = 96 << 20  # of base and target; there is a transposed copy
+_UPDATE_BYTES = 64 << 20  # of the update in such a sample
 _BLOCK_BYTES = 8 << 20  # of rows that are fitted together at last
 _TRIAL_ROWS = 48  # on which grids are compared
 #: Added to Hessians, as a part of what they would be if all elements counted; how far Newton's steps go.
@@ -122,10 +123,11 @@ def find_low_rank(
         return None
     *stacked, rows, columns = shape
     parts, first = [], 0
-    for height in heights or [rows] * math.prod(stacked):
-        matrix = _Matrix(read_target_rows, read_base_rows, first, height, columns, Form(dtype))
-        parts.append(_find_part(matrix, EFFORTS[effort]))
-        first += height
+    with np.errstate(all="ignore"):  # weights may be anything; what overflows is no update of low rank
+        for height in heights or [rows] * math.prod(stacked):
+            matrix = _Matrix(read_target_rows, read_base_rows, first, height, columns, Form(dtype))
+            parts.append(_find_part(matrix, EFFORTS[effort]))
+            first += height
     if not any(part.head.rank for part in parts):
         return None
     return joined(columns, parts, rounded=False)
@@ -169,7 +171,7 @@ def _is_worth_a_look(matrix: _Matrix) -> bool:
 
 def _first_guess(matrix: _Matrix) -> Floats | None:
     """The right factor, float32[columns, rank], from the spectrum of a sample of rows."""
-    rows = _FIRST_SAMPLE
+    rows, most = _FIRST_SAMPLE, min(matrix.rows, _MOST_SAMPLE, _UPDATE_BYTES // (4 * matrix.columns))
     while True:
         update: NDArray[Any] = matrix.spread(rows).update()
         if matrix.form.dtype == "F32":
@@ -185,9 +187,9 @@ def _first_guess(matrix: _Matrix) -> Floats | None:
                 known, rank = rank, int((found > _edge_of_noise(update, vectors[:, :rank])).sum())
                 if rank == known:
                     break
-        if rank <= count // 4 or rows >= min(matrix.rows, _MOST_SAMPLE):
+        if rank <= count // 4 or rows >= most:
             break
-        rows *= 2
+        rows = min(2 * rows, most)
     if rank == 0 or rank > MOST_RANK or rank > count // 2:
         return None
     right: Floats = (update.T @ vectors[:, :rank]).astype(np.float32)
@@ -199,7 +201,7 @@ def _edge_of_noise(update: NDArray[Any], strongest: NDArray[Any]) -> float:
     """The largest eigenvalue that noise has: of what the strongest components leave, with signs at random. It
     has the same variances, which differ from weight to weight, but no structure."""
     left = update - strongest @ (strongest.T @ update)
-    left *= 2.0 * np.random.default_rng(0).integers(0, 2, left.shape, np.int8) - 1.0
+    np.negative(left, out=left, where=np.random.default_rng(0).integers(0, 2, left.shape, np.int8).view(bool))
     vector, size = np.ones(len(left), left.dtype), 0.0
     for _ in range(12):
         vector = left @ (left.T @ vector)

@@ -1,0 +1,165 @@
+"""Merged adapters: what they take with a low-rank prediction and without, and how long finding one takes.
+
+    OPENBLAS_NUM_THREADS=1 python benchmarks/lowrank.py             # simulated matrices
+    OPENBLAS_NUM_THREADS=1 python benchmarks/lowrank.py --real      # and merges by PEFT: see merges.py
+
+Sizes are bits a weight; zstd is zstd-3 of the byte planes of the XOR with the base. Times are those of one
+thread's processor, so that neighbours trouble them little. The time of decoding is divided by that of the
+same tensor without a prediction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from deltaweights.codec import decode_chunk, encode_chunk
+from deltaweights.codec.low_rank import Effort, LowRank, find_low_rank
+
+Words = NDArray[np.uint16]
+Bytes = NDArray[np.uint8]
+_CHUNK = 1 << 20
+_SIMULATED = (
+    (1024, 1024, 16, 2e-4),
+    (2048, 2048, 16, 2e-4),
+    (2048, 2048, 16, 2e-5),
+    (4096, 4096, 16, 2e-4),
+    (2048, 2048, 64, 2e-4),
+)
+
+
+class Pair(NamedTuple):
+    """A matrix: its base and its target, as the bits of bf16."""
+
+    name: str
+    base: Words
+    target: Words
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--real", action="store_true", help="merges by PEFT as well")
+    parser.add_argument("--effort", default="default", choices=("fast", "default", "max"))
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=30)
+    options = parser.parse_args()
+    print(
+        "| matrix | zstd | without | with | factors | rank | search ms | encode ms | decode, with / without |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for pair in _simulated():
+        _report([pair], options.effort)
+    if options.real:
+        for pairs in _real(options.hidden, options.steps):
+            _report(pairs, options.effort)
+
+
+def _report(pairs: list[Pair], effort: Effort) -> None:
+    totals: Any = np.zeros(7)
+    ranks = set()
+    for _, base, target in pairs:
+        before, after = (bits.reshape(-1).view(np.uint8) for bits in (base, target))
+        plain, encoding = _timed(lambda: _encoded(before, after))  # noqa: B023
+        data, search = _timed(lambda: _found(base, target, effort))  # noqa: B023
+        prediction = LowRank.parse(data, "BF16", target.size) if data else None
+        closer = prediction.predict(before, 0) if prediction else before
+        coded = _encoded(closer, after)
+        ranks.add(prediction.rank if prediction else 0)
+        slower = _decoding(coded, before, after, prediction), _decoding(plain, before, after, None)
+        sizes = _zstd(before ^ after), _size(plain), _size(coded) + len(data or b""), len(data or b"")
+        totals += np.array([*sizes, search, encoding, slower[0] / slower[1] * target.size])
+    count = sum(pair.target.size for pair in pairs)
+    sizes_of_all = " | ".join(f"{8 * size / count:.3f}" for size in totals[:4])
+    shown = ", ".join(map(str, sorted(ranks)))
+    times = f"{totals[4] * 1e3:.0f} | {totals[5] * 1e3:.0f} | {totals[6] / count:.2f}"
+    print(f"| {pairs[0].name} | {sizes_of_all} | {shown} | {times} |", flush=True)
+
+
+def _found(base: Words, target: Words, effort: Effort) -> bytes | None:
+    def rows_of(part: Words) -> Callable[[int, int], Bytes]:
+        return lambda start, stop: part[start:stop].reshape(-1).view(np.uint8)
+
+    return find_low_rank(rows_of(target), rows_of(base), target.shape, "BF16", effort)
+
+
+def _chunks(count: int) -> Iterator[slice]:
+    return (slice(at, at + _CHUNK) for at in range(0, count, _CHUNK))
+
+
+def _encoded(base: Bytes, target: Bytes) -> list[tuple[Any, bytes]]:
+    return [encode_chunk(base[part], target[part], "BF16") for part in _chunks(len(base))]
+
+
+def _size(coded: list[tuple[Any, bytes]]) -> int:
+    return sum(len(data) for _, data in coded)
+
+
+def _decoding(
+    coded: list[tuple[Any, bytes]], base: Bytes, target: Bytes, prediction: LowRank | None
+) -> float:
+    """The shortest of three times."""
+
+    def decode() -> None:
+        for part, (method, data) in zip(_chunks(len(base)), coded, strict=True):
+            before = prediction.predict(base[part], part.start // 2) if prediction else base[part]
+            out = np.empty(len(before), np.uint8)
+            decode_chunk(method, data, before, "BF16", out)
+            assert np.array_equal(out, target[part])
+
+    return min(_timed(decode)[1] for _ in range(3))
+
+
+def _zstd(difference: Bytes) -> int:
+    planes = np.ascontiguousarray(difference.reshape(-1, 2).T)
+    return sum(len(zstandard.ZstdCompressor(3).compress(plane.tobytes())) for plane in planes)
+
+
+def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    began = time.thread_time()
+    found = call()
+    return found, time.thread_time() - began
+
+
+def _simulated() -> Iterator[Pair]:
+    for rows, columns, rank, std in _SIMULATED:
+        rng = np.random.default_rng(0)
+        base = _bf16(rng.standard_normal((rows, columns), np.float32) * np.float32(0.02))
+        product = rng.standard_normal((rows, rank), np.float32) @ rng.standard_normal(
+            (rank, columns), np.float32
+        )
+        single = (base.astype(np.uint32) << 16).view(np.float32)
+        target = _bf16(single + product * np.float32(std / product.std()))
+        yield Pair(f"{rows} x {columns}, rank {rank}, std {std}", base, target)
+
+
+def _bf16(values: Any) -> Words:
+    bits = values.view(np.uint32)
+    rounded: Words = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
+    return rounded
+
+
+def _real(hidden: int, steps: int) -> Iterator[list[Pair]]:
+    import torch
+    from merges import MERGES, base_model, merged
+
+    base = base_model(hidden, 4)
+    before = base.state_dict()
+    for name, merge in MERGES.items():
+        after = merged(base, merge, steps).state_dict()
+        pairs = [
+            Pair(f"PEFT, {name}", *(state[key].view(torch.uint16).numpy() for state in (before, after)))
+            for key in before
+            if key.endswith("proj.weight")
+        ]
+        yield [pair for pair in pairs if not np.array_equal(pair.base, pair.target)]
+
+
+if __name__ == "__main__":
+    main()
