@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 import msgspec
 
 from . import codec
+from .adapters import MergedAdapter, merged_adapter
 from .delta.opening import license_texts, read_manifest
 from .entries import STATUSES, Status, TensorEntry
 from .errors import DeltaError
@@ -74,6 +75,7 @@ class DeltaSummary:
         size: of target and delta, in bytes.
         counts: how many tensors have each status; those that none has are absent.
         tensors: every tensor of the target, and those that only the base has.
+        adapter: the adapter that was merged, if what changed looks like one.
         stored_whole: the target's files that the delta holds whole, the largest first.
         format_version: of the delta's format.
         tool: the program that wrote the delta.
@@ -85,6 +87,7 @@ class DeltaSummary:
     size: DeltaSize
     counts: dict[Status, int]
     tensors: tuple[TensorSummary, ...]
+    adapter: MergedAdapter | None
     stored_whole: tuple[StoredFile, ...]
     format_version: int
     tool: Tool
@@ -100,6 +103,8 @@ class DeltaSummary:
             for field in ("like", "prediction"):
                 if tensor[field] is None:
                     del tensor[field]
+            if "prediction" in tensor:
+                tensor["residual_bytes"] = tensor["payload_bytes"] - tensor["prediction"]["nbytes"]
         return {**found, "license": self.license.to_dict()}
 
 
@@ -170,6 +175,7 @@ def summarise(manifest: Manifest, texts: Mapping[str, bytes] | None = None) -> D
         size=DeltaSize(target_bytes, delta_bytes, delta_bytes / max(1, target_bytes)),
         counts={status: counts[status] for status in STATUSES if counts[status]},
         tensors=tuple(map(_summary_of, manifest.tensors)),
+        adapter=merged_adapter(manifest.tensors),
         stored_whole=_stored_whole(manifest),
         format_version=manifest.format_version,
         tool=manifest.tool,

@@ -34,6 +34,7 @@ RANKS: dict[str, tuple[str, ...]] = {
     "": (
         "_exports _version dtypes errors recent workers",
         "canonical entries",
+        "adapters",
         "codec manifest storage",
         "checkpoint",
         "payload",

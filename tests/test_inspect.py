@@ -25,7 +25,7 @@ def test_it_is_ready_for_json(trio: Trio) -> None:
 
 def test_the_json_has_the_fields_that_were_promised(trio: Trio) -> None:
     summary = json.loads(json.dumps(inspect_delta(trio.delta).to_dict()))
-    wanted = ["base", "target", "license", "size", "counts", "tensors", "format_version", "tool"]
+    wanted = ["base", "target", "license", "size", "counts", "tensors", "adapter", "format_version", "tool"]
     assert list(summary) == wanted
     assert list(summary["base"]) == ["repo_id", "revision", "files"]
     assert list(summary["target"]) == ["repo_id", "revision", "files", "left_out"]

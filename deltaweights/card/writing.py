@@ -6,6 +6,7 @@ import json
 import re
 from urllib.parse import quote
 
+from ..adapters import merged_adapter
 from ..license.cards import CARD_NAME, LICENSE_FILE, base_models_of, read_card
 from ..license.rules import displays, expression_of, terms_of
 from ..license.table import Terms
@@ -52,6 +53,7 @@ def write_card(manifest: Manifest, target: Source | None = None) -> bytes:
         head or ("" if text else _title(manifest)),
         *(f"**{line}**" for line in displays(manifest.base.license)),
         _what_it_is(manifest),
+        _adapter(manifest),
         _how_to_use(manifest, _transformers_arguments(manifest, target)),
         _facts(manifest),
         _obligations(manifest),
@@ -234,6 +236,12 @@ def _transformers_arguments(manifest: Manifest, target: Source | None) -> str | 
     if not isinstance(config, dict) or not config.get("architectures") or not config.get("model_type"):
         return None
     return ", trust_remote_code=True" if config.get("auto_map") else ""
+
+
+def _adapter(manifest: Manifest) -> str:
+    """What was merged into the model, as it seems."""
+    found = merged_adapter(manifest.tensors)
+    return f"It looks like a merged adapter of {_plain(str(found))}." if found else ""
 
 
 def _facts(manifest: Manifest) -> str:

@@ -28,6 +28,8 @@ from .options import (
     Delta,
     DeltaOut,
     Deltas,
+    EffortLevel,
+    EffortOption,
     Force,
     Json,
     KeepBase,
@@ -124,6 +126,7 @@ def diff(
     target_license: Annotated[
         str | None, typer.Option(metavar="ID", help="The target's license id.", rich_help_panel=RECORDS)
     ] = None,
+    effort: EffortOption = EffortLevel.default,
     force: Force = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -161,6 +164,7 @@ def diff(
                 target_repo=target_repo,
                 target_license=target_license,
                 exclude=exclude or (),
+                effort=effort.value,
                 force=force,
                 threads=threads,
                 progress=shown,
@@ -293,6 +297,7 @@ def compact(
     deltas: Deltas,
     output: DeltaOut,
     base: BaseOption = None,
+    effort: EffortOption = EffortLevel.default,
     force: Force = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -308,7 +313,9 @@ def compact(
         from ..compact import compact_deltas
 
         with work.progress() as shown:
-            manifest = compact_deltas(deltas, output, base=base, force=force, threads=threads, progress=shown)
+            manifest = compact_deltas(
+                deltas, output, base=base, effort=effort.value, force=force, threads=threads, progress=shown
+            )
     _report_written(work, output, manifest, shown.done("diff"))
 
 

@@ -98,6 +98,7 @@ def written_lines(place: object, summary: DeltaSummary) -> Iterator[str]:
     if summary.target.left_out:
         yield plain(f"Left out: {', '.join(summary.target.left_out)}")
     yield from _whole_lines(summary)
+    yield from _adapter_lines(summary)
     yield from _conflict_lines(summary.license.conflicts)
 
 
@@ -246,6 +247,27 @@ def _facts(summary: DeltaSummary) -> Iterator[tuple[str, str]]:
         yield f"{side} license", _license_line(license)
     yield "delta", _size_line(summary)
     yield "tensors", ", ".join(f"{count} {status}" for status, count in summary.counts.items())
+    if adapter := summary.adapter:
+        parts = f"{size(adapter.factor_bytes)} of factors, {size(adapter.residual_bytes)} besides"
+        yield "merged adapter", plain(f"{adapter}, in {adapter.tensors} tensors: {parts}")
+
+
+def _adapter_lines(summary: DeltaSummary) -> Iterator[str]:
+    """What somebody who merged an adapter may want to know."""
+    if adapter := summary.adapter:
+        yield plain(
+            f"Looks like a merged adapter: {adapter}. The adapter itself would take about "
+            f"{size(adapter.adapter_bytes)}; if you have it, you may want to publish that."
+        )
+
+
+def _status_of(tensor: TensorSummary) -> str:
+    if tensor.like:
+        return f"{tensor.status} of {plain(tensor.like.name)}"
+    rank = tensor.prediction.rank if tensor.prediction else None
+    kind = f"rank {rank}" if rank else tensor.prediction.method if tensor.prediction else ""
+    of = f" of {plain(tensor.base.name)}" if tensor.base and tensor.status == "rearranged" else ""
+    return ", ".join(filter(None, (f"{tensor.status}{of}", kind)))
 
 
 def _tensor_row(tensor: TensorSummary) -> tuple[str, ...]:
@@ -254,7 +276,7 @@ def _tensor_row(tensor: TensorSummary) -> tuple[str, ...]:
         plain(tensor.name),
         plain(tensor.dtype),
         _shape(tensor),
-        f"{tensor.status} of {plain(tensor.like.name)}" if tensor.like else tensor.status,
+        _status_of(tensor),
         "" if changed is None else f"{changed:.1%}",
         size(tensor.payload_bytes),
     )
