@@ -126,7 +126,10 @@ def find_low_rank(
     with np.errstate(all="ignore"):  # weights may be anything; what overflows is no update of low rank
         for height in heights or [rows] * math.prod(stacked):
             matrix = _Matrix(read_target_rows, read_base_rows, first, height, columns, Form(dtype))
-            parts.append(_find_part(matrix, EFFORTS[effort]))
+            try:
+                parts.append(_find_part(matrix, EFFORTS[effort]))
+            except np.linalg.LinAlgError:  # a fit of weights that are no update of low rank may not converge
+                parts.append(nothing_for(height))
             first += height
     if not any(part.head.rank for part in parts):
         return None
