@@ -65,7 +65,7 @@ def sparse(old: Weights) -> Weights:
     found = {}
     for k, (name, w) in enumerate(old.items()):
         is_moved = np.random.default_rng(k).random(w.shape) < 0.01
-        found[name] = w + is_moved * weights(w.shape, 1000 + k, 2e-3)
+        found[name] = w + is_moved.astype(np.float32) * weights(w.shape, 1000 + k, 2e-3)
     return found
 
 
