@@ -118,7 +118,7 @@ def estimate_delta(
 
     Args:
         base, target, rename, exclude, threads: as for :func:`make_delta`.
-        sample_bytes: about how many bytes of the target's tensors to code; if None, 160 MiB, or 40 MiB where
+        sample_bytes: about how many bytes of the target's tensors to code; if None, 160 MiB, or 96 MiB where
             base or target is on the Hub. There, equal tensors of the target are not looked for.
 
     Raises:
