@@ -193,6 +193,18 @@ def test_arguments_are_those_of_diff(base: Path, tmp_path: Path) -> None:
     assert found.other_bytes < 100_000
 
 
+def test_a_merged_adapter_is_found(tmp_path: Path) -> None:
+    """In one tensor of a kind, which stands for the others."""
+    shape = (512, 384)
+    held = {f"layers.{k}.q.weight": weights(shape, k) for k in range(4)}
+    moved = weights((512, 4), 10, 1) @ weights((4, 384), 11, 1e-4)
+    base = write(tmp_path / "base", held)
+    target = write(tmp_path / "target", {name: values + moved for name, values in held.items()})
+    found, manifest = estimate_delta(base, target), make_delta(base, target, tmp_path / "delta")
+    assert found.delta_bytes < found.target_bytes / 10
+    assert_close(found, manifest)
+
+
 def test_strangers_are_told_of(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     target = write(tmp_path / "target", {"other": weights((30, 30))})
     with caplog.at_level(logging.WARNING, "deltaweights.inputs"):

@@ -102,7 +102,8 @@ class Quantized:
     def _scales_in_row(self, row: int, first: int, end: int) -> NDArray[np.float32]:
         high, wide = self.block
         blocks = np.arange(first // wide, -(-end // wide) + 1)
-        counts = np.diff(np.clip(blocks * wide, first, end))
+        ends = np.clip(blocks * wide, first, end)
+        counts = ends[1:] - ends[:-1]
         return np.repeat(self.scales[row // high, blocks[:-1]], counts)
 
 
