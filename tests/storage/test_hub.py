@@ -209,7 +209,7 @@ def test_diff_fetches_what_it_compares_and_what_it_hashes(
     assert size <= shelf.weight_bytes("org/target") <= 1.001 * size
 
 
-def test_neighbouring_tensors_share_requests(shelf: HubServer, tmp_path: Path) -> None:
+def test_neighboring_tensors_share_requests(shelf: HubServer, tmp_path: Path) -> None:
     """The target is one run of bytes for each shard, shorter than the longest request: header, then rest.
     Before that, a few bytes of each tensor that might be a duplicate, by its dtype and shape."""
     make_delta("org/base", "org/target", tmp_path / "delta", threads=1)
