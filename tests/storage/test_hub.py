@@ -284,7 +284,7 @@ def test_where_no_digests_are_published_chunks_are_sampled(
         shelf.commit(
             "org/base", {"model-00002-of-00003.safetensors": (tmp_path / "wrong.safetensors").read_bytes()}
         )
-        with pytest.raises(BaseMismatchError, match=r"tensors sampled, 1 differ, such as 'layer\.4'"):
+        with pytest.raises(BaseMismatchError, match=r"tensors sampled, 1 differs: 'layer\.4'"):
             apply_delta("org/delta", tmp_path / "out", base="org/base@main")
     else:
         apply_delta("org/delta", tmp_path / "out")
