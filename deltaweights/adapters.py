@@ -1,4 +1,4 @@
-"""What a delta says of an adapter that was merged into its target: by the low-rank predictions in it."""
+"""Tells from a delta's low-rank predictions which adapter was merged into its target."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from dataclasses import dataclass
 from .entries import TensorEntry
 from .words import listed
 
-#: Of the bytes of its tensors: more than a merged adapter leaves, less than other training does.
+#: Of its tensors' bytes, a merged adapter leaves a smaller part to be coded besides the factors, and other
+#: training a larger one.
 _MOST_RESIDUAL = 1 / 12
 
-#: Modules that are named.
+#: How many modules are named.
 _MAX_NAMES = 8
 
-#: Bytes of an adapter's weights: most are saved in 16 bits.
+#: Bytes of a weight of an adapter: most adapters are saved in 16 bits.
 _ITEMSIZE = 2
 
 
 @dataclass(frozen=True, slots=True)
 class MergedAdapter:
-    """An adapter, as it seems.
+    """The adapter that seems to have been merged into a delta's target.
 
     Attributes:
         tensors: how many tensors it was merged into.
         ranks: the lowest and the highest rank.
-        modules: what these tensors are called without their place, such as ``q_proj``, the most common first.
-        factor_bytes: what its factors take in the delta.
-        residual_bytes: what else the payloads of these tensors take.
-        adapter_bytes: about what the adapter itself would take, in 16 bits.
+        modules: the last words of these tensors' names, such as ``q_proj``, the most common first.
+        factor_bytes: the bytes that its factors take in the delta.
+        residual_bytes: the bytes that the payloads of these tensors take besides.
+        adapter_bytes: about the bytes that the adapter itself would take, in 16 bits.
     """
 
     tensors: int
@@ -48,7 +49,14 @@ class MergedAdapter:
 
 
 def merged_adapter(entries: Iterable[TensorEntry]) -> MergedAdapter | None:
-    """The adapter that most of what changed looks like; None if it looks like other training."""
+    """The adapter that was merged into a target, if most of what changed looks like one.
+
+    Args:
+        entries: those of a manifest.
+
+    Returns:
+        None if the changes look like other training.
+    """
     changed = [entry for entry in entries if entry.payload_bytes and entry.changed]
     merged = [entry for entry in changed if entry.prediction and entry.prediction.rank]
     ranks = [entry.prediction.rank or 0 for entry in merged if entry.prediction]

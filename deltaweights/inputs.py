@@ -1,4 +1,4 @@
-"""Base and target of a diff: opened without what is no part of them, and matched, with a word on what is odd
+"""Opens the base and target of a diff without what is no part of them, matches them, and warns of what is odd
 about the two."""
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ class CheckpointFacts:
 
 
 def open_base(base: Readable) -> Checkpoint:
-    """The base, without what it need not have: a Git LFS pointer stands for a file that is not there."""
+    """Open the base. Git LFS pointers are left out: each stands for a file that is not there.
+
+    Raises:
+        CheckpointError: it cannot be found or read.
+    """
     source = open_source(base)
     source.leave_out(is_clutter)
     others = (path for path in source.sizes if not path.endswith(".safetensors"))
@@ -46,7 +50,14 @@ def open_base(base: Readable) -> Checkpoint:
 
 
 def open_target(target: Readable, exclude: Sequence[str]) -> Checkpoint:
-    """The target, without what was excluded, and what is no part of any model."""
+    """Open the target, without what ``exclude`` names and what is no part of any model.
+
+    Args:
+        exclude: patterns, as for :func:`deltaweights.make_delta`.
+
+    Raises:
+        CheckpointError: it cannot be found or read.
+    """
     source = open_source(target)
     for pattern in exclude:
         if not any(is_excluded(path, pattern) for path in source.sizes):
@@ -74,7 +85,13 @@ def facts_of(
     revision: str | None = None,
     license: str | None = None,
 ) -> CheckpointFacts:
-    """The facts about one side, as its source and its model card have them, unless the user gives others."""
+    """The facts about one side, from its source and its model card.
+
+    Args:
+        checkpoint: the side.
+        side: which one, for warnings.
+        repo_id, revision, license: what the user gives instead; None: what is found.
+    """
     found = checkpoint.source.hub_id
     # The commit that was read counts, unless the user gives the repository a different name.
     known = found.revision if repo_id in (None, found.repo_id) else None
@@ -89,7 +106,7 @@ def match_inputs(
     target: CheckpointFacts,
     rename: Sequence[RenameRule],
 ) -> list[Match]:
-    """:func:`match_tensors`, with a word on base and target that are swapped, or strangers."""
+    """Match the tensors as :func:`match_tensors` does, and warn if the two look swapped or unrelated."""
     _tell_of_swapped(old, new, base, target)
     matches = match_tensors(old, new, rename)
     if matches and not any(match.base for match in matches):

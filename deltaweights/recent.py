@@ -1,4 +1,4 @@
-"""What was made last, held within a bound of bytes, for any number of threads."""
+"""A cache with a bound in bytes, for any number of threads: it keeps the values asked for last."""
 
 from __future__ import annotations
 
@@ -37,7 +37,12 @@ class Recent(Generic[Value]):
         self._places: OrderedDict[Hashable, _Place[Value]] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """The value of ``key``, made now or earlier. Do not write to it."""
+        """The value of ``key``, made now or earlier. Do not write to it.
+
+        Args:
+            key: the same for the same value.
+            make: makes the value, if it is not there. What it raises is raised here, and nothing is kept.
+        """
         with self._lock:
             place = self._places.setdefault(key, _Place())
             self._places.move_to_end(key)

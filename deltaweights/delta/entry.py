@@ -23,6 +23,7 @@ def entry_of(match: Match, written: WrittenPayload | None, old: Checkpoint) -> T
     """The entry of a target tensor.
 
     Args:
+        match: the tensor, and what it was coded against.
         written: its payload; None for a duplicate.
         old: the base.
     """

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint import Checkpoint, Group, Tensor
 from .layouts import Run, View, row_width
-from .vectors import CLOSE, MIN_WIDTH, SAMPLE, Samples, Vector, are_close, can_be_read, distances, kind_of
+from .vectors import CLOSE, MIN_WIDTH, SAMPLE, Samples, Vector, are_close, can_be_read, distances, dtype_class
 
 #: Most places that a search compares with, in all tensors and in those of the same layer.
 _MAX_STARTS, _MAX_NEAR = 65_536, 2048
@@ -115,8 +115,8 @@ class Candidates:
         self._tensors: dict[str, list[Tensor]] = {}
         self._by_layer: dict[tuple[str, str], list[Tensor]] = {}
         for tensor in sorted(usable, key=lambda t: t in used):
-            self._tensors.setdefault(kind_of(tensor), []).append(tensor)
-            self._by_layer.setdefault((kind_of(tensor), layer_of(tensor.name)), []).append(tensor)
+            self._tensors.setdefault(dtype_class(tensor), []).append(tensor)
+            self._by_layer.setdefault((dtype_class(tensor), layer_of(tensor.name)), []).append(tensor)
         self._starts: dict[str, _Sampled] = {}
         self._near: dict[object, _Sampled] = {}
         self._borders: dict[tuple[str, str], dict[Place, None]] = {}
@@ -125,7 +125,7 @@ class Candidates:
     def learn(self, groups: Sequence[Group]) -> None:
         """Where the first pieces of these groups end, others may begin, and repeat themselves as these do."""
         for piece in groups[0].pieces[:_MAX_LEARNT]:
-            key = kind_of(piece.tensor), layer_of(piece.tensor.name)
+            key = dtype_class(piece.tensor), layer_of(piece.tensor.name)
             end = piece.start + piece.count * piece.stride
             if end < piece.tensor.info.numel:
                 _add(self._borders.setdefault(key, {}), Place(piece.tensor, end))
@@ -138,7 +138,7 @@ class Candidates:
 
     def find(self, view: View, sample: NDArray[np.float32], fits: Callable[[Place], bool]) -> Place | None:
         """The place that fits whose elements look most like the sample, which is the beginning of a row."""
-        kind, layer = kind_of(view.tensor), layer_of(view.tensor.name)
+        kind, layer = dtype_class(view.tensor), layer_of(view.tensor.name)
         borders = [place for place in self._borders.get((kind, layer), ()) if fits(place)]
         if place := resembling(borders, self._samples, sample):
             return place
@@ -166,7 +166,7 @@ class Candidates:
     def _places_near(self, view: View) -> Iterator[Place]:
         """Places in tensors of the same layer, those with the most similar names first."""
         name = view.tensor.name
-        tensors = self._by_layer.get((kind_of(view.tensor), layer_of(name)), [])
+        tensors = self._by_layer.get((dtype_class(view.tensor), layer_of(name)), [])
         self._samples.spend(len(tensors) / _NAMES_PER_READ)
         tensors = sorted(tensors, key=lambda t: -_common_prefix(t.name, name))
         found = 0

@@ -48,7 +48,14 @@ CompiledRule = tuple[re.Pattern[str], str]
 
 @dataclass(frozen=True, slots=True)
 class FoundPrediction:
-    """A prediction, as the manifest names it (``method``, ``rank``), as it is stored, and to be used."""
+    """A prediction that was found for a tensor.
+
+    Attributes:
+        method: as the manifest names it.
+        stored: its bytes, as they stand in the payload.
+        predictor: the prediction itself.
+        rank: for people, of a low-rank one.
+    """
 
     method: Literal["quantized", "low_rank"]
     stored: bytes

@@ -19,7 +19,7 @@ from ..checkpoint import Checkpoint, Gathered, Group, HeldExtents, Piece, Tensor
 from .candidates import NUMBER, Candidates, fold
 from .layouts import groups_of, leading, views_of, whole_rows
 from .runs import solve
-from .vectors import CLOSE, OutOfBudgetError, Samples, Vector, can_be_read, distances, kind_of
+from .vectors import CLOSE, OutOfBudgetError, Samples, Vector, can_be_read, distances, dtype_class
 
 #: What all searches and one search may cost, in small reads.
 _MAX_COST, _MAX_COST_EACH = 120_000, 60_000
@@ -103,7 +103,7 @@ class _Finder:
 
     def look_for(self, tensor: Tensor) -> None:
         """Put what resembles the tensor into :attr:`found`."""
-        key = fold(tensor.name), tensor.info.shape, kind_of(tensor)
+        key = fold(tensor.name), tensor.info.shape, dtype_class(tensor)
         known = self._known.setdefault(key, [])
         if self._failures[key] >= _MAX_COMPARED or self._pieces >= _MAX_ALL_PIECES:
             return
@@ -206,12 +206,12 @@ class _Finder:
             weight = self._target.find(name, tensor.path)
             if weight and weight in self.found and weight.info.numel % tensor.info.numel == 0:
                 width = weight.info.numel // tensor.info.numel
-                groups = self._row_by_row(self.found[weight].groups, width, kind_of(tensor))
+                groups = self._row_by_row(self.found[weight].groups, width, dtype_class(tensor))
                 if groups and (gathered := self._checked(tensor, groups, _PLACES_AGAIN)):
                     return gathered
         return None
 
-    def _row_by_row(self, groups: _Groups, width: int, kind: str) -> _Groups | None:
+    def _row_by_row(self, groups: _Groups, width: int, wanted: str) -> _Groups | None:
         """The groups of rows, as groups of the elements of biases."""
         found = []
         for group in groups:
@@ -221,7 +221,7 @@ class _Finder:
                 bias = self._bias_of(piece.tensor, width)
                 if (
                     not bias
-                    or kind_of(bias) != kind
+                    or dtype_class(bias) != wanted
                     or piece.stride > 1
                     or any(number % width for number in numbers)
                 ):

@@ -1,5 +1,5 @@
-"""Finds tensors of the target that are the base's, quantized to 8 bits, and the scales that they were
-quantized with: by shape, and by how many elements of a sample they predict."""
+"""Finds tensors of the target that are tensors of the base, quantized to 8 bits, and their scales. Shapes
+tell which scales are possible, and a sample which of them predict the target's elements."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _MAX_STRIPS, _MAX_RUNS = 64, 2048
 #: How many of the last runs tell what comes next, and the longest period, in runs.
 _RECENT, _MAX_PERIOD = 6, 64
 
-#: After so many wrong predictions in a row, experts in disorder say, nothing is predicted any more.
+#: After so many wrong guesses in a row (as for experts in disorder), guessing ends.
 _MAX_MISSES = 16
 
 #: Elements of a row that are compared to see whether a run goes on: fewer where each is a read.
@@ -122,7 +122,7 @@ class _StripSearch:
         if not tells(sample):
             return None
         if self._misses < _MAX_MISSES:
-            if place := resembling(self._predicted(), self._samples, sample):
+            if place := resembling(self._guessed(), self._samples, sample):
                 self._misses = 0
                 return place
             self._misses += 1
@@ -137,7 +137,7 @@ class _StripSearch:
             and place.tensor.dtype == first.tensor.dtype
         )
 
-    def _predicted(self) -> list[Place]:
+    def _guessed(self) -> list[Place]:
         """Where the next row should be, by the last runs: in the same tensors, or in those next in number."""
         recent = self._recent[-_RECENT:]
         steps = {advance for block in self._blocks[-_RECENT:] for advance in block.advances if advance}

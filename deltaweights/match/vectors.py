@@ -125,7 +125,7 @@ def can_be_read(tensor: Tensor) -> bool:
     return bool(is_known) and tensor.info.numel > 0
 
 
-def kind_of(tensor: Tensor) -> str:
+def dtype_class(tensor: Tensor) -> str:
     """Equal for tensors whose elements can be coded against each other's: empty for floats that are
     converted, or else the dtype."""
     return "" if is_convertible(tensor.dtype, "F32") else tensor.dtype

@@ -1,4 +1,4 @@
-"""How long something that others do is waited for: so long, or so long as it moves."""
+"""Waits for what others do, up to a time limit, or for as long as it makes progress."""
 
 from __future__ import annotations
 
@@ -21,13 +21,17 @@ def within(
     progress: Callable[[], object] = lambda: None,
     late: Callable[[Result], object] = lambda result: None,
 ) -> Result:
-    """Run ``action`` in a thread of its own, and give it up where it does not come to an end: no timeout of
-    the HTTP library bounds an answer of which a byte comes now and then.
+    """Run ``action`` in a thread of its own, and give it up if it does not end in time. (The HTTP library's
+    timeouts do not bound an answer of which a byte comes now and then.)
 
     Args:
-        seconds: how long it may take; as often as ``progress`` gives something new by then, so long again.
+        seconds: how long it may take. If ``progress`` gives something new by then, it may take as long again.
         what: what does not end, for the error.
-        late: what to do with a result that comes after all.
+        progress: says how far the action is.
+        late: is given a result that comes after all.
+
+    Returns:
+        What ``action`` returns.
 
     Raises:
         HubReadError: it took too long. Also raises what ``action`` raises.
