@@ -1,4 +1,4 @@
-"""Finds what a merged adapter added to a tensor, and makes a low-rank prediction of it where that pays."""
+"""Finds what merged adapters added to a tensor: a prediction of low rank, where it pays."""
 
 from __future__ import annotations
 
@@ -17,16 +17,12 @@ _DTYPES = ("BF16", "F16", "F32")
 
 
 def with_low_rank(match: Match, effort: Effort) -> Match:
-    """Look for a low-rank update between a target tensor and its base.
+    """The match, with a prediction if the difference from its base has a low rank that pays.
 
     Reads both tensors several times, unless a small sample shows that there is nothing to find.
 
     Args:
-        match: the two.
         effort: as for :func:`deltaweights.codec.find_low_rank`.
-
-    Returns:
-        The match, with a prediction if that makes the payload smaller.
     """
     if not _may_have_low_rank(match):
         return match
