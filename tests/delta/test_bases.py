@@ -33,6 +33,7 @@ from deltaweights.entries import BaseParts, PartGroup, PartOfBase, Prediction, T
 from deltaweights.manifest import MANIFEST_NAME
 
 from ..checkpoints import bf16, contents, digests, weights, write_safetensors
+from ..fixtures.make import held
 from ..hub_server import HubServer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -240,3 +241,27 @@ def test_a_chain_leads_through_parts(tmp_path: Path) -> None:
             assert [entry.status for entry in manifest.tensors if entry.file] == ["rearranged"]
         apply_delta(whole, tmp_path / f"again {count}", base=tmp_path / "base")
         assert contents(tmp_path / f"again {count}") == contents(out)
+
+
+def test_a_chain_leads_through_predictions(tmp_path: Path) -> None:
+    """Two adapters merged one after the other; compacted, both are found as one."""
+    state = {"a": weights((256, 160), 1), "b": weights((192, 192), 2)}
+    write_safetensors(tmp_path / "0" / "m.safetensors", {n: bf16(a) for n, a in state.items()})
+    deltas = []
+    for step, ranks in enumerate(((2, 0), (3, 4)), start=1):
+        for k, (name, rank) in enumerate(zip(state, ranks, strict=True)):
+            rows, columns = state[name].shape
+            update = weights((rows, rank), 10 * step + k, 0.01) @ weights((rank, columns), 5 * step + k, 0.05)
+            state[name] = held(bf16(state[name] + update)).reshape(rows, columns)
+        write_safetensors(tmp_path / str(step) / "m.safetensors", {n: bf16(a) for n, a in state.items()})
+        deltas.append(tmp_path / f"delta {step}")
+        make_delta(tmp_path / str(step - 1), tmp_path / str(step), deltas[-1], chunk_bytes=8192)
+    apply_delta(deltas, tmp_path / "out", base=tmp_path / "0")
+    assert contents(tmp_path / "out") == contents(tmp_path / "2")
+    manifest = compact_deltas(deltas, tmp_path / "whole", base=tmp_path / "0")
+    assert [entry.prediction and entry.prediction.rank for entry in manifest.tensors] == [5, 4]
+    apply_delta(tmp_path / "whole", tmp_path / "again", base=tmp_path / "0")
+    assert contents(tmp_path / "again") == contents(tmp_path / "2")
+    with open_target(deltas, tmp_path / "0") as target:
+        whole = target["a"].data.tobytes()
+        assert target.get_slice("a")[100:103].data.tobytes() == whole[100 * 320 : 103 * 320]
