@@ -22,6 +22,7 @@ __all__ = ["Factor", "Fitter", "Form", "Rows", "balanced", "least_squares", "str
 Bits = NDArray[Any]
 _LANES = 16  # components of a vector, which the kernels take together
 _FORMS = ("BF16", "F16", "F32")  # as the kernels number them
+_TILE = 128  # rows and columns that are transposed together
 _LEAST_SQUARES = 24  # columns for each component that a row's fit begins with
 
 
@@ -72,7 +73,8 @@ class Rows:
     def transposed(self) -> Rows:
         """A copy in which columns are rows."""
         found = Rows(self.columns, len(self), self.form)
-        found.target[:], found.base[:] = self.target.T, self.base.T
+        for into, bits in ((found.target, self.target), (found.base, self.base)):
+            _transpose(bits, into)
         return found
 
     def update(self, columns: int | None = None) -> Floats:
@@ -83,6 +85,14 @@ class Rows:
             found: Floats = target - base
         finite = np.isfinite(found)
         return found if finite.all() else np.where(finite, found, np.float32(0))
+
+
+def _transpose(bits: Bits, into: Bits) -> None:
+    """In tiles that stay in the cache."""
+    for first in range(0, bits.shape[0], _TILE):
+        for column in range(0, bits.shape[1], _TILE):
+            tile = bits[first : first + _TILE, column : column + _TILE]
+            into[column : column + _TILE, first : first + _TILE] = tile.copy().T
 
 
 class Factor:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ..constants import FACTOR_BITS, MOST_RANK, WIDE_FACTOR_BITS
 from ..kernel_arrays import Floats
 from ..methods.chunk import encode_chunk
+from .blas import one_blas_thread
 from .fit import Factor, Fitter, Form, Rows, balanced, least_squares, strengths
 from .prediction import EXPONENTS, ITEMSIZES, LowRankPart
 from .writing import CodedPart, code_part, joined, nothing_for
@@ -137,18 +138,21 @@ def _find_part(matrix: _Matrix, effort: Schedule) -> CodedPart:
     nothing = nothing_for(matrix.rows)
     if min(matrix.rows, matrix.columns) < _LEAST_SIDE or matrix.rows * matrix.columns < _LEAST_ELEMENTS:
         return nothing
-    if not _is_worth_a_look(matrix):
-        return nothing
+    with one_blas_thread:
+        return (_find_product(matrix, effort) if _is_worth_a_look(matrix) else None) or nothing
+
+
+def _find_product(matrix: _Matrix, effort: Schedule) -> CodedPart | None:
     right = _first_guess(matrix)
     if right is None:
-        return nothing
+        return None
     sample = matrix.spread(_rows_of_sample(matrix, effort, right.shape[1]))
     left, right = balanced(*_fit(sample, matrix.rows, right, effort))
     grid = _choose_grid(matrix, sample, left, right)
     if grid is None:
-        return nothing
+        return None
     del sample, left
-    return _write(matrix, right, grid, effort) or nothing
+    return _write(matrix, right, grid, effort)
 
 
 def _is_worth_a_look(matrix: _Matrix) -> bool:
@@ -182,9 +186,10 @@ def _first_guess(matrix: _Matrix) -> Floats | None:
         noise = float(np.median(found[count // 2 :])) / wide
         edge = noise * (np.sqrt(wide) + np.sqrt(min(update.shape))) ** 2
         rank = min(int((found > edge).sum()), count // 4)
+        signs = _random_signs(update)
         for _ in range(4):
             if 0 < rank <= count // 2:
-                known, rank = rank, int((found > _edge_of_noise(update, vectors[:, :rank])).sum())
+                known, rank = rank, int((found > _edge_of_noise(update, vectors[:, :rank], signs)).sum())
                 if rank == known:
                     break
         if rank <= count // 4 or rows >= most:
@@ -197,14 +202,25 @@ def _first_guess(matrix: _Matrix) -> Floats | None:
     return right
 
 
-def _edge_of_noise(update: NDArray[Any], strongest: NDArray[Any]) -> float:
+def _random_signs(update: NDArray[Any]) -> NDArray[Any]:
+    """0 or the sign bit for each element."""
+    kind = np.dtype(f"u{update.itemsize}")
+    bits = np.unpackbits(np.frombuffer(np.random.default_rng(0).bytes(-(-update.size // 8)), np.uint8))
+    shift = kind.type(8 * update.itemsize - 1)
+    signs: NDArray[Any] = bits[: update.size].reshape(update.shape).astype(kind) << shift
+    return signs
+
+
+def _edge_of_noise(update: NDArray[Any], strongest: NDArray[Any], signs: NDArray[Any]) -> float:
     """The largest eigenvalue that noise has: of what the strongest components leave, with signs at random. It
     has the same variances, which differ from weight to weight, but no structure."""
     left = update - strongest @ (strongest.T @ update)
-    np.negative(left, out=left, where=np.random.default_rng(0).integers(0, 2, left.shape, np.int8).view(bool))
+    bits = left.view(signs.dtype)
+    np.bitwise_xor(bits, signs, out=bits)
+    alike = left @ left.T
     vector, size = np.ones(len(left), left.dtype), 0.0
     for _ in range(12):
-        vector = left @ (left.T @ vector)
+        vector = alike @ vector
         size = float(np.linalg.norm(vector))
         if not size:
             return 0.0
