@@ -1,7 +1,7 @@
 """NumPy's BLAS, told to use one thread.
 
-diff has a thread for each core already. OpenBLAS would start as many again for each product of small matrices,
-and have them wait for each other in loops: two to three times the processor time.
+diff has a thread for each core already. OpenBLAS would start as many again for each product of small
+matrices, and have them wait for each other in loops: two to three times the processor time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _OneThread:
 def _functions() -> tuple[Callable[[], int], Callable[[int], Any]]:
     """Those that tell and set the number of BLAS's threads."""
     try:
-        library: Any = ctypes.CDLL(np.linalg._umath_linalg.__file__)  # type: ignore[attr-defined]
+        library: Any = ctypes.CDLL(np.linalg._umath_linalg.__file__)
     except (AttributeError, OSError):
         library = None
     for start, end in _AFFIXES:

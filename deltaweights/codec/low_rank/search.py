@@ -33,7 +33,7 @@ Integers = NDArray[np.int64]
 ReadRows = Callable[[int, int], Bytes]
 
 _LEAST_SIDE, _LEAST_ELEMENTS = 64, 1 << 15  # of a matrix worth a look
-_LOOK_ROWS, _LOOK_COLUMNS = 64, 2048
+_LOOK_PLACES, _LOOK_ROWS, _LOOK_COLUMNS = 4, 6, 2048  # rows at each place: reads take most of a look's time
 _STANDS_OUT = 2.0  # rows of noise would be this much less alike
 _FIRST_SAMPLE, _MOST_SAMPLE = 256, 2048  # rows
 _SAMPLE_BYTES = 96 << 20  # of base and target; there is a transposed copy
@@ -84,17 +84,27 @@ class _Matrix:
         found.base.reshape(-1).view(np.uint8)[:] = self.read_base(self.first + start, self.first + stop)
         return found
 
-    def spread(self, count: int, columns: int | None = None) -> Rows:
-        """So many rows from all over it, or of each the first `columns` elements."""
-        if count >= self.rows and columns is None:
-            return self.read(0, self.rows)
-        places = np.unique(np.linspace(0, self.rows - 1, min(count, self.rows)).round().astype(np.int64))
-        found = Rows(len(places), columns or self.columns, self.form)
-        for k, place in enumerate(self.first + places):
+    def glance(self) -> Rows:
+        """A few rows from a few places, or the first elements of them."""
+        width, size = min(self.columns, _LOOK_COLUMNS), self.columns * self.form.kind.itemsize
+        found = Rows(_LOOK_PLACES * _LOOK_ROWS, width, self.form)
+        for k in range(_LOOK_PLACES):
+            first = self.first + (self.rows - _LOOK_ROWS) * k // (_LOOK_PLACES - 1)
+            here = slice(k * _LOOK_ROWS, (k + 1) * _LOOK_ROWS)
             for into, read in ((found.target, self.read_target), (found.base, self.read_base)):
-                into[k] = read(int(place), int(place) + 1)[: found.columns * self.form.kind.itemsize].view(
-                    self.form.kind
-                )
+                rows = read(first, first + _LOOK_ROWS).reshape(_LOOK_ROWS, size)
+                into[here].view(np.uint8)[:] = rows[:, : width * self.form.kind.itemsize]
+        return found
+
+    def spread(self, count: int) -> Rows:
+        """So many rows from all over it."""
+        if count >= self.rows:
+            return self.read(0, self.rows)
+        places = np.linspace(0, self.rows - 1, count).round().astype(np.int64)
+        found = Rows(count, self.columns, self.form)
+        for k, place in enumerate((self.first + places).tolist()):
+            for into, read in ((found.target, self.read_target), (found.base, self.read_base)):
+                into[k].view(np.uint8)[:] = read(place, place + 1)
         return found
 
 
@@ -157,7 +167,7 @@ def _find_product(matrix: _Matrix, effort: Schedule) -> CodedPart | None:
 
 def _is_worth_a_look(matrix: _Matrix) -> bool:
     """Whether rows are more alike than rows of noise."""
-    update = matrix.spread(_LOOK_ROWS, min(matrix.columns, _LOOK_COLUMNS)).update()
+    update = matrix.glance().update()
     changed = np.count_nonzero(update)
     if changed < update.size // 256:
         return False
