@@ -33,7 +33,7 @@ Integers = NDArray[np.int64]
 ReadRows = Callable[[int, int], Bytes]
 
 _LEAST_SIDE, _LEAST_ELEMENTS = 64, 1 << 15  # of a matrix worth a look
-_LOOK_PLACES, _LOOK_ROWS, _LOOK_COLUMNS = 4, 6, 2048  # rows at each place: reads take most of a look's time
+_LOOK_PLACES, _LOOK_ROWS, _LOOK_COLUMNS = 2, 12, 2048  # rows at each place: reads take most of a look's time
 _STANDS_OUT = 2.0  # rows of noise would be this much less alike
 _FIRST_SAMPLE, _MOST_SAMPLE = 256, 2048  # rows
 _SAMPLE_BYTES = 96 << 20  # of base and target; there is a transposed copy
@@ -89,7 +89,7 @@ class _Matrix:
         width, size = min(self.columns, _LOOK_COLUMNS), self.columns * self.form.kind.itemsize
         found = Rows(_LOOK_PLACES * _LOOK_ROWS, width, self.form)
         for k in range(_LOOK_PLACES):
-            first = self.first + (self.rows - _LOOK_ROWS) * k // (_LOOK_PLACES - 1)
+            first = self.first + (self.rows - _LOOK_ROWS) * (2 * k + 1) // (2 * _LOOK_PLACES)
             here = slice(k * _LOOK_ROWS, (k + 1) * _LOOK_ROWS)
             for into, read in ((found.target, self.read_target), (found.base, self.read_base)):
                 rows = read(first, first + _LOOK_ROWS).reshape(_LOOK_ROWS, size)
