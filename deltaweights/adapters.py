@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .entries import TensorEntry
+from .words import listed
 
 #: Of the bytes of its tensors: more than a merged adapter leaves, less than other training does.
 _MOST_RESIDUAL = 1 / 12
@@ -43,11 +44,7 @@ class MergedAdapter:
         """Such as ``rank 16 on q_proj and v_proj``."""
         lowest, highest = self.ranks
         rank = f"rank {lowest}" if lowest == highest else f"ranks {lowest} to {highest}"
-        shown = [*self.modules[:_MAX_NAMES]]
-        if more := len(self.modules) - len(shown):
-            shown.append(f"{max(more, 0)} more")
-        *first, last = shown
-        return f"{rank} on {', '.join(first)} and {last}" if first else f"{rank} on {last}"
+        return f"{rank} on {listed(self.modules, _MAX_NAMES)}"
 
 
 def merged_adapter(entries: Iterable[TensorEntry]) -> MergedAdapter | None:

@@ -109,7 +109,7 @@ class DeltaSummary:
 
 
 def inspect_delta(delta: Readable) -> DeltaSummary:
-    """Summarise a delta from its manifest and its license texts.
+    """Summarize a delta from its manifest and its license texts.
 
     Args:
         delta: a folder or a Hub id.
@@ -120,7 +120,7 @@ def inspect_delta(delta: Readable) -> DeltaSummary:
     """
     with open_source(delta) as source:
         manifest = read_manifest(source)
-        return summarise(manifest, license_texts(source, manifest))
+        return summarize(manifest, license_texts(source, manifest))
 
 
 def load_manifest(delta: Readable) -> Manifest:
@@ -164,7 +164,7 @@ def _text(source: Source, record: FileRecord) -> str:
     return content.decode("utf-8", "replace")
 
 
-def summarise(manifest: Manifest, texts: Mapping[str, bytes] | None = None) -> DeltaSummary:
+def summarize(manifest: Manifest, texts: Mapping[str, bytes] | None = None) -> DeltaSummary:
     """:func:`inspect_delta` for a manifest in memory, and the license texts by path."""
     counts = Counter(entry.status for entry in manifest.tensors)
     target_bytes, delta_bytes = manifest.target_bytes, manifest.delta_bytes

@@ -32,7 +32,7 @@ PUBLIC: list[Any] = [
 #: For each folder, what stands in it, lowest rank first. Each may import from lower ranks only.
 RANKS: dict[str, tuple[str, ...]] = {
     "": (
-        "_exports _version dtypes errors recent workers",
+        "_exports _version dtypes errors recent words workers",
         "canonical entries",
         "adapters",
         "codec manifest storage",

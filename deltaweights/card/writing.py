@@ -12,6 +12,7 @@ from ..license.rules import displays, expression_of, terms_of
 from ..license.table import Terms
 from ..manifest import BaseRecord, License, Manifest, TargetRecord
 from ..storage import Source
+from ..words import counted
 from .front_matter import Field, dump, plain, read_fields, texts, true_tags
 from .links import Finder, relocate, relocated
 
@@ -252,11 +253,11 @@ def _facts(manifest: Manifest) -> str:
     places = " and ".join([*folders, *([f"`{whole.notice}`"] if whole and whole.notice else [])])
     more = f"\n| License texts and notices | {places} |" if places else ""
     if target.left_out:
-        more += f"\n| Left out | {len(target.left_out)} files, listed in `deltaweights.json` |"
+        more += f"\n| Left out | {counted(len(target.left_out), 'file')}, listed in `deltaweights.json` |"
     return f"""| | |
 |---|---|
-| Model | {len(target.files)} files, {manifest.target_bytes:,} bytes |
-| Delta | {manifest.delta_bytes:,} bytes ({ratio:.1%} of the model) |
+| Model | {counted(len(target.files), "file")}, {counted(manifest.target_bytes, "byte")} |
+| Delta | {counted(manifest.delta_bytes, "byte")} ({ratio:.1%} of the model) |
 | License of the base | {_license_text(base.license)} |
 | License of the model | {_license_text(target.license)} |
 | Both together | {_plain(together)} |{more}"""

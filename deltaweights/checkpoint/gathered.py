@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ..dtypes import DTYPES
 from ..recent import Recent
 from ..storage.source import Span
+from ..words import listed
 from .checkpoint import Tensor
 
 #: A scattered piece is read whole, since every chunk needs bytes from all over it. Those of a group are no
@@ -176,8 +177,7 @@ class Gathered:
     @property
     def name(self) -> str:
         """The tensors' names, for messages."""
-        names = [tensor.name for tensor in self.tensors]
-        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+        return listed([tensor.name for tensor in self.tensors], 3)
 
     @property
     def path(self) -> str:

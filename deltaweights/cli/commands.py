@@ -191,9 +191,9 @@ def _estimate(
 
 def _report_written(work: Work, output: str, manifest: Manifest, nbytes: int) -> None:
     """What there is to know of a delta that was just written, from so many bytes of a target."""
-    from ..inspect import summarise
+    from ..inspect import summarize
 
-    summary = summarise(manifest)
+    summary = summarize(manifest)
     last = rendering.speed_line("Compared", nbytes, work.seconds)
     work.report(summary.to_dict(), [*rendering.written_lines(output, summary), last], with_costs=True)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ..checkpoint import Checkpoint, Gathered, Piece, Tensor
 from ..codec import is_convertible
+from ..words import counted, listed
 from .candidates import fold
 from .layouts import row_width
 
@@ -60,7 +61,7 @@ def _few(lines: list[str]) -> list[str]:
 
 
 def _tensors(count: int, name: str, shape: str = "") -> str:
-    return f"{count} tensor{'' if count == 1 else 's'}{shape}, {name},"
+    return f"{counted(count, 'tensor')}{shape}, {name},"
 
 
 def _shape(tensor: Tensor) -> str:
@@ -99,11 +100,4 @@ def _sources(name: str, sources: Sequence[str]) -> str:
     while all(len(one) > shared + 1 and one[shared] == words[0][shared] for one in words):
         shared += 1
     names = [".".join(one[shared:]) for one in words[1:]]
-    return _listed(names)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _MAX_NAMES
-    shown: Iterable[str] = names if more <= 0 else [*names[:_MAX_NAMES], f"{more} more"]
-    *first, last = shown
-    return f"{', '.join(first)} and {last}" if first else last
+    return listed(names, _MAX_NAMES)

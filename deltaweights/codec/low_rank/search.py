@@ -205,7 +205,7 @@ def _is_worth_a_look(matrix: _Matrix) -> bool:
 
 
 def _has_gains(rows: Rows, update: Floats) -> bool:
-    """Whether rows were multiplied, as DoRA does: what was added to the first ones is too much like the base."""
+    """Whether rows were multiplied, as DoRA does: what was added to the first ones is like the base."""
     base = rows.form.values(rows.base[: len(update)])
     sizes = np.einsum("ij,ij->i", update, update) * np.einsum("ij,ij->i", base, base)
     known = (sizes > 0) & np.isfinite(sizes)
