@@ -203,17 +203,17 @@ def draw(
     import numpy as np
 
     source = np.random.default_rng(seed)
-    base = _to_bf16(source.standard_normal(weights, np.float32) * np.float32(std))
+    base = to_bf16(source.standard_normal(weights, np.float32) * np.float32(std))
     if laplace:  # the difference of two exponential variables, whose standard deviation is the root of 2
         ends = source.standard_exponential((2, weights), np.float32)
         step = (ends[0] - ends[1]) * np.float32(update / 2**0.5)
     else:
         step = source.standard_normal(weights, np.float32) * np.float32(update)
-    target = _to_bf16((base.astype(np.uint32) << 16).view(np.float32) + step)
+    target = to_bf16((base.astype(np.uint32) << 16).view(np.float32) + step)
     return base.view(np.uint8), target.view(np.uint8)
 
 
-def _to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+def to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """Round to nearest even; the values are finite."""
     import numpy as np
 

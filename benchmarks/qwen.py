@@ -8,6 +8,9 @@ however they are sharded. Bytes come at the speed of memory, and nothing is stor
 So at full size each pooled weight occurs some two thousand times, at other places in other chunks. That helps
 no coder that works on chunks of 1 MiB alone, as this project's does; one that looks for repetitions over
 gigabytes would find them here, and not in a real model.
+
+Or the target is the base into which an adapter was merged: every matrix of the layers has an update of its
+own, of a given rank; embeddings, biases and norms stay.
 """
 
 from __future__ import annotations
@@ -20,11 +23,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from pairs import Tensor, draw, header_of
+from pairs import Tensor, draw, header_of, to_bf16
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Side = Literal["base", "target"]
 
@@ -46,6 +54,10 @@ _BLOCK_BYTES = 8 << 20
 _RUN_BYTES = 1 << 18
 _UPDATE, _SIGMA = 1e-4, 0.5
 _READ_BYTES = 1 << 20
+#: The standard deviation of what merging an adapter adds, and that of its factors. These are integers, for
+#: sums of products that are exact in float32, whatever their order.
+_MERGED, _FACTOR, _MOST_FACTOR = 2e-4, 300, 1023
+_MOST_RANK = 16
 
 
 def list_tensors(shrink: int = 1) -> list[Tensor]:
@@ -110,17 +122,22 @@ class Shard:
         tensors: those in it, in order.
         header: its first bytes.
         pool: the weights that its blocks are windows of.
+        rank: of what is added to matrices; nothing is if 0.
         size: in bytes.
         sha256: in hex; empty until :func:`add_digests` has worked it out.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], pool: memoryview) -> None:
+    def __init__(self, tensors: Sequence[Tensor], pool: memoryview, rank: int = 0) -> None:
+        if rank > _MOST_RANK:
+            raise ValueError(f"the rank is at most {_MOST_RANK}")
         self.tensors = sorted(tensors, key=lambda tensor: tensor.name)  # as the safetensors library does
         self.header, starts = header_of(self.tensors)
         self.size = len(self.header) + sum(2 * tensor.weights for tensor in tensors)
         self.sha256 = ""
         self._starts = [len(self.header) + start for start in starts]
         self.pool = pool
+        self.rank = rank
+        self._merged = lru_cache(maxsize=8)(self._merge)
 
     def read(self, offset: int, nbytes: int) -> bytes | memoryview:
         """The ``nbytes`` bytes from byte ``offset`` on."""
@@ -139,8 +156,26 @@ class Shard:
         tensor, position = self.tensors[index], offset - self._starts[index]
         block, skipped = divmod(position, _BLOCK_BYTES)
         length = min(nbytes, _BLOCK_BYTES - skipped, 2 * tensor.weights - position)
+        if self.rank and "proj.weight" in tensor.name:
+            return self._merged(tensor, block)[skipped : skipped + length]
         start = self._place(tensor.name, block) + skipped
         return self.pool[start : start + length]
+
+    def _merge(self, tensor: Tensor, block: int) -> memoryview:
+        """A block of a tensor, with an adapter merged."""
+        import numpy as np
+
+        place, first = self._place(tensor.name, block), block * _BLOCK_BYTES // 2
+        stop = min(first + _BLOCK_BYTES // 2, tensor.weights)
+        bits = np.frombuffer(self.pool[place : place + 2 * (stop - first)], np.uint16)
+        left, right = _factors(tensor, self.rank)
+        columns = right.shape[1]
+        row = first // columns
+        update = (left[row : -(-stop // columns)] @ right).reshape(-1)[first - row * columns :][
+            : stop - first
+        ]
+        scale = np.float32(_MERGED / (_FACTOR**2 * self.rank**0.5))
+        return to_bf16((bits.astype(np.uint32) << 16).view(np.float32) + update * scale).view(np.uint8).data
 
     def _place(self, name: str, block: int) -> int:
         """Where in the pool a block of a tensor starts: at an element, and whole."""
@@ -148,14 +183,31 @@ class Shard:
         return 2 * (int.from_bytes(digest, "little") % ((len(self.pool) - _BLOCK_BYTES) // 2))
 
 
-def make_shards(side: Side, pool: Pool, shrink: int = 1) -> dict[str, Shard]:
+@lru_cache(maxsize=8)
+def _factors(tensor: Tensor, rank: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Of what merging an adapter adds: [rows, rank] and [rank, columns]."""
+    import numpy as np
+
+    source = np.random.default_rng(list(hashlib.blake2b(tensor.name.encode(), digest_size=8).digest()))
+    rows, columns = tensor.shape
+
+    def some(*shape: int) -> NDArray[np.float32]:
+        drawn = np.rint(source.standard_normal(shape, np.float32) * np.float32(_FACTOR))
+        clipped: NDArray[np.float32] = np.clip(drawn, -_MOST_FACTOR, _MOST_FACTOR)
+        return clipped
+
+    return some(rows, rank), some(rank, columns)
+
+
+def make_shards(side: Side, pool: Pool, shrink: int = 1, rank: int = 0) -> dict[str, Shard]:
     """One side's shards by file name. The base is cut in the model's order, the target in that of the names:
-    ``lm_head`` comes first, and layer 10 before layer 2."""
+    ``lm_head`` comes first, and layer 10 before layer 2. With a rank, the target is a merged adapter's."""
     tensors, count = list_tensors(shrink), SHARDS[side]
     if side == "target":
         tensors.sort(key=lambda tensor: tensor.name)
-    weights = pool.base if side == "base" else pool.target
-    runs = [Shard(run, weights) for run in cut(tensors, count)]
+    weights = pool.target if side == "target" and not rank else pool.base
+    added = rank if side == "target" else 0
+    runs = [Shard(run, weights, added) for run in cut(tensors, count)]
     return {f"model-{n:05d}-of-{count:05d}.safetensors": shard for n, shard in enumerate(runs, 1)}
 
 
@@ -206,6 +258,7 @@ def _fingerprint(sides: dict[Side, dict[str, Shard]]) -> str:
     for shards in sides.values():
         for shard in shards.values():
             sha256.update(shard.header)
+            sha256.update(f"{shard.rank} {_MERGED}".encode())
             sha256.update(shard.read(shard.size - 4096, 4096))
         sha256.update(shard.pool)
     return sha256.hexdigest()

@@ -7,11 +7,15 @@ nothing of that size is ever on disk. Then these run, as a user would type them:
   diff           deltaweights diff BASE TARGET -o delta     base and target both on the Hub
   verify --base  deltaweights verify delta --base BASE      rebuilds in memory, writes nothing
 
+With --rank, the target is the base with an adapter merged, and both are folders: diff reads tensors several
+times to find one, which it does not do over a network.
+
 Figures: memory at most 768 MiB; disk at most the delta and 8 GiB (at smaller scales that part of it); at most
 1.05 times as many bytes fetched as are needed, and for diff 1.5 times, since what it reads of the base out
 of order is read once more for the base's SHA-256; every file's SHA-256 is the one that the Hub publishes.
 
     python benchmarks/rehearsal.py --scale 1/64
+    python benchmarks/rehearsal.py --scale 1/64 --rank 16          an adapter was merged into the target
     nohup python benchmarks/rehearsal.py --scale 1 --folder /somewhere > log 2>&1 &
 
 In /somewhere/rehearsal-1-of-1 there are then results.json, written as results come, and digests.json, which
@@ -54,6 +58,8 @@ _FETCHED = {"diff": 1.5, "verify --base": 1.05}
 _DELTA_SHARE = 0.22
 
 _DIFF, _VERIFY = "diff", "verify --base"
+#: The folder of base and target, where adapters are merged: over a network, diff does not look for them.
+_INPUTS = "inputs"
 
 
 # The Hub -----------------------------------------------------------------------------------------------
@@ -78,10 +84,10 @@ class Hub:
         digests: the SHA-256 of each of the target's shards, in hex.
     """
 
-    def __init__(self, shrink: int, folder: Path) -> None:
+    def __init__(self, shrink: int, rank: int, folder: Path) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._pipe, end = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(end, shrink, folder), daemon=True)
+        self._process = spawn.Process(target=_serve, args=(end, shrink, rank, folder), daemon=True)
         self._process.start()
         end.close()
         self.environment: dict[str, str]
@@ -111,13 +117,15 @@ class Hub:
             raise SystemExit("the Hub's process has ended") from None
 
 
-def _serve(pipe: Connection, shrink: int, folder: Path) -> None:
+def _serve(pipe: Connection, shrink: int, rank: int, folder: Path) -> None:
     """The Hub's process. It ends when the other end of the pipe does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then goes
     sys.path.append(str(ROOT))
     from tests.hub_server import HubServer
 
-    sides = _make_sides(shrink, folder)
+    sides = _make_sides(shrink, rank, folder)
+    if rank:
+        _write_sides(sides, shrink, folder / _INPUTS)
     with HubServer() as hub, suppress(EOFError):
         for side, shards in sides.items():
             hub.add_repo(REPOS[side], {**shards, **qwen.other_files(side, shards, shrink)})
@@ -132,9 +140,9 @@ def _serve(pipe: Connection, shrink: int, folder: Path) -> None:
     assert not hub.escapes, hub.escapes
 
 
-def _make_sides(shrink: int, folder: Path) -> dict[qwen.Side, dict[str, qwen.Shard]]:
+def _make_sides(shrink: int, rank: int, folder: Path) -> dict[qwen.Side, dict[str, qwen.Shard]]:
     pool = qwen.Pool.draw(_SEED)
-    sides = {side: qwen.make_shards(side, pool, shrink) for side in REPOS}
+    sides = {side: qwen.make_shards(side, pool, shrink, rank) for side in REPOS}
     total = sum(shard.size for shards in sides.values() for shard in shards.values())
     say(f"base and target have {total / 1e9:.2f} GB; SHA-256 of their files")
     done, shown = 0, time.monotonic()
@@ -144,6 +152,18 @@ def _make_sides(shrink: int, folder: Path) -> dict[qwen.Side, dict[str, qwen.Sha
             shown = time.monotonic()
             say(f"SHA-256: {done / total:.0%}")
     return sides
+
+
+def _write_sides(sides: dict[qwen.Side, dict[str, qwen.Shard]], shrink: int, folder: Path) -> None:
+    """Base and target as folders."""
+    for side, shards in sides.items():
+        (folder / side).mkdir(parents=True, exist_ok=True)
+        for name, data in qwen.other_files(side, shards, shrink).items():
+            (folder / side / name).write_bytes(data)
+        for name, shard in shards.items():
+            with open(folder / side / name, "wb") as file:
+                for start in range(0, shard.size, MIB):
+                    file.write(shard.read(start, min(MIB, shard.size - start)))
 
 
 # The commands ------------------------------------------------------------------------------------------
@@ -170,6 +190,7 @@ class Results:
     scale: str
     cores: int
     steps: dict[str, Step] = field(default_factory=dict)
+    rank: int = 0
     target_bytes: int = 0
     delta_bytes: int = 0
     wrong: list[str] = field(default_factory=list)
@@ -184,29 +205,31 @@ class Results:
         return Results(**fields)
 
 
-def rehearse(scale: Fraction, folder: Path, *, resume: bool) -> Results:
+def rehearse(scale: Fraction, folder: Path, *, rank: int = 0, resume: bool) -> Results:
     """Both commands; ``results.json`` has what is known so far.
 
     Args:
+        rank: of the adapter that was merged; 0 where all weights were trained.
         resume: where an earlier run in the same folder has come through `diff`, go on with its delta.
     """
     shrink, delta, saved = shrink_of(scale), folder / "delta", folder / "results.json"
-    results = Results(str(scale), len(os.sched_getaffinity(0)))
+    results = Results(str(scale), len(os.sched_getaffinity(0)), rank=rank)
     if resume and saved.exists() and (delta / "deltaweights.json").exists():
         results = Results.load(saved)
     results.save(saved)
-    with Hub(shrink, folder) as hub:
+    with Hub(shrink, rank, folder) as hub:
         os.environ.clear()
         os.environ.update(hub.environment, TMPDIR=str(folder / "tmp"))
         (folder / "tmp").mkdir(exist_ok=True)
         results.target_bytes = hub.sizes["target"]
+        base, target = (str(folder / _INPUTS / side) if rank else repo for side, repo in REPOS.items())
         if _DIFF not in results.steps:
             shutil.rmtree(delta, ignore_errors=True)
-            command = deltaweights("diff", REPOS["base"], REPOS["target"], "-o", delta)
+            command = deltaweights("diff", base, target, "-o", delta)
             results.steps[_DIFF] = _run(_DIFF, command, hub, folder, sum(hub.sizes.values()))
             results.delta_bytes = sum(path.stat().st_size for path in delta.rglob("*") if path.is_file())
             results.save(saved)
-        command = deltaweights("verify", delta, "--base", REPOS["base"], "--json")
+        command = deltaweights("verify", delta, "--base", base, "--json")
         results.steps[_VERIFY] = _run(_VERIFY, command, hub, folder, hub.sizes["base"])
         results.wrong = _check_digests(delta, json.loads(_output(folder)), hub)
         results.save(saved)
@@ -216,7 +239,7 @@ def rehearse(scale: Fraction, folder: Path, *, resume: bool) -> Results:
 def _run(name: str, command: Command, hub: Hub, folder: Path, needed: int) -> Step:
     """Run a command and measure it; what it prints is shown when it has ended."""
     say(f"{name} begins")
-    before = hub.served()
+    before, inputs = hub.served(), bytes_below(folder / _INPUTS)
     with watch_disk(folder) as disk, open(folder / "tmp" / "output", "wb") as output:
         try:
             usage = run_measured(command, output)
@@ -227,7 +250,7 @@ def _run(name: str, command: Command, hub: Hub, folder: Path, needed: int) -> St
         usage.wall,
         usage.cpu,
         usage.peak,
-        disk.peak,
+        disk.peak - inputs,
         after.nbytes - before.nbytes,
         needed,
         after.requests - before.requests,
@@ -245,7 +268,7 @@ def _check_digests(delta: Path, report: dict[str, Any], hub: Hub) -> list[str]:
     manifest = json.loads((delta / "deltaweights.json").read_text())
     recorded = {file["path"]: file["sha256"] for file in manifest["target"]["files"]}
     wrong = [f"{name} has another SHA-256" for name, sha in hub.digests.items() if recorded.get(name) != sha]
-    if report["target_repo"] is None:
+    if report["target_repo"] is None and not (delta.parent / _INPUTS).exists():
         wrong.append("verify did not compare what the target's repository publishes")
     return wrong
 
@@ -339,14 +362,14 @@ def shrink_of(scale: Fraction) -> int:
 
 
 @contextmanager
-def work_folder(chosen: Path | None, scale: Fraction) -> Iterator[Path]:
+def work_folder(chosen: Path | None, scale: Fraction, rank: int = 0) -> Iterator[Path]:
     """A folder with room for the delta: in the chosen one, to stay; or else a new one, deleted in the end."""
-    nbytes = int(_DELTA_SHARE * qwen.NBYTES * scale)
+    nbytes = int((_DELTA_SHARE + (2 if rank else 0)) * qwen.NBYTES * scale)
     if chosen is None:
         with pairs.work_folder(None, nbytes) as folder:
             yield folder
         return
-    folder = chosen / f"rehearsal-1-of-{scale.denominator}"
+    folder = chosen / f"rehearsal-1-of-{scale.denominator}{f'-rank-{rank}' if rank else ''}"
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free + bytes_below(folder)
     if free < nbytes:
@@ -359,21 +382,24 @@ def main() -> None:
     parser.add_argument(
         "--scale", type=Fraction, default=Fraction(1, 64), help="1, 1/4, 1/16, …; default 1/64"
     )
+    parser.add_argument("--rank", type=int, default=0, help="merge an adapter of this rank, at most 16")
     parser.add_argument(
         "--folder", type=Path, help="for delta, digests, results; /dev/shm or disk, and deleted"
     )
     parser.add_argument("--keep", action="store_true", help="keep the delta")
     parser.add_argument("--resume", action="store_true", help="go on with an earlier run's delta")
     options = parser.parse_args()
+    if not 0 <= options.rank <= 16:
+        parser.error("--rank is 0 to 16")
     if (options.keep or options.resume) and not options.folder:
         parser.error("--keep and --resume need --folder")
     try:
         shrink_of(options.scale)
     except ValueError as error:
         parser.error(str(error))
-    with work_folder(options.folder, options.scale) as folder:
-        results = rehearse(options.scale, folder.resolve(), resume=options.resume)
-        for name in ("hf-home", "tmp", *(() if options.keep else ("delta",))):
+    with work_folder(options.folder, options.scale, options.rank) as folder:
+        results = rehearse(options.scale, folder.resolve(), rank=options.rank, resume=options.resume)
+        for name in ("hf-home", "tmp", _INPUTS, *(() if options.keep else ("delta",))):
             shutil.rmtree(folder / name, ignore_errors=True)
     print_table(rows_of(results))
     target, delta = results.target_bytes, results.delta_bytes

@@ -466,8 +466,10 @@ def read_prediction(entry: Fields, payload: bytes, base: BaseTensor, shared: int
     need(
         len(sealed) >= 8 and sealed[:8] == xxhash.xxh3_64_intdigest(data).to_bytes(8, "little"), "prediction"
     )
-    need(entry["prediction"]["method"] == "quantized", "prediction: method")
-    return read_quantized(data, entry["dtype"], base.dtype, shared)
+    width = BITS[entry["dtype"]] // 8
+    need(width and shared % width == 0, "prediction: elements that do not fill bytes")
+    need(entry["prediction"]["method"] in PREDICTIONS, "prediction: method")
+    return PREDICTIONS[entry["prediction"]["method"]](data, entry["dtype"], base.dtype, shared // width)
 
 
 def read_quantized(data: bytes, dtype: str, base_dtype: str, numel: int) -> Predict:
@@ -507,6 +509,113 @@ def nearest_int8(value: float) -> bytes:
     return (round(clamped) & 255).to_bytes(1, "little")
 
 
+class Part(NamedTuple):
+    """Rows of a low-rank prediction: their factors and those of the columns, and their gains."""
+
+    left: NDArray[np.int64]
+    right: NDArray[np.int64]
+    gains: NDArray[np.float32]
+    exponent: int
+
+
+def read_low_rank(data: bytes, dtype: str, base_dtype: str, numel: int) -> Predict:
+    """A prediction by the product of two narrow matrices."""
+    need(dtype in UNSIGNED, "low rank: dtype")
+    need(base_dtype in (FLOAT_WIDTHS if base_dtype != dtype else UNSIGNED), "low rank: the base's dtype")
+    items = Data(data)
+    kind, flags, columns, count = items.numbers("<BBII")
+    need(kind == 1 and flags <= 1 and columns and count, "low rank: kind")
+    heads = [items.numbers("<IHbBB") for _ in range(count)]
+    for rows, rank, exponent, contexts, shift in heads:
+        need(rows and rank <= 512 and -32 <= exponent <= 120, "low rank: head")
+        need(1 <= contexts <= min(rank, 40) if rank else contexts == 0, "low rank: contexts")
+        need(shift <= 16 or shift == 255, "low rank: shift")
+    need(sum(rows for rows, *_ in heads) * columns == numel, "low rank: rows")
+    need(sum(rank * (rows + columns) for rows, rank, *_ in heads) <= min(numel, 1 << 27), "low rank: factors")
+    parts = [read_part(items, head, columns, bits=16 if dtype != "F32" else 22) for head in heads]
+    items.end()
+    ends = list(itertools.accumulate(len(part.gains) for part in parts))
+
+    def predict(base: bytes, first: int) -> bytes:
+        old = np.frombuffer(
+            base if base_dtype == dtype else convert(base, base_dtype, dtype), UNSIGNED[dtype]
+        )
+        new, at = old.copy(), 0
+        while at < len(old):
+            row, column = divmod(first + at, columns)
+            which = bisect.bisect_right(ends, row)
+            here = slice(at, at + columns - column)
+            line = row - ends[which] + len(parts[which].gains)
+            new[here] = add_product(old[here], parts[which], line, column, dtype, rounded=bool(flags))
+            at += columns - column
+        return new.tobytes()
+
+    return predict
+
+
+def read_part(items: Data, head: tuple[int, ...], columns: int, bits: int) -> Part:
+    """What is stated of some rows."""
+    rows, rank, exponent, contexts, shift = head
+    factors = np.zeros((rows + columns, rank), np.int64)
+    if rank:
+        shifts = np.frombuffer(items.take(rank), np.uint8).astype(np.int64)
+        run = items.sized()
+        need(factors.size <= 8 * len(run), "low rank: more factors than bits")
+        of_row = [k * contexts // rank for k in range(rank)]
+        values = np.array(decode_run(run, [0] * contexts, of_row * (rows + columns)), np.int64)
+        values = values.reshape(factors.shape)
+        lifts = np.concatenate([np.tile(shifts & 15, (rows, 1)), np.tile(shifts >> 4, (columns, 1))])
+        need((values < 1 << (bits - lifts)).all(), "low rank: a factor out of range")
+        factors = signed(values) << lifts
+    gains = np.ones(rows, np.float32)
+    if shift != 255:
+        run = items.sized()
+        need(rows <= 8 * len(run), "low rank: more gains than bits")
+        numbers = np.array(decode_list(run, rows), np.int64)
+        need((numbers < 1 << (23 - shift)).all(), "low rank: a gain out of range")
+        gains = (((1 << 23) + signed(numbers) * (1 << shift)) / (1 << 23)).astype(np.float32)
+    return Part(factors[:rows], factors[rows:], gains, exponent)
+
+
+def signed(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """0, 1, 2, 3, … as 0, -1, +1, -2, …"""
+    return np.where(numbers & 1, -(numbers + 1) // 2, numbers // 2)
+
+
+def add_product(
+    old: NDArray[Any], part: Part, row: int, column: int, dtype: str, *, rounded: bool
+) -> NDArray[Any]:
+    """Elements of a row, from a column on."""
+    sums, gain = part.right[column : column + len(old)] @ part.left[row], part.gains[row]
+    scale = 2.0**-part.exponent
+    with np.errstate(all="ignore"):
+        if dtype == "F32":
+            product = sums.astype(np.float64) * scale
+            if rounded:
+                product = product.astype(np.float32).astype(np.float64)
+            before = old.view("<f4")
+            after = (np.float64(gain) * before.astype(np.float64) + product).astype("<f4").view("<u4")
+        else:
+            sums = sums.astype(np.int32)  # modulo 2^32
+            product = sums.astype(np.float32) * np.float32(scale)
+            if rounded:
+                product = widened(convert(product.tobytes(), "F32", dtype), dtype)
+            before = widened(old.tobytes(), dtype)
+            after = np.frombuffer(convert((gain * before + product).tobytes(), "F32", dtype), "<u2")
+    kept = ~np.isfinite(before) | ((sums == 0) & (gain == 1))
+    return np.where(kept, old, after)
+
+
+def widened(data: bytes, dtype: str) -> NDArray[np.float32]:
+    """Elements of 16 bits in 32."""
+    return np.frombuffer(convert(data, dtype, "F32"), "<f4")
+
+
+UNSIGNED = {"BF16": "<u2", "F16": "<u2", "F32": "<u4"}
+PREDICTIONS: dict[str, Callable[[bytes, str, str, int], Predict]] = {
+    "quantized": read_quantized,
+    "low_rank": read_low_rank,
+}
 FLOAT_WIDTHS = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 EIGHT_BITS: dict[str, Callable[[float], bytes]] = {
     "F8_E4M3": lambda value: nearest_float8(value, 4, 3, 448.0),

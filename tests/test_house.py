@@ -89,7 +89,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "rows",
         "__init__",
     ),
-    "codec/low_rank": ("prediction", "fit writing", "search", "__init__"),
+    "codec/low_rank": ("blas prediction", "fit writing", "search", "__init__"),
     "codec/methods": (
         "entropy ulp",
         "planes",

@@ -99,6 +99,21 @@ def test_target_is_the_base_moved_a_little(sides: Sides) -> None:
         assert 2e-5 < (new - old).std() < 5e-4, name
 
 
+def test_a_merged_target_is_the_base_with_products_of_a_low_rank(pool: qwen.Pool) -> None:
+    base, target = (tensor_places(qwen.make_shards(side, pool, 8, 4)) for side in get_args(qwen.Side))
+    for tensor in qwen.list_tensors(8)[:14]:
+        (old, start, end), (new, *place) = base[tensor.name], target[tensor.name]
+        before, after = (side.read(first, end - start) for side, first in ((old, start), (new, place[0])))
+        if "proj.weight" not in tensor.name:
+            assert before == after
+            continue
+        values = [(np.frombuffer(side, "<u2").astype("<u4") << 16).view("<f4") for side in (before, after)]
+        update = (values[1] - values[0]).reshape(tensor.shape)[:200, :200]
+        strengths = np.linalg.svd(update, compute_uv=False)
+        assert strengths[3] > 5 * strengths[4], tensor.name
+        assert 1e-4 < update.std() < 3e-4
+
+
 Place = tuple[qwen.Shard, int, int]
 
 
@@ -176,6 +191,16 @@ def test_rehearsal_holds_and_notices_a_wrong_delta(tmp_path: Path) -> None:
     assert "All figures hold." not in done.stdout
     assert rehearsal.Results.load(folder / "results.json").steps["diff"] == results.steps["diff"]
     shutil.rmtree(folder)  # pytest would keep it for the next three runs
+
+
+def test_merged_adapters_are_rehearsed(tmp_path: Path) -> None:
+    done = run("--scale", SCALE, "--rank", "4", "--folder", str(tmp_path), "--keep")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "All figures hold." in done.stdout
+    folder = tmp_path / f"rehearsal-{SCALE.replace('/', '-of-')}-rank-4"
+    results = rehearsal.Results.load(folder / "results.json")
+    assert results.delta_bytes / results.target_bytes < 0.05
+    shutil.rmtree(folder)
 
 
 def test_figures_that_do_not_hold_are_named() -> None:

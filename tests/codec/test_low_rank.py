@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaweights.codec.low_rank import LowRank
+from deltaweights.codec.low_rank.prediction import ITEMSIZES
 from deltaweights.codec.low_rank.writing import CodedPart, code_part, joined, nothing_for
+from deltaweights.codec.predictions import low_rank_predictor
 from deltaweights.errors import PayloadError
 
+from .. import independent_reader
 from . import reference
 from .pairs import Bytes, fine_tune, noise
 from .test_damage import damaged
@@ -58,6 +61,21 @@ def test_the_kernels_predict_what_the_reference_does(dtype: str, rounded: bool, 
         found = prediction.predict(given_base, 0)
         assert np.array_equal(found, reference.predict(data, given_base, dtype))
     assert prediction.rank == 8
+
+
+@pytest.mark.parametrize("base_dtype", ["BF16", "F16", "F32", "F64"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_reader_written_from_the_document_predicts_the_same(dtype: str, base_dtype: str) -> None:
+    numel, size = 112 * 70, ITEMSIZES.get(base_dtype, 8)
+    for k in range(4):
+        data, _ = some_prediction(dtype, rounded=bool(k & 1), gains=bool(k & 2))
+        base = fine_tune(base_dtype, numel, 0, seed=k)[0]
+        base[:999] = noise(base_dtype, numel)[:999]
+        ours = low_rank_predictor(LowRank.parse(data, dtype, numel), base_dtype)
+        theirs = independent_reader.read_low_rank(data, dtype, base_dtype, numel)
+        for first in (0, 1, 69, 41 * 70 + 3):
+            given_base = base[first * size :]
+            assert ours.predict(given_base, first).tobytes() == theirs(given_base.tobytes(), first)
 
 
 @settings(max_examples=60, deadline=None)

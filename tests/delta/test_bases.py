@@ -3,10 +3,12 @@ that is wrong, and as a hostile author would state them."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from deltaweights import (
     BaseMismatchError,
     DeltaError,
     Manifest,
+    ManifestError,
     apply_delta,
     compact_deltas,
     make_delta,
@@ -24,14 +27,17 @@ from deltaweights import (
     verify_delta,
 )
 from deltaweights.checkpoint import open_checkpoint
+from deltaweights.codec.predictions import seal_prediction
+from deltaweights.delta.chain import open_recipe
 from deltaweights.entries import BaseParts, PartGroup, PartOfBase, Prediction, TensorEntry
 from deltaweights.manifest import MANIFEST_NAME
 
-from ..checkpoints import bf16, contents, weights, write_safetensors
+from ..checkpoints import bf16, contents, digests, weights, write_safetensors
+from ..fixtures.make import held
 from ..hub_server import HubServer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-SETS = ["v1-parts", "v1-quantized"]
+SETS = ["v1-low-rank", "v1-parts", "v1-quantized"]
 
 
 @pytest.fixture(params=SETS)
@@ -152,16 +158,62 @@ def test_one_element_repeated_is_no_more_than_other_bytes(parts: tuple[Path, Pat
         apply_delta(delta, tmp_path / "out", base=base)
 
 
+PREDICTED = {"quantized": "v1-quantized", "low_rank": "v1-low-rank"}
+
+
 @pytest.mark.parametrize("nbytes", [1, 7, 8, 30])
-def test_a_prediction_that_is_another_is_refused(nbytes: int, tmp_path: Path) -> None:
-    folder = shutil.copytree(FIXTURES / "v1-quantized", tmp_path / "pair")
+@pytest.mark.parametrize("method", PREDICTED)
+def test_a_prediction_that_is_another_is_refused(method: Any, nbytes: int, tmp_path: Path) -> None:
+    folder = shutil.copytree(FIXTURES / PREDICTED[method], tmp_path / "pair")
 
     def change(entry: TensorEntry) -> TensorEntry:
-        return replace(entry, prediction=entry.prediction and Prediction("quantized", nbytes))
+        return replace(entry, prediction=entry.prediction and Prediction(method, nbytes))
 
     edit(folder / "delta", change)
     with pytest.raises((DeltaError, BaseMismatchError)):
         apply_delta(folder / "delta", tmp_path / "out", base=folder / "base")
+
+
+@pytest.mark.parametrize(
+    ("method", "other"), [("quantized", "low_rank"), ("low_rank", "quantized"), ("low_rank", "later")]
+)
+def test_a_prediction_by_another_method_is_refused(method: str, other: Any, tmp_path: Path) -> None:
+    """It does not read as one of the other method's, and a later method's is not guessed at."""
+    folder = shutil.copytree(FIXTURES / PREDICTED[method], tmp_path / "pair")
+
+    def change(entry: TensorEntry) -> TensorEntry:
+        found = entry.prediction
+        return replace(entry, prediction=found and Prediction(other, found.nbytes))
+
+    edit(folder / "delta", change)
+    with pytest.raises((DeltaError, ManifestError)):
+        apply_delta(folder / "delta", tmp_path / "out", base=folder / "base")
+    assert not list((tmp_path / "out").glob("**/*.safetensors"))
+
+
+@pytest.mark.parametrize("method", PREDICTED)
+def test_a_prediction_that_is_sealed_anew_is_refused_or_caught(method: str, tmp_path: Path) -> None:
+    """Whatever a hostile author writes in place of one, no file gets its name that is not the target's."""
+    folder = shutil.copytree(FIXTURES / PREDICTED[method], tmp_path / "pair")
+    manifest = Manifest.from_json((folder / "delta" / MANIFEST_NAME).read_bytes())
+    entry, found = next((entry, entry.prediction) for entry in manifest.tensors if entry.prediction)
+    assert entry.file
+    with open_recipe(folder / "delta", folder / "base") as recipe:
+        stored = recipe.shard(entry.file).tensors[entry.name].stored
+        path, start, nbytes = folder / "delta" / stored.path, stored.span(0, 0).start, found.nbytes
+    expected = json.loads((folder / "target.json").read_text())
+    whole, refused = path.read_bytes(), 0
+    for place in range(8, nbytes, max(nbytes // 40, 1)):
+        data = bytearray(whole[start + 8 : start + nbytes])
+        data[place - 8] ^= 0x55
+        path.write_bytes(whole[:start] + seal_prediction(bytes(data)) + whole[start + nbytes :])
+        try:
+            apply_delta(folder / "delta", tmp_path / "out", base=folder / "base", force=True)
+        except (DeltaError, BaseMismatchError):
+            refused += 1
+        else:  # a scale, factor or size of which nothing is left after rounding
+            assert digests(tmp_path / "out") == expected
+    assert refused > 5
 
 
 def test_a_chain_leads_through_parts(tmp_path: Path) -> None:
@@ -189,3 +241,27 @@ def test_a_chain_leads_through_parts(tmp_path: Path) -> None:
             assert [entry.status for entry in manifest.tensors if entry.file] == ["rearranged"]
         apply_delta(whole, tmp_path / f"again {count}", base=tmp_path / "base")
         assert contents(tmp_path / f"again {count}") == contents(out)
+
+
+def test_a_chain_leads_through_predictions(tmp_path: Path) -> None:
+    """Two adapters merged one after the other; compacted, both are found as one."""
+    state = {"a": weights((256, 160), 1), "b": weights((192, 192), 2)}
+    write_safetensors(tmp_path / "0" / "m.safetensors", {n: bf16(a) for n, a in state.items()})
+    deltas = []
+    for step, ranks in enumerate(((2, 0), (3, 4)), start=1):
+        for k, (name, rank) in enumerate(zip(state, ranks, strict=True)):
+            rows, columns = state[name].shape
+            update = weights((rows, rank), 10 * step + k, 0.01) @ weights((rank, columns), 5 * step + k, 0.05)
+            state[name] = held(bf16(state[name] + update)).reshape(rows, columns)
+        write_safetensors(tmp_path / str(step) / "m.safetensors", {n: bf16(a) for n, a in state.items()})
+        deltas.append(tmp_path / f"delta {step}")
+        make_delta(tmp_path / str(step - 1), tmp_path / str(step), deltas[-1], chunk_bytes=8192)
+    apply_delta(deltas, tmp_path / "out", base=tmp_path / "0")
+    assert contents(tmp_path / "out") == contents(tmp_path / "2")
+    manifest = compact_deltas(deltas, tmp_path / "whole", base=tmp_path / "0")
+    assert [entry.prediction and entry.prediction.rank for entry in manifest.tensors] == [5, 4]
+    apply_delta(tmp_path / "whole", tmp_path / "again", base=tmp_path / "0")
+    assert contents(tmp_path / "again") == contents(tmp_path / "2")
+    with open_target(deltas, tmp_path / "0") as target:
+        whole = target["a"].data.tobytes()
+        assert target.get_slice("a")[100:103].data.tobytes() == whole[100 * 320 : 103 * 320]

@@ -27,6 +27,7 @@ from deltaweights import (
     DeltaError,
     DeltaWeightsError,
     Manifest,
+    apply_delta,
     make_delta,
 )
 from deltaweights.torch import (
@@ -103,6 +104,25 @@ def test_state_dict_is_the_target_for_every_dtype(tmp_path: Path) -> None:
     loaded = load_state_dict(tmp_path / "delta", tmp_path / "base")
     assert raw_state(loaded) == raw_state(saved_state(tmp_path / "target"))
     assert loaded["F4"].shape == state["F4"].shape
+
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+
+
+@pytest.mark.parametrize("name", ["v1-low-rank", "v1-parts", "v1-quantized"])
+def test_what_is_predicted_or_put_together_is_loaded(name: str, tmp_path: Path) -> None:
+    delta, base = FIXTURES / name / "delta", FIXTURES / name / "base"
+    apply_delta(delta, tmp_path / "target", base=base)
+    expected = saved_state(tmp_path / "target")
+    assert raw_state(load_state_dict(delta, base)) == raw_state(expected)
+    model = nn.Module()
+    for key, tensor in expected.items():
+        owner, _, leaf = key.rpartition(".")
+        if owner and owner not in dict(model.named_children()):
+            model.add_module(owner, nn.Module())
+        model.get_submodule(owner).register_buffer(leaf, torch.zeros_like(tensor))
+    load_into(model, delta, base)
+    assert raw_state(dict(model.named_buffers())) == raw_state(expected)
 
 
 def test_conversion_is_torch_s(trio: Trio) -> None:
