@@ -141,7 +141,7 @@ def _traced(view: TargetRecipe, base: Base, held: HeldExtents) -> Base | None:
     if len(whole) < len(found):
         return None
     groups = (
-        Group(group.repeats, tuple(replace(piece, tensor=whole[piece.tensor]) for piece in group.pieces))
+        Group(group.repeats, tuple(replace(part, tensor=whole[part.tensor]) for part in group.parts))
         for group in base.groups
     )
     return Gathered(list(groups), held)

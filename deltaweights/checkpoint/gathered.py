@@ -25,7 +25,7 @@ from ..storage.source import Span
 from ..words import listed
 from .checkpoint import Tensor
 
-#: A scattered piece is read whole, since every chunk needs bytes from all over it. Those of a group are no
+#: A scattered part is read whole, since every chunk needs bytes from all over it. Those of a group are no
 #: larger than this together, so that they are held while its elements are read.
 MAX_STRIDED_BYTES = 256 << 20
 
@@ -42,7 +42,7 @@ _Elements = NDArray[np.unsignedinteger]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Part:
     """In repetition r, ``count`` elements of ``tensor``: those at ``start + r * step + k * stride``."""
 
     tensor: Tensor
@@ -62,15 +62,15 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The elements of all pieces, one after the other, ``repeats`` times."""
+    """The elements of all parts, one after the other, ``repeats`` times."""
 
     repeats: int
-    pieces: tuple[Piece, ...]
+    parts: tuple[Part, ...]
 
     @property
     def width(self) -> int:
         """The elements of one repetition."""
-        return sum(piece.count for piece in self.pieces)
+        return sum(part.count for part in self.parts)
 
     @property
     def numel(self) -> int:
@@ -79,7 +79,7 @@ class Group:
 
 
 class HeldExtents(Recent[NDArray[np.uint8]]):
-    """The scattered pieces that were read last, for all :class:`Gathered` that share it."""
+    """The scattered parts that were read last, for all :class:`Gathered` that share it."""
 
     def __init__(self) -> None:
         super().__init__(MAX_STRIDED_BYTES)
@@ -88,7 +88,7 @@ class HeldExtents(Recent[NDArray[np.uint8]]):
     def read(
         self, key: Hashable, nbytes: int, fill: Callable[[NDArray[np.uint8]], None]
     ) -> NDArray[np.uint8]:
-        """The bytes of a piece, which ``fill`` reads if they are not held. One is read at a time, after the
+        """The bytes of a part, which ``fill`` reads if they are not held. One is read at a time, after the
         room for it was made: the bound holds for any number of threads."""
 
         def make() -> NDArray[np.uint8]:
@@ -106,37 +106,37 @@ class Gathered:
 
     Args:
         groups: the elements, in order.
-        held: holds what strided pieces read.
+        held: holds what strided parts read.
 
     Raises:
-        ValueError: there are none; a piece lies outside its tensor; the tensors have several dtypes, or one
+        ValueError: there are none; a part lies outside its tensor; the tensors have several dtypes, or one
             whose elements do not fill bytes; or they are so scattered that reading them takes too long.
     """
 
     def __init__(self, groups: Sequence[Group], held: HeldExtents) -> None:
-        pieces = [(piece, group.repeats) for group in groups for piece in group.pieces]
-        dtypes = {piece.tensor.dtype for piece, _ in pieces}
+        parts = [(part, group.repeats) for group in groups for part in group.parts]
+        dtypes = {part.tensor.dtype for part, _ in parts}
         if len(dtypes) != 1 or not (dtype := DTYPES.get(next(iter(dtypes)))) or not dtype.itemsize:
             raise ValueError("parts need one dtype, of whole bytes")
         self.groups = tuple(groups)
         self.dtype = next(iter(dtypes))
         self._itemsize = dtype.itemsize
         self._kind = np.dtype(f"<u{dtype.itemsize}")
-        for piece, repeats in pieces:
-            self._check(piece, repeats)
-        #: Of each group, the ends of its pieces within a repetition; the last one is the width.
-        self._places = [list(accumulate(piece.count for piece in group.pieces)) for group in groups]
+        for part, repeats in parts:
+            self._check(part, repeats)
+        #: Of each group, the ends of its parts within a repetition; the last one is the width.
+        self._places = [list(accumulate(part.count for part in group.parts)) for group in groups]
         widths = [places[-1] for places in self._places]
         self._ends = list(accumulate(group.repeats * w for group, w in zip(groups, widths, strict=True)))
         self._held = held
         self._check_scatter()
 
-    def _check(self, piece: Piece, repeats: int) -> None:
-        numbers = repeats, piece.count, piece.stride
-        if min(numbers) < 1 or min(piece.start, piece.step) < 0:
+    def _check(self, part: Part, repeats: int) -> None:
+        numbers = repeats, part.count, part.stride
+        if min(numbers) < 1 or min(part.start, part.step) < 0:
             raise ValueError("a part of no elements, or a negative one")
-        if piece.end(repeats) > piece.tensor.info.numel:
-            raise ValueError(f"a part goes beyond tensor {piece.tensor.name!r}")
+        if part.end(repeats) > part.tensor.info.numel:
+            raise ValueError(f"a part goes beyond tensor {part.tensor.name!r}")
 
     def _check_scatter(self) -> None:
         """Refuse what would be read in tiny runs, or with far more than is used."""
@@ -146,7 +146,7 @@ class Gathered:
             if group.repeats > 1 and width > _BLOCK_BYTES and width < _MIN_RUN_BYTES * len(places):
                 raise ValueError("its parts are too short")
             extents = {
-                one: one.end(group.repeats) - one.start for one in group.pieces if self._is_held(one, group)
+                one: one.end(group.repeats) - one.start for one in group.parts if self._is_held(one, group)
             }
             nbytes = sum(extents.values()) * self._itemsize
             most -= nbytes
@@ -154,10 +154,10 @@ class Gathered:
                 name = next(iter(extents)).tensor.name
                 raise ValueError(f"scattered parts of tensor {name!r} span {nbytes} bytes")
 
-    def _is_held(self, piece: Piece, group: Group) -> bool:
-        """Whether the piece is read whole, once, rather than run by run."""
-        is_short = piece.count * self._itemsize < _MIN_RUN_BYTES and piece.step > 4 * piece.count
-        return piece.stride > 1 or (is_short and group.repeats > 1)
+    def _is_held(self, part: Part, group: Group) -> bool:
+        """Whether the part is read whole, once, rather than run by run."""
+        is_short = part.count * self._itemsize < _MIN_RUN_BYTES and part.step > 4 * part.count
+        return part.stride > 1 or (is_short and group.repeats > 1)
 
     @property
     def numel(self) -> int:
@@ -172,7 +172,7 @@ class Gathered:
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors that it reads, each once."""
-        return list(dict.fromkeys(piece.tensor for group in self.groups for piece in group.pieces))
+        return list(dict.fromkeys(part.tensor for group in self.groups for part in group.parts))
 
     @property
     def name(self) -> str:
@@ -182,58 +182,58 @@ class Gathered:
     @property
     def path(self) -> str:
         """The path of the first tensor's shard."""
-        return self.groups[0].pieces[0].tensor.path
+        return self.groups[0].parts[0].tensor.path
 
     def read_into(self, start: int, out: NDArray[np.uint8]) -> None:
         """Fill ``out`` (uint8, whole elements) with the bytes from byte ``start`` on."""
-        # Not piece by piece into `out`: a tensor that is itself rebuilt may use that memory meanwhile.
+        # Not part by part into `out`: a tensor that is itself rebuilt may use that memory meanwhile.
         whole = np.empty(out.size // self._itemsize, self._kind)
         done = 0
         for index, repeat, place, count in self._runs(start // self._itemsize, whole.size):
-            group, part = self.groups[index], whole[done : done + count]
+            group, run = self.groups[index], whole[done : done + count]
             if place is None:
-                self._read_block(group, repeat, part.reshape(-1, self._places[index][-1]))
+                self._read_block(group, repeat, run.reshape(-1, self._places[index][-1]))
             else:
-                piece, within = place
-                self._read_run(piece, piece.first(repeat) + within * piece.stride, group, part)
+                part, within = place
+                self._read_run(part, part.first(repeat) + within * part.stride, group, run)
             done += count
         out[:] = whole.view(np.uint8)
 
     def spans(self, start: int, end: int) -> list[Span]:
         """The spans of files that the bytes ``start`` to ``end`` come from, in the order of reading. A
-        scattered piece counts whole, for the bytes that hold its first element."""
+        scattered part counts whole, for the bytes that hold its first element."""
         found: list[Span] = []
         first, last = start // self._itemsize, end // self._itemsize
         for index, repeat, place, count in self._runs(first, last - first):
             group = self.groups[index]
-            chosen = group.pieces if place is None else place[:1]
-            for piece in chosen:
-                if self._is_held(piece, group):
+            chosen = group.parts if place is None else place[:1]
+            for part in chosen:
+                if self._is_held(part, group):
                     is_first = repeat == 0 and (place is None or place[1] == 0)
                     if is_first:
-                        found.append(self._span(piece, piece.start, piece.end(group.repeats)))
+                        found.append(self._span(part, part.start, part.end(group.repeats)))
                 elif place is None:
                     end = repeat + count // self._places[index][-1]
-                    found += self._spans_of_runs(piece, repeat, end)
+                    found += self._spans_of_runs(part, repeat, end)
                 else:
-                    low = piece.first(repeat) + place[1]
-                    found.append(self._span(piece, low, low + count))
+                    low = part.first(repeat) + place[1]
+                    found.append(self._span(part, low, low + count))
         return found
 
-    def _spans_of_runs(self, piece: Piece, repeat: int, end: int) -> Iterator[Span]:
+    def _spans_of_runs(self, part: Part, repeat: int, end: int) -> Iterator[Span]:
         """The spans of whole repetitions: one, unless far more lies between them than they have."""
-        low, high = piece.first(repeat), piece.end(end)
-        if high - low <= _MAX_READ_FOR_ONE * (end - repeat) * piece.count:
-            yield self._span(piece, low, high)
+        low, high = part.first(repeat), part.end(end)
+        if high - low <= _MAX_READ_FOR_ONE * (end - repeat) * part.count:
+            yield self._span(part, low, high)
         else:
             for one in range(repeat, end):
-                yield self._span(piece, piece.first(one), piece.first(one) + piece.count)
+                yield self._span(part, part.first(one), part.first(one) + part.count)
 
-    def _span(self, piece: Piece, low: int, high: int) -> Span:
-        return piece.tensor.span(low * self._itemsize, high * self._itemsize)
+    def _span(self, part: Part, low: int, high: int) -> Span:
+        return part.tensor.span(low * self._itemsize, high * self._itemsize)
 
-    def _runs(self, first: int, count: int) -> Iterator[tuple[int, int, tuple[Piece, int] | None, int]]:
-        """The elements from ``first`` on, as runs: the index of the group; the repetition; the piece and
+    def _runs(self, first: int, count: int) -> Iterator[tuple[int, int, tuple[Part, int] | None, int]]:
+        """The elements from ``first`` on, as runs: the index of the group; the repetition; the part and
         the place in it, or None for whole repetitions; the number of elements."""
         while count > 0:
             index = bisect_right(self._ends, first)
@@ -246,46 +246,46 @@ class Gathered:
                 yield index, repeat, None, taken
             else:
                 k = bisect_right(places, within)
-                piece = group.pieces[k]
-                within -= places[k] - piece.count
-                taken = min(piece.count - within, count)
-                yield index, repeat, (piece, within), taken
+                part = group.parts[k]
+                within -= places[k] - part.count
+                taken = min(part.count - within, count)
+                yield index, repeat, (part, within), taken
             first, count = first + taken, count - taken
 
     def _read_block(self, group: Group, repeat: int, out: _Elements) -> None:
         """Whole repetitions from ``repeat`` on, a row of ``out`` for each."""
         column = 0
-        for piece in group.pieces:
-            rows = out[:, column : column + piece.count]
-            low, high = piece.first(repeat), piece.end(repeat + len(out))
-            if self._is_held(piece, group):
-                extent = self._extent(piece, group.repeats)
-                rows[:] = _strided(extent[low - piece.start :], len(out), piece)
+        for part in group.parts:
+            rows = out[:, column : column + part.count]
+            low, high = part.first(repeat), part.end(repeat + len(out))
+            if self._is_held(part, group):
+                extent = self._extent(part, group.repeats)
+                rows[:] = _strided(extent[low - part.start :], len(out), part)
             elif high - low <= 4 * rows.size:
                 extent = np.empty(high - low, self._kind)
-                piece.tensor.read_into(low * self._itemsize, extent.view(np.uint8))
-                rows[:] = _strided(extent, len(out), piece)
+                part.tensor.read_into(low * self._itemsize, extent.view(np.uint8))
+                rows[:] = _strided(extent, len(out), part)
             else:
                 for k in range(len(out)):
-                    run = np.empty(piece.count, self._kind)
-                    self._read_run(piece, piece.first(repeat + k), group, run)
+                    run = np.empty(part.count, self._kind)
+                    self._read_run(part, part.first(repeat + k), group, run)
                     rows[k] = run
-            column += piece.count
+            column += part.count
 
-    def _read_run(self, piece: Piece, first: int, group: Group, out: _Elements) -> None:
-        """Elements of one repetition of a piece, from element ``first`` of its tensor on."""
-        if self._is_held(piece, group):
-            begin = first - piece.start
-            end = begin + (out.size - 1) * piece.stride + 1
-            out[:] = self._extent(piece, group.repeats)[begin : end : piece.stride]
+    def _read_run(self, part: Part, first: int, group: Group, out: _Elements) -> None:
+        """Elements of one repetition of a part, from element ``first`` of its tensor on."""
+        if self._is_held(part, group):
+            begin = first - part.start
+            end = begin + (out.size - 1) * part.stride + 1
+            out[:] = self._extent(part, group.repeats)[begin : end : part.stride]
         else:
-            piece.tensor.read_into(first * self._itemsize, out.view(np.uint8))
+            part.tensor.read_into(first * self._itemsize, out.view(np.uint8))
 
-    def _extent(self, piece: Piece, repeats: int) -> _Elements:
-        """All elements between a scattered piece's first and last."""
-        nbytes = (piece.end(repeats) - piece.start) * self._itemsize
-        fill = partial(piece.tensor.read_into, piece.start * self._itemsize)
-        return self._held.read((piece, repeats), nbytes, fill).view(self._kind)
+    def _extent(self, part: Part, repeats: int) -> _Elements:
+        """All elements between a scattered part's first and last."""
+        nbytes = (part.end(repeats) - part.start) * self._itemsize
+        fill = partial(part.tensor.read_into, part.start * self._itemsize)
+        return self._held.read((part, repeats), nbytes, fill).view(self._kind)
 
 
 #: What a tensor is compared with.
@@ -297,8 +297,8 @@ def tensors_of(base: Base) -> list[Tensor]:
     return [base] if isinstance(base, Tensor) else base.tensors
 
 
-def _strided(extent: _Elements, repeats: int, piece: Piece) -> _Elements:
-    """Repetitions of a piece, a row for each, from its elements in their order in the tensor."""
+def _strided(extent: _Elements, repeats: int, part: Part) -> _Elements:
+    """Repetitions of a part, a row for each, from its elements in their order in the tensor."""
     size = extent.itemsize
-    strides = piece.step * size, piece.stride * size
-    return as_strided(extent, (repeats, piece.count), strides, writeable=False)
+    strides = part.step * size, part.stride * size
+    return as_strided(extent, (repeats, part.count), strides, writeable=False)

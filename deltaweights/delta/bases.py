@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from ..checkpoint import Base, Checkpoint, Gathered, Group, HeldExtents, Piece, Tensor
+from ..checkpoint import Base, Checkpoint, Gathered, Group, HeldExtents, Part, Tensor
 from ..entries import BaseParts, BaseTensor, TensorEntry
 from ..errors import ManifestError
 from ..manifest import MANIFEST_NAME, Manifest
@@ -66,17 +66,17 @@ class _Tensors:
             )
         return tensor
 
-    def groups(self, parts: BaseParts) -> list[Group] | None:
+    def groups(self, wanted: BaseParts) -> list[Group] | None:
         """The tensors' parts; None if one is not there."""
         found = []
-        for group in parts.groups:
-            pieces = []
+        for group in wanted.groups:
+            parts = []
             for part in group.parts:
                 end = part.start + (group.repeats - 1) * part.step + (part.count - 1) * part.stride + 1
 
                 def misfit(tensor: Tensor, file: str | None = part.file, end: int = end) -> tuple[bool, ...]:
                     is_long = tensor.info.numel >= end
-                    return file not in (None, tensor.path), tensor.dtype != parts.dtype, not is_long
+                    return file not in (None, tensor.path), tensor.dtype != wanted.dtype, not is_long
 
                 tensor = self._closest(part.name, part.file, misfit)
                 if not tensor:
@@ -85,11 +85,11 @@ class _Tensors:
                 if any(misfit(tensor, None)):
                     self.wrong.append(
                         f"tensor {part.name!r} is {tensor.dtype} {list(tensor.info.shape)}, "
-                        f"not {parts.dtype} with {end} elements or more"
+                        f"not {wanted.dtype} with {end} elements or more"
                     )
                     return None
-                pieces.append(Piece(tensor, part.start, part.step, part.count, part.stride))
-            found.append(Group(group.repeats, tuple(pieces)))
+                parts.append(Part(tensor, part.start, part.step, part.count, part.stride))
+            found.append(Group(group.repeats, tuple(parts)))
         return found
 
     def _closest(

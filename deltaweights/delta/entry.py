@@ -54,10 +54,8 @@ def _reference(base: Base, old: Checkpoint) -> BaseTensor | BaseParts:
     groups = []
     for group in base.groups:
         parts = (
-            PartOfBase(
-                piece.tensor.name, piece.count, piece.start, piece.step, piece.stride, file_of(piece.tensor)
-            )
-            for piece in group.pieces
+            PartOfBase(part.tensor.name, part.count, part.start, part.step, part.stride, file_of(part.tensor))
+            for part in group.parts
         )
         groups.append(PartGroup(tuple(parts), group.repeats))
     return BaseParts(base.dtype, tuple(groups))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..checkpoint import Checkpoint, Gathered, Piece, Tensor
+from ..checkpoint import Checkpoint, Gathered, Part, Tensor
 from ..codec import is_convertible
 from ..words import counted, listed
 from .candidates import fold
@@ -80,17 +80,17 @@ def _reason(tensor: Tensor, base: Checkpoint) -> str:
 
 def _way(gathered: Gathered) -> str:
     """How the elements lie in their tensors."""
-    pieces = [(piece, group.repeats) for group in gathered.groups for piece in group.pieces]
-    if any(piece.stride > 1 or (piece.count == 1 and repeats > 1) for piece, repeats in pieces):
+    parts = [(part, group.repeats) for group in gathered.groups for part in group.parts]
+    if any(part.stride > 1 or (part.count == 1 and repeats > 1) for part, repeats in parts):
         return "columns of"
-    if all(piece.count == piece.tensor.info.numel for piece, _ in pieces):
-        return "all of" if sum(repeats for _, repeats in pieces) > len(gathered.tensors) else "the rows of"
-    return "rows of" if all(map(_is_rows, (piece for piece, _ in pieces))) else "parts of rows of"
+    if all(part.count == part.tensor.info.numel for part, _ in parts):
+        return "all of" if sum(repeats for _, repeats in parts) > len(gathered.tensors) else "the rows of"
+    return "rows of" if all(map(_is_rows, (part for part, _ in parts))) else "parts of rows of"
 
 
-def _is_rows(piece: Piece) -> bool:
-    width = row_width(piece.tensor) if len(piece.tensor.info.shape) > 1 else 1
-    return piece.count % width == piece.start % width == 0
+def _is_rows(part: Part) -> bool:
+    width = row_width(part.tensor) if len(part.tensor.info.shape) > 1 else 1
+    return part.count % width == part.start % width == 0
 
 
 def _sources(name: str, sources: Sequence[str]) -> str:

@@ -33,7 +33,7 @@ _GLANCE, _LIKELY = 16, 1.0
 #: Most places that are looked at again, and most that are asked whether they fit.
 _MAX_LIKELY, _MAX_FITTED = 4096, 32
 
-#: Most ends of pieces of a layer that are kept, the last ones, and most distances of a tensor's pieces.
+#: Most ends of parts of a layer that are kept, the last ones, and most distances of a tensor's parts.
 _MAX_LEARNT = 32
 
 #: A comparison of so many rows takes as long as a small read.
@@ -123,17 +123,17 @@ class Candidates:
         self._steps: dict[Tensor, dict[int, None]] = {}
 
     def learn(self, groups: Sequence[Group]) -> None:
-        """Where the first pieces of these groups end, others may begin, and repeat themselves as these do."""
-        for piece in groups[0].pieces[:_MAX_LEARNT]:
-            key = dtype_class(piece.tensor), layer_of(piece.tensor.name)
-            end = piece.start + piece.count * piece.stride
-            if end < piece.tensor.info.numel:
-                _add(self._borders.setdefault(key, {}), Place(piece.tensor, end))
+        """Where the first parts of these groups end, others may begin, and repeat themselves as these do."""
+        for part in groups[0].parts[:_MAX_LEARNT]:
+            key = dtype_class(part.tensor), layer_of(part.tensor.name)
+            end = part.start + part.count * part.stride
+            if end < part.tensor.info.numel:
+                _add(self._borders.setdefault(key, {}), Place(part.tensor, end))
             if groups[0].repeats > 1:
-                _add(self._steps.setdefault(piece.tensor, {}), piece.step)
+                _add(self._steps.setdefault(part.tensor, {}), part.step)
 
     def steps(self, tensor: Tensor) -> Iterable[int]:
-        """The distances of pieces of a tensor that repeat themselves."""
+        """The distances of parts of a tensor that repeat themselves."""
         return self._steps.get(tensor, ())
 
     def find(self, view: View, sample: NDArray[np.float32], fits: Callable[[Place], bool]) -> Place | None:
@@ -228,7 +228,7 @@ def _places_in(tensor: Tensor, view: View) -> Iterator[Place]:
 @lru_cache(maxsize=1024)
 def _rows_of_parts(rows: int, part: int) -> list[int]:
     """Rows, but the first, where a part of so many rows of a tensor may begin: behind others of that size or
-    of some heads, at its end, or where short pieces alternate."""
+    of some heads, at its end, or where short ones alternate."""
     if rows <= part:
         return [row for row in (1, 2, 3, *range(_HEAD_STEP, _HALF_HEAD_END, _HEAD_STEP)) if row < rows]
     found = {1, 2, 3, rows - part, rows - 2 * part}

@@ -1,4 +1,4 @@
-"""How the elements of a target tensor follow from rows of base tensors, and the same as groups of pieces.
+"""How the elements of a target tensor follow from rows of base tensors, and the same as groups of parts.
 
 A :class:`View` is a tensor seen as rows: its own ones, or its columns, matrix by matrix. A :class:`Strip` is
 the same columns of all rows of a view. What a strip's rows are in the base is a list of :class:`Block`.
@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..checkpoint import Group, Piece, Tensor
+from ..checkpoint import Group, Part, Tensor
 from .vectors import MIN_WIDTH, Vector
 
-#: Most pieces of a tensor, since each takes room in the manifest.
-MAX_PIECES = 4096
+#: Most parts of a tensor, since each takes room in the manifest.
+MAX_PARTS = 4096
 
 
 def row_width(tensor: Tensor) -> int:
@@ -135,12 +135,12 @@ def groups_of(strips: Sequence[Solved]) -> list[Group] | None:
     strip, blocks = strips[0]
     if len(strips) == 1 and not strip.view.columns:
         groups = [group for block in blocks for group in _whole_rows(block, strip.width)]
-    elif max(sum(len(block.runs) * block.repeats for block in blocks) for _, blocks in strips) > MAX_PIECES:
+    elif max(sum(len(block.runs) * block.repeats for block in blocks) for _, blocks in strips) > MAX_PARTS:
         return None
     else:
         groups = _transposed(strips) if strip.view.columns else _fused_columns(strips)
     groups = _joined(groups)
-    return groups if sum(len(group.pieces) for group in groups) <= MAX_PIECES else None
+    return groups if sum(len(group.parts) for group in groups) <= MAX_PARTS else None
 
 
 def _is_flat(run: Run, width: int) -> bool:
@@ -151,14 +151,14 @@ def _is_flat(run: Run, width: int) -> bool:
 def _whole_rows(block: Block, width: int) -> Iterator[Group]:
     """Groups of the rows of a block."""
     if all(run.count == 1 or _is_flat(run, width) for run in block.runs):
-        pieces = (
-            Piece(run.tensor, run.start, advance, run.count * width, run.stride)
+        parts = (
+            Part(run.tensor, run.start, advance, run.count * width, run.stride)
             for run, advance in zip(block.runs, block.advances, strict=True)
         )
-        yield Group(block.repeats, tuple(pieces))
+        yield Group(block.repeats, tuple(parts))
     else:
         for run in block.expand():
-            yield Group(run.count, (Piece(run.tensor, run.start, run.step, width, run.stride),))
+            yield Group(run.count, (Part(run.tensor, run.start, run.step, width, run.stride),))
 
 
 def _cut(blocks: Sequence[Block], bounds: Sequence[int]) -> list[Run]:
@@ -190,15 +190,15 @@ def _fused_columns(strips: Sequence[Solved]) -> list[Group]:
     for runs in zip(*cut, strict=True):
         pairs = list(zip(strips, runs, strict=True))
         if strips[0][0].step == 1:
-            pieces = (Piece(r.tensor, r.start, r.step, strip.width, r.stride) for (strip, _), r in pairs)
-            groups.append(Group(runs[0].count, tuple(pieces)))
+            parts = (Part(r.tensor, r.start, r.step, strip.width, r.stride) for (strip, _), r in pairs)
+            groups.append(Group(runs[0].count, tuple(parts)))
         elif all(_is_flat(run, strips[0][0].width) for run in runs):
-            pieces = (Piece(run.tensor, run.start, 1, 1) for run in runs)
-            groups.append(Group(runs[0].count * strips[0][0].width, tuple(pieces)))
+            parts = (Part(run.tensor, run.start, 1, 1) for run in runs)
+            groups.append(Group(runs[0].count * strips[0][0].width, tuple(parts)))
         else:
             for row in range(runs[0].count):
-                pieces = (Piece(r.tensor, r.start + row * r.step, r.stride, 1) for r in runs)
-                groups.append(Group(strips[0][0].width, tuple(pieces)))
+                parts = (Part(r.tensor, r.start + row * r.step, r.stride, 1) for r in runs)
+                groups.append(Group(strips[0][0].width, tuple(parts)))
     return groups
 
 
@@ -208,14 +208,14 @@ def _transposed(strips: Sequence[Solved]) -> list[Group]:
     bounds = range(view.columns, view.rows + 1, view.columns)
     by_strip = []
     for _, blocks in strips:
-        matrices: list[list[Piece]] = [[]]
+        matrices: list[list[Part]] = [[]]
         row = 0
         for run in _cut(blocks, bounds):
             if row == view.columns:
                 matrices.append([])
                 row = 0
             distance = run.step if run.count > 1 else 1
-            matrices[-1].append(Piece(run.tensor, run.start, run.stride, run.count, distance))
+            matrices[-1].append(Part(run.tensor, run.start, run.stride, run.count, distance))
             row += run.count
         by_strip.append(matrices)
     groups = []
@@ -223,30 +223,30 @@ def _transposed(strips: Sequence[Solved]) -> list[Group]:
         if strips[0][0].step == 1:
             groups += [Group(strip.width, tuple(p)) for (strip, _), p in zip(strips, matrix, strict=True)]
         else:
-            groups.append(Group(strips[0][0].width, tuple(piece for pieces in matrix for piece in pieces)))
+            groups.append(Group(strips[0][0].width, tuple(part for parts in matrix for part in parts)))
     return groups
 
 
 def _joined(groups: Sequence[Group]) -> list[Group]:
-    """The groups, with those of one repetition joined, and pieces that continue each other."""
+    """The groups, with those of one repetition joined, and parts that continue each other."""
     found: list[Group] = []
     for group in groups:
         if group.repeats > 1 or not found or found[-1].repeats > 1:
             found.append(group)
             continue
-        pieces = list(found[-1].pieces)
-        for piece in group.pieces:
-            last = pieces[-1]
-            if last.tensor is piece.tensor and last.stride == piece.stride == 1 and _end(last) == piece.start:
-                pieces[-1] = Piece(last.tensor, last.start, 0, last.count + piece.count)
+        parts = list(found[-1].parts)
+        for part in group.parts:
+            last = parts[-1]
+            if last.tensor is part.tensor and last.stride == part.stride == 1 and _end(last) == part.start:
+                parts[-1] = Part(last.tensor, last.start, 0, last.count + part.count)
             else:
-                pieces.append(Piece(piece.tensor, piece.start, 0, piece.count, piece.stride))
-        found[-1] = Group(1, tuple(pieces))
+                parts.append(Part(part.tensor, part.start, 0, part.count, part.stride))
+        found[-1] = Group(1, tuple(parts))
     return found
 
 
-def _end(piece: Piece) -> int:
-    return piece.start + piece.count
+def _end(part: Part) -> int:
+    return part.start + part.count
 
 
 def leading(groups: Sequence[Group], numel: int) -> list[Group]:
@@ -255,17 +255,17 @@ def leading(groups: Sequence[Group], numel: int) -> list[Group]:
     for group in groups:
         repeats = min(group.repeats, numel // group.width)
         if repeats:
-            found.append(Group(repeats, group.pieces))
+            found.append(Group(repeats, group.parts))
         numel -= repeats * group.width
         if repeats < group.repeats:
-            pieces = []
-            for piece in group.pieces:
-                count = min(piece.count, numel)
+            parts = []
+            for part in group.parts:
+                count = min(part.count, numel)
                 if count:
-                    pieces.append(Piece(piece.tensor, piece.first(repeats), 0, count, piece.stride))
+                    parts.append(Part(part.tensor, part.first(repeats), 0, count, part.stride))
                 numel -= count
-            if pieces:
-                found.append(Group(1, tuple(pieces)))
+            if parts:
+                found.append(Group(1, tuple(parts)))
             break
     return found
 

@@ -62,8 +62,8 @@ def _heights(match: Match, rows: int, columns: int) -> Iterator[int]:
     """The rows of each matrix that may have been merged by itself: a stack's, and those of a fused tensor."""
     if isinstance(match.base, Gathered):
         groups = match.base.groups
-        counts = [piece.count * group.repeats for group in groups for piece in group.pieces]
-        is_apart = all(len(group.pieces) == 1 or group.repeats == 1 for group in groups)
+        counts = [part.count * group.repeats for group in groups for part in group.parts]
+        is_apart = all(len(group.parts) == 1 or group.repeats == 1 for group in groups)
         if is_apart and all(count % columns == 0 for count in counts):
             yield from (count // columns for count in counts)
             return

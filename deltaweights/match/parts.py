@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ..checkpoint import Checkpoint, Gathered, Group, HeldExtents, Piece, Tensor
+from ..checkpoint import Checkpoint, Gathered, Group, HeldExtents, Part, Tensor
 from .candidates import NUMBER, Candidates, fold
 from .layouts import groups_of, leading, views_of, whole_rows
 from .runs import solve
@@ -31,8 +31,8 @@ _COST_OF_FOUND = 0.1
 #: compared with what others of the kind are made of.
 _MAX_FAILURES, _MAX_COMPARED = 2, 64
 
-#: Most pieces of all tensors together.
-_MAX_ALL_PIECES = 1 << 19
+#: Most parts of all tensors together.
+_MAX_ALL_PARTS = 1 << 19
 
 #: Places that are compared before anything is believed, the elements at each, and how many may be unlike.
 _PLACES, _ELEMENTS, _UNLIKE = 24, 16, 0.25
@@ -99,20 +99,20 @@ class _Finder:
         self._apart: defaultdict[object, list[int]] = defaultdict(lambda: [1, 2, 0, 3])
         self._random = random.Random(0)  # noqa: S311
         self._left: float = _MAX_COST
-        self._pieces = 0
+        self._parts = 0
 
     def look_for(self, tensor: Tensor) -> None:
         """Put what resembles the tensor into :attr:`found`."""
         key = fold(tensor.name), tensor.info.shape, dtype_class(tensor)
         known = self._known.setdefault(key, [])
-        if self._failures[key] >= _MAX_COMPARED or self._pieces >= _MAX_ALL_PIECES:
+        if self._failures[key] >= _MAX_COMPARED or self._parts >= _MAX_ALL_PARTS:
             return
         gathered = self._like_weight(tensor) or self._like_others(tensor, known, self._apart[key])
         if not gathered and self._failures[key] < _MAX_FAILURES:
             gathered = self._searched(tensor)
         if gathered:
             self.found[tensor] = gathered
-            self._pieces += sum(len(group.pieces) for group in gathered.groups)
+            self._parts += sum(len(group.parts) for group in gathered.groups)
             known[1:] = [*known[2:], _Known(tensor, _numbers(tensor.name), gathered.groups)]
         else:
             self._failures[key] += 1
@@ -180,7 +180,7 @@ class _Finder:
         numbers = _numbers(tensor.name)
         for other in reversed(known):
             moves = [new - old for new, old in zip(numbers, other.numbers, strict=True)]
-            tensors = {piece.tensor for group in other.groups for piece in group.pieces}
+            tensors = {part.tensor for group in other.groups for part in group.parts}
             twins = {one: self._twin(one, moves) for one in tensors}
             beyond = sum(moves[max(len(_numbers(one.name)) for one in tensors) :])
             for distance in tuple(apart) if beyond else (0,):
@@ -215,19 +215,19 @@ class _Finder:
         """The groups of rows, as groups of the elements of biases."""
         found = []
         for group in groups:
-            pieces = []
-            for piece in group.pieces:
-                numbers = piece.start, piece.step, piece.count
-                bias = self._bias_of(piece.tensor, width)
+            parts = []
+            for part in group.parts:
+                numbers = part.start, part.step, part.count
+                bias = self._bias_of(part.tensor, width)
                 if (
                     not bias
                     or dtype_class(bias) != wanted
-                    or piece.stride > 1
+                    or part.stride > 1
                     or any(number % width for number in numbers)
                 ):
                     return None
-                pieces.append(Piece(bias, *(number // width for number in numbers)))
-            found.append(Group(group.repeats, tuple(pieces)))
+                parts.append(Part(bias, *(number // width for number in numbers)))
+            found.append(Group(group.repeats, tuple(parts)))
         return found
 
     def _bias_of(self, weight: Tensor, width: int) -> Tensor | None:
@@ -240,38 +240,38 @@ class _Finder:
 
 
 def _counterparts(tensor: Tensor, group: Group, begin: int, within: int) -> tuple[Vector, Vector]:
-    """Some elements of a tensor from one of a group on, and those that the group has for them: of one piece,
+    """Some elements of a tensor from one of a group on, and those that the group has for them: of one part,
     or of several repetitions of a short one."""
     repeat, place = divmod(within, group.width)
     offset = 0
-    for piece in group.pieces:
-        if place < piece.count:
+    for part in group.parts:
+        if place < part.count:
             break
-        place, offset = place - piece.count, offset + piece.count
-    count = min(_ELEMENTS, piece.count)
+        place, offset = place - part.count, offset + part.count
+    count = min(_ELEMENTS, part.count)
     repeats = min(_ELEMENTS, group.repeats)
-    if count >= repeats or not piece.step:
-        first = min(place, piece.count - count)
+    if count >= repeats or not part.step:
+        first = min(place, part.count - count)
         start = begin + repeat * group.width + offset + first
-        other = piece.first(repeat) + first * piece.stride
-        return Vector(tensor, start, count, 1), Vector(piece.tensor, other, count, piece.stride)
+        other = part.first(repeat) + first * part.stride
+        return Vector(tensor, start, count, 1), Vector(part.tensor, other, count, part.stride)
     first = min(repeat, group.repeats - repeats)
     start = begin + first * group.width + offset + place
-    other = piece.first(first) + place * piece.stride
-    return Vector(tensor, start, repeats, group.width), Vector(piece.tensor, other, repeats, piece.step)
+    other = part.first(first) + place * part.stride
+    return Vector(tensor, start, repeats, group.width), Vector(part.tensor, other, repeats, part.step)
 
 
 def _moved(groups: _Groups, twins: dict[Tensor, Tensor | None], distance: int) -> _Groups | None:
     """The groups in other tensors, and so many elements further on."""
     found = []
     for group in groups:
-        pieces = []
-        for piece in group.pieces:
-            twin = twins[piece.tensor]
-            if not twin or piece.start + distance < 0:
+        parts = []
+        for part in group.parts:
+            twin = twins[part.tensor]
+            if not twin or part.start + distance < 0:
                 return None
-            pieces.append(Piece(twin, piece.start + distance, piece.step, piece.count, piece.stride))
-        found.append(Group(group.repeats, tuple(pieces)))
+            parts.append(Part(twin, part.start + distance, part.step, part.count, part.stride))
+        found.append(Group(group.repeats, tuple(parts)))
     return found
 
 

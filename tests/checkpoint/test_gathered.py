@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltaweights.checkpoint import Gathered, Group, HeldExtents, Piece, Tensor, open_checkpoint
+from deltaweights.checkpoint import Gathered, Group, HeldExtents, Part, Tensor, open_checkpoint
 
 from ..checkpoints import Array, write_safetensors
 
@@ -35,15 +35,15 @@ def tensors(
 
 @st.composite
 def groups(draw: st.DrawFn) -> tuple[int, list[tuple[int, int, int, int]]]:
-    """Repeats, and (start, step, count, stride) of pieces that lie within 4000 elements."""
+    """Repeats, and (start, step, count, stride) of parts that lie within 4000 elements."""
     repeats = draw(st.integers(1, 20))
-    pieces = []
+    parts = []
     for _ in range(draw(st.integers(1, 3))):
         count, stride = draw(st.integers(1, 40)), draw(st.integers(1, 30))
         step = draw(st.integers(0, 60))
         start = draw(st.integers(0, 3999 - (repeats - 1) * step - (count - 1) * stride))
-        pieces.append((start, step, count, stride))
-    return repeats, pieces
+        parts.append((start, step, count, stride))
+    return repeats, parts
 
 
 @given(
@@ -61,13 +61,13 @@ def test_any_part_is_what_indexing_gives(
     expected = np.concatenate(
         [
             elements[start + repeat * step + np.arange(count) * stride]
-            for repeats, pieces in drawn
+            for repeats, parts in drawn
             for repeat in range(repeats)
-            for start, step, count, stride in pieces
+            for start, step, count, stride in parts
         ]
     )
     gathered = Gathered(
-        [Group(repeats, tuple(Piece(tensor, *piece) for piece in pieces)) for repeats, pieces in drawn],
+        [Group(repeats, tuple(Part(tensor, *part) for part in parts)) for repeats, parts in drawn],
         HeldExtents(),
     )
     assert gathered.numel == expected.size
@@ -86,7 +86,7 @@ def test_any_part_is_what_indexing_gives(
 
 
 @pytest.mark.parametrize(
-    "piece",
+    "part",
     [
         (0, 1, 0, 1),
         (0, 1, 1, 0),
@@ -98,10 +98,10 @@ def test_any_part_is_what_indexing_gives(
     ],
 )
 def test_pieces_outside_their_tensor_are_refused(
-    tensors: dict[str, tuple[Tensor, NDArray[np.unsignedinteger]]], piece: tuple[int, int, int, int]
+    tensors: dict[str, tuple[Tensor, NDArray[np.unsignedinteger]]], part: tuple[int, int, int, int]
 ) -> None:
     with pytest.raises(ValueError, match="part"):
-        Gathered([Group(2, (Piece(tensors["F32"][0], *piece),))], HeldExtents())
+        Gathered([Group(2, (Part(tensors["F32"][0], *part),))], HeldExtents())
     with pytest.raises(ValueError, match="dtype"):
         Gathered([], HeldExtents())
 
@@ -121,14 +121,14 @@ def test_strided_pieces_are_held_within_a_bound(
         held.get(key, partial(zeros, key))
     assert read == [1, 2, 1]
     with pytest.raises(ValueError, match="span"):
-        Gathered([Group(2, (Piece(tensors["F64"][0], 0, 1, 2, 1500),))], held)
+        Gathered([Group(2, (Part(tensors["F64"][0], 0, 1, 2, 1500),))], held)
 
 
 def test_a_small_read_needs_few_bytes(
     tmp_path: Path, tensors: dict[str, tuple[Tensor, NDArray[np.unsignedinteger]]]
 ) -> None:
     gathered = Gathered(
-        [Group(1, (Piece(tensors["F32"][0], 0, 0, 2000), Piece(tensors["F32"][0], 2000, 0, 2000)))],
+        [Group(1, (Part(tensors["F32"][0], 0, 0, 2000), Part(tensors["F32"][0], 2000, 0, 2000)))],
         HeldExtents(),
     )
     assert sum(span.end - span.start for span in gathered.spans(7900, 8100)) == 200
@@ -139,7 +139,7 @@ def test_scattered_elements_are_read_at_once(
 ) -> None:
     """One read for each would take hours for a large tensor."""
     tensor, elements = tensors["BF16"]
-    gathered = Gathered([Group(200, (Piece(tensor, 3, 19, 1),))], HeldExtents())
+    gathered = Gathered([Group(200, (Part(tensor, 3, 19, 1),))], HeldExtents())
     assert len(gathered.spans(0, gathered.nbytes)) == 1
     out = np.empty(200, np.uint8)
     gathered.read_into(200, out)
@@ -152,12 +152,12 @@ def test_what_would_be_read_again_and_again_is_refused(tmp_path: Path) -> None:
         tmp_path / "m.safetensors", {n: Array("I8", (20 << 20,), bytes(20 << 20)) for n in "ab"}
     )
     a, b = open_checkpoint(tmp_path / "m.safetensors").tensors
-    columns = [Group(1, (Piece(one, k, 0, 20, 1 << 20),)) for k in range(9) for one in (a, b)]
+    columns = [Group(1, (Part(one, k, 0, 20, 1 << 20),)) for k in range(9) for one in (a, b)]
     with pytest.raises(ValueError, match="span"):
         Gathered(columns, HeldExtents())
     with pytest.raises(ValueError, match="span"):
-        Gathered([Group(30, (Piece(a, 0, 600_000, 1),))], HeldExtents())
-    whole = Gathered([Group(1 << 20, (Piece(a, 0, 1, 20, 1 << 20),))], HeldExtents())
+        Gathered([Group(30, (Part(a, 0, 600_000, 1),))], HeldExtents())
+    whole = Gathered([Group(1 << 20, (Part(a, 0, 1, 20, 1 << 20),))], HeldExtents())
     assert whole.nbytes == 20 << 20
 
 
@@ -166,21 +166,21 @@ def test_many_tiny_parts_are_not_repeated(
 ) -> None:
     """Unless a repetition is so short that many are read together."""
     tensor, elements = tensors["F64"]
-    pieces = tuple(Piece(tensor, k % 4000, 0, 1) for k in range(9000))
-    once = Gathered([Group(1, pieces)], HeldExtents())
+    parts = tuple(Part(tensor, k % 4000, 0, 1) for k in range(9000))
+    once = Gathered([Group(1, parts)], HeldExtents())
     out = np.empty(once.nbytes, np.uint8)
     once.read_into(0, out)
     assert np.array_equal(out.view("<u8"), np.resize(elements, 9000))
     with pytest.raises(ValueError, match="too short"):
-        Gathered([Group(2, pieces)], HeldExtents())
-    Gathered([Group(1 << 20, pieces[:1000])], HeldExtents())
+        Gathered([Group(2, parts)], HeldExtents())
+    Gathered([Group(1 << 20, parts[:1000])], HeldExtents())
 
 
 def test_the_hub_is_asked_for_little_more_than_is_used(
     tensors: dict[str, tuple[Tensor, NDArray[np.unsignedinteger]]],
 ) -> None:
     tensor, _ = tensors["F64"]
-    gathered = Gathered([Group(2, (Piece(tensor, 0, 3900, 10),))], HeldExtents())
+    gathered = Gathered([Group(2, (Part(tensor, 0, 3900, 10),))], HeldExtents())
     assert sum(span.end - span.start for span in gathered.spans(0, gathered.nbytes)) == gathered.nbytes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deltaweights.checkpoint import Gathered, Group, HeldExtents, Piece, open_checkpoint
+from deltaweights.checkpoint import Gathered, Group, HeldExtents, Part, open_checkpoint
 from deltaweights.match.advice import advise, describe_parts
 
 from ..checkpoints import Array, bf16, random_array, weights, write_safetensors
@@ -16,16 +16,16 @@ def write(folder: Path, tensors: dict[str, Array]) -> Path:
 
 
 def described(
-    tmp_path: Path, layers: int, *pieces: tuple[str, tuple[int, ...]], repeats: int = 1
+    tmp_path: Path, layers: int, *parts: tuple[str, tuple[int, ...]], repeats: int = 1
 ) -> list[str]:
-    """The lines for a tensor in each layer that has these pieces, of tensors of 64 x 64."""
-    names = {f"layers.{k}.{name}" for k in range(layers) for name, _ in pieces}
+    """The lines for a tensor in each layer that has these parts, of tensors of 64 x 64."""
+    names = {f"layers.{k}.{name}" for k in range(layers) for name, _ in parts}
     base = write(tmp_path / "base", {name: bf16(weights((64, 64))) for name in sorted(names)})
     target = write(tmp_path / "target", {f"layers.{k}.ab": bf16(weights((64, 64))) for k in range(layers)})
     with open_checkpoint(base) as old, open_checkpoint(target) as new:
         found = {}
         for k, tensor in enumerate(new.tensors):
-            of = [Piece(old.named(f"layers.{k}.{name}")[0], *numbers) for name, numbers in pieces]
+            of = [Part(old.named(f"layers.{k}.{name}")[0], *numbers) for name, numbers in parts]
             found[tensor] = Gathered([Group(repeats, tuple(of))], HeldExtents())
         return describe_parts(found)
 

@@ -404,7 +404,7 @@ def test_a_tensor_that_nothing_uses_comes_first(tmp_path: Path) -> None:
     target = write(tmp_path / "target", {"c": np.concatenate([weights((64, 64))] * 2)})
     with open_checkpoint(base) as old, open_checkpoint(target) as new:
         (found,) = find_parts(new.tensors, old, new, old.named("a"), HeldExtents()).values()
-        assert found.groups[0].pieces[0].tensor.name == "b"
+        assert found.groups[0].parts[0].tensor.name == "b"
 
 
 def test_unrelated_weights_are_not_found(tmp_path: Path) -> None:
