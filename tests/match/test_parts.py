@@ -424,7 +424,7 @@ def test_parts_are_found_in_every_dtype(tmp_path: Path, dtype: str) -> None:
     unrelated = random_array(dtype, (80, 64), 3)
     write_safetensors(tmp_path / "t" / "m.safetensors", {"both": joined, "none": unrelated})
     found = named(tmp_path / "b", tmp_path / "t")
-    assert [(name, gathered.name) for name, gathered in found.items()] == [("both", "one, other")]
+    assert [(name, gathered.name) for name, gathered in found.items()] == [("both", "one and other")]
 
 
 def test_odd_tensors_are_passed_over(tmp_path: Path) -> None:
