@@ -16,6 +16,9 @@ _MAX_LINES, _MAX_NAMES = 12, 4
 #: Kinds with a smaller part than this of what is not found, such as scales, get no line.
 _WORTH_A_LINE = 0.01
 
+_IS_IT_THE_BASE = "is this the base that it was trained from?"
+_UNLIKE = "a counterpart in the base by name only: the weights are unlike"
+
 
 def describe_parts(found: Mapping[Tensor, Gathered]) -> list[str]:
     """A line for each kind of tensors that parts of others were found for: what these are."""
@@ -31,28 +34,37 @@ def describe_parts(found: Mapping[Tensor, Gathered]) -> list[str]:
     return _few(lines)
 
 
-def advise(unfound: Sequence[Tensor], base: Checkpoint, target: Checkpoint) -> list[str]:
-    """What may be the matter with target tensors that have no counterpart in the base: a line for each kind,
-    the largest first."""
-    if not unfound:
+def advise(
+    unfound: Sequence[Tensor], base: Checkpoint, target: Checkpoint, unlike: Sequence[Tensor] = ()
+) -> list[str]:
+    """What may be the matter with target tensors that have no counterpart in the base, or one that is
+    ``unlike`` them: a line for each kind, the largest first."""
+    if not unfound and not unlike:
         return []
     lines = []
-    missing = sum(tensor.nbytes for tensor in unfound)
-    is_most = 2 * missing > sum(tensor.nbytes for tensor in target.tensors)
-    if is_most and not any(base.named(tensor.name) for tensor in target.tensors):
-        lines.append("The base has none of the target's names: is this the base that it was trained from?")
+    missing = _nbytes([*unfound, *unlike])
+    if 2 * missing > _nbytes(target.tensors):
+        if not any(base.named(tensor.name) for tensor in target.tensors):
+            lines.append(f"The base has none of the target's names: {_IS_IT_THE_BASE}")
+        elif 2 * _nbytes(unlike) > missing:
+            lines.append(f"Most of the target's weights are unlike the base's: {_IS_IT_THE_BASE}")
+    reasons = [(tensor, _reason(tensor, base)) for tensor in unfound]
+    reasons += [(tensor, _UNLIKE) for tensor in unlike]
     kinds: dict[tuple[str, str], list[Tensor]] = {}
-    for tensor in unfound:
-        kinds.setdefault((fold(tensor.name), _reason(tensor, base)), []).append(tensor)
-    by_size = sorted(kinds.items(), key=lambda kind: -sum(tensor.nbytes for tensor in kind[1]))
-    for (name, reason), tensors in by_size:
-        if sum(tensor.nbytes for tensor in tensors) < _WORTH_A_LINE * missing:
+    for tensor, reason in reasons:
+        kinds.setdefault((fold(tensor.name), reason), []).append(tensor)
+    for (name, reason), tensors in sorted(kinds.items(), key=lambda kind: -_nbytes(kind[1])):
+        if _nbytes(tensors) < _WORTH_A_LINE * missing:
             break
         shapes = {_shape(tensor) for tensor in tensors}
         shape = f" of {next(iter(shapes))}" if len(shapes) == 1 else ""
         verb = "has" if len(tensors) == 1 else "have"
         lines.append(f"{_tensors(len(tensors), name, shape)} {verb} {reason}.")
     return _few(lines)
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _few(lines: list[str]) -> list[str]:

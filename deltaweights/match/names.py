@@ -125,8 +125,9 @@ def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameR
     for line in describe_parts(parts):
         _log.info("%s", line)
     tell(names.useless(lambda name: bool(base.named(name))))
-    if _is_much(unfound, target) and len(unfound) < len(target.tensors):
-        tell(advise(unfound, base, target))
+    unlike = [tensor for tensor in similar.doubtful if tensor not in parts]
+    if _is_much([*unfound, *unlike], target):
+        tell(advise(unfound, base, target, unlike))
     for tensor in unfound if base.broken else ():
         base.require_found(names.of_base(tensor.name), tensor.path)
     return [match_pair(tensor, parts.get(tensor) or whole.get(tensor)) for tensor in target.tensors]

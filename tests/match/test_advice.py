@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from deltaweights.checkpoint import Gathered, Group, HeldExtents, Part, open_checkpoint
 from deltaweights.match.advice import advise, describe_parts
+from deltaweights.match.names import match_tensors
 
 from ..checkpoints import Array, bf16, random_array, weights, write_safetensors
 
@@ -98,3 +101,28 @@ def test_what_is_small_gets_no_line_and_what_was_found_no_doubt(tmp_path: Path) 
         assert advise(unfound, old, new) == [
             "1 tensor of 64 x 64, new.fused, has no counterpart in the base."
         ]
+
+
+def test_weights_that_are_unlike_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A wrong base that has all the names: its delta would be as large as the model."""
+    names = [f"layers.{k}.w" for k in range(4)]
+    base = {name: bf16(weights((64, 64), k)) for k, name in enumerate(names)}
+    other = {name: bf16(weights((64, 64), k + 10)) for k, name in enumerate(names)}
+    tuned = {name: bf16(weights((64, 64), k) * 1.01) for k, name in enumerate(names)}
+    write(tmp_path / "base", base)
+    for folder, tensors in (("tuned", tuned), ("other", other)):
+        caplog.clear()
+        write(tmp_path / folder, tensors)
+        with open_checkpoint(tmp_path / "base") as old, open_checkpoint(tmp_path / folder) as new:
+            match_tensors(old, new)
+        lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert lines == (
+            [
+                "Most of the target's weights are unlike the base's: "
+                "is this the base that it was trained from?",
+                "4 tensors of 64 x 64, layers.*.w, have a counterpart in the base by name only: "
+                "the weights are unlike.",
+            ]
+            if folder == "other"
+            else []
+        )
