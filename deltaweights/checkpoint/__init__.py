@@ -1,7 +1,7 @@
 """What a checkpoint is: headers, shards, tensors."""
 
 from .checkpoint import Checkpoint, Shard, Tensor, open_checkpoint, read_header, read_shard
-from .gathered import MAX_STRIDED_BYTES, Base, Gathered, Group, HeldExtents, Part, tensors_of
+from .gathered import MAX_STRIDED_BYTES, Base, Gathered, Group, GroupPart, HeldExtents, tensors_of
 from .header import MAX_HEADER_BYTES, Header, TensorInfo, build_header, parse_header
 
 __all__ = [
@@ -11,9 +11,9 @@ __all__ = [
     "Checkpoint",
     "Gathered",
     "Group",
+    "GroupPart",
     "Header",
     "HeldExtents",
-    "Part",
     "Shard",
     "Tensor",
     "TensorInfo",

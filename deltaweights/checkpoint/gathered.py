@@ -42,7 +42,7 @@ _Elements = NDArray[np.unsignedinteger]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class GroupPart:
     """In repetition r, ``count`` elements of ``tensor``: those at ``start + r * step + k * stride``."""
 
     tensor: Tensor
@@ -65,7 +65,7 @@ class Group:
     """The elements of all parts, one after the other, ``repeats`` times."""
 
     repeats: int
-    parts: tuple[Part, ...]
+    parts: tuple[GroupPart, ...]
 
     @property
     def width(self) -> int:
@@ -131,7 +131,7 @@ class Gathered:
         self._held = held
         self._check_scatter()
 
-    def _check(self, part: Part, repeats: int) -> None:
+    def _check(self, part: GroupPart, repeats: int) -> None:
         numbers = repeats, part.count, part.stride
         if min(numbers) < 1 or min(part.start, part.step) < 0:
             raise ValueError("a part of no elements, or a negative one")
@@ -154,7 +154,7 @@ class Gathered:
                 name = next(iter(extents)).tensor.name
                 raise ValueError(f"scattered parts of tensor {name!r} span {nbytes} bytes")
 
-    def _is_held(self, part: Part, group: Group) -> bool:
+    def _is_held(self, part: GroupPart, group: Group) -> bool:
         """Whether the part is read whole, once, rather than run by run."""
         is_short = part.count * self._itemsize < _MIN_RUN_BYTES and part.step > 4 * part.count
         return part.stride > 1 or (is_short and group.repeats > 1)
@@ -220,7 +220,7 @@ class Gathered:
                     found.append(self._span(part, low, low + count))
         return found
 
-    def _spans_of_runs(self, part: Part, repeat: int, end: int) -> Iterator[Span]:
+    def _spans_of_runs(self, part: GroupPart, repeat: int, end: int) -> Iterator[Span]:
         """The spans of whole repetitions: one, unless far more lies between them than they have."""
         low, high = part.first(repeat), part.end(end)
         if high - low <= _MAX_READ_FOR_ONE * (end - repeat) * part.count:
@@ -229,10 +229,10 @@ class Gathered:
             for one in range(repeat, end):
                 yield self._span(part, part.first(one), part.first(one) + part.count)
 
-    def _span(self, part: Part, low: int, high: int) -> Span:
+    def _span(self, part: GroupPart, low: int, high: int) -> Span:
         return part.tensor.span(low * self._itemsize, high * self._itemsize)
 
-    def _runs(self, first: int, count: int) -> Iterator[tuple[int, int, tuple[Part, int] | None, int]]:
+    def _runs(self, first: int, count: int) -> Iterator[tuple[int, int, tuple[GroupPart, int] | None, int]]:
         """The elements from ``first`` on, as runs: the index of the group; the repetition; the part and
         the place in it, or None for whole repetitions; the number of elements."""
         while count > 0:
@@ -272,7 +272,7 @@ class Gathered:
                     rows[k] = run
             column += part.count
 
-    def _read_run(self, part: Part, first: int, group: Group, out: _Elements) -> None:
+    def _read_run(self, part: GroupPart, first: int, group: Group, out: _Elements) -> None:
         """Elements of one repetition of a part, from element ``first`` of its tensor on."""
         if self._is_held(part, group):
             begin = first - part.start
@@ -281,7 +281,7 @@ class Gathered:
         else:
             part.tensor.read_into(first * self._itemsize, out.view(np.uint8))
 
-    def _extent(self, part: Part, repeats: int) -> _Elements:
+    def _extent(self, part: GroupPart, repeats: int) -> _Elements:
         """All elements between a scattered part's first and last."""
         nbytes = (part.end(repeats) - part.start) * self._itemsize
         fill = partial(part.tensor.read_into, part.start * self._itemsize)
@@ -297,7 +297,7 @@ def tensors_of(base: Base) -> list[Tensor]:
     return [base] if isinstance(base, Tensor) else base.tensors
 
 
-def _strided(extent: _Elements, repeats: int, part: Part) -> _Elements:
+def _strided(extent: _Elements, repeats: int, part: GroupPart) -> _Elements:
     """Repetitions of a part, a row for each, from its elements in their order in the tensor."""
     size = extent.itemsize
     strides = part.step * size, part.stride * size

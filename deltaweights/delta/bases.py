@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from ..checkpoint import Base, Checkpoint, Gathered, Group, HeldExtents, Part, Tensor
+from ..checkpoint import Base, Checkpoint, Gathered, Group, GroupPart, HeldExtents, Tensor
 from ..entries import BaseParts, BaseTensor, TensorEntry
 from ..errors import ManifestError
 from ..manifest import MANIFEST_NAME, Manifest
@@ -88,7 +88,7 @@ class _Tensors:
                         f"not {wanted.dtype} with {end} elements or more"
                     )
                     return None
-                parts.append(Part(tensor, part.start, part.step, part.count, part.stride))
+                parts.append(GroupPart(tensor, part.start, part.step, part.count, part.stride))
             found.append(Group(group.repeats, tuple(parts)))
         return found
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from ..checkpoint import Checkpoint, Gathered, Part, Tensor
+from ..checkpoint import Checkpoint, Gathered, GroupPart, Tensor
 from ..codec import is_convertible
 from ..words import counted, listed
 from .candidates import fold
@@ -100,7 +100,7 @@ def _way(gathered: Gathered) -> str:
     return "rows of" if all(map(_is_rows, (part for part, _ in parts))) else "parts of rows of"
 
 
-def _is_rows(part: Part) -> bool:
+def _is_rows(part: GroupPart) -> bool:
     width = row_width(part.tensor) if len(part.tensor.info.shape) > 1 else 1
     return part.count % width == part.start % width == 0
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..checkpoint import Group, Part, Tensor
+from ..checkpoint import Group, GroupPart, Tensor
 from .vectors import MIN_WIDTH, Vector
 
 #: Most parts of a tensor, since each takes room in the manifest.
@@ -152,13 +152,13 @@ def _whole_rows(block: Block, width: int) -> Iterator[Group]:
     """Groups of the rows of a block."""
     if all(run.count == 1 or _is_flat(run, width) for run in block.runs):
         parts = (
-            Part(run.tensor, run.start, advance, run.count * width, run.stride)
+            GroupPart(run.tensor, run.start, advance, run.count * width, run.stride)
             for run, advance in zip(block.runs, block.advances, strict=True)
         )
         yield Group(block.repeats, tuple(parts))
     else:
         for run in block.expand():
-            yield Group(run.count, (Part(run.tensor, run.start, run.step, width, run.stride),))
+            yield Group(run.count, (GroupPart(run.tensor, run.start, run.step, width, run.stride),))
 
 
 def _cut(blocks: Sequence[Block], bounds: Sequence[int]) -> list[Run]:
@@ -190,14 +190,14 @@ def _fused_columns(strips: Sequence[Solved]) -> list[Group]:
     for runs in zip(*cut, strict=True):
         pairs = list(zip(strips, runs, strict=True))
         if strips[0][0].step == 1:
-            parts = (Part(r.tensor, r.start, r.step, strip.width, r.stride) for (strip, _), r in pairs)
+            parts = (GroupPart(r.tensor, r.start, r.step, strip.width, r.stride) for (strip, _), r in pairs)
             groups.append(Group(runs[0].count, tuple(parts)))
         elif all(_is_flat(run, strips[0][0].width) for run in runs):
-            parts = (Part(run.tensor, run.start, 1, 1) for run in runs)
+            parts = (GroupPart(run.tensor, run.start, 1, 1) for run in runs)
             groups.append(Group(runs[0].count * strips[0][0].width, tuple(parts)))
         else:
             for row in range(runs[0].count):
-                parts = (Part(r.tensor, r.start + row * r.step, r.stride, 1) for r in runs)
+                parts = (GroupPart(r.tensor, r.start + row * r.step, r.stride, 1) for r in runs)
                 groups.append(Group(strips[0][0].width, tuple(parts)))
     return groups
 
@@ -208,14 +208,14 @@ def _transposed(strips: Sequence[Solved]) -> list[Group]:
     bounds = range(view.columns, view.rows + 1, view.columns)
     by_strip = []
     for _, blocks in strips:
-        matrices: list[list[Part]] = [[]]
+        matrices: list[list[GroupPart]] = [[]]
         row = 0
         for run in _cut(blocks, bounds):
             if row == view.columns:
                 matrices.append([])
                 row = 0
             distance = run.step if run.count > 1 else 1
-            matrices[-1].append(Part(run.tensor, run.start, run.stride, run.count, distance))
+            matrices[-1].append(GroupPart(run.tensor, run.start, run.stride, run.count, distance))
             row += run.count
         by_strip.append(matrices)
     groups = []
@@ -238,14 +238,14 @@ def _joined(groups: Sequence[Group]) -> list[Group]:
         for part in group.parts:
             last = parts[-1]
             if last.tensor is part.tensor and last.stride == part.stride == 1 and _end(last) == part.start:
-                parts[-1] = Part(last.tensor, last.start, 0, last.count + part.count)
+                parts[-1] = GroupPart(last.tensor, last.start, 0, last.count + part.count)
             else:
-                parts.append(Part(part.tensor, part.start, 0, part.count, part.stride))
+                parts.append(GroupPart(part.tensor, part.start, 0, part.count, part.stride))
         found[-1] = Group(1, tuple(parts))
     return found
 
 
-def _end(part: Part) -> int:
+def _end(part: GroupPart) -> int:
     return part.start + part.count
 
 
@@ -262,7 +262,7 @@ def leading(groups: Sequence[Group], numel: int) -> list[Group]:
             for part in group.parts:
                 count = min(part.count, numel)
                 if count:
-                    parts.append(Part(part.tensor, part.first(repeats), 0, count, part.stride))
+                    parts.append(GroupPart(part.tensor, part.first(repeats), 0, count, part.stride))
                 numel -= count
             if parts:
                 found.append(Group(1, tuple(parts)))

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ..checkpoint import Checkpoint, Gathered, Group, HeldExtents, Part, Tensor
+from ..checkpoint import Checkpoint, Gathered, Group, GroupPart, HeldExtents, Tensor
 from .candidates import NUMBER, Candidates, fold
 from .layouts import groups_of, leading, views_of, whole_rows
 from .runs import solve
@@ -226,7 +226,7 @@ class _Finder:
                     or any(number % width for number in numbers)
                 ):
                     return None
-                parts.append(Part(bias, *(number // width for number in numbers)))
+                parts.append(GroupPart(bias, *(number // width for number in numbers)))
             found.append(Group(group.repeats, tuple(parts)))
         return found
 
@@ -270,7 +270,7 @@ def _moved(groups: _Groups, twins: dict[Tensor, Tensor | None], distance: int) -
             twin = twins[part.tensor]
             if not twin or part.start + distance < 0:
                 return None
-            parts.append(Part(twin, part.start + distance, part.step, part.count, part.stride))
+            parts.append(GroupPart(twin, part.start + distance, part.step, part.count, part.stride))
         found.append(Group(group.repeats, tuple(parts)))
     return found
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltaweights.checkpoint import Gathered, Group, HeldExtents, Part, Tensor, open_checkpoint
+from deltaweights.checkpoint import Gathered, Group, GroupPart, HeldExtents, Tensor, open_checkpoint
 
 from ..checkpoints import Array, write_safetensors
 
@@ -67,7 +67,7 @@ def test_any_part_is_what_indexing_gives(
         ]
     )
     gathered = Gathered(
-        [Group(repeats, tuple(Part(tensor, *part) for part in parts)) for repeats, parts in drawn],
+        [Group(repeats, tuple(GroupPart(tensor, *part) for part in parts)) for repeats, parts in drawn],
         HeldExtents(),
     )
     assert gathered.numel == expected.size
@@ -101,7 +101,7 @@ def test_pieces_outside_their_tensor_are_refused(
     tensors: dict[str, tuple[Tensor, NDArray[np.unsignedinteger]]], part: tuple[int, int, int, int]
 ) -> None:
     with pytest.raises(ValueError, match="part"):
-        Gathered([Group(2, (Part(tensors["F32"][0], *part),))], HeldExtents())
+        Gathered([Group(2, (GroupPart(tensors["F32"][0], *part),))], HeldExtents())
     with pytest.raises(ValueError, match="dtype"):
         Gathered([], HeldExtents())
 
@@ -121,14 +121,14 @@ def test_strided_pieces_are_held_within_a_bound(
         held.get(key, partial(zeros, key))
     assert read == [1, 2, 1]
     with pytest.raises(ValueError, match="span"):
-        Gathered([Group(2, (Part(tensors["F64"][0], 0, 1, 2, 1500),))], held)
+        Gathered([Group(2, (GroupPart(tensors["F64"][0], 0, 1, 2, 1500),))], held)
 
 
 def test_a_small_read_needs_few_bytes(
     tmp_path: Path, tensors: dict[str, tuple[Tensor, NDArray[np.unsignedinteger]]]
 ) -> None:
     gathered = Gathered(
-        [Group(1, (Part(tensors["F32"][0], 0, 0, 2000), Part(tensors["F32"][0], 2000, 0, 2000)))],
+        [Group(1, (GroupPart(tensors["F32"][0], 0, 0, 2000), GroupPart(tensors["F32"][0], 2000, 0, 2000)))],
         HeldExtents(),
     )
     assert sum(span.end - span.start for span in gathered.spans(7900, 8100)) == 200
@@ -139,7 +139,7 @@ def test_scattered_elements_are_read_at_once(
 ) -> None:
     """One read for each would take hours for a large tensor."""
     tensor, elements = tensors["BF16"]
-    gathered = Gathered([Group(200, (Part(tensor, 3, 19, 1),))], HeldExtents())
+    gathered = Gathered([Group(200, (GroupPart(tensor, 3, 19, 1),))], HeldExtents())
     assert len(gathered.spans(0, gathered.nbytes)) == 1
     out = np.empty(200, np.uint8)
     gathered.read_into(200, out)
@@ -152,12 +152,12 @@ def test_what_would_be_read_again_and_again_is_refused(tmp_path: Path) -> None:
         tmp_path / "m.safetensors", {n: Array("I8", (20 << 20,), bytes(20 << 20)) for n in "ab"}
     )
     a, b = open_checkpoint(tmp_path / "m.safetensors").tensors
-    columns = [Group(1, (Part(one, k, 0, 20, 1 << 20),)) for k in range(9) for one in (a, b)]
+    columns = [Group(1, (GroupPart(one, k, 0, 20, 1 << 20),)) for k in range(9) for one in (a, b)]
     with pytest.raises(ValueError, match="span"):
         Gathered(columns, HeldExtents())
     with pytest.raises(ValueError, match="span"):
-        Gathered([Group(30, (Part(a, 0, 600_000, 1),))], HeldExtents())
-    whole = Gathered([Group(1 << 20, (Part(a, 0, 1, 20, 1 << 20),))], HeldExtents())
+        Gathered([Group(30, (GroupPart(a, 0, 600_000, 1),))], HeldExtents())
+    whole = Gathered([Group(1 << 20, (GroupPart(a, 0, 1, 20, 1 << 20),))], HeldExtents())
     assert whole.nbytes == 20 << 20
 
 
@@ -166,7 +166,7 @@ def test_many_tiny_parts_are_not_repeated(
 ) -> None:
     """Unless a repetition is so short that many are read together."""
     tensor, elements = tensors["F64"]
-    parts = tuple(Part(tensor, k % 4000, 0, 1) for k in range(9000))
+    parts = tuple(GroupPart(tensor, k % 4000, 0, 1) for k in range(9000))
     once = Gathered([Group(1, parts)], HeldExtents())
     out = np.empty(once.nbytes, np.uint8)
     once.read_into(0, out)
@@ -180,7 +180,7 @@ def test_the_hub_is_asked_for_little_more_than_is_used(
     tensors: dict[str, tuple[Tensor, NDArray[np.unsignedinteger]]],
 ) -> None:
     tensor, _ = tensors["F64"]
-    gathered = Gathered([Group(2, (Part(tensor, 0, 3900, 10),))], HeldExtents())
+    gathered = Gathered([Group(2, (GroupPart(tensor, 0, 3900, 10),))], HeldExtents())
     assert sum(span.end - span.start for span in gathered.spans(0, gathered.nbytes)) == gathered.nbytes
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deltaweights.checkpoint import Gathered, Group, HeldExtents, Part, open_checkpoint
+from deltaweights.checkpoint import Gathered, Group, GroupPart, HeldExtents, open_checkpoint
 from deltaweights.match.advice import advise, describe_parts
 from deltaweights.match.names import match_tensors
 
@@ -28,7 +28,7 @@ def described(
     with open_checkpoint(base) as old, open_checkpoint(target) as new:
         found = {}
         for k, tensor in enumerate(new.tensors):
-            of = [Part(old.named(f"layers.{k}.{name}")[0], *numbers) for name, numbers in parts]
+            of = [GroupPart(old.named(f"layers.{k}.{name}")[0], *numbers) for name, numbers in parts]
             found[tensor] = Gathered([Group(repeats, tuple(of))], HeldExtents())
         return describe_parts(found)
 
