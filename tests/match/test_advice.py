@@ -86,7 +86,7 @@ def test_a_base_without_any_of_the_names_is_doubted(tmp_path: Path) -> None:
 
 
 def test_what_is_small_gets_no_line_and_what_was_found_no_doubt(tmp_path: Path) -> None:
-    """A quantised model whose names have a new prefix: two thirds of it were found."""
+    """A quantized model whose names have a new prefix: two thirds of it were found."""
     base = {"a": bf16(weights((64, 64)))}
     target = {
         "new.a": bf16(weights((64, 64))),
