@@ -16,6 +16,19 @@ from .names import FoundPrediction, Match
 _DTYPES = ("BF16", "F16", "F32")
 
 
+#: A search takes about so many times the bytes of the largest matrix, and no more than the bound.
+_SEARCH_TIMES, _SEARCH_BYTES = 6, 288 << 20
+
+
+def search_bytes(match: Match) -> int:
+    """The memory that :func:`with_low_rank` takes at most, about."""
+    if not _may_have_low_rank(match):
+        return 0
+    *_, high, columns = match.target.info.shape
+    matrix = high * columns * match.target.nbytes // match.target.info.numel
+    return min(_SEARCH_TIMES * matrix, _SEARCH_BYTES)
+
+
 def with_low_rank(match: Match, effort: Effort) -> Match:
     """The match, with a prediction if the difference from its base has a low rank that pays.
 
