@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint import Gathered
 from ..codec import Effort, LowRank, find_low_rank, low_rank_predictor, seal_prediction
+from ..errors import PayloadError
 from .names import FoundPrediction, Match
 
 #: The float dtypes that adapters are merged in.
@@ -54,7 +55,10 @@ def with_low_rank(match: Match, effort: Effort) -> Match:
     if data is None:
         return match
     assert match.base
-    found = LowRank.parse(data, match.target.dtype, rows * columns)
+    try:
+        found = LowRank.parse(data, match.target.dtype, rows * columns)
+    except PayloadError:  # more factors than readers make room for, or next to nothing in them
+        return match
     predictor = low_rank_predictor(found, match.base.dtype)
     return replace(
         match, prediction=FoundPrediction("low_rank", seal_prediction(data), predictor, found.rank)
