@@ -1,7 +1,7 @@
 """Size and speed of the codec beside its peers (peers.py says which, and how to install them).
 
 A table is one pair of arrays, or one array alone, coded on one thread. In each round every coder runs once,
-and so does SHA-256 over the same bytes, so that a noisy neighbour troubles all alike. What is printed are
+and so does SHA-256 over the same bytes, so that a noisy neighbor troubles all alike. What is printed are
 medians over rounds; ratios are taken within a round. Speeds are of target bytes. Figures, for bf16 and for
 the real pair (other dtypes are for information):
 

@@ -29,6 +29,8 @@ class Merge:
         dtype: of the adapter.
         dora: whether rows have magnitudes as well.
         twice: whether a second adapter is trained and merged after the first.
+        stabilized: whether the product is divided by the root of the rank (rsLoRA).
+        start: how PEFT makes the adapter: "pissa" and "olora" take it from the weights themselves.
     """
 
     rank: int = 16
@@ -36,6 +38,8 @@ class Merge:
     dtype: torch.dtype = torch.float32
     dora: bool = False
     twice: bool = False
+    stabilized: bool = False
+    start: bool | str = True
 
 
 MERGES = {
@@ -45,6 +49,9 @@ MERGES = {
     "rank 16, bf16 adapter": Merge(16, dtype=torch.bfloat16),
     "rank 16, DoRA": Merge(16, dora=True),
     "rank 16, two adapters": Merge(16, twice=True),
+    "rank 16, rsLoRA": Merge(16, stabilized=True),
+    "rank 16, PiSSA": Merge(16, start="pissa_niter_4"),
+    "rank 16, OLoRA": Merge(16, start="olora"),
     "rank 64": Merge(64),
     "rank 256": Merge(256),
 }
@@ -81,6 +88,8 @@ def _merged_once(model: Any, merge: Merge, steps: int, seed: int) -> Any:
         lora_alpha=2 * merge.rank,
         target_modules=_ATTENTION if merge.attention_only else _ALL,
         use_dora=merge.dora,
+        use_rslora=merge.stabilized,
+        init_lora_weights=merge.start,
     )
     adapted = get_peft_model(model, config, autocast_adapter_dtype=merge.dtype == torch.float32)
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=3e-4)
@@ -99,5 +108,5 @@ def _texts(count: int, seed: int) -> Iterator[torch.Tensor]:
     random = torch.Generator().manual_seed(seed)
     words = torch.randint(0, 1024, (_TEXT,), generator=random)
     for _ in range(count):
-        starts = torch.randint(0, _TEXT, (4, 1), generator=random)
+        starts = torch.randint(0, _TEXT, (2, 1), generator=random)
         yield words[(starts + torch.arange(64)) % _TEXT]

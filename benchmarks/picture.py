@@ -62,9 +62,9 @@ def draw(results: dict[str, Any]) -> str:
     parts.append(_text(_RIGHT, y(sha256) - 5, "SHA-256", _GREY, "end"))
     points = [(x(row["bits_per_weight"]), y(row["decode_gb_s"])) for row in rows]
     for row, (across, down), level in zip(rows, points, _label_levels(points), strict=True):
-        colour = _RED if row["coder"] == _OURS else _BLUE
-        parts.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" r="5" fill="{colour}"/>')
-        parts.append(_text(across + 9, level + 4, row["coder"], colour))
+        color = _RED if row["coder"] == _OURS else _BLUE
+        parts.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" r="5" fill="{color}"/>')
+        parts.append(_text(across + 9, level + 4, row["coder"], color))
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -80,13 +80,13 @@ def _label_levels(points: list[tuple[float, float]]) -> list[float]:
     return levels
 
 
-def _text(x: float, y: float, text: str, colour: str = "black", anchor: str = "start") -> str:
-    attributes = f'x="{x:.1f}" y="{y:.1f}" fill="{colour}" text-anchor="{anchor}"'
+def _text(x: float, y: float, text: str, color: str = "black", anchor: str = "start") -> str:
+    attributes = f'x="{x:.1f}" y="{y:.1f}" fill="{color}" text-anchor="{anchor}"'
     return f"<text {attributes}>{escape(text)}</text>"
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"/>'
+def _line(x1: float, y1: float, x2: float, y2: float, color: str) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{color}"/>'
 
 
 def main() -> None:

@@ -193,7 +193,8 @@ def _factors(tensor: Tensor, rank: int) -> tuple[NDArray[np.float32], NDArray[np
 
     def some(*shape: int) -> NDArray[np.float32]:
         drawn = np.rint(source.standard_normal(shape, np.float32) * np.float32(_FACTOR))
-        return np.clip(drawn, -_MOST_FACTOR, _MOST_FACTOR)
+        clipped: NDArray[np.float32] = np.clip(drawn, -_MOST_FACTOR, _MOST_FACTOR)
+        return clipped
 
     return some(rows, rank), some(rank, columns)
 

@@ -2,7 +2,7 @@
 
 Two patterns of updates. "as trained": every weight has a master copy in float32, which a step moves by one
 size, up or down; where that crosses a rounding border, the bf16 weight moves. So small weights move most, as
-after an optimiser's step. "anywhere": one weight in a hundred, chosen blindly, moves. Sizes of one update, of
+after an optimizer's step. "anywhere": one weight in a hundred, chosen blindly, moves. Sizes of one update, of
 the changed weights as int32 places and bf16 values (sorted by place, per tensor), and of these two lists
 after zstd at level 3. Then times, all on a memory file system, interleaved, medians: publish beside save_file
 of safetensors.torch, and sync beside load_file of the same state and copying it into the model, as

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
+from .words import listed
+
 Size: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1, lt=2**62)]
 Dim: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
@@ -69,7 +71,7 @@ class BaseParts:
     def name(self) -> str:
         """The names of the tensors, for people."""
         names = list(dict.fromkeys(part.name for group in self.groups for part in group.parts))
-        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+        return listed(names, 3)
 
 
 class Prediction(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -17,7 +17,13 @@ from . import codec
 from ._version import __version__
 from .checkpoint import Checkpoint, Shard
 from .delta.entry import entry_of, removed_entries
-from .delta.sampling import EstimatedPayload, PayloadEstimates, estimate_payloads, kind_of
+from .delta.sampling import (
+    EstimatedPayload,
+    KindOfTensor,
+    PayloadEstimates,
+    estimate_payloads,
+    kind_of,
+)
 from .delta.shards import shard_header, shard_metadata
 from .delta.writer import compression_level, most_compressed
 from .entries import STATUSES, Status, TensorEntry
@@ -25,6 +31,7 @@ from .inputs import CheckpointFacts, facts_of, match_inputs, open_base, open_tar
 from .license import rules
 from .manifest import BaseRecord, FileRecord, Manifest, TargetFile, TargetRecord, Tool
 from .match.duplicates import find_duplicates
+from .match.low_rank import with_low_rank
 from .match.names import Match, RenameRule
 from .match.quantized import find_quantized
 from .payload import CHUNK_BYTES, WrittenPayload
@@ -37,6 +44,9 @@ _log = logging.getLogger(__name__)
 #: and to compare them with the base's, some blocks are read.
 _WHOLE_BYTES, _ALL_BYTES = 4 << 20, 64 << 20
 _BLOCKS, _BLOCK_BYTES = 8, 256 << 10
+
+#: Kinds of tensors in which a merged adapter is looked for, the largest ones.
+_MERGED_KINDS = 24
 
 #: Stands for a SHA-256 that is not known before everything is read.
 _DIGEST = 64 * "0"
@@ -118,7 +128,7 @@ def estimate_delta(
 
     Args:
         base, target, rename, exclude, threads: as for :func:`make_delta`.
-        sample_bytes: about how many bytes of the target's tensors to code; if None, 160 MiB, or 40 MiB where
+        sample_bytes: about how many bytes of the target's tensors to code; if None, 160 MiB, or 96 MiB where
             base or target is on the Hub. There, equal tensors of the target are not looked for.
 
     Raises:
@@ -132,7 +142,13 @@ def estimate_delta(
         matches = find_quantized(match_inputs(old, new, *sides, rename), old, new)
         if not new.source.is_remote:
             matches = find_duplicates(new, matches, CHUNK_BYTES, workers, sampled=True)
-        found = estimate_payloads(old, new, matches, workers, sample_bytes=sample_bytes)
+        sampled = matches
+        if not (old.source.is_remote or new.source.is_remote):
+            sampled = _as_merged(matches, workers)
+        found = estimate_payloads(old, new, sampled, workers, sample_bytes=sample_bytes)
+        matches = [
+            replace(match, prediction=one.prediction) for match, one in zip(matches, sampled, strict=True)
+        ]
         entries = [
             entry_of(match, _written(payload), old)
             for match, payload in zip(matches, found.payloads, strict=True)
@@ -140,6 +156,24 @@ def estimate_delta(
         manifest = _manifest(old, new, sides, [*entries, *removed_entries(old, matches)])
         _log.info("coded %d bytes", found.sampled_bytes)
         return _estimate(manifest, matches, entries, found)
+
+
+def _as_merged(matches: Sequence[Match], workers: Workers) -> list[Match]:
+    """The matches as they are to be sampled: where an adapter seems to be merged into all tensors of a kind,
+    one of these stands for the others, since finding each one's factors would take as long as the diff."""
+    kinds: dict[tuple[KindOfTensor, tuple[int, ...]], list[int]] = {}
+    for number, match in enumerate(matches):
+        if not match.like:
+            kinds.setdefault((kind_of(match), match.target.info.shape), []).append(number)
+    largest = sorted(kinds.values(), key=lambda numbers: -sum(matches[n].target.nbytes for n in numbers))
+    searched = [numbers[len(numbers) // 2] for numbers in largest[:_MERGED_KINDS]]
+    found = workers.map(lambda number: with_low_rank(matches[number], "default"), searched)
+    sampled = list(matches)
+    for numbers, one in zip(largest, found, strict=False):
+        if one.prediction and one.prediction.rank:
+            for number in numbers:
+                sampled[number] = one
+    return sampled
 
 
 def _written(payload: EstimatedPayload) -> WrittenPayload:

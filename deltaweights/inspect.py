@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 import msgspec
 
 from . import codec
+from .adapters import MergedAdapter, merged_adapter
 from .delta.opening import license_texts, read_manifest
 from .entries import STATUSES, Status, TensorEntry
 from .errors import DeltaError
@@ -74,6 +75,7 @@ class DeltaSummary:
         size: of target and delta, in bytes.
         counts: how many tensors have each status; those that none has are absent.
         tensors: every tensor of the target, and those that only the base has.
+        adapter: the adapter that was merged, if what changed looks like one.
         stored_whole: the target's files that the delta holds whole, the largest first.
         format_version: of the delta's format.
         tool: the program that wrote the delta.
@@ -85,6 +87,7 @@ class DeltaSummary:
     size: DeltaSize
     counts: dict[Status, int]
     tensors: tuple[TensorSummary, ...]
+    adapter: MergedAdapter | None
     stored_whole: tuple[StoredFile, ...]
     format_version: int
     tool: Tool
@@ -100,11 +103,13 @@ class DeltaSummary:
             for field in ("like", "prediction"):
                 if tensor[field] is None:
                     del tensor[field]
+            if "prediction" in tensor:
+                tensor["residual_bytes"] = tensor["payload_bytes"] - tensor["prediction"]["nbytes"]
         return {**found, "license": self.license.to_dict()}
 
 
 def inspect_delta(delta: Readable) -> DeltaSummary:
-    """Summarise a delta from its manifest and its license texts.
+    """Summarize a delta from its manifest and its license texts.
 
     Args:
         delta: a folder or a Hub id.
@@ -115,7 +120,7 @@ def inspect_delta(delta: Readable) -> DeltaSummary:
     """
     with open_source(delta) as source:
         manifest = read_manifest(source)
-        return summarise(manifest, license_texts(source, manifest))
+        return summarize(manifest, license_texts(source, manifest))
 
 
 def load_manifest(delta: Readable) -> Manifest:
@@ -159,7 +164,7 @@ def _text(source: Source, record: FileRecord) -> str:
     return content.decode("utf-8", "replace")
 
 
-def summarise(manifest: Manifest, texts: Mapping[str, bytes] | None = None) -> DeltaSummary:
+def summarize(manifest: Manifest, texts: Mapping[str, bytes] | None = None) -> DeltaSummary:
     """:func:`inspect_delta` for a manifest in memory, and the license texts by path."""
     counts = Counter(entry.status for entry in manifest.tensors)
     target_bytes, delta_bytes = manifest.target_bytes, manifest.delta_bytes
@@ -170,6 +175,7 @@ def summarise(manifest: Manifest, texts: Mapping[str, bytes] | None = None) -> D
         size=DeltaSize(target_bytes, delta_bytes, delta_bytes / max(1, target_bytes)),
         counts={status: counts[status] for status in STATUSES if counts[status]},
         tensors=tuple(map(_summary_of, manifest.tensors)),
+        adapter=merged_adapter(manifest.tensors),
         stored_whole=_stored_whole(manifest),
         format_version=manifest.format_version,
         tool=manifest.tool,

@@ -24,6 +24,7 @@ from .errors import DeltaError, OutputError
 from .license.rules import landing_place, text_records
 from .manifest import Manifest, TargetFile
 from .storage import Location, OutputFolder, Readable, Source, is_within, output_path, sha256_of
+from .words import counted
 from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches
 
 _log = logging.getLogger(__name__)
@@ -227,9 +228,8 @@ def _check_chunks(
                 raise _damaged(source)
         names = sorted({recipe.base.name for recipe in wrong if recipe.base})
         count = len({recipe.base.name for recipe in recipes if recipe.base})
-        raise target.faults.wrong_base(
-            f"of {count} tensors sampled, {len(names)} differ, such as {names[0]!r}"
-        )
+        verb = "1 differs:" if len(names) == 1 else f"{len(names)} differ, such as"
+        raise target.faults.wrong_base(f"of {counted(count, 'tensor')} sampled, {verb} {names[0]!r}")
     _log.info("the base is the right one, by %d chunks of %d tensors", len(sample), len(recipes))
 
 

@@ -32,7 +32,7 @@ from .workers import Workers
 
 _log = logging.getLogger(__name__)
 
-#: In bits per second: a home, an office, a data centre.
+#: In bits per second: a home, an office, a data center.
 BANDWIDTHS = (100_000_000, 1_000_000_000, 10_000_000_000)
 
 #: The process itself: 75 MiB measured (docs/benchmarks.md), plus a third, since processors and library

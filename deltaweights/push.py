@@ -22,7 +22,7 @@ from .errors import (
     OutputError,
 )
 from .license.cards import CARD_NAME, LICENSE_FILE
-from .license.rules import describe, recognise, terms_of, text_records
+from .license.rules import describe, recognize, terms_of, text_records
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from .storage import HubSource, LocalSource, Location, Source
 from .storage.hub_client import Downloader, Repository
@@ -202,7 +202,7 @@ def _check_license_text(source: Source, manifest: Manifest) -> None:
     names = (record.path.partition("-")[2] for record in manifest.base.license.files)
     if not stated or any(map(LICENSE_FILE.fullmatch, names)):
         return
-    texts = [recognise(b"".join(source.blocks(record.path))) for record in text_records(manifest)]
+    texts = [recognize(b"".join(source.blocks(record.path))) for record in text_records(manifest)]
     here = {terms.spdx for terms in texts if terms}
     lacking = [terms for terms in stated if terms.spdx not in here]
     if lacking:

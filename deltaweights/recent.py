@@ -47,18 +47,26 @@ class Recent(Generic[Value]):
                 self._count(key, place, place.value.nbytes)
             return place.value
 
+    def make_room(self, nbytes: int) -> None:
+        """Drop the oldest until so many bytes more are within the bound."""
+        with self._lock:
+            self._drop(self._most - nbytes, None)
+
     def _count(self, key: Hashable, place: _Place[Value], nbytes: int) -> None:
         with self._lock:
             if self._places.get(key) is not place:  # dropped while it was made
                 return
             self._held += nbytes
-            for other in list(self._places):
-                if self._held <= self._most:
-                    break
-                dropped = self._places[other]
-                if dropped is not place and dropped.value is not None:
-                    del self._places[other]
-                    self._held -= dropped.value.nbytes
+            self._drop(self._most, place)
+
+    def _drop(self, most: int, but: _Place[Value] | None) -> None:
+        for other in list(self._places):
+            if self._held <= most:
+                break
+            dropped = self._places[other]
+            if dropped is not but and dropped.value is not None:
+                del self._places[other]
+                self._held -= dropped.value.nbytes
 
     def clear(self) -> None:
         """Drop all."""

@@ -5,7 +5,7 @@ Run it: python examples/rl_weight_stream.py [STEPS]
 It needs torch, works in a temporary folder and needs no network.
 
 The task is a toy (sequences in which letters often rise are good), the rest is not: the trainer has float32
-master weights and an optimiser, the engine has bf16 weights and no gradients, and each sample counts by its
+master weights and an optimizer, the engine has bf16 weights and no gradients, and each sample counts by its
 advantage over its group's mean (GRPO; since every sample is fresh, nothing has to be clipped).
 """
 
@@ -64,7 +64,7 @@ def digest(state: dict[str, Tensor]) -> str:
 
 
 def reward(samples: Tensor) -> Tensor:
-    """The share of neighbours in which the second letter is higher."""
+    """The share of neighbors in which the second letter is higher."""
     return (samples[:, 1:] > samples[:, :-1]).float().mean(1)
 
 
@@ -84,16 +84,16 @@ def published(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
 
 
-def train_step(model: TinyLM, optimiser: torch.optim.Optimizer, samples: Tensor) -> float:
+def train_step(model: TinyLM, optimizer: torch.optim.Optimizer, samples: Tensor) -> float:
     """One update by one group of samples. Returns the group's mean reward."""
     scores = reward(samples)
     advantages = (scores - scores.mean()) / (scores.std() + 1e-6)
     letters = torch.cat([torch.full((len(samples), 1), LETTERS), samples[:, :-1]], 1)
     chosen = model(letters).log_softmax(-1).gather(2, samples[:, :, None]).squeeze(2)
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     (-advantages[:, None] * chosen).mean().backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimiser.step()
+    optimizer.step()
     return float(scores.mean())
 
 
@@ -101,7 +101,7 @@ def main(steps: int) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = TinyLM()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     processes = multiprocessing.get_context("spawn")
     ask, asked = processes.Pipe()
     with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +115,7 @@ def main(steps: int) -> None:
                 seen, weights, samples = ask.recv()
                 if (seen, weights) != (step, digest(published(model))):
                     raise SystemExit("the engine's weights are not the trainer's, bit for bit")
-                rewards.append(train_step(model, optimiser, samples))
+                rewards.append(train_step(model, optimizer, samples))
                 report = publisher.publish(step + 1, published(model))
                 share = report.update_bytes / report.state_bytes
                 print(

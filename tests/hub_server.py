@@ -258,7 +258,7 @@ class HubServer:
             self.renamed[old] = new
 
     def add_user(self, name: str, *, orgs: Iterable[str] = (), can_write: bool = True) -> str:
-        """A user, who owns what is under that name and those of the organisations; returns a token."""
+        """A user, who owns what is under that name and those of the organizations; returns a token."""
         token = f"hf_{name}{'' if can_write else '_read'}"
         self.users[token] = User(name, frozenset(orgs), can_write)
         return token

@@ -32,8 +32,9 @@ PUBLIC: list[Any] = [
 #: For each folder, what stands in it, lowest rank first. Each may import from lower ranks only.
 RANKS: dict[str, tuple[str, ...]] = {
     "": (
-        "_exports _version dtypes errors recent workers",
+        "_exports _version dtypes errors recent words workers",
         "canonical entries",
+        "adapters",
         "codec manifest storage",
         "checkpoint",
         "payload",
@@ -88,7 +89,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "rows",
         "__init__",
     ),
-    "codec/low_rank": ("prediction", "fit writing", "search", "__init__"),
+    "codec/low_rank": ("blas prediction", "fit writing", "search", "__init__"),
     "codec/methods": (
         "entropy ulp",
         "planes",

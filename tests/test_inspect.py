@@ -10,7 +10,7 @@ import pytest
 from deltaweights import Manifest, ManifestError, inspect_delta
 from deltaweights.cli.rendering import display_name
 from deltaweights.entries import STATUSES
-from deltaweights.inspect import summarise
+from deltaweights.inspect import summarize
 from deltaweights.manifest import License, TargetRecord
 
 from .checkpoints import contents
@@ -25,7 +25,7 @@ def test_it_is_ready_for_json(trio: Trio) -> None:
 
 def test_the_json_has_the_fields_that_were_promised(trio: Trio) -> None:
     summary = json.loads(json.dumps(inspect_delta(trio.delta).to_dict()))
-    wanted = ["base", "target", "license", "size", "counts", "tensors", "format_version", "tool"]
+    wanted = ["base", "target", "license", "size", "counts", "tensors", "adapter", "format_version", "tool"]
     assert list(summary) == wanted
     assert list(summary["base"]) == ["repo_id", "revision", "files"]
     assert list(summary["target"]) == ["repo_id", "revision", "files", "left_out"]
@@ -87,7 +87,7 @@ def test_changed_fraction_is_of_the_elements_that_have_a_base(trio: Trio) -> Non
 
 def test_a_manifest_in_memory_gives_the_same(trio: Trio) -> None:
     manifest = Manifest.from_json((trio.delta / "deltaweights.json").read_bytes())
-    assert summarise(manifest) == inspect_delta(trio.delta)
+    assert summarize(manifest) == inspect_delta(trio.delta)
 
 
 def test_what_is_no_delta_is_refused(tmp_path: Path) -> None:

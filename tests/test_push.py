@@ -398,7 +398,7 @@ def test_a_delta_that_lacks_the_text_of_the_base_s_license_is_refused(
 
 
 def test_a_text_that_the_target_has_is_enough(writer: HubServer, release: Release, tmp_path: Path) -> None:
-    """Where it is recognised as the base's license; any other text is not."""
+    """Where it is recognized as the base's license; any other text is not."""
     base = shutil.copytree(release.base, tmp_path / "base")
     (base / "LICENSE").unlink()
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")

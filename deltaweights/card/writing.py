@@ -6,11 +6,13 @@ import json
 import re
 from urllib.parse import quote
 
+from ..adapters import merged_adapter
 from ..license.cards import CARD_NAME, LICENSE_FILE, base_models_of, read_card
 from ..license.rules import displays, expression_of, terms_of
 from ..license.table import Terms
 from ..manifest import BaseRecord, License, Manifest, TargetRecord
 from ..storage import Source
+from ..words import counted
 from .front_matter import Field, dump, plain, read_fields, texts, true_tags
 from .links import Finder, relocate, relocated
 
@@ -52,6 +54,7 @@ def write_card(manifest: Manifest, target: Source | None = None) -> bytes:
         head or ("" if text else _title(manifest)),
         *(f"**{line}**" for line in displays(manifest.base.license)),
         _what_it_is(manifest),
+        _adapter(manifest),
         _how_to_use(manifest, _transformers_arguments(manifest, target)),
         _facts(manifest),
         _obligations(manifest),
@@ -236,6 +239,12 @@ def _transformers_arguments(manifest: Manifest, target: Source | None) -> str | 
     return ", trust_remote_code=True" if config.get("auto_map") else ""
 
 
+def _adapter(manifest: Manifest) -> str:
+    """What was merged into the model, as it seems."""
+    found = merged_adapter(manifest.tensors)
+    return f"It looks like a merged adapter of {_plain(str(found))}." if found else ""
+
+
 def _facts(manifest: Manifest) -> str:
     base, target, whole = manifest.base, manifest.target, manifest.license
     ratio = manifest.delta_bytes / max(1, manifest.target_bytes)
@@ -244,11 +253,11 @@ def _facts(manifest: Manifest) -> str:
     places = " and ".join([*folders, *([f"`{whole.notice}`"] if whole and whole.notice else [])])
     more = f"\n| License texts and notices | {places} |" if places else ""
     if target.left_out:
-        more += f"\n| Left out | {len(target.left_out)} files, listed in `deltaweights.json` |"
+        more += f"\n| Left out | {counted(len(target.left_out), 'file')}, listed in `deltaweights.json` |"
     return f"""| | |
 |---|---|
-| Model | {len(target.files)} files, {manifest.target_bytes:,} bytes |
-| Delta | {manifest.delta_bytes:,} bytes ({ratio:.1%} of the model) |
+| Model | {counted(len(target.files), "file")}, {counted(manifest.target_bytes, "byte")} |
+| Delta | {counted(manifest.delta_bytes, "byte")} ({ratio:.1%} of the model) |
 | License of the base | {_license_text(base.license)} |
 | License of the model | {_license_text(target.license)} |
 | Both together | {_plain(together)} |{more}"""

@@ -17,7 +17,7 @@ _FROM_THE_SOURCE = (
 #: For the end of a file's name: what is in it, and what to do.
 _FORMATS: dict[str, tuple[str, str]] = {
     ".gguf": (
-        "GGUF, weights that were converted and mostly quantised",
+        "GGUF, weights that were converted and mostly quantized",
         _FROM_THE_SOURCE.format("converted"),
     ),
     ".bin": _FROM_PYTORCH,

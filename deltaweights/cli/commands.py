@@ -28,6 +28,8 @@ from .options import (
     Delta,
     DeltaOut,
     Deltas,
+    EffortLevel,
+    EffortOption,
     Force,
     Json,
     KeepBase,
@@ -124,6 +126,7 @@ def diff(
     target_license: Annotated[
         str | None, typer.Option(metavar="ID", help="The target's license id.", rich_help_panel=RECORDS)
     ] = None,
+    effort: EffortOption = EffortLevel.default,
     force: Force = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -161,6 +164,7 @@ def diff(
                 target_repo=target_repo,
                 target_license=target_license,
                 exclude=exclude or (),
+                effort=effort.value,
                 force=force,
                 threads=threads,
                 progress=shown,
@@ -187,9 +191,9 @@ def _estimate(
 
 def _report_written(work: Work, output: str, manifest: Manifest, nbytes: int) -> None:
     """What there is to know of a delta that was just written, from so many bytes of a target."""
-    from ..inspect import summarise
+    from ..inspect import summarize
 
-    summary = summarise(manifest)
+    summary = summarize(manifest)
     last = rendering.speed_line("Compared", nbytes, work.seconds)
     work.report(summary.to_dict(), [*rendering.written_lines(output, summary), last], with_costs=True)
 
@@ -293,6 +297,7 @@ def compact(
     deltas: Deltas,
     output: DeltaOut,
     base: BaseOption = None,
+    effort: EffortOption = EffortLevel.default,
     force: Force = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -308,7 +313,9 @@ def compact(
         from ..compact import compact_deltas
 
         with work.progress() as shown:
-            manifest = compact_deltas(deltas, output, base=base, force=force, threads=threads, progress=shown)
+            manifest = compact_deltas(
+                deltas, output, base=base, effort=effort.value, force=force, threads=threads, progress=shown
+            )
     _report_written(work, output, manifest, shown.done("diff"))
 
 

@@ -68,6 +68,25 @@ Debug = Annotated[
 ]
 
 
+class EffortLevel(str, Enum):
+    """The values of ``--effort``."""
+
+    fast = "fast"
+    default = "default"
+    max = "max"
+
+
+EffortOption = Annotated[
+    EffortLevel,
+    typer.Option(
+        "--effort",
+        help="How long to fit what merged adapters added, where a glance finds such. More makes the delta "
+        "smaller; reading it takes no longer.",
+        rich_help_panel=MATCHING,
+    ),
+]
+
+
 class BomFormat(str, Enum):
     """The formats of ``bom``."""
 

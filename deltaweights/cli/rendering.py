@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from ..words import counted
 from .layout import Screen, table
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def _escaped(code: int) -> str:
 
 def size(nbytes: int) -> str:
     """Bytes, as in ``4.2 MB``."""
-    return _scaled(nbytes, ("bytes", "KB", "MB", "GB", "TB"))
+    return "1 byte" if nbytes == 1 else _scaled(nbytes, ("bytes", "KB", "MB", "GB", "TB"))
 
 
 def rate(bits: float) -> str:
@@ -98,6 +99,7 @@ def written_lines(place: object, summary: DeltaSummary) -> Iterator[str]:
     if summary.target.left_out:
         yield plain(f"Left out: {', '.join(summary.target.left_out)}")
     yield from _whole_lines(summary)
+    yield from _adapter_lines(summary)
     yield from _conflict_lines(summary.license.conflicts)
 
 
@@ -125,7 +127,7 @@ def _whole_lines(summary: DeltaSummary) -> Iterator[str]:
         + (f" and {len(files) - 1} more)" if files[1:] else ")")
         for kind, files in kinds.items()
     )
-    yield plain(f"Stored whole: {size(total)} in {len(stored)} files: {', '.join(shown)}")
+    yield plain(f"Stored whole: {size(total)} in {counted(len(stored), 'file')}: {', '.join(shown)}")
 
 
 def push_lines(report: PushReport, seconds: float) -> Iterator[str]:
@@ -133,16 +135,20 @@ def push_lines(report: PushReport, seconds: float) -> Iterator[str]:
     yield from _conflict_lines(report.conflicts)
     removed = f", {len(report.removed)} removed" if report.removed else ""
     who = "private" if report.private else "public"
-    done = f"{len(report.uploaded)} files" if report.uploaded else "all was there"
+    done = counted(len(report.uploaded), "file") if report.uploaded else "all was there"
     sent = speed(report.nbytes, seconds)
     yield plain(f"{report.url}: commit {report.commit[:12]}, {who}, {done}{removed}; {sent}")
 
 
 def apply_lines(place: object, report: ApplyReport, seconds: float) -> Iterator[str]:
     """What ``apply`` did, and how fast."""
-    kept = f", {len(report.kept)} were already there" if report.kept else ""
-    done = f"{len(report.rebuilt)} files rebuilt and checked{kept}"
+    kept = f", {_were(len(report.kept))} already there" if report.kept else ""
+    done = f"{counted(len(report.rebuilt), 'file')} rebuilt and checked{kept}"
     yield plain(f"{place}: {done}; {speed(report.nbytes, seconds)}")
+
+
+def _were(count: int) -> str:
+    return f"{count} was" if count == 1 else f"{count} were"
 
 
 def verify_lines(report: VerifyReport, nbytes: int, seconds: float, *, quiet: bool) -> Iterator[str]:
@@ -151,12 +157,12 @@ def verify_lines(report: VerifyReport, nbytes: int, seconds: float, *, quiet: bo
         yield plain(f"{problem.place}: {problem.path}: {problem.kind}: {problem.detail}")
     if quiet:
         return
-    verdict = f"{len(report.problems)} problems" if report.problems else "all as published"
+    verdict = counted(len(report.problems), "problem") if report.problems else "all as published"
     if report.published:
         verdict += f" ({report.published} of them by the SHA-256 that the Hub publishes, not read)"
     if report.target_repo:
         verdict += f"; compared with {plain(report.target_repo)} too"
-    yield f"{report.checked} files checked: {verdict}; {speed(nbytes, seconds)}"
+    yield f"{counted(report.checked, 'file')} checked: {verdict}; {speed(nbytes, seconds)}"
 
 
 def _conflict_lines(conflicts: Sequence[str]) -> Iterator[str]:
@@ -241,11 +247,32 @@ def _file_lines(summary: DeltaSummary, screen: Screen, *, every_file: bool) -> I
 
 def _facts(summary: DeltaSummary) -> Iterator[tuple[str, str]]:
     for side, record in (("base", summary.base), ("target", summary.target)):
-        yield side, f"{plain(display_name(record, '(a local folder)'))}, {len(record.files)} files"
+        yield side, f"{plain(display_name(record, '(a local folder)'))}, {counted(len(record.files), 'file')}"
     for side, license in (("base", summary.license.base), ("target", summary.license.target)):
         yield f"{side} license", _license_line(license)
     yield "delta", _size_line(summary)
     yield "tensors", ", ".join(f"{count} {status}" for status, count in summary.counts.items())
+    if adapter := summary.adapter:
+        parts = f"{size(adapter.factor_bytes)} of factors, {size(adapter.residual_bytes)} besides"
+        yield "merged adapter", plain(f"{adapter}, in {counted(adapter.tensors, 'tensor')}: {parts}")
+
+
+def _adapter_lines(summary: DeltaSummary) -> Iterator[str]:
+    """What somebody who merged an adapter may want to know."""
+    if adapter := summary.adapter:
+        yield plain(
+            f"Looks like a merged adapter: {adapter}. The adapter itself would take about "
+            f"{size(adapter.adapter_bytes)}; if you have it, you may want to publish that."
+        )
+
+
+def _status_of(tensor: TensorSummary) -> str:
+    if tensor.like:
+        return f"{tensor.status} of {plain(tensor.like.name)}"
+    rank = tensor.prediction.rank if tensor.prediction else None
+    kind = f"rank {rank}" if rank else tensor.prediction.method if tensor.prediction else ""
+    of = f" of {plain(tensor.base.name)}" if tensor.base and tensor.status == "rearranged" else ""
+    return ", ".join(filter(None, (f"{tensor.status}{of}", kind)))
 
 
 def _tensor_row(tensor: TensorSummary) -> tuple[str, ...]:
@@ -254,7 +281,7 @@ def _tensor_row(tensor: TensorSummary) -> tuple[str, ...]:
         plain(tensor.name),
         plain(tensor.dtype),
         _shape(tensor),
-        f"{tensor.status} of {plain(tensor.like.name)}" if tensor.like else tensor.status,
+        _status_of(tensor),
         "" if changed is None else f"{changed:.1%}",
         size(tensor.payload_bytes),
     )
@@ -284,7 +311,7 @@ def estimate_lines(found: DeltaEstimate, seconds: float, screen: Screen) -> Iter
     )
     if more := found.tensors[_MAX_KINDS:]:
         nbytes = sum(one.delta_bytes for one in more)
-        yield f" and {sum(one.count for one in more)} more tensors: {size(nbytes)}"
+        yield f" and {counted(sum(one.count for one in more), 'more tensor')}: {size(nbytes)}"
     yield f"tensors: {', '.join(f'{count} {status}' for status, count in found.counts.items()) or 'none'}"
     yield f"other files, manifest and headers: {size(found.other_bytes)}"
     spread = "" if found.low == found.high else f" ({size(found.low)} to {size(found.high)})"

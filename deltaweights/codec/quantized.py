@@ -83,16 +83,28 @@ class Quantized:
         """The target's elements (uint8) from the base's (uint8, in its own dtype), which begin with element
         ``start``."""
         values = convert(base, self.base_dtype, "F32").view("<f4")
-        row, column = divmod(start, self.columns)
-        rows = -(-(column + values.size) // self.columns)
-        if self.scales.size == 1:
-            scales = self.scales.reshape(1)
-        else:
-            of_rows = self.scales[np.arange(row, row + rows) // self.block[0]]
-            whole = np.repeat(of_rows, self.block[1], axis=1)[:, : self.columns]
-            scales = whole.reshape(-1)[column : column + values.size]
+        scales = self.scales.reshape(1) if self.scales.size == 1 else self._scales_of(start, values.size)
         with np.errstate(all="ignore"):
             return quantize((values / scales).astype(np.float32), self.dtype)
+
+    def _scales_of(self, start: int, count: int) -> NDArray[np.float32]:
+        """The scale of each of ``count`` elements, in memory that grows with their number alone."""
+        row, column = divmod(start, self.columns)
+        rows = -(-(column + count) // self.columns)
+        if 1 <= rows <= 2:  # a row may be far longer than what is asked for
+            first = min(count, self.columns - column)
+            parts = [(row, column, column + first), (row + 1, 0, count - first)][:rows]
+            return np.concatenate([self._scales_in_row(*part) for part in parts])
+        of_rows = self.scales[np.arange(row, row + rows) // self.block[0]]
+        whole = np.repeat(of_rows, min(self.block[1], self.columns), axis=1)[:, : self.columns]
+        return whole.reshape(-1)[column : column + count]
+
+    def _scales_in_row(self, row: int, first: int, end: int) -> NDArray[np.float32]:
+        high, wide = self.block
+        blocks = np.arange(first // wide, -(-end // wide) + 1)
+        ends = np.clip(blocks * wide, first, end)
+        counts = ends[1:] - ends[:-1]
+        return np.repeat(self.scales[row // high, blocks[:-1]], counts)
 
 
 def quantize(values: NDArray[np.float32], dtype: str) -> NDArray[np.uint8]:

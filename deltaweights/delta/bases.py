@@ -8,6 +8,7 @@ from ..checkpoint import Base, Checkpoint, Gathered, Group, HeldExtents, Piece, 
 from ..entries import BaseParts, BaseTensor, TensorEntry
 from ..errors import ManifestError
 from ..manifest import MANIFEST_NAME, Manifest
+from ..words import counted
 from .faults import DeltaFaults
 
 
@@ -34,7 +35,7 @@ def find_bases(
             found[entry.file, entry.name] = _gather(entry, groups, held)
         wrong += tensors.wrong
     if wrong:
-        more = f" ({len(wrong) - 1} more tensors are missing or differ)" if wrong[1:] else ""
+        more = f" ({counted(len(wrong) - 1, 'more tensor')} missing or different)" if wrong[1:] else ""
         raise faults.wrong_base(wrong[0] + more)
     return found
 

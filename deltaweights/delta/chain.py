@@ -10,6 +10,7 @@ from typing import TypeAlias
 from ..errors import BaseMismatchError, DeltaError
 from ..manifest import Manifest
 from ..storage import Readable, Source, open_source
+from ..words import counted
 from .opening import open_base, read_manifest, require_whole
 from .rebuilt import RebuiltSource
 from .target_recipe import TargetRecipe
@@ -107,7 +108,7 @@ def _check_follows(earlier: Source, made: Manifest, later: Source, manifest: Man
         return
     path = wrong[0]
     found = f"one with {there[path]}" if path in there else "no such file"
-    more = f" ({len(wrong) - 1} more files differ)" if wrong[1:] else ""
+    more = f" ({counted(len(wrong) - 1, 'more file')} missing or different)" if wrong[1:] else ""
     raise BaseMismatchError(
         f"{later.where} does not follow {earlier.where}",
         f"It needs {path!r} with SHA-256 {asked[path]}; the delta before it makes {found}{more}.",

@@ -7,6 +7,7 @@ from ..errors import BaseMismatchError, PayloadError
 from ..manifest import MANIFEST_NAME, Manifest
 from ..payload import Faults
 from ..storage import Source, sha256_of
+from ..words import counted
 
 
 class DeltaFaults(Faults):
@@ -39,10 +40,10 @@ class DeltaFaults(Faults):
         where = self._base.source.where if self._base else "Nothing"
         if lacking := self._not_cached():
             id = f"{record.repo_id} --revision {record.revision}"
+            more = f" and {counted(len(lacking) - 1, 'more file')}" if lacking[1:] else ""
             return BaseMismatchError(
                 f"{record.repo_id} is not whole in the local Hub cache",
-                f"{where} lacks {lacking[0]}{f' and {len(lacking) - 1} more files' if lacking[1:] else ''}, "
-                f"and {why}.",
+                f"{where} lacks {lacking[0]}{more}, and {why}.",
                 f"Get all of it: hf download {id}",
             )
         return BaseMismatchError(

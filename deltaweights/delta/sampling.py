@@ -27,13 +27,13 @@ from .encoding import ChunkRow, encode_rows
 
 #: Bytes of the target that are coded: enough for an error of a few percent, and done in seconds. Over a
 #: network, where they have to be fetched, less.
-SAMPLE_BYTES, REMOTE_SAMPLE_BYTES = 160 << 20, 40 << 20
+SAMPLE_BYTES, REMOTE_SAMPLE_BYTES = 160 << 20, 96 << 20
 
 #: Strata of their own, for the largest; what is left is put together by dtype.
 _MAX_STRATA = 32
 
 #: Chunks of each stratum that are coded first, or more where they are small, up to so many.
-_FIRST, _FIRST_SMALL = 3, 16
+_FIRST, _FIRST_SMALL = 5, 16
 
 #: Most chunks that are coded: small ones have few bytes, but each takes its time.
 _MAX_CHUNKS = 1024

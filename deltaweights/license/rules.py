@@ -79,7 +79,7 @@ def _claimed(license: License, texts: Mapping[str, bytes]) -> tuple[Terms, ...]:
     whole = tuple(_terms_of(license))
     stated = _stated(license)
     name = [] if stated and _says_the_same(license.name or "", stated) else [license.name or ""]
-    known = [recognise(texts[file.path]) for file in license.files if file.path in texts]
+    known = [recognize(texts[file.path]) for file in license.files if file.path in texts]
     more = [*stated, *map(_find_by_name, filter(None, name)), *filter(None, known)]
     if license.expression and license.files and (not known or any(known)):
         more = [one for one in more if one.spdx != "LicenseRef-other"]  # the texts tell which one
@@ -116,7 +116,7 @@ def _expression(terms: Iterable[Terms]) -> str | None:
     return " AND ".join(one.spdx for one in terms) or None
 
 
-def recognise(text: bytes) -> Terms | None:
+def recognize(text: bytes) -> Terms | None:
     """The license whose text this is. Known by its first lines, with the date; or by all of it, where people
     like to change it, as with MIT and Apache."""
     joined = " ".join(_plain_lines(text))
@@ -158,7 +158,7 @@ def resolve(side: str, stated: License, texts: Mapping[str, bytes]) -> tuple[Lic
         ``stated`` with expression and obligations, and what does not fit together.
     """
     card = _stated(stated)
-    found = {name: recognise(text) for name, text in texts.items()}
+    found = {name: recognize(text) for name, text in texts.items()}
     known = [terms for terms in found.values() if terms]
     conflicts = [
         f"The {side}'s {name} has the title of the {terms.name}, but is not the version that is known here: "

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ..checkpoint import Checkpoint, Gathered, Piece, Tensor
 from ..codec import is_convertible
+from ..words import counted, listed
 from .candidates import fold
 from .layouts import row_width
 
 #: Most lines of each sort, and names in a line: anyone chooses how many kinds of tensors there are.
 _MAX_LINES, _MAX_NAMES = 12, 4
+
+#: Kinds with a smaller part than this of what is not found, such as scales, get no line.
+_WORTH_A_LINE = 0.01
 
 
 def describe_parts(found: Mapping[Tensor, Gathered]) -> list[str]:
@@ -33,13 +37,17 @@ def advise(unfound: Sequence[Tensor], base: Checkpoint, target: Checkpoint) -> l
     if not unfound:
         return []
     lines = []
-    if not any(base.named(tensor.name) for tensor in target.tensors):
+    missing = sum(tensor.nbytes for tensor in unfound)
+    is_most = 2 * missing > sum(tensor.nbytes for tensor in target.tensors)
+    if is_most and not any(base.named(tensor.name) for tensor in target.tensors):
         lines.append("The base has none of the target's names: is this the base that it was trained from?")
     kinds: dict[tuple[str, str], list[Tensor]] = {}
     for tensor in unfound:
         kinds.setdefault((fold(tensor.name), _reason(tensor, base)), []).append(tensor)
-    by_size = sorted(kinds.items(), key=lambda kind: -sum(tensor.info.nbytes for tensor in kind[1]))
+    by_size = sorted(kinds.items(), key=lambda kind: -sum(tensor.nbytes for tensor in kind[1]))
     for (name, reason), tensors in by_size:
+        if sum(tensor.nbytes for tensor in tensors) < _WORTH_A_LINE * missing:
+            break
         shapes = {_shape(tensor) for tensor in tensors}
         shape = f" of {next(iter(shapes))}" if len(shapes) == 1 else ""
         verb = "has" if len(tensors) == 1 else "have"
@@ -53,7 +61,7 @@ def _few(lines: list[str]) -> list[str]:
 
 
 def _tensors(count: int, name: str, shape: str = "") -> str:
-    return f"{count} tensor{'' if count == 1 else 's'}{shape}, {name},"
+    return f"{counted(count, 'tensor')}{shape}, {name},"
 
 
 def _shape(tensor: Tensor) -> str:
@@ -92,11 +100,4 @@ def _sources(name: str, sources: Sequence[str]) -> str:
     while all(len(one) > shared + 1 and one[shared] == words[0][shared] for one in words):
         shared += 1
     names = [".".join(one[shared:]) for one in words[1:]]
-    return _listed(names)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _MAX_NAMES
-    shown: Iterable[str] = names if more <= 0 else [*names[:_MAX_NAMES], f"{more} more"]
-    *first, last = shown
-    return f"{', '.join(first)} and {last}" if first else last
+    return listed(names, _MAX_NAMES)

@@ -59,7 +59,7 @@ class ChunkPlan:
         return stop - start
 
     def rows(self, nbytes: int) -> Iterator[tuple[int, int]]:
-        """All chunks in order, as rows (first, end) of neighbours. A row has at most ``nbytes`` bytes or a
+        """All chunks in order, as rows (first, end) of neighbors. A row has at most ``nbytes`` bytes or a
         single chunk, and its chunks all have a base or all have none."""
         most = max(1, nbytes // self.chunk_bytes)
         for begin, stop in ((0, self.shared_count), (self.shared_count, self.count)):

@@ -215,7 +215,7 @@ class Source(ABC):
         return nullcontext()
 
     def ranges(self, spans: Iterable[Span]) -> list[Span]:
-        """The ranges to fetch over a network for these spans, with neighbours and small gaps merged."""
+        """The ranges to fetch over a network for these spans, with neighbors and small gaps merged."""
         return []
 
     def keep(self, paths: Iterable[str]) -> Iterator[int]:

@@ -139,6 +139,7 @@ def test_the_page_begins_as_the_fine_tune_s(tmp_path: Path, above: str, stays_ab
 def test_what_was_left_out_is_said(tmp_path: Path) -> None:
     page = _page(tmp_path, {"a.pt": "x", "b.pt": "x"}, exclude=["*.pt"]).decode()
     assert "| Left out | 2 files, listed in `deltaweights.json` |" in page
+    assert re.search(r"^\| Model \| 1 file, [\d,]+ bytes \|$", page, re.MULTILINE)
 
 
 def test_the_page_is_the_same_every_time(tmp_path: Path) -> None:

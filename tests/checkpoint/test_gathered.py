@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from functools import partial
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def test_strided_pieces_are_held_within_a_bound(
     for key in (1, 2, 1, 1):
         held.get(key, partial(zeros, key))
     assert read == [1, 2, 1]
-    with pytest.raises(ValueError, match="spans"):
+    with pytest.raises(ValueError, match="span"):
         Gathered([Group(2, (Piece(tensors["F64"][0], 0, 1, 2, 1500),))], held)
 
 
@@ -131,3 +132,63 @@ def test_a_small_read_needs_few_bytes(
         HeldExtents(),
     )
     assert sum(span.end - span.start for span in gathered.spans(7900, 8100)) == 200
+
+
+def test_scattered_elements_are_read_at_once(
+    tensors: dict[str, tuple[Tensor, NDArray[np.unsignedinteger]]],
+) -> None:
+    """One read for each would take hours for a large tensor."""
+    tensor, elements = tensors["BF16"]
+    gathered = Gathered([Group(200, (Piece(tensor, 3, 19, 1),))], HeldExtents())
+    assert len(gathered.spans(0, gathered.nbytes)) == 1
+    out = np.empty(200, np.uint8)
+    gathered.read_into(200, out)
+    assert np.array_equal(out.view("<u2"), elements[3 + 1900 : 3 + 3800 : 19])
+
+
+def test_what_would_be_read_again_and_again_is_refused(tmp_path: Path) -> None:
+    """Each element of a 20 MB tensor, far from the others: a read of all of it for every few bytes."""
+    write_safetensors(
+        tmp_path / "m.safetensors", {n: Array("I8", (20 << 20,), bytes(20 << 20)) for n in "ab"}
+    )
+    a, b = open_checkpoint(tmp_path / "m.safetensors").tensors
+    columns = [Group(1, (Piece(one, k, 0, 20, 1 << 20),)) for k in range(9) for one in (a, b)]
+    with pytest.raises(ValueError, match="span"):
+        Gathered(columns, HeldExtents())
+    with pytest.raises(ValueError, match="span"):
+        Gathered([Group(30, (Piece(a, 0, 600_000, 1),))], HeldExtents())
+    whole = Gathered([Group(1 << 20, (Piece(a, 0, 1, 20, 1 << 20),))], HeldExtents())
+    assert whole.nbytes == 20 << 20
+
+
+def test_many_tiny_parts_are_not_repeated(
+    tensors: dict[str, tuple[Tensor, NDArray[np.unsignedinteger]]],
+) -> None:
+    """Unless a repetition is so short that many are read together."""
+    tensor, elements = tensors["F64"]
+    pieces = tuple(Piece(tensor, k % 4000, 0, 1) for k in range(9000))
+    once = Gathered([Group(1, pieces)], HeldExtents())
+    out = np.empty(once.nbytes, np.uint8)
+    once.read_into(0, out)
+    assert np.array_equal(out.view("<u8"), np.resize(elements, 9000))
+    with pytest.raises(ValueError, match="too short"):
+        Gathered([Group(2, pieces)], HeldExtents())
+    Gathered([Group(1 << 20, pieces[:1000])], HeldExtents())
+
+
+def test_the_hub_is_asked_for_little_more_than_is_used(
+    tensors: dict[str, tuple[Tensor, NDArray[np.unsignedinteger]]],
+) -> None:
+    tensor, _ = tensors["F64"]
+    gathered = Gathered([Group(2, (Piece(tensor, 0, 3900, 10),))], HeldExtents())
+    assert sum(span.end - span.start for span in gathered.spans(0, gathered.nbytes)) == gathered.nbytes
+
+
+def test_scattered_pieces_are_dropped_before_others_are_read() -> None:
+    held, most = HeldExtents(), 0
+    for key in range(4):
+        tracemalloc.start()
+        held.read(key, 200 << 20, lambda out: out[:1].fill(0))
+        most = max(most, tracemalloc.get_traced_memory()[1])
+    tracemalloc.stop()
+    assert most < 300 << 20

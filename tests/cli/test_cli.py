@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from typer.main import get_group
 from typer.testing import CliRunner, Result
 
 import deltaweights
-from deltaweights import Manifest, __version__, make_delta
+from deltaweights import Manifest, __version__, estimate_delta, make_delta
 from deltaweights.cli.commands import app
+from deltaweights.cli.layout import Screen
+from deltaweights.cli.rendering import estimate_lines
 from deltaweights.cli.session import FLAGS, in_flags
 from deltaweights.codec import jit
 
@@ -65,6 +68,36 @@ def test_apply_again_says_that_all_is_there(trio: Trio, tmp_path: Path) -> None:
         result = run("apply", trio.delta, "-o", tmp_path / "out", "--base", trio.base, "--json", *ACCEPT)
         report = parsed(result)
         assert len(report["kept"]) == kept
+
+
+def test_dry_run_estimates_and_writes_nothing(trio: Trio, tmp_path: Path) -> None:
+    delta = tmp_path / "delta"
+    result = run("diff", trio.base, trio.target, "--dry-run", "-o", delta)
+    assert result.exit_code == 0
+    assert not delta.exists()
+    *_, counts, others, last = result.stdout.splitlines()
+    assert "model.layers.*.weight" in result.stdout
+    assert counts.startswith("tensors: 4 same, 3 changed")
+    assert others.startswith("other files, manifest and headers: ")
+    assert re.fullmatch(r"estimate: 1\d\d KB, 1\d\.\d\d% of the target's 927 KB; .* coded in .* s", last)
+    assert run("diff", trio.base, trio.target, "--dry-run", "--quiet").stdout == ""
+    report = parsed(run("diff", trio.base, trio.target, "--dry-run", "--json", "--rename", "nothing=x"))
+    assert report["low"] <= report["delta_bytes"] <= report["high"]
+    assert report["tensors"][0]["name"] == "model.layers.*.weight"
+    assert report["warnings"] == ["The rename rule 'nothing=x' changed no name."]
+    assert report["bytes_written"] == 0
+
+
+def test_an_estimate_fits_a_terminal(trio: Trio) -> None:
+    found = estimate_delta(trio.base, trio.target)
+    rows = [line for line in estimate_lines(found, 1.0, Screen(80)) if line.startswith(" ")]
+    assert len(rows) == len(found.tensors) + 1
+    assert max(map(len, rows)) <= 80
+    kinds = [replace(found.tensors[0], name=f"layer{k}.weight", low=1) for k in range(30)]
+    lines = list(estimate_lines(replace(found, tensors=tuple(kinds), low=1000), 1.0, Screen(80)))
+    assert sum("weight" in line for line in lines) == 20
+    assert any(line.startswith(" and 30 more tensors: ") for line in lines)
+    assert "(1 KB to " in lines[-1]
 
 
 def test_diff_says_what_it_stores_whole_and_what_is_odd(trio: Trio, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def on_terminal(*arguments: str, cwd: Path, columns: int = 80, **env: str) -> tu
 
 
 def lines_of(shown: str) -> list[str]:
-    """The lines that stood on the screen at any time, without colours and movements."""
+    """The lines that stood on the screen at any time, without colors and movements."""
     return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown))
 
 
@@ -151,7 +151,7 @@ def test_a_bar_has_bytes_speed_and_time_left(deep: Path, tmp_path: Path) -> None
     assert re.search(r"\d+% +[\d.]+/[\d.]+ [kKM]B +(\?|[\d.]+ [kKMG]?B/s|[\d.]+ bytes/s) +[\d:-]+", bars[-1])
 
 
-def test_without_colour(deep: Path) -> None:
+def test_without_color(deep: Path) -> None:
     _, shown = on_terminal("-h", cwd=deep, NO_COLOR="1")
     assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", shown)
 

@@ -20,6 +20,7 @@ WRONG = {
     ),
     "missing argument": (("diff", "base"), "Missing argument 'TARGET'"),
     "missing option": (("apply", "delta"), "Missing option '--output'"),
+    "nowhere to write": (("diff", "base", "target"), "Missing option '--output' (or --dry-run)"),
     "unknown command": (("difff",), "No such command 'difff'. Did you mean 'diff'?"),
     "too many": (("inspect", "a", "b"), "Got unexpected extra argument"),
     "out of range": (("apply", "delta", "-o", "out", "--threads", "0"), "0 is not in the range"),

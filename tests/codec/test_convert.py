@@ -34,7 +34,7 @@ def test_every_nan_becomes_the_quiet_one_of_its_sign(source: str, target: str) -
 @pytest.mark.parametrize(
     ("source", "target", "value", "expected"),
     [
-        ("F32", "BF16", 0x3F808000, 0x3F80),  # a tie goes to the even neighbour, here down
+        ("F32", "BF16", 0x3F808000, 0x3F80),  # a tie goes to the even neighbor, here down
         ("F32", "BF16", 0x3F818000, 0x3F82),  # here up
         ("F32", "BF16", 0x3F808001, 0x3F81),  # just above a tie
         ("F32", "BF16", 0x3F807FFF, 0x3F80),  # just below one

@@ -9,6 +9,7 @@ import pytest
 
 from deltaweights.codec import encode_chunk
 from deltaweights.codec.low_rank import EFFORTS, Effort, LowRank, find_low_rank
+from deltaweights.codec.low_rank.prediction import NO_GAINS
 
 from .pairs import Bytes, to_bits, values_of
 
@@ -20,13 +21,26 @@ def rows_of(tensor: Bytes, row_bytes: int) -> Callable[[int, int], Bytes]:
 
 
 def merge(
-    rows: int, columns: int, rank: int, dtype: str, std: float = 4e-4, seed: int = 0
+    rows: int,
+    columns: int,
+    rank: int,
+    dtype: str,
+    std: float = 4e-4,
+    seed: int = 0,
+    *,
+    gains: float = 0,
+    rounded: bool = False,
 ) -> tuple[Bytes, Bytes]:
-    """(base, target): weights of std 0.02 and what a merge makes of them."""
+    """(base, target): weights of std 0.02 and what a merge makes of them. It may multiply rows, by gains that
+    deviate so much from 1, as DoRA does; or round products before it adds them."""
     rng = np.random.default_rng(seed)
     base = to_bits(rng.normal(0, 0.02, rows * columns), dtype)
     product = rng.normal(0, 1, (rows, rank)) @ rng.normal(0, std / max(rank, 1) ** 0.5, (rank, columns))
-    target = to_bits(values_of(base, dtype) + product.reshape(-1), dtype)
+    if rounded:
+        product = values_of(to_bits(product.reshape(-1), dtype), dtype).reshape(rows, columns)
+    merged = values_of(base, dtype).reshape(rows, columns) + product
+    merged *= 1 + rng.normal(0, gains, (rows, 1))
+    target = to_bits(merged.reshape(-1), dtype)
     return base.view(np.uint8), target.view(np.uint8)
 
 
@@ -50,6 +64,29 @@ def test_a_merge_is_found(dtype: str) -> None:
     assert prediction.rank == 4
     left = size(prediction.predict(base, 0), target, dtype)
     assert len(data) + left < 0.45 * size(base, target, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["multiplied", "multiplied by nearly 1", "rounded"])
+def test_other_merges_are_found_as_well(dtype: str, kind: str) -> None:
+    gains = {"multiplied": 0.02, "multiplied by nearly 1": 0.003}.get(kind, 0.0)
+    base, target = merge(384, 512, 4, dtype, gains=gains, rounded=kind == "rounded", std=2e-3)
+    data = found(base, target, (384, 512), dtype, "default")
+    assert data is not None
+    prediction = LowRank.parse(data, dtype, 384 * 512)
+    assert prediction.rank == 4
+    assert (prediction.heads[0].shift != NO_GAINS) == (kind != "rounded")
+    left = size(prediction.predict(base, 0), target, dtype)
+    assert len(data) + left < 0.5 * size(base, target, dtype)
+
+
+def test_products_are_rounded_where_that_is_smaller() -> None:
+    flags = []
+    for rounded in (False, True):
+        data = found(*merge(384, 512, 4, "BF16", std=5e-3, rounded=rounded), (384, 512), "BF16", "default")
+        assert data is not None
+        flags.append(data[1])
+    assert flags == [0, 1]
 
 
 def test_every_matrix_of_a_stack_has_its_own() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -108,6 +110,24 @@ def test_what_a_hostile_author_states_is_bounded(head: tuple[int, int, int]) -> 
     data = head[0].to_bytes(8, "little") + b"".join(n.to_bytes(4, "little") for n in head[1:]) + good[16:]
     with pytest.raises(PayloadError):
         Quantized.parse(data, "I8", "BF16", 24)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "columns"),
+    [((64, 1), (1, 2**32 - 1), 32), ((1, 2), (1, 1 << 29), 1 << 30), ((2, 1), (1, 2**32 - 1), 1 << 31)],
+    ids=["wide blocks", "long rows", "both"],
+)
+def test_memory_grows_with_what_is_predicted(
+    shape: tuple[int, int], block: tuple[int, int], columns: int
+) -> None:
+    """Not with the rows and blocks that an author states."""
+    data = made(np.ones(shape, np.float32), block, columns).to_bytes()
+    found = Quantized.parse(data, "I8", "BF16", columns * shape[0])
+    tracemalloc.start()
+    assert not found.predict(np.zeros(64, np.uint8), columns - 32).any()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 @given(st.binary(max_size=60))

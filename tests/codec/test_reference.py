@@ -190,7 +190,7 @@ def test_changes_by_place(dtype: str, count: int, changed: int, seed: int) -> No
 
 
 def test_distance_counts_floats() -> None:
-    """Neighbouring floats are one apart, zeros included, and the direction is away from zero."""
+    """Neighboring floats are one apart, zeros included, and the direction is away from zero."""
     one = np.array([1.0, -1.0], np.float32)
     away = np.nextafter(one, 2 * one).view(np.uint32)
     assert ulp.distance(one.view(np.uint32), away).tolist() == [2, 2]

@@ -45,7 +45,7 @@ ACCEPT = ("--accept-license", "qwen", "--accept-license", "openrail")
 
 @dataclass(frozen=True)
 class Chain:
-    """A base, the targets made of it one after the other, and the deltas between neighbours."""
+    """A base, the targets made of it one after the other, and the deltas between neighbors."""
 
     base: Path
     targets: list[Path]

@@ -41,7 +41,7 @@ from deltaweights.license.rules import (
     expression_of,
     find_terms,
     notice_text,
-    recognise,
+    recognize,
     resolve,
     terms_of,
     text_records,
@@ -234,14 +234,14 @@ TITLES = {terms.spdx: "\n".join(terms.title).title() for terms in KNOWN if terms
 
 
 @pytest.mark.parametrize("spdx", TEXTS)
-def test_a_real_text_is_recognised(spdx: str) -> None:
+def test_a_real_text_is_recognized(spdx: str) -> None:
     for text in (
         TEXTS[spdx],
         TEXTS[spdx].upper(),
         TEXTS[spdx].replace('"', "\u201c"),
         "\ufeff" + TEXTS[spdx],
     ):
-        terms = recognise(text.encode())
+        terms = recognize(text.encode())
         assert terms
         assert terms.spdx == spdx
 
@@ -254,7 +254,7 @@ def test_line_breaks_do_not_matter(spdx: str, width: int, newline: str) -> None:
         return paragraph if keep else newline.join(textwrap.wrap(paragraph, width, break_on_hyphens=False))
 
     text = f"{newline}{newline}".join(map(wrapped, TEXTS[spdx].split("\n\n")))
-    assert recognise(text.encode()) == find_terms(spdx)
+    assert recognize(text.encode()) == find_terms(spdx)
 
 
 @settings(max_examples=50)
@@ -266,28 +266,28 @@ def test_a_changed_text_is_not_taken_for_the_original(spdx: str, place: int, mor
     lines = TEXTS[spdx].splitlines()
     long = [k for k, line in enumerate(lines) if len(line) > 50 and "copyright (c)" not in line.lower()]
     lines[long[place % len(long)]] += f" {more}"
-    assert recognise("\n".join(lines).encode()) is None
+    assert recognize("\n".join(lines).encode()) is None
 
 
 @pytest.mark.parametrize("spdx", TITLES)
-def test_a_named_license_is_recognised_by_its_first_lines(spdx: str) -> None:
+def test_a_named_license_is_recognized_by_its_first_lines(spdx: str) -> None:
     known = find_terms(spdx)
     for text in (
         f"{TITLES[spdx]}\n\nmore",
         f"  **{TITLES[spdx]}**  \n\n1\\. more",
         f"Copyright (c) 2024 Somebody\n\n# {TITLES[spdx]}\nmore",
     ):
-        assert recognise(text.encode()) == known
-    assert recognise(f"see also: {TITLES[spdx]}\nmore".encode()) is None
+        assert recognize(text.encode()) == known
+    assert recognize(f"see also: {TITLES[spdx]}\nmore".encode()) is None
     if len(known.title) > 1:
-        assert recognise(f"{known.title[0]}\nof another date\nmore".encode()) is None
+        assert recognize(f"{known.title[0]}\nof another date\nmore".encode()) is None
 
 
 @given(st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
 def test_any_bytes_can_be_looked_at(text: bytes) -> None:
     """They may even be a title, of which Hypothesis learns from our source."""
     license, conflicts = resolve("base", License(), {"LICENSE": text})
-    assert recognise(text) or str(license.expression).startswith("LicenseRef-text-")
+    assert recognize(text) or str(license.expression).startswith("LicenseRef-text-")
     assert all("has the title of" in conflict for conflict in conflicts)
 
 
@@ -509,7 +509,7 @@ def test_no_one_word_of_a_manifest_makes_a_license_open(license: License, missin
 def test_a_text_that_is_not_open_is_asked_for_whatever_the_manifest_says() -> None:
     manifest = _manifest(License("mit", expression="MIT", files=FILE), License())
     text = (" ".join(QWEN.title) + " ").encode()
-    assert recognise(text) == QWEN
+    assert recognize(text) == QWEN
     assert unaccepted(manifest, (), {FILE[0].path: text}) == (QWEN,)
 
 

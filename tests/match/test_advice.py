@@ -80,3 +80,21 @@ def test_a_base_without_any_of_the_names_is_doubted(tmp_path: Path) -> None:
         lines = advise(new.tensors, old, new)
         assert "is this the base" in lines[0]
         assert lines[-1] == "And 9 more such lines."
+
+
+def test_what_is_small_gets_no_line_and_what_was_found_no_doubt(tmp_path: Path) -> None:
+    """A quantised model whose names have a new prefix: two thirds of it were found."""
+    base = {"a": bf16(weights((64, 64)))}
+    target = {
+        "new.a": bf16(weights((64, 64))),
+        "new.fused": random_array("I8", (64, 64)),
+        "new.fused_scale": bf16(weights((4, 4))),
+    }
+    with (
+        open_checkpoint(write(tmp_path / "base", base)) as old,
+        open_checkpoint(write(tmp_path / "target", target)) as new,
+    ):
+        unfound = [tensor for tensor in new.tensors if tensor.name != "new.a"]
+        assert advise(unfound, old, new) == [
+            "1 tensor of 64 x 64, new.fused, has no counterpart in the base."
+        ]

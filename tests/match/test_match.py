@@ -133,7 +133,7 @@ def test_of_two_shards_with_one_name_the_one_at_the_same_path_counts(matches: Ma
 
 
 def test_of_tensors_with_one_name_one_that_can_be_compared_counts(matches: Matcher) -> None:
-    """A quantised copy beside the shards, under the target's own file name."""
+    """A quantized copy beside the shards, under the target's own file name."""
     packed = random_array("U32", (4,))
     base: Files = {"model": {"w": packed}, "part-1": {"w": noise(1)}}
     assert matches.in_files(base, {"model": {"w": noise(3)}}) == {"model:w": ("part-1:w", NBYTES)}

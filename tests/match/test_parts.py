@@ -126,7 +126,7 @@ def grouped_heads() -> Pair:
 
 
 def halves_of_heads() -> Pair:
-    """The rows that are rotated together are half a head apart, or neighbours, as in LLaMA's first files."""
+    """The rows that are rotated together are half a head apart, or neighbors, as in LLaMA's first files."""
 
     def join(array: Weights) -> Weights:
         halves = array.reshape(-1, 2, HEAD // 2, HIDDEN)

@@ -209,7 +209,7 @@ def test_diff_fetches_what_it_compares_and_what_it_hashes(
     assert size <= shelf.weight_bytes("org/target") <= 1.001 * size
 
 
-def test_neighbouring_tensors_share_requests(shelf: HubServer, tmp_path: Path) -> None:
+def test_neighboring_tensors_share_requests(shelf: HubServer, tmp_path: Path) -> None:
     """The target is one run of bytes for each shard, shorter than the longest request: header, then rest.
     Before that, a few bytes of each tensor that might be a duplicate, by its dtype and shape."""
     make_delta("org/base", "org/target", tmp_path / "delta", threads=1)
@@ -284,7 +284,7 @@ def test_where_no_digests_are_published_chunks_are_sampled(
         shelf.commit(
             "org/base", {"model-00002-of-00003.safetensors": (tmp_path / "wrong.safetensors").read_bytes()}
         )
-        with pytest.raises(BaseMismatchError, match=r"tensors sampled, 1 differ, such as 'layer\.4'"):
+        with pytest.raises(BaseMismatchError, match=r"tensors sampled, 1 differs: 'layer\.4'"):
             apply_delta("org/delta", tmp_path / "out", base="org/base@main")
     else:
         apply_delta("org/delta", tmp_path / "out")

@@ -112,7 +112,7 @@ def test_what_is_announced_is_fetched_once(requests: int, threads: int) -> None:
     assert max(span.end - span.start for span in remote.fetched) <= REQUEST
 
 
-def test_neighbours_share_requests() -> None:
+def test_neighbors_share_requests() -> None:
     remote = Remote()
     plan = chunks("a", 0, 4000, 100)
     source = window(remote)

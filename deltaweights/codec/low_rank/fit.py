@@ -17,11 +17,24 @@ from ..compiled import low_rank_fit
 from ..kernel_arrays import Floats
 from .prediction import ITEMSIZES
 
-__all__ = ["Factor", "Fitter", "Form", "Rows", "balanced", "least_squares", "strengths"]
+__all__ = [
+    "GAIN_SHIFT",
+    "GAIN_STEPS",
+    "Factor",
+    "Fitter",
+    "Form",
+    "Rows",
+    "balanced",
+    "least_squares",
+    "strengths",
+]
 
 Bits = NDArray[Any]
 _LANES = 16  # components of a vector, which the kernels take together
 _FORMS = ("BF16", "F16", "F32")  # as the kernels number them
+GAIN_SHIFT = 5  # of what gains are multiples of
+GAIN_STEPS, MOST_GAIN = 1 << 23 - GAIN_SHIFT, 0.4  # how many of them make 1; how far gains are from 1
+_TILE = 128  # rows and columns that are transposed together
 _LEAST_SQUARES = 24  # columns for each component that a row's fit begins with
 
 
@@ -49,12 +62,18 @@ class Form:
 
 
 class Rows:
-    """Some rows of a matrix, as unsigned integers: its target's and its base's."""
+    """Some rows of a matrix, as unsigned integers: its target's and its base's.
+
+    Attributes:
+        gains: float32[rows], what rows of the base are multiplied by.
+        others: float32[columns and a vector more], the same for columns: in a transposed copy.
+    """
 
     def __init__(self, rows: int, columns: int, form: Form) -> None:
         """Room for them, and for a vector more, which the kernels may read."""
         self.form, self.columns = form, columns
         self.flat_target, self.flat_base = (np.zeros(rows * columns + _LANES, form.kind) for _ in range(2))
+        self.gains, self.others = np.ones(rows, np.float32), np.ones(columns + _LANES, np.float32)
         self.target = self.flat_target[: rows * columns].reshape(rows, columns)
         self.base = self.flat_base[: rows * columns].reshape(rows, columns)
 
@@ -67,12 +86,15 @@ class Rows:
         places = range(0, len(self), every)[:most]
         found = Rows(len(places), self.columns, self.form)
         found.target[:], found.base[:] = self.target[places], self.base[places]
+        found.gains[:] = self.gains[places]
         return found
 
     def transposed(self) -> Rows:
         """A copy in which columns are rows."""
         found = Rows(self.columns, len(self), self.form)
-        found.target[:], found.base[:] = self.target.T, self.base.T
+        for into, bits in ((found.target, self.target), (found.base, self.base)):
+            _transpose(bits, into)
+        found.others[: len(self)] = self.gains
         return found
 
     def update(self, columns: int | None = None) -> Floats:
@@ -80,9 +102,33 @@ class Rows:
         are named."""
         target, base = (self.form.values(bits[:, :columns]) for bits in (self.target, self.base))
         with np.errstate(invalid="ignore", over="ignore"):
-            found: Floats = target - base
-        finite = np.isfinite(found)
-        return found if finite.all() else np.where(finite, found, np.float32(0))
+            found: Floats = target - base * self.gains[:, None]
+        return _finite(found)
+
+    def fit_gains(self, left: Floats | None = None, right: Floats | None = None) -> None:
+        """Set the gains by least squares, the product of these factors, if any, being added."""
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+            target, base = self.form.values(self.target), _finite(self.form.values(self.base))
+            rest = target - base
+            if left is not None and right is not None:
+                rest -= left @ right.T
+            found = np.einsum("ij,ij->i", _finite(rest), base) / np.einsum("ij,ij->i", base, base)
+        found[~(np.abs(found) < MOST_GAIN)] = 0
+        self.gains[:] = 1 + np.rint(found * GAIN_STEPS) / GAIN_STEPS
+
+
+def _finite(values: Floats) -> Floats:
+    """The values, or 0 for those that are no numbers."""
+    finite = np.isfinite(values)
+    return values if finite.all() else np.where(finite, values, np.float32(0))
+
+
+def _transpose(bits: Bits, into: Bits) -> None:
+    """In tiles that stay in the cache."""
+    for first in range(0, bits.shape[0], _TILE):
+        for column in range(0, bits.shape[1], _TILE):
+            tile = bits[first : first + _TILE, column : column + _TILE]
+            into[column : column + _TILE, first : first + _TILE] = tile.copy().T
 
 
 class Factor:
@@ -120,7 +166,6 @@ class Fitter:
         self._places = np.empty((4, columns + _LANES), np.uint32)
         self._excesses = np.empty((4, columns + _LANES), np.float32)
         self._hessian, self._gradient = np.empty((width, width), np.float32), np.empty(width, np.float32)
-        self._ones = np.ones(columns + _LANES, np.float32)
 
     def fit(
         self,
@@ -137,12 +182,11 @@ class Fitter:
         Returns:
             how many elements were outside their intervals.
         """
-        gains = np.ones(len(rows), np.float32)
         # to each Hessian this part is added of what it would be if all elements counted
         added = (ridge * (right.rows.T @ right.rows)).astype(np.float32)
         found: int = low_rank_fit.fit_rows(
-            rows.flat_base, rows.flat_target, gains, self._ones, rows.form.number, left.rows[:-1], right.rows,
-            right.flipped, min(columns or rows.columns, rows.columns), added, step, self._places,
+            rows.flat_base, rows.flat_target, rows.gains, rows.others, rows.form.number, left.rows[:-1],
+            right.rows, right.flipped, min(columns or rows.columns, rows.columns), added, step, self._places,
             self._excesses, self._hessian, self._gradient,
         )  # fmt: skip
         left.flip()

@@ -14,7 +14,7 @@ from ..._version import __version__
 from ...errors import DeltaError, DeltaWeightsError
 from ...manifest import MANIFEST_NAME, BaseRecord, DeltaLicense, FileRecord, License, Manifest, TargetRecord
 from ...storage import Source
-from ..rules import recognise, terms_of
+from ..rules import recognize, terms_of
 from ..table import Terms
 
 #: Files, obligations and conflicts. The library for CycloneDX compares every file with every other one.
@@ -207,10 +207,10 @@ def _license(license: License, texts: list[tuple[str, bytes]]) -> LicenseFacts |
 
 
 def _by_license(texts: list[bytes], terms: tuple[Terms, ...]) -> dict[str, str]:
-    """The texts of each license. An unrecognised text belongs to the licenses without a text, or else to
+    """The texts of each license. An unrecognized text belongs to the licenses without a text, or else to
     all."""
     ids = [one.spdx for one in terms]
-    found = [(one.spdx if (one := recognise(text)) else None, text) for text in texts]
+    found = [(one.spdx if (one := recognize(text)) else None, text) for text in texts]
     left = [id for id in ids if id not in {spdx for spdx, _ in found}] or ids
     every = {
         id: [text for spdx, text in found if id == spdx or (spdx not in ids and id in left)] for id in ids

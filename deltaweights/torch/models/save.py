@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 from torch import Tensor, nn
 
+from ...codec import Effort
 from ...diff import make_delta
 from ...manifest import Manifest
 from ...match.names import RenameRule
@@ -32,6 +33,7 @@ def save_delta(
     target_license: str | None = None,
     exclude: Sequence[str] = (),
     chunk_bytes: int = CHUNK_BYTES,
+    effort: Effort = "default",
     force: bool = False,
     threads: int | None = None,
     progress: ProgressCallback | None = None,
@@ -54,7 +56,7 @@ def save_delta(
             more.
         max_shard_size: bytes, or a text like ``"5GB"``; None: the default of the library above.
         rename, base_repo, base_revision, base_license, target_repo, target_license, exclude, chunk_bytes,
-            force, threads, progress: as for :func:`deltaweights.make_delta`.
+            effort, force, threads, progress: as for :func:`deltaweights.make_delta`.
 
     Returns:
         The manifest that was written.
@@ -79,6 +81,7 @@ def save_delta(
             target_license=target_license,
             exclude=exclude,
             chunk_bytes=chunk_bytes,
+            effort=effort,
             force=force,
             threads=threads,
             progress=progress,

@@ -158,7 +158,7 @@ class DeltaSubscriber:
                 "Sync again later. If it is meant, make a DeltaSubscriber with allow_rollback=True.",
             )
         state = _without_tied(state, state.keys() - self._tied)
-        known = self._recognise(state, workers)
+        known = self._recognize(state, workers)
         if known.state == head.newest.state:
             return SyncReport(head.step, head.newest.number, known.state, 0, False, 0)
         newest = self._read(head.newest)
@@ -182,7 +182,7 @@ class DeltaSubscriber:
                     raise
         raise AssertionError
 
-    def _recognise(self, state: Mapping[str, StateTensor], workers: Workers) -> _Known:
+    def _recognize(self, state: Mapping[str, StateTensor], workers: Workers) -> _Known:
         """The state that the tensors are in: the last one if they are unchanged, or else found by their
         bytes."""
         marks = _marks(state)
