@@ -44,7 +44,7 @@ from .manifest import (
     is_safe_path,
 )
 from .match.duplicates import find_duplicates
-from .match.low_rank import with_low_rank
+from .match.low_rank import search_bytes, with_low_rank
 from .match.names import Match, RenameRule
 from .match.quantized import find_quantized
 from .payload import CHUNK_BYTES, ChunkPlan, CodedChunk
@@ -57,9 +57,12 @@ from .storage import (
     is_within,
     output_path,
 )
-from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches, result_of
+from .workers import Buffers, Lane, MemoryBudget, Meter, ProgressCallback, Workers, batches, result_of
 
 _log = logging.getLogger(__name__)
+
+#: Memory for searches in several tensors at once: two of the largest.
+_SEARCHES_BYTES = 576 << 20
 
 
 def make_delta(
@@ -288,6 +291,7 @@ class _Encoder:
         self._workers = workers
         self._chunk_bytes = chunk_bytes
         self._effort = effort
+        self._searches = MemoryBudget(_SEARCHES_BYTES)
         self._meter = meter
 
     def write_files(
@@ -410,7 +414,8 @@ class _Encoder:
         none is looked for over a network."""
         if self._old.source.is_remote or self._new.source.is_remote:
             return match
-        return with_low_rank(match, self._effort)
+        with self._searches.taking(search_bytes(match)):
+            return with_low_rank(match, self._effort)
 
     def _encode_all(
         self, lane: Lane, planned: Iterable[tuple[Match, ChunkPlan]], digests: ShardDigests

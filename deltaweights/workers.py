@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -33,6 +34,32 @@ def batches(items: Iterable[Item], nbytes: int, nbytes_of: Callable[[Item], int]
         room -= nbytes_of(item)
     if batch:
         yield batch
+
+
+class MemoryBudget:
+    """Bounds the memory that calls in several threads take together.
+
+    Args:
+        nbytes: what they may take. A call that takes more is made while no other one is.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._most = nbytes
+        self._taken = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taking(self, nbytes: int) -> Iterator[None]:
+        """Wait until there is room for so many bytes; within the block, they are taken."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + nbytes <= self._most)
+            self._taken += nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= nbytes
+                self._changed.notify_all()
 
 
 class Stopped(CancelledError):  # noqa: N818

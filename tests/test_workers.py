@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import deltaweights.workers
-from deltaweights.workers import Buffers, Lane, Meter, Stopped, Workers, usable_cores
+from deltaweights.workers import Buffers, Lane, MemoryBudget, Meter, Stopped, Workers, usable_cores
 
 #: Far longer than anything here takes: a test that waits so long has failed.
 PATIENCE = 5
@@ -485,3 +485,33 @@ def _main_thread_waits() -> bool:
     """For work: not merely for a thread to start."""
     stack = {frame.f_code for frame, _ in traceback.walk_stack(sys._current_frames()[_main_thread()])}
     return threading.Condition.wait.__code__ in stack and threading.Thread.start.__code__ not in stack
+
+
+def test_a_memory_budget_is_kept_and_one_that_is_larger_goes_alone() -> None:
+    budget, lock = MemoryBudget(10), threading.Lock()
+    now: list[int] = []
+    most = 0
+
+    def call(nbytes: int) -> None:
+        nonlocal most
+        with budget.taking(nbytes):
+            with lock:
+                now.append(nbytes)
+                assert sum(now) <= 10 or len(now) == 1
+                most = max(most, len(now))
+            time.sleep(0.001)
+            with lock:
+                now.remove(nbytes)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(call, [3, 3, 3, 11, 5, 5, 10, 1, 20] * 8))
+    assert not now
+    assert most > 1
+
+
+def test_a_memory_budget_is_given_back_after_an_error() -> None:
+    budget = MemoryBudget(10)
+    with pytest.raises(ZeroDivisionError), budget.taking(10):
+        raise ZeroDivisionError
+    with budget.taking(10):
+        pass

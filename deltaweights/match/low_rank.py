@@ -10,10 +10,24 @@ from numpy.typing import NDArray
 
 from ..checkpoint import Gathered
 from ..codec import Effort, LowRank, find_low_rank, low_rank_predictor, seal_prediction
+from ..errors import PayloadError
 from .names import FoundPrediction, Match
 
 #: The float dtypes that adapters are merged in.
 _DTYPES = ("BF16", "F16", "F32")
+
+
+#: A search takes about so many times the bytes of the largest matrix, and no more than the bound.
+_SEARCH_TIMES, _SEARCH_BYTES = 6, 288 << 20
+
+
+def search_bytes(match: Match) -> int:
+    """The memory that :func:`with_low_rank` takes at most, about."""
+    if not _may_have_low_rank(match):
+        return 0
+    *_, high, columns = match.target.info.shape
+    matrix = high * columns * match.target.nbytes // match.target.info.numel
+    return min(_SEARCH_TIMES * matrix, _SEARCH_BYTES)
 
 
 def with_low_rank(match: Match, effort: Effort) -> Match:
@@ -41,7 +55,10 @@ def with_low_rank(match: Match, effort: Effort) -> Match:
     if data is None:
         return match
     assert match.base
-    found = LowRank.parse(data, match.target.dtype, rows * columns)
+    try:
+        found = LowRank.parse(data, match.target.dtype, rows * columns)
+    except PayloadError:  # more factors than readers make room for, or next to nothing in them
+        return match
     predictor = low_rank_predictor(found, match.base.dtype)
     return replace(
         match, prediction=FoundPrediction("low_rank", seal_prediction(data), predictor, found.rank)

@@ -101,6 +101,17 @@ def _entry(index: int, **fields: object) -> Damage:
     return _manifest(lambda manifest: manifest["tensors"][index].update(fields))
 
 
+def _predictions(**fields: object) -> Damage:
+    """Changes what rows of the manifest say of predictions."""
+
+    def change(manifest: Json) -> None:
+        for table in manifest["tensors"]:
+            for row in table["rows"]:
+                row[4]["prediction"].update(fields)
+
+    return _manifest(change)
+
+
 def _target_file(index: int, **fields: object) -> Damage:
     return _manifest(lambda manifest: manifest["target"]["files"][index].update(fields))
 
@@ -165,6 +176,13 @@ DAMAGES: dict[str, dict[str, Damage]] = {
         "a row's reserved byte that is set": _payload(2, b"\x01"),
         "a row's data damaged": _payload(300, b"\xff\x00\xff\x00"),
     },
+    "v1-low-rank": {
+        "a low-rank prediction's checksum that is wrong": _payload(0, bytes(8)),
+        "a low-rank prediction's factors damaged": _payload(200, b"\xff\x00\xff\x00"),
+        "a prediction of a method that nobody knows": _predictions(method="later"),
+        "a prediction that is shorter than it was": _predictions(nbytes=100),
+    },
+    "v1-quantized": {"a quantized prediction's checksum that is wrong": _payload(0, bytes(8))},
     "v1-drift": {"a drifted chunk's data damaged": _payload(26, b"\xff\xff")},
     "v1-window": {"a window's data damaged": _payload(24, b"\xff\xff\xff\xff")},
     "v1-like": {

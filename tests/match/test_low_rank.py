@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from deltaweights import DeltaSummary, apply_delta, inspect_delta, make_delta
+from deltaweights.codec.low_rank.writing import code_part, joined
 from deltaweights.entries import TensorEntry
 
 from ..checkpoints import Array, bf16, contents, f32, weights, write_safetensors
@@ -131,6 +132,18 @@ def test_other_training_is_coded_as_before(moved: Callable[[Floats], Floats], pa
     found = pair({"w": base}, {"w": bf16(moved(held(base)).astype(np.float32))})["w"]
     assert not found.prediction
     assert pair.summary().adapter is None
+
+
+def test_factors_that_readers_would_refuse_are_not_written(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the search thinks of them."""
+    base = bf16(weights((256, 256), 1))
+    many = np.ones((256, 200), np.int64)  # two such matrices are more than the tensor
+    data = joined(256, [code_part(many, many, 40)], rounded=False)
+    monkeypatch.setattr("deltaweights.match.low_rank.find_low_rank", lambda *_: data)
+    found = pair({"w": base}, {"w": bf16(held(base) + update((256, 256), 2))})["w"]
+    assert not found.prediction
 
 
 def test_a_summary_says_what_was_merged(pair: Pair) -> None:
