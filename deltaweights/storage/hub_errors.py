@@ -25,6 +25,11 @@ def explained(repo_id: str, revision: str | None, path: str = "") -> Iterator[No
         raise HubReadError(*lines, retryable=may_pass(error)) from error
 
 
+#: Errors of an HTTP client for answers that will be no better: redirects in a circle, or to no web address.
+#: By name, since the client is a copy or a successor of httpx.
+_LASTING = ("TooManyRedirects", "UnsupportedProtocol", "InvalidURL")
+
+
 def may_pass(error: BaseException) -> bool:
     """Whether a retry may succeed without any action by the user."""
     from huggingface_hub import errors
@@ -33,6 +38,8 @@ def may_pass(error: BaseException) -> bool:
         return False
     if isinstance(error, errors.HfHubHTTPError):
         return is_passing_status(error.response.status_code)
+    if type(error).__name__ in _LASTING:
+        return False
     # RuntimeError: other code in this process closed the shared connections.
     kinds = (ConnectionError, TimeoutError, RuntimeError, errors.LocalEntryNotFoundError)
     return isinstance(error, (http_error(), *kinds))

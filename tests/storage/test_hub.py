@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import shutil
 import signal
@@ -41,6 +42,7 @@ from deltaweights.license import rules
 from deltaweights.patch import rebuild_shard
 from deltaweights.storage import HubSource, hub_client, hub_upload, open_hub, open_source
 from deltaweights.storage.hub_client import RemoteFile, Repository
+from deltaweights.storage.hub_errors import http_error, may_pass
 from deltaweights.workers import Meter, Workers
 
 from ..checkpoints import bf16, contents, weights, write_safetensors
@@ -1130,3 +1132,13 @@ def test_the_delta_whose_license_was_settled_is_the_one_that_is_applied(
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 3
     assert "llama3.1" in done.output
+
+
+@pytest.mark.parametrize("name", ["TooManyRedirects", "UnsupportedProtocol"])
+def test_redirects_that_lead_nowhere_are_not_followed_again(name: str) -> None:
+    """A circle, or a file:// address: asking again for a minute changes nothing."""
+    client = importlib.import_module(http_error().__module__.partition(".")[0])
+    error = vars(client)[name]("nowhere")
+    assert isinstance(error, http_error())
+    assert not may_pass(error)
+    assert may_pass(vars(client)["ConnectError"]("down"))
