@@ -1,24 +1,32 @@
 """Merged adapters: what they take with a low-rank prediction and without, and how long finding one takes.
 
-    OPENBLAS_NUM_THREADS=1 python benchmarks/lowrank.py             # simulated matrices
-    OPENBLAS_NUM_THREADS=1 python benchmarks/lowrank.py --real      # and merges by PEFT: see merges.py
+    python benchmarks/lowrank.py             # simulated matrices
+    python benchmarks/lowrank.py --whole     # whole diffs of them, with and without the search
+    python benchmarks/lowrank.py --real      # and merges by PEFT: see merges.py
 
 Sizes are bits a weight; zstd is zstd-3 of the byte planes of the XOR with the base. Times are those of one
 thread's processor, so that neighbours trouble them little. The time of decoding is divided by that of the
-same tensor without a prediction.
+same tensor without a prediction. Times of whole diffs are the process's processor time, the shortest of
+three, and divided by that of a diff that does not search.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
+from deltaweights import make_delta
 from deltaweights.codec import decode_chunk, encode_chunk
 from deltaweights.codec.low_rank import Effort, LowRank, find_low_rank
 
@@ -46,19 +54,67 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--real", action="store_true", help="merges by PEFT as well")
+    parser.add_argument("--whole", action="store_true", help="whole diffs instead")
     parser.add_argument("--effort", default="default", choices=("fast", "default", "max"))
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=30)
     options = parser.parse_args()
+    if options.whole:
+        print("| diff | effort | processor time | size, % of the target |\n|---|---|---|---|")
+        for pairs in _all_pairs(options):
+            _report_whole(pairs)
+        return
     print(
         "| matrix | zstd | without | with | factors | rank | search ms | encode ms | decode, with / without |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    for pair in _simulated():
-        _report([pair], options.effort)
+    for pairs in _all_pairs(options):
+        _report(pairs, options.effort)
+
+
+def _all_pairs(options: argparse.Namespace) -> Iterator[list[Pair]]:
+    yield from ([pair] for pair in _simulated())
     if options.real:
-        for pairs in _real(options.hidden, options.steps):
-            _report(pairs, options.effort)
+        yield from _real(options.hidden, options.steps)
+
+
+def _report_whole(pairs: list[Pair]) -> None:
+    efforts: tuple[Effort | None, ...] = (None, "fast", "default")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for side in ("base", "target"):
+            (folder / side).mkdir()
+            _save([getattr(pair, side) for pair in pairs], folder / side / "model.safetensors")
+        shortest, sizes = dict.fromkeys(efforts, np.inf), dict.fromkeys(efforts, 0)
+        for number in range(3):
+            for effort in efforts:
+                out = folder / f"{number}-{effort}"
+                shortest[effort] = min(shortest[effort], _whole(folder, out, effort))
+                sizes[effort] = sum(file.stat().st_size for file in out.iterdir())
+    for effort in efforts:
+        share = 100 * sizes[effort] / sum(pair.target.nbytes for pair in pairs)
+        ratio = shortest[effort] / shortest[None]
+        print(f"| {pairs[0].name} | {effort or 'no search'} | {ratio:.2f} | {share:.2f} |", flush=True)
+
+
+def _save(tensors: list[Words], path: Path) -> None:
+    header, end = {}, 0
+    for number, bits in enumerate(tensors):
+        start, end = end, end + bits.nbytes
+        header[str(number)] = {"dtype": "BF16", "shape": bits.shape, "data_offsets": [start, end]}
+    data = json.dumps(header).encode()
+    path.write_bytes(b"".join([len(data).to_bytes(8, "little"), data, *(bits.tobytes() for bits in tensors)]))
+
+
+def _whole(folder: Path, out: Path, effort: Effort | None) -> float:
+    """Make a delta; the processor time that it took."""
+    search: AbstractContextManager[Any] = (
+        nullcontext() if effort else patch("deltaweights.diff.with_low_rank", lambda match, _: match)
+    )
+    with search:
+        began = time.process_time()
+        make_delta(folder / "base", folder / "target", out, effort=effort or "default")
+        return time.process_time() - began
 
 
 def _report(pairs: list[Pair], effort: Effort) -> None:

@@ -38,7 +38,8 @@ _LOOK_PLACES, _LOOK_ROWS, _LOOK_COLUMNS = 2, 12, 2048  # rows at each place: rea
 _LEAST_GAIN = 1e-4  # from 1, of gains that are more than noise
 _MULTIPLIED = 8.0  # rows of a base would be this much less like what was added to them
 _STANDS_OUT = 2.0  # rows of noise would be this much less alike
-_FIRST_SAMPLE, _MOST_SAMPLE = 256, 2048  # rows
+_TOGETHER = 4  # rows of a sample that follow each other
+_MOST_SAMPLE = 2048  # rows of which the spectrum is taken
 _SAMPLE_BYTES = 96 << 20  # of base and target; there is a transposed copy
 _UPDATE_BYTES = 64 << 20  # of the update in such a sample
 _BLOCK_BYTES = 8 << 20  # of rows that are fitted together at last
@@ -55,18 +56,20 @@ class Schedule(NamedTuple):
     """How long to fit.
 
     Attributes:
+        first: rows of which the spectrum is taken; twice as many while they have too many components.
         stages: (rows of a sample, how often both factors are fitted in it): first few rows, then more.
         shares: of the columns, by which each row is fitted at last, one after the other.
     """
 
+    first: int
     stages: tuple[tuple[int, int], ...]
     shares: tuple[float, ...]
 
 
 EFFORTS: dict[Effort, Schedule] = {
-    "fast": Schedule(((512, 3),), (0.25, 1.0)),
-    "default": Schedule(((512, 3), (2048, 2)), (0.25, 0.5, 1.0, 1.0)),
-    "max": Schedule(((512, 4), (4096, 12)), (0.25, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0)),
+    "fast": Schedule(128, ((512, 3),), (0.25, 1.0)),
+    "default": Schedule(256, ((512, 3), (2048, 2)), (0.25, 0.5, 1.0, 1.0)),
+    "max": Schedule(256, ((512, 4), (4096, 12)), (0.25, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0)),
 }
 
 
@@ -101,14 +104,19 @@ class _Matrix:
         return found
 
     def spread(self, count: int) -> Rows:
-        """So many rows from all over it."""
+        """About so many rows from all over it, a few together: reads take time."""
         if count >= self.rows:
             return self.read(0, self.rows)
-        places = np.linspace(0, self.rows - 1, count).round().astype(np.int64)
-        found = Rows(count, self.columns, self.form)
-        for k, place in enumerate((self.first + places).tolist()):
+        places = -(-count // _TOGETHER)
+        starts = np.linspace(0, self.rows - _TOGETHER, places).round().astype(np.int64)
+        chosen = np.unique(starts[:, None] + np.arange(_TOGETHER))
+        ends = np.flatnonzero(np.diff(chosen, append=-1) != 1) + 1
+        found, at = Rows(len(chosen), self.columns, self.form), 0
+        for end in ends.tolist():
+            first, stop = self.first + int(chosen[at]), self.first + int(chosen[end - 1]) + 1
             for into, read in ((found.target, self.read_target), (found.base, self.read_base)):
-                into[k].view(np.uint8)[:] = read(place, place + 1)
+                into[at:end].reshape(-1).view(np.uint8)[:] = read(first, stop)
+            at = end
         return found
 
 
@@ -160,7 +168,7 @@ def _find_part(matrix: _Matrix, effort: Schedule) -> tuple[CodedPart, float]:
 
 
 def _find_product(matrix: _Matrix, effort: Schedule) -> tuple[CodedPart, float] | None:
-    guess = _first_guess(matrix)
+    guess = _first_guess(matrix, effort.first)
     if guess is None:
         return None
     right, has_gains = guess
@@ -205,7 +213,7 @@ def _is_worth_a_look(matrix: _Matrix) -> bool:
 
 
 def _has_gains(rows: Rows, update: Floats) -> bool:
-    """Whether rows were multiplied, as DoRA does: what was added to the first ones is like the base."""
+    """Whether rows were multiplied, as DoRA does: the first ones gained what is too much like the base."""
     base = rows.form.values(rows.base[: len(update)])
     sizes = np.einsum("ij,ij->i", update, update) * np.einsum("ij,ij->i", base, base)
     known = (sizes > 0) & np.isfinite(sizes)
@@ -222,10 +230,10 @@ def _leaves_gains(rows: Rows, left: Floats, right: Floats) -> bool:
     return _has_gains(few, few.update() - left[::every][: len(few)] @ right.T)
 
 
-def _first_guess(matrix: _Matrix) -> tuple[Floats, bool] | None:
+def _first_guess(matrix: _Matrix, rows: int) -> tuple[Floats, bool] | None:
     """The right factor, float32[columns, rank], from the spectrum of a sample of rows; and whether rows were
     multiplied as well."""
-    rows, most = _FIRST_SAMPLE, min(matrix.rows, _MOST_SAMPLE, _UPDATE_BYTES // (4 * matrix.columns))
+    most = min(matrix.rows, _MOST_SAMPLE, _UPDATE_BYTES // (4 * matrix.columns))
     while True:
         sample = matrix.spread(rows)
         update: NDArray[Any] = sample.update()
