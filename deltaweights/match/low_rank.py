@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint import Gathered
 from ..codec import Effort, LowRank, find_low_rank, low_rank_predictor, seal_prediction
+from ..errors import PayloadError
 from .names import FoundPrediction, Match
 
 #: The float dtypes that adapters are merged in.
@@ -41,7 +42,10 @@ def with_low_rank(match: Match, effort: Effort) -> Match:
     if data is None:
         return match
     assert match.base
-    found = LowRank.parse(data, match.target.dtype, rows * columns)
+    try:
+        found = LowRank.parse(data, match.target.dtype, rows * columns)
+    except PayloadError:  # what readers refuse is not written: the tensor is coded without
+        return match
     predictor = low_rank_predictor(found, match.base.dtype)
     return replace(
         match, prediction=FoundPrediction("low_rank", seal_prediction(data), predictor, found.rank)

@@ -148,9 +148,7 @@ def find_low_rank(
     parts, first, saved, form, numel = [], 0, 0.0, Form(dtype), math.prod(shape)
     with np.errstate(all="ignore"):  # weights may be anything; what overflows is no update of low rank
         for height in heights or [rows] * math.prod(stacked):
-            matrix = _Matrix(
-                read_target_rows, read_base_rows, first, height, columns, Form(dtype), math.prod(shape)
-            )
+            matrix = _Matrix(read_target_rows, read_base_rows, first, height, columns, form, numel)
             part, by_rounding = _find_part(matrix, EFFORTS[effort])
             parts.append(part)
             first, saved = first + height, saved + by_rounding
