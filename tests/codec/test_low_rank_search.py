@@ -10,6 +10,7 @@ import pytest
 from deltaweights.codec import encode_chunk
 from deltaweights.codec.low_rank import EFFORTS, Effort, LowRank, find_low_rank
 from deltaweights.codec.low_rank.prediction import NO_GAINS
+from deltaweights.codec.low_rank.writing import code_part
 
 from .pairs import Bytes, to_bits, values_of
 
@@ -134,3 +135,20 @@ def test_more_effort_is_not_worse_and_repeats_itself() -> None:
         left = LowRank.parse(data, "BF16", 320 * 256).predict(base, 0)
         sizes[effort] = len(data) + size(left, target, "BF16")
     assert sizes["max"] <= 1.02 * sizes["default"] <= 1.04 * sizes["fast"]
+
+
+def test_factors_that_take_less_than_a_bit_are_not_written() -> None:
+    shape = (320, 384)
+    for std in (1e-6, 4e-6, 1e-5, 2e-5):
+        base, target = merge(*shape, 2, "BF16", std=std, seed=3)
+        data = found(base, target, shape, "BF16")
+        assert data is None or LowRank.parse(data, "BF16", 320 * 384).rank
+
+
+def test_parts_that_readers_refuse_are_known() -> None:
+    zeros = np.zeros((300, 8), np.int64)
+    assert not code_part(zeros, zeros, 30).is_dense(300)
+    some = np.random.default_rng(0).integers(-9, 9, (300, 8))
+    assert code_part(some, some, 30).is_dense(300)
+    assert not code_part(some, some, 30, None, (zeros[:, 0], 5)).is_dense(300)
+    assert code_part(some, some, 30, None, (some[:, 0], 5)).is_dense(300)

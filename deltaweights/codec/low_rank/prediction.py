@@ -37,7 +37,7 @@ ROUNDED = 1  # the flag: products are rounded to the dtype before they are added
 HEAD = struct.Struct("<BBII")  # kind, flags, columns, parts
 NO_GAINS = 255  # in place of a shift
 MOST_CONTEXTS, MOST_SHIFT, EXPONENTS = 40, 16, (-32, 120)
-_MOST_FACTORS = 1 << 27  # of a tensor: what a reader makes room for
+MOST_FACTORS = 1 << 27  # of a tensor: what a reader makes room for
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class LowRank:
         heads = tuple(PartHead.unpack(data[at + k * size : at + (k + 1) * size]) for k in range(count))
         if sum(head.rows for head in heads) * columns != numel:
             raise _damaged("is one of another tensor")
-        if sum(head.rank * (head.rows + columns) for head in heads) > min(_MOST_FACTORS, numel):
+        if sum(head.rank * (head.rows + columns) for head in heads) > min(MOST_FACTORS, numel):
             raise _damaged("has too many factors")
         reader = _Reader(np.frombuffer(data, np.uint8)[at + count * size :])
         parts = tuple(_part(head, columns, reader, ITEMSIZES[dtype]) for head in heads)

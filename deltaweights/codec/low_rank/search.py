@@ -20,7 +20,7 @@ from ..kernel_arrays import Floats
 from ..methods.chunk import encode_chunk
 from .blas import one_blas_thread
 from .fit import GAIN_SHIFT, GAIN_STEPS, Factor, Fitter, Form, Rows, balanced, least_squares, strengths
-from .prediction import EXPONENTS, ITEMSIZES, LowRankPart
+from .prediction import EXPONENTS, ITEMSIZES, MOST_FACTORS, LowRankPart
 from .writing import CodedPart, code_part, joined, nothing_for
 
 __all__ = ["EFFORTS", "Effort", "find_low_rank"]
@@ -83,6 +83,7 @@ class _Matrix:
     rows: int
     columns: int
     form: Form
+    numel: int  # of the tensor
 
     def read(self, start: int, stop: int) -> Rows:
         """Some rows in a row."""
@@ -145,10 +146,10 @@ def find_low_rank(
     if dtype not in ITEMSIZES or len(shape) < 2 or min(shape) < 1:
         return None
     *stacked, rows, columns = shape
-    parts, first, saved = [], 0, 0.0
+    parts, first, saved, form, numel = [], 0, 0.0, Form(dtype), math.prod(shape)
     with np.errstate(all="ignore"):  # weights may be anything; what overflows is no update of low rank
         for height in heights or [rows] * math.prod(stacked):
-            matrix = _Matrix(read_target_rows, read_base_rows, first, height, columns, Form(dtype))
+            matrix = _Matrix(read_target_rows, read_base_rows, first, height, columns, form, numel)
             part, by_rounding = _find_part(matrix, EFFORTS[effort])
             parts.append(part)
             first, saved = first + height, saved + by_rounding
@@ -172,6 +173,9 @@ def _find_product(matrix: _Matrix, effort: Schedule) -> tuple[CodedPart, float] 
     if guess is None:
         return None
     right, has_gains = guess
+    elements, factors = matrix.rows * matrix.columns, right.shape[1] * (matrix.rows + matrix.columns)
+    if factors > min(elements, MOST_FACTORS * elements // matrix.numel):
+        return None
     sample = matrix.spread(_rows_of_sample(matrix, effort, right.shape[1]))
     if has_gains:
         sample.fit_gains()
@@ -475,4 +479,5 @@ def _write(
     if not grid.fits(fitted, given, matrix.form):
         return None
     coded_gains = (np.concatenate(gains), GAIN_SHIFT) if has_gains else None
-    return code_part(fitted, given, grid.exponent, np.stack([grid.shifts, grid.shifts]), coded_gains)
+    part = code_part(fitted, given, grid.exponent, np.stack([grid.shifts, grid.shifts]), coded_gains)
+    return part if part.is_dense(matrix.columns) else None

@@ -24,6 +24,18 @@ class CodedPart(NamedTuple):
     head: PartHead
     data: bytes
 
+    def is_dense(self, columns: int) -> bool:
+        """Whether each factor and each gain takes a bit at least: readers make no room for less."""
+        at = self.head.rank  # of shifts
+        for count in (self.head.rank * (self.head.rows + columns), self.head.rows):
+            if at >= len(self.data):
+                return True
+            size = int.from_bytes(self.data[at : at + 4], "little")
+            if count > 8 * size:
+                return False
+            at += 4 + size
+        return True
+
 
 def nothing_for(rows: int) -> CodedPart:
     """Rows to which nothing is added."""
