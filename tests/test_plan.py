@@ -230,7 +230,7 @@ def test_a_wrong_weight_on_disk_is_sampled(shelf: HubServer, large: Trio, made: 
     shutil.copytree(large.base, tmp_path / "base")
     shard = tmp_path / "base" / "model-00001-of-00003.safetensors"
     shard.write_bytes(flip(shard.read_bytes(), 10_000))
-    assert "1 differ, such as 'layer.0'" in str(plan_apply(made, base=tmp_path / "base").mismatch)
+    assert "1 differs: 'layer.0'" in str(plan_apply(made, base=tmp_path / "base").mismatch)
 
 
 def test_what_keeps_apply_from_starting_is_an_error(shelf: HubServer, made: Path, tmp_path: Path) -> None:

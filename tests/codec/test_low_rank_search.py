@@ -137,6 +137,13 @@ def test_more_effort_is_not_worse_and_repeats_itself() -> None:
     assert sizes["max"] <= 1.02 * sizes["default"] <= 1.04 * sizes["fast"]
 
 
+def test_only_the_most_effort_fits_many_components() -> None:
+    """Which takes many times as long as to code the tensor."""
+    base, target = merge(256, 256, 40, "BF16", 2e-3)
+    assert found(base, target, (256, 256), "BF16", "default") is None
+    assert found(base, target, (256, 256), "BF16", "max") is not None
+
+
 def test_factors_that_take_less_than_a_bit_are_not_written() -> None:
     shape = (320, 384)
     for std in (1e-6, 4e-6, 1e-5, 2e-5):

@@ -59,17 +59,20 @@ class Schedule(NamedTuple):
         first: rows of which the spectrum is taken; twice as many while they have too many components.
         stages: (rows of a sample, how often both factors are fitted in it): first few rows, then more.
         shares: of the columns, by which each row is fitted at last, one after the other.
+        most_factors: for each element of a matrix. To fit more takes many times as long as to code it, and
+            saves little: adapters have far fewer, what full fine-tunes gain may have more.
     """
 
     first: int
     stages: tuple[tuple[int, int], ...]
     shares: tuple[float, ...]
+    most_factors: float
 
 
 EFFORTS: dict[Effort, Schedule] = {
-    "fast": Schedule(128, ((512, 3),), (0.25, 1.0)),
-    "default": Schedule(256, ((512, 3), (2048, 2)), (0.25, 0.5, 1.0, 1.0)),
-    "max": Schedule(256, ((512, 4), (4096, 12)), (0.25, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0)),
+    "fast": Schedule(128, ((512, 3),), (0.25, 1.0), 0.25),
+    "default": Schedule(256, ((512, 3), (2048, 2)), (0.25, 0.5, 1.0, 1.0), 0.25),
+    "max": Schedule(256, ((512, 4), (4096, 12)), (0.25, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0), 1.0),
 }
 
 
@@ -174,7 +177,7 @@ def _find_product(matrix: _Matrix, effort: Schedule) -> tuple[CodedPart, float] 
         return None
     right, has_gains = guess
     elements, factors = matrix.rows * matrix.columns, right.shape[1] * (matrix.rows + matrix.columns)
-    if factors > min(elements, MOST_FACTORS * elements // matrix.numel):
+    if factors > min(effort.most_factors * elements, MOST_FACTORS * elements // matrix.numel):
         return None
     sample = matrix.spread(_rows_of_sample(matrix, effort, right.shape[1]))
     if has_gains:
