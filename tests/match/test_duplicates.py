@@ -350,8 +350,8 @@ def spread(hub: HubServer, tmp_path: Path) -> tuple[HubServer, Path]:
 def test_apply_downloads_what_the_plan_says(
     spread: tuple[HubServer, Path], tmp_path: Path, missing: list[str], published: bool, threads: int
 ) -> None:
-    """Payload and base of a tensor come once for each of its duplicates that is rebuilt. Where several threads
-    rebuild shards at once, what one of them reads out of turn may be fetched again."""
+    """Payload and base of a tensor come once for each of its duplicates that is rebuilt. Where several
+    threads rebuild shards at once, what one of them reads out of turn may be fetched again."""
     hub, target = spread
     for repo in hub.repos.values():
         repo.lfs_metadata = published
