@@ -10,7 +10,7 @@ import pytest
 from deltaweights.codec import encode_chunk
 from deltaweights.codec.low_rank import EFFORTS, Effort, LowRank, find_low_rank
 from deltaweights.codec.low_rank.prediction import NO_GAINS
-from deltaweights.codec.low_rank.writing import code_part
+from deltaweights.codec.low_rank.writing import code_part, joined
 
 from .pairs import Bytes, to_bits, values_of
 
@@ -142,6 +142,21 @@ def test_only_the_most_effort_fits_many_components() -> None:
     base, target = merge(256, 256, 40, "BF16", 2e-3)
     assert found(base, target, (256, 256), "BF16", "default") is None
     assert found(base, target, (256, 256), "BF16", "max") is not None
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_factors_of_any_strengths_are_read_back(seed: int) -> None:
+    """Of many components, some of which have next to none: few numbers in many contexts."""
+    rng = np.random.default_rng(seed)
+    rank, rows, columns = int(rng.integers(17, 41)), 96, 160
+    strengths = np.exp(rng.uniform(-1, 6, rank)) * (rng.random(rank) > 0.3)
+    left, right = (
+        np.clip(np.rint(rng.standard_normal((side, rank)) * strengths), -2000, 2000).astype(np.int64)
+        for side in (rows, columns)
+    )
+    data = joined(columns, [code_part(left, right, 10)], rounded=False)
+    prediction = LowRank.parse(data, "BF16", rows * columns)
+    assert prediction.rank == rank
 
 
 def test_factors_that_take_less_than_a_bit_are_not_written() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..compiled import runs
+from ..constants import TWEAK
 from ..methods.entropy import encode_list, family, run_space, written
 from ..tables import DIRECT_BITS
 from .prediction import HEAD, KIND, MOST_CONTEXTS, NO_GAINS, ROUNDED, PartHead
@@ -83,7 +84,8 @@ def _shortest_run(numbers: Integers) -> tuple[bytes, int]:
         here = np.ascontiguousarray(np.broadcast_to(of_each, numbers.shape)).reshape(-1)
         space, members = run_space(len(values), contexts), np.zeros(contexts, np.int64)
         end = runs.encode_run(here, values, members, family(), DIRECT_BITS, 32, 0, np.inf, space, 0)
-        found.append((written(space, end), contexts))
+        if space.found[TWEAK] == 0:  # readers of factors expect member 0 of the family; one context has it
+            found.append((written(space, end), contexts))
     return min(found, key=lambda one: len(one[0]))
 
 
