@@ -199,8 +199,9 @@ class Window:
         for request in schedule.requests:
             if heir := _heir(request.path, request.unread, heirs):
                 heir.requests.append(request)
-            else:
+            elif request.unread:
                 self._drop(request)
+            # Else another schedule's reader waits for all that is left of it, and frees it.
         for run in schedule.runs:
             if heir := _heir(run.path, run.spans, heirs):
                 heir.runs.append(run)

@@ -228,7 +228,7 @@ def test_a_reader_far_ahead_of_the_others_is_served() -> None:
         assert is_right(source, Span("a", 36_000, 40_000))
 
 
-def test_what_another_reader_announced_and_dropped_is_fetched_anew() -> None:
+def test_what_another_reader_announced_comes_though_that_one_left() -> None:
     gate = threading.Event()
     remote = Remote(gate)
     source = window(remote)
@@ -239,6 +239,7 @@ def test_what_another_reader_announced_and_dropped_is_fetched_anew() -> None:
         gate.set()
         assert reader.result(PATIENCE)
     until(lambda: source.held == 0)
+    assert remote.fetched == [Span("a", 0, 1000)]
 
 
 def test_many_readers_share_the_window_in_shorter_requests() -> None:

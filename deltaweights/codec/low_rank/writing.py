@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from ..compiled import runs
 from ..constants import TWEAK
+from ..kernel_arrays import RunSpace
 from ..methods.entropy import encode_list, family, run_space, written
-from ..tables import DIRECT_BITS
+from ..tables import DIRECT_BITS, PRECISION
 from .prediction import HEAD, KIND, MOST_CONTEXTS, NO_GAINS, ROUNDED, PartHead
 
 __all__ = ["CodedPart", "code_part", "joined", "nothing_for"]
@@ -84,9 +85,17 @@ def _shortest_run(numbers: Integers) -> tuple[bytes, int]:
         here = np.ascontiguousarray(np.broadcast_to(of_each, numbers.shape)).reshape(-1)
         space, members = run_space(len(values), contexts), np.zeros(contexts, np.int64)
         end = runs.encode_run(here, values, members, family(), DIRECT_BITS, 32, 0, np.inf, space, 0)
-        if space.found[TWEAK] == 0:  # readers of factors expect member 0 of the family; one context has it
+        if _is_readable(space, contexts):
             found.append((written(space, end), contexts))
     return min(found, key=lambda one: len(one[0]))
+
+
+def _is_readable(space: RunSpace, contexts: int) -> bool:
+    """Whether the run that was written has no table of another member of the family than member 0, which is
+    what readers of factors expect. A run of one context never has one."""
+    choice = PRECISION - 8 - (int(space.head[0]) & 7)
+    is_explicit = space.explicit[choice * contexts : (choice + 1) * contexts]
+    return bool(space.found[TWEAK] == 0 or is_explicit.all())
 
 
 def _zigzag(numbers: Integers) -> NDArray[np.uint32]:
