@@ -65,7 +65,9 @@ def _status(match: Match, written: WrittenPayload | None) -> Status:
     if match.like or match.base is None:
         return "duplicate" if match.like else "added"
     if isinstance(match.base, Gathered):
-        return "rearranged"
+        return (
+            "rearranged" if match.shared_bytes else "added"
+        )  # else of a dtype that it cannot be coded against
     if match.base.info.shape != match.target.info.shape:
         return "resized"
     if match.base.info.name != match.target.info.name:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import Checkpoint, Group, Tensor
+from ..codec import QUANTIZED
 from .layouts import Run, View, row_width
 from .vectors import CLOSE, MIN_WIDTH, SAMPLE, Samples, Vector, are_close, can_be_read, distances, dtype_class
 
@@ -122,6 +123,12 @@ class Candidates:
         self._borders: dict[tuple[str, str], dict[Place, None]] = {}
         self._steps: dict[Tensor, dict[int, None]] = {}
 
+    def _class_of(self, target: Tensor) -> str:
+        """The class of base tensors that a target tensor may be made of: a quantized one is made of floats,
+        unless the base is quantized itself."""
+        own = dtype_class(target)
+        return "" if own not in self._tensors and own in QUANTIZED else own
+
     def learn(self, groups: Sequence[Group]) -> None:
         """Where the first parts of these groups end, others may begin, and repeat themselves as these do."""
         for part in groups[0].parts[:_MAX_LEARNT]:
@@ -138,7 +145,7 @@ class Candidates:
 
     def find(self, view: View, sample: NDArray[np.float32], fits: Callable[[Place], bool]) -> Place | None:
         """The place that fits whose elements look most like the sample, which is the beginning of a row."""
-        kind, layer = dtype_class(view.tensor), layer_of(view.tensor.name)
+        kind, layer = self._class_of(view.tensor), layer_of(view.tensor.name)
         borders = [place for place in self._borders.get((kind, layer), ()) if fits(place)]
         if place := resembling(borders, self._samples, sample):
             return place
@@ -166,7 +173,7 @@ class Candidates:
     def _places_near(self, view: View) -> Iterator[Place]:
         """Places in tensors of the same layer, those with the most similar names first."""
         name = view.tensor.name
-        tensors = self._by_layer.get((dtype_class(view.tensor), layer_of(name)), [])
+        tensors = self._by_layer.get((self._class_of(view.tensor), layer_of(name)), [])
         self._samples.spend(len(tensors) / _NAMES_PER_READ)
         tensors = sorted(tensors, key=lambda t: -_common_prefix(t.name, name))
         found = 0

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from ..checkpoint import Checkpoint, Gathered, Group, GroupPart, HeldExtents, Tensor
+from ..codec import QUANTIZED
 from .candidates import NUMBER, Candidates, fold
 from .layouts import groups_of, leading, views_of, whole_rows
 from .runs import solve
@@ -66,8 +67,10 @@ def find_parts(
     """
     if base.source.is_remote or target.source.is_remote:
         return {}
-    finder = _Finder(base, target, used, held)
     usable = [tensor for tensor in wanted if can_be_read(tensor)]
+    quantized = {tensor.dtype for tensor in usable}.intersection(QUANTIZED)
+    normalizes = bool(quantized.difference(tensor.dtype for tensor in base.tensors))
+    finder = _Finder(base, target, used, held, Samples(normalizes=normalizes))
     # Biases come last: they follow their weights.
     for tensor in sorted(usable, key=lambda t: (_is_bias(t.name), -t.info.numel)):
         finder.look_for(tensor)
@@ -85,13 +88,18 @@ class _Known:
 
 class _Finder:
     def __init__(
-        self, base: Checkpoint, target: Checkpoint, used: Collection[Tensor], held: HeldExtents
+        self,
+        base: Checkpoint,
+        target: Checkpoint,
+        used: Collection[Tensor],
+        held: HeldExtents,
+        samples: Samples,
     ) -> None:
         self.found: dict[Tensor, Gathered] = {}
         self._base = base
         self._target = target
         self._held = held
-        self._samples = Samples()
+        self._samples = samples
         self._used = used
         self._candidates: Candidates | None = None
         self._known: dict[object, list[_Known]] = {}

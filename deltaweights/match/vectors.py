@@ -53,10 +53,13 @@ class Samples:
     Attributes:
         cost: what was spent.
         limit: where reading ends, with :class:`OutOfBudgetError`.
+        normalizes: whether samples are divided by their mean size, so that quantized weights resemble those
+            that they were made from, whatever their scales.
     """
 
     cost: float = 0
     limit: float = np.inf
+    normalizes: bool = False
 
     def spend(self, cost: float) -> None:
         """Count other work of that cost."""
@@ -76,7 +79,11 @@ class Samples:
         data = np.empty((len(vectors), vectors[0].count * itemsize), np.uint8)
         for row, vector in zip(data, vectors, strict=True):
             self._read_into(vector, itemsize, row)
-        return numbers(data.reshape(-1), dtype).reshape(len(vectors), -1)
+        found = numbers(data.reshape(-1), dtype).reshape(len(vectors), -1)
+        if self.normalizes:
+            sizes = np.abs(found).mean(axis=1, keepdims=True)
+            found = np.divide(found, sizes, out=np.zeros_like(found), where=sizes > 0)
+        return found
 
     def alike(self, one: Vector, other: Vector) -> bool:
         """Whether two vectors of a length hold the same weights, perhaps trained further."""

@@ -115,3 +115,42 @@ def test_what_the_base_does_not_predict_is_left_alone(tmp_path: Path) -> None:
     assert not any(entry.prediction for entry in manifest.tensors)
     apply_delta(tmp_path / "delta", tmp_path / "out", base=tmp_path / "base")
     assert contents(tmp_path / "out") == contents(tmp_path / "target")
+
+
+@pytest.mark.parametrize("way", [by_tensor, by_row, by_block, by_absmax])
+def test_a_copy_of_fused_tensors_takes_little(
+    way: Callable[[Floats], tuple[str, Floats, Array]], tmp_path: Path
+) -> None:
+    """Its parts are found though its scales are others."""
+    base, target = {}, {}
+    for layer in range(2):
+        parts = [held(weights((rows, COLUMNS), 10 * layer + k)) for k, rows in enumerate((128, 64, 64))]
+        dtype, divided, scales = way(np.concatenate(parts))
+        for name, part in zip("qkv", parts, strict=True):
+            base[f"layers.{layer}.{name}.weight"] = bf16(part)
+        data = quantize(divided.astype(np.float32), dtype).tobytes()
+        target[f"layers.{layer}.qkv.weight"] = Array(dtype, (ROWS, COLUMNS), data)
+        target[f"layers.{layer}.qkv.weight_scale"] = scales
+    write_safetensors(tmp_path / "base" / "m.safetensors", base)
+    write_safetensors(tmp_path / "target" / "m.safetensors", target)
+    manifest = make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta")
+    fused = [entry for entry in manifest.tensors if entry.name.endswith("qkv.weight")]
+    assert [entry.status for entry in fused] == ["rearranged", "rearranged"]
+    assert all(entry.prediction and entry.payload_bytes < ROWS * COLUMNS // 20 for entry in fused)
+    apply_delta(tmp_path / "delta", tmp_path / "out", base=tmp_path / "base")
+    assert contents(tmp_path / "out") == contents(tmp_path / "target")
+
+
+def test_a_copy_of_what_was_trained_far_from_fused_tensors_comes_back(tmp_path: Path) -> None:
+    """Its parts are found, but the base does not predict it: it is coded by itself."""
+    parts = [held(weights((128, COLUMNS), k)) for k in range(2)]
+    dtype, divided, scales = by_row(np.concatenate(parts) + weights((ROWS, COLUMNS), 9, 4e-3))
+    data = quantize(divided.astype(np.float32), dtype).tobytes()
+    target = {"ab.weight": Array(dtype, (ROWS, COLUMNS), data), "ab.weight_scale": scales}
+    write_safetensors(
+        tmp_path / "base" / "m.safetensors", {"a.weight": bf16(parts[0]), "b.weight": bf16(parts[1])}
+    )
+    write_safetensors(tmp_path / "target" / "m.safetensors", target)
+    make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta")
+    apply_delta(tmp_path / "delta", tmp_path / "out", base=tmp_path / "base")
+    assert contents(tmp_path / "out") == contents(tmp_path / "target")
