@@ -40,7 +40,7 @@ from .options import (
     rename_rules,
 )
 from .session import Work, in_flags, settle_license, working
-from .streams import open_streams, show_error, stdout_failed
+from .streams import leave_stderr, open_streams, show_error, stdout_failed
 from .usage import Commands, UsageError
 
 if TYPE_CHECKING:
@@ -513,3 +513,5 @@ def main() -> None:
             raise
         stdout_failed(error)
         sys.exit(1)
+    finally:
+        leave_stderr()

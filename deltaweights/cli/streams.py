@@ -46,6 +46,14 @@ def stdout_failed(error: OSError) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
+def leave_stderr() -> None:
+    """Leave nothing on stderr for Python to write at the end: what cannot be written is no failure."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 def report(fields: Mapping[str, object], lines: Iterable[str], *, as_json: bool, quiet: bool = False) -> None:
     """What a command found or did: one JSON object, or lines of text, or nothing."""
     if as_json:
