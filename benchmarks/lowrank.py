@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 
 from deltaweights import make_delta
 from deltaweights.codec import decode_chunk, encode_chunk
-from deltaweights.codec.low_rank import Effort, LowRank, find_low_rank
+from deltaweights.codec.low_rank import Effort, LowRank
+from deltaweights.codec.low_rank.search import find_low_rank
 
 Words = NDArray[np.uint16]
 Bytes = NDArray[np.uint8]

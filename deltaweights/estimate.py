@@ -28,6 +28,7 @@ from .delta.shards import shard_header, shard_metadata
 from .delta.writer import compression_level, most_compressed
 from .entries import STATUSES, Status, TensorEntry
 from .inputs import CheckpointFacts, facts_of, match_inputs, open_base, open_target
+from .inspect import shared_elements
 from .license import rules
 from .manifest import BaseRecord, FileRecord, Manifest, TargetFile, TargetRecord, Tool
 from .match.duplicates import find_duplicates
@@ -218,7 +219,7 @@ def _by_kind(
         some = [entries[number] for number in numbers]
         delta_bytes = sum(entry.payload_bytes for entry in some)
         low, high = _range(delta_bytes, sum(payloads[number].error for number in numbers))
-        elements = sum(_elements(entry) for entry in some)
+        elements = sum(map(shared_elements, some))
         found.append(
             EstimatedTensors(
                 name=name if len(some) > 1 else some[0].name,
@@ -234,11 +235,6 @@ def _by_kind(
             )
         )
     return tuple(sorted(found, key=lambda one: (-one.delta_bytes, one.name)))
-
-
-def _elements(entry: TensorEntry) -> int:
-    """How many of a tensor's elements have a base."""
-    return entry.shared_bytes // codec.element_bytes(entry.dtype, entry.shared_bytes)
 
 
 # What is small, and other files --------------------------------------------------------------------------

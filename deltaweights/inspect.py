@@ -196,7 +196,12 @@ def _kind(path: str) -> str:
     return next((kind for pattern, kind in _KINDS if pattern.match(path.lower())), "other files")
 
 
+def shared_elements(entry: TensorEntry) -> int:
+    """How many of a tensor's elements have a base."""
+    return entry.shared_bytes // codec.element_bytes(entry.dtype, entry.shared_bytes)
+
+
 def _summary_of(entry: TensorEntry) -> TensorSummary:
-    elements = entry.shared_bytes // codec.element_bytes(entry.dtype, entry.shared_bytes)
+    elements = shared_elements(entry)
     own = {field.name: getattr(entry, field.name) for field in fields(entry)}
     return TensorSummary(**own, changed_fraction=entry.changed / elements if elements else None)

@@ -6,7 +6,7 @@ in one call. What a payload is, of which chunks are the parts, :mod:`deltaweight
 """
 
 from .convert import convert, is_convertible, rescale
-from .low_rank import Effort, LowRank, find_low_rank
+from .low_rank import Effort, LowRank
 from .methods.chunk import (
     MAX_CHUNK,
     STANDALONE,
@@ -45,7 +45,6 @@ __all__ = [
     "decompress_blocks",
     "element_bytes",
     "encode_chunk",
-    "find_low_rank",
     "is_convertible",
     "low_rank_predictor",
     "parse_prediction",

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import Gathered
-from ..codec import Effort, LowRank, find_low_rank, low_rank_predictor, seal_prediction
+from ..codec import Effort, LowRank, low_rank_predictor, seal_prediction
+from ..codec.low_rank.search import find_low_rank
 from ..errors import PayloadError
 from .names import FoundPrediction, Match
 
@@ -36,7 +37,7 @@ def with_low_rank(match: Match, effort: Effort) -> Match:
     Reads both tensors several times, unless a small sample shows that there is nothing to find.
 
     Args:
-        effort: as for :func:`deltaweights.codec.find_low_rank`.
+        effort: as for :func:`deltaweights.codec.low_rank.search.find_low_rank`.
     """
     if not _may_have_low_rank(match):
         return match

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from deltaweights.codec import encode_chunk
-from deltaweights.codec.low_rank import EFFORTS, Effort, LowRank, find_low_rank
+from deltaweights.codec.low_rank import EFFORTS, Effort, LowRank
 from deltaweights.codec.low_rank.prediction import NO_GAINS
+from deltaweights.codec.low_rank.search import find_low_rank
 from deltaweights.codec.low_rank.writing import code_part, joined
 
 from .pairs import Bytes, to_bits, values_of

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +19,12 @@ from ..constants import FACTOR_BITS, MOST_RANK, WIDE_FACTOR_BITS
 from ..kernel_arrays import Floats
 from ..methods.chunk import encode_chunk
 from .blas import one_blas_thread
+from .efforts import EFFORTS, Effort, Schedule
 from .fit import GAIN_SHIFT, GAIN_STEPS, Factor, Fitter, Form, Rows, balanced, least_squares, strengths
 from .prediction import EXPONENTS, ITEMSIZES, MOST_FACTORS, LowRankPart
 from .writing import CodedPart, code_part, joined, nothing_for
 
-__all__ = ["EFFORTS", "Effort", "find_low_rank"]
-
-#: How long to fit.
-Effort = Literal["fast", "default", "max"]
+__all__ = ["find_low_rank"]
 
 Bytes = NDArray[np.uint8]
 Integers = NDArray[np.int64]
@@ -50,30 +48,6 @@ _GAP = 3.0  # between the strengths of two components in a row, where the rest m
 _FACTOR_BITS, _ULP_BITS = 9, 7  # what a factor costs, and a weight that is not predicted, about
 _COARSER = 3  # how many grids are tried, each coarser than the one before, if factors do not fit
 _WORTH = 0.97  # of what the tensor would take otherwise
-
-
-class Schedule(NamedTuple):
-    """How long to fit.
-
-    Attributes:
-        first: rows of which the spectrum is taken; twice as many while they have too many components.
-        stages: (rows of a sample, how often both factors are fitted in it): first few rows, then more.
-        shares: of the columns, by which each row is fitted at last, one after the other.
-        most_factors: for each element of a matrix. To fit more takes many times as long as to code it, and
-            saves little: adapters have far fewer, what full fine-tunes gain may have more.
-    """
-
-    first: int
-    stages: tuple[tuple[int, int], ...]
-    shares: tuple[float, ...]
-    most_factors: float
-
-
-EFFORTS: dict[Effort, Schedule] = {
-    "fast": Schedule(128, ((512, 3),), (0.25, 1.0), 0.25),
-    "default": Schedule(256, ((512, 3), (2048, 2)), (0.25, 0.5, 1.0, 1.0), 0.25),
-    "max": Schedule(256, ((512, 4), (4096, 12)), (0.25, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0), 1.0),
-}
 
 
 @dataclass
