@@ -234,7 +234,10 @@ def slowdown(folder: Path, states: tuple[State, State], repeats: int) -> dict[st
         follower = Follower(stream, states[0], threads=1)
         publisher.publish(1, states[1])
         follower.prepare()
-        actions = {"prepare, 1 thread": follower.prepare, "load": partial(load, file, follower.model)}
+        actions: dict[str, Callable[[], object]] = {
+            "prepare, 1 thread": follower.prepare,
+            "load": partial(load, file, follower.model),
+        }
         generation = Generation()
         try:
             for _ in range(2 * repeats):

@@ -131,7 +131,8 @@ def test_the_model_is_not_written_to_at_any_time(tmp_path: Path, monkeypatch: py
     stream = streamed(tmp_path, model, steps=1)
     train(engine.embed, 7, share=0.9)  # so that an anchor leads on: dense chunks
     for each in (engine, Net()):
-        before, checksum, looks = bits(each), codec.checksum, []
+        looks: list[dict[str, bytes]] = []
+        before, checksum = bits(each), codec.checksum
 
         def watched(data: Any, each: nn.Module = each, real: Any = checksum, looks: Any = looks) -> int:
             looks.append(bits(each))
@@ -217,7 +218,8 @@ def test_a_commit_that_fails_can_be_made_again(tmp_path: Path, monkeypatch: pyte
     model = Net()
     stream = streamed(tmp_path, model, anchor_every=1)
     for again in (True, False):
-        engine, subscriber, calls = Net(), DeltaSubscriber(stream, threads=1), []
+        calls: list[str] = []
+        engine, subscriber = Net(), DeltaSubscriber(stream, threads=1)
         prepared, put = subscriber.prepare(engine), StateTensor.put
 
         def failing(self: StateTensor, *arguments: Any, real: Any = put, calls: Any = calls) -> None:
