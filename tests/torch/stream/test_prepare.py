@@ -190,6 +190,31 @@ def test_tensors_that_are_not_in_row_major_order_are_written(tmp_path: Path) -> 
     assert torch.equal(engine["strided"], state["strided"])
 
 
+@pytest.mark.parametrize("is_inference", [False, True])
+def test_tensors_elsewhere_and_of_inference_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_inference: bool
+) -> None:
+    """As on other devices, where places and values are uploaded; from threads that know of no inference."""
+    monkeypatch.setattr(StateTensor, "is_on_cpu", False)
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, 0x7F00, 3 * CHUNK_BYTES // 2, np.uint16)  # three chunks
+    model = {"w": bf16(words), "t": torch.arange(60.0)}
+    with torch.inference_mode(is_inference):
+        engine = {"w": model["w"].clone(), "t": model["t"].view(6, 10).t().contiguous().t()}
+    model["t"] = model["t"].view(6, 10)
+    with DeltaPublisher(tmp_path / "s", model) as publisher:
+        subscriber = DeltaSubscriber(tmp_path / "s")
+        for step in (1, 2):
+            words[:CHUNK_BYTES][rng.choice(CHUNK_BYTES, 100)] ^= 1
+            words[CHUNK_BYTES:] ^= rng.integers(0, 4, CHUNK_BYTES // 2, np.uint16)  # the third one whole
+            model["t"] += 1
+            publisher.publish(step, model)
+            subscriber.prepare(engine).commit()
+            assert torch.equal(engine["w"].view(torch.int16), model["w"].view(torch.int16))
+            assert torch.equal(engine["t"], model["t"])
+            assert engine["t"].stride() == (1, 6)
+
+
 # All or nothing ----------------------------------------------------------------------------------------
 
 
@@ -284,8 +309,9 @@ def test_a_prepared_is_committed_once_and_before_any_other(tmp_path: Path) -> No
     with pytest.raises(DeltaWeightsError, match="was released"):
         list(second.changes())
     assert bits(engine) == bits(model)
-    with subscriber.prepare(engine) as nothing:
+    with subscriber.prepare(engine) as nothing, subscriber.prepare(engine) as nothing_either:
         assert not list(nothing.changes())
+        assert nothing_either.commit().step == 2
         assert (nothing.nbytes, nothing.updates, nothing.commit().step) == (0, 0, 2)
 
 

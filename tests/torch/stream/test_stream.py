@@ -34,6 +34,7 @@ from deltaweights import (
     DeltaError,
     DeltaWeightsError,
     HubError,
+    NotPublishedError,
     OutputError,
     codec,
     payload,
@@ -104,6 +105,25 @@ def test_missed_steps_are_caught_up_and_late_ones_join_through_an_anchor(place: 
     report = DeltaSubscriber(place).sync(late)
     assert (report.updates, report.from_anchor) == (2, True)
     assert bits(engine) == bits(late) == bits(model)
+
+
+def test_a_step_can_be_prepared_and_committed(place: str) -> None:
+    model, engine = Net(), Net()
+    states = {}
+    with DeltaPublisher(place, model) as publisher:
+        for step in (1, 2, 4):
+            train(model, step)
+            publisher.publish(step, model)
+            states[step] = bits(model)
+    subscriber = DeltaSubscriber(place)
+    assert subscriber.newest().step == 4
+    for step in (2, 4):
+        with subscriber.prepare(engine, step=step) as prepared:
+            assert bits(engine) != states[step]
+            assert prepared.commit().step == step
+        assert bits(engine) == states[step]
+    with pytest.raises(NotPublishedError, match="Step 5"):
+        subscriber.prepare(engine, step=5)
 
 
 def test_a_stream_goes_on_where_its_publisher_ended(place: str) -> None:
