@@ -131,8 +131,8 @@ RANKS: dict[str, tuple[str, ...]] = {
         "location",
         "__init__",
     ),
-    "torch": ("tensors wholeness wrappers", "dcp models stream", "__init__"),
-    "torch/dcp": ("boxes", "record", "base", "folder write", "storage", "__init__"),
+    "torch": ("boxes tensors wholeness wrappers", "dcp models stream", "__init__"),
+    "torch/dcp": ("record", "base", "folder write", "storage", "__init__"),
     "torch/models": (
         "memory pretrained training_state",
         "conversion layout",
