@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .models.load import load_state_dict as load_state_dict
     from .models.load import write_files as write_files
     from .models.save import save_delta as save_delta
+    from .stream.pieces import Part as Part
     from .stream.publisher import DeltaPublisher as DeltaPublisher
     from .stream.publisher import PublishReport as PublishReport
     from .stream.subscriber import DeltaSubscriber as DeltaSubscriber

@@ -122,6 +122,20 @@ def state_of(state: State) -> dict[str, StateTensor]:
         raise CheckpointError("The state has no tensors", "", "Pass a model or its state_dict().")
     found = {name: StateTensor(name, tensor) for name, tensor in tensors.items()}
     settle(tensors.values())
+    require_apart(tensors, found)
+    return found
+
+
+def require_apart(tensors: Mapping[str, Tensor], found: Mapping[str, StateTensor]) -> None:
+    """Refuse tensors that have some of their bytes in common, and not all.
+
+    Args:
+        tensors: by name, or by any other key.
+        found: the same as bytes.
+
+    Raises:
+        CheckpointError: there are some.
+    """
     # Tensors that are not contiguous may interleave without sharing a byte.
     for names in sharing({name: tensor for name, tensor in tensors.items() if tensor.is_contiguous()}):
         if len({found[name].identity for name in names}) > 1:
@@ -130,7 +144,6 @@ def state_of(state: State) -> dict[str, StateTensor]:
                 f"Some of {names} share a part of their bytes.",
                 "Pass the one that holds all the bytes, or clone those that should be independent.",
             )
-    return found
 
 
 def owners(state: Mapping[str, StateTensor]) -> dict[str, str]:

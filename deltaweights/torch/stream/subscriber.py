@@ -21,7 +21,6 @@ from .records import (
     MAX_RECORD_BYTES,
     StateRecord,
     StateReference,
-    StreamFile,
     StreamTensor,
     read_head,
     read_record,
@@ -243,7 +242,7 @@ class DeltaSubscriber:
             folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="deltaweights-")))
             steps = []
             for record, kind in way:
-                file = self._transport.fetch(record.payload_name(kind), _payload(record, kind), folder)
+                file = self._transport.fetch(*next(iter(record.files(kind).items())), folder)
                 opened.callback(file.close)
                 steps.append(StreamStep(record, file, kind == "anchor"))
             replay = Replay(state, steps, known.tensors)
@@ -263,14 +262,8 @@ def _without_tied(state: Mapping[str, StateTensor], names: Set[str]) -> Mapping[
     return {n: tensor for n, tensor in state.items() if n in names or tensor.identity not in named}
 
 
-def _payload(record: StateRecord, kind: Literal["update", "anchor"]) -> StreamFile:
-    file = record.update if kind == "update" else record.anchor
-    assert file is not None
-    return file
-
-
 def _nbytes(way: _Way) -> int:
-    return sum(_payload(record, kind).size for record, kind in way)
+    return sum(record.nbytes(kind) for record, kind in way)
 
 
 def _marks(state: Mapping[str, StateTensor]) -> object:
