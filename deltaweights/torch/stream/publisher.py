@@ -217,8 +217,8 @@ class DeltaPublisher:
             pieces = self._pieces(state)
             self._require_layout(self._offers, pieces.offers)
             told.say((step, anchor))
-        follows, self._is_current = self._is_current, False  # until this is done, the kept bytes are a mix
-        attempt = self._ranks.first(lambda: self._decide(told.heard, follows))
+        attempt = self._ranks.first(lambda: self._decide(told.heard))
+        self._is_current = False  # until this is done, the kept bytes are a mix
         report = self._publish(step, self._own(pieces), attempt)
         self._is_current = True
         return report
@@ -251,7 +251,7 @@ class DeltaPublisher:
         """The record's entries for the kept state, from the checksums of every rank's pieces."""
         return self._division.tensors({name: one for own in sums for name, one in own.items()})
 
-    def _decide(self, asked: Sequence[tuple[int, bool | None]], follows: bool) -> _Attempt:
+    def _decide(self, asked: Sequence[tuple[int, bool | None]]) -> _Attempt:
         """On rank 0: what kind of files to write."""
         if len(set(asked)) > 1:
             raise OutputError(
@@ -259,13 +259,13 @@ class DeltaPublisher:
                 f"They passed {sorted({step for step, _ in asked})}, or differ in `anchor`.",
                 "Call publish on every rank with the same step.",
             )
-        if not follows:
+        if not self._is_current:
             self._settle()
         anchor = asked[0][1]
         if anchor is None:
             since = self._number + 1 - (self._anchors[-1].number if self._anchors else 0)
             anchor = self._anchor_every is not None and since >= self._anchor_every
-        return self._attempt(has_update=follows, has_anchor=anchor or not follows)
+        return self._attempt(has_update=self._is_current, has_anchor=anchor or not self._is_current)
 
     def _attempt(self, *, has_update: bool, has_anchor: bool) -> _Attempt:
         """On rank 0: an attempt to publish, with a number of its own."""
