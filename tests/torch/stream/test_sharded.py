@@ -288,6 +288,9 @@ def test_a_version_that_comes_later_is_refused(stream: Path) -> None:
 # One process ------------------------------------------------------------------------------------------
 
 
+Pieces = dict[str, Tensor | list[Part]]
+
+
 def cut(name: str, tensor: Tensor, rows: int, columns: int) -> list[Part]:
     """A matrix in so many parts."""
     parts = []
@@ -306,14 +309,16 @@ def test_changes_are_in_the_coordinates_of_the_whole_tensor(tmp_path: Path, is_t
     model = {"w": whole.clone(), "b": torch.zeros(3)}
     if is_transposed:
         model["w"] = whole.T.contiguous().T
-    with DeltaPublisher(tmp_path, {"w": cut("w", whole, 2, 3), "b": model["b"]}) as publisher:
+    base: Pieces = {"w": cut("w", whole, 2, 3), "b": model["b"]}
+    with DeltaPublisher(tmp_path, base) as publisher:
         subscriber = DeltaSubscriber(tmp_path)
         assert subscriber.sync(model).updates == 0  # it is recognized
         for step, share in ((1, 0.01), (2, 0.9)):
             moved = torch.rand(whole.shape, generator=torch.Generator().manual_seed(step)) < share
             whole[moved] *= 2
             whole[700, 1400], whole[3, 5] = float("nan"), -0.0
-            publisher.publish(step, {"w": cut("w", whole, 2, 3), "b": model["b"]})
+            base["w"] = cut("w", whole, 2, 3)
+            publisher.publish(step, base)
             before = model["w"].clone()
             with subscriber.prepare(model) as prepared:
                 (change,) = prepared.changes()
@@ -376,8 +381,9 @@ def test_whole_tensors_are_published_as_before(tmp_path: Path) -> None:
 
 def test_names_that_look_like_parts_are_refused(tmp_path: Path) -> None:
     tensor = torch.zeros(4, 2)
+    odd: Pieces = {"w": cut("w", tensor, 2, 1), "w@2,0": torch.ones(1)}
     with pytest.raises(CheckpointError, match="cannot be told apart"):
-        DeltaPublisher(tmp_path, {"w": cut("w", tensor, 2, 1), "w@2,0": torch.ones(1)})
+        DeltaPublisher(tmp_path, odd)
     with pytest.raises(CheckpointError, match="is there twice"):
         DeltaPublisher(tmp_path, cut("w", tensor, 2, 1) * 2)
     assert not any(tmp_path.iterdir())
