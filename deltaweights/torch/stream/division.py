@@ -186,7 +186,7 @@ def _require_names(division: Division, names: Iterable[str]) -> None:
     if len(set(keys)) < len(keys):
         odd = [name for name in names if "@" in name]
         raise CheckpointError(
-            "Tensors cannot be told apart", f"{some(odd)} look like parts of others.", "Rename them."
+            "Parts of tensors cannot be told apart", f"{some(odd)} look like parts of others.", "Rename them."
         )
     if len(division._files) > MOST_FILES:
         raise CheckpointError("Too many ranks write", f"There are {len(division._files)}.", "Use fewer.")

@@ -113,7 +113,9 @@ def pieces_of(state: Published, dtype: torch.dtype | None, *, is_alone: bool) ->
     if len(tensors) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise CheckpointError(
-            "A part of a tensor is there twice", f"Two begin at {twice!r}.", "Pass each part once."
+            "Parts of tensors cannot be told apart",
+            f"Two are called {twice!r}.",
+            "Pass each part once, and give tensors no names that look like those of parts.",
         )
     there = {key: read_as(piece.name, piece.tensor, dtype) for key, piece in zip(keys, found, strict=True)}
     settle(tensors.values())

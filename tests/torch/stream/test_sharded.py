@@ -384,7 +384,7 @@ def test_names_that_look_like_parts_are_refused(tmp_path: Path) -> None:
     odd: Pieces = {"w": cut("w", tensor, 2, 1), "w@2,0": torch.ones(1)}
     with pytest.raises(CheckpointError, match="cannot be told apart"):
         DeltaPublisher(tmp_path, odd)
-    with pytest.raises(CheckpointError, match="is there twice"):
+    with pytest.raises(CheckpointError, match="Two are called"):
         DeltaPublisher(tmp_path, cut("w", tensor, 2, 1) * 2)
     assert not any(tmp_path.iterdir())
 
