@@ -99,7 +99,7 @@ def test_frames_are_measured_before_they_take_memory(encoding: DiskEncoding, fra
 
 
 def test_a_frame_that_needs_a_dictionary_is_refused() -> None:
-    samples = [bytes([k]) * 100 + bytes(range(100)) for k in range(100)]
+    samples: list[bytes | bytearray | memoryview] = [bytes([k]) * 100 + bytes(range(100)) for k in range(100)]
     dictionary = zstandard.train_dictionary(1024, samples)
     frame = zstandard.ZstdCompressor(dict_data=dictionary).compress(bytes(40))
     with pytest.raises(PayloadError, match="needs a dictionary"):

@@ -10,7 +10,8 @@ from torch import Tensor
 from ...checkpoint import open_checkpoint
 from ...errors import CheckpointError
 from ...storage import Location
-from ...torch.stream.subscriber import DeltaSubscriber, StreamState
+from ...torch.stream.prepared import StreamState
+from ...torch.stream.subscriber import DeltaSubscriber
 from ...workers import ProgressCallback, Workers
 from .chain import DiskUpdateReport, Version, newest_version
 from .checksums import ChecksumFormat
@@ -79,10 +80,10 @@ def export_stream(
         ValueError: there is no such encoding or checksum.
     """
     subscriber = DeltaSubscriber(location, threads=threads)
-    states = list(subscriber.states())
+    states = subscriber.states()
     newest = newest_version(directory, run_id)
     chosen = _chosen(states, newest, from_step, step, location)
-    if newest and newest.state == chosen[-1].state:
+    if newest and newest.state == chosen[0].state and len(chosen) == 1:
         return ExportReport((), newest.number, chosen[-1].step, 0, 0)
     mirror = _mirror(subscriber, base, threads)
     subscriber.sync(mirror, step=chosen[0].step)
@@ -121,7 +122,8 @@ def _chosen(
     if newest is None:
         start = 0 if from_step is None else _last_of(states, from_step, location)
     elif known := [index for index, state in enumerate(states) if state.state == newest.state]:
-        start = known[-1]
+        same_step = [index for index in known if states[index].step == newest.step]
+        start = (same_step or known)[-1]
     else:  # it was removed from the stream: a full checkpoint of a later one comes next
         later = (
             index for index, state in enumerate(states) if newest.step is None or state.step > newest.step
