@@ -42,6 +42,7 @@ from .options import (
 from .session import Work, in_flags, settle_license, working
 from .streams import leave_stderr, open_streams, show_error, stdout_failed
 from .usage import Commands, UsageError
+from .weight_streams import stream
 
 if TYPE_CHECKING:
     from ..manifest import Manifest
@@ -69,7 +70,9 @@ app = typer.Typer(
 )
 
 #: The panels of the commands in the help.
-_PUBLISH, _USE, _LOOK = "To publish", "To use", "To look into a delta"
+_PUBLISH, _USE, _LOOK, _STREAM = "To publish", "To use", "To look into a delta", "To stream"
+
+app.add_typer(stream, rich_help_panel=_STREAM)
 
 
 @app.callback(invoke_without_command=True)

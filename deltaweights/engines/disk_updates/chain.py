@@ -49,6 +49,12 @@ class Version(NamedTuple):
     step: int | None
 
 
+def require_plain(run_id: str | None) -> None:
+    """Raise :class:`ValueError` if the run's name cannot be that of a folder."""
+    if run_id is not None and not _RUN.fullmatch(run_id):
+        raise ValueError(f"run_id is {run_id!r}; it must be a plain name of a folder")
+
+
 def newest_version(directory: Location, run_id: str | None) -> Version | None:
     """The newest version that is whole, as all before it are; None if there is none. A later one that is not
     is written again.
@@ -56,8 +62,7 @@ def newest_version(directory: Location, run_id: str | None) -> Version | None:
     Raises:
         ValueError: ``run_id`` is no plain name.
     """
-    if run_id is not None and not _RUN.fullmatch(run_id):
-        raise ValueError(f"run_id is {run_id!r}; it must be a plain name of a folder")
+    require_plain(run_id)
     folder = output_path(directory) / (run_id or "")
     newest: Version | None = None
     for version in versions_in(folder):

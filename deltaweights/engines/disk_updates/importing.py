@@ -117,7 +117,7 @@ def _import(
         read += nbytes
         published += report.update_bytes + report.anchor_bytes
         if progress:
-            progress("import", read, max(read, total))
+            progress("import", read, total)
     return ImportReport(tuple(done), version, read, published)
 
 
