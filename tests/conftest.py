@@ -51,7 +51,7 @@ CHUNK_BYTES = 1 << 16
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if MISSING:
         terminalreporter.write_line(
-            f"tests/engines and tests/torch were left out: there is no {', '.join(MISSING)}."
+            f"tests/torch and tests/engines were left out: there is no {', '.join(MISSING)}."
         )
 
 

@@ -27,9 +27,9 @@ import deltaweights.torch
 PACKAGE = Path(deltaweights.__file__).parent
 PUBLIC: list[Any] = [
     deltaweights,
-    *(
-        pytest.param(package, marks=pytest.mark.skipif(not find_spec("torch"), reason="needs torch"))
-        for package in (deltaweights.engines, deltaweights.torch)
+    pytest.param(deltaweights.torch, marks=pytest.mark.skipif(not find_spec("torch"), reason="needs torch")),
+    pytest.param(
+        deltaweights.engines, marks=pytest.mark.skipif(not find_spec("torch"), reason="needs torch")
     ),
 ]
 
@@ -114,7 +114,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "sampling target writer",
         "__init__",
     ),
-    "engines": ("disk_updates", "__init__"),
+    "engines": ("decoding disk_updates placement pointer", "vllm_loader", "vllm", "__init__"),
     "engines/disk_updates": (
         "checksums encodings",
         "layout",

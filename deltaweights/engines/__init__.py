@@ -1,4 +1,5 @@
-"""For inference engines, and the formats that they read. Needs the extra ``torch``."""
+"""For inference engines: base and delta served, weight streams taken, inside their own processes; and the
+folders of updates that some of them read instead."""
 
 from __future__ import annotations
 
@@ -13,5 +14,15 @@ if TYPE_CHECKING:
     from .disk_updates.importing import ImportReport as ImportReport
     from .disk_updates.importing import import_stream as import_stream
     from .disk_updates.writer import DiskUpdateWriter as DiskUpdateWriter
+    from .placement import CheckpointTensor as CheckpointTensor
+    from .placement import Placement as Placement
+    from .placement import Places as Places
+    from .placement import Writes as Writes
+    from .placement import located as located
+    from .placement import places as places
+    from .placement import write_changes as write_changes
+    from .pointer import ServeReport as ServeReport
+    from .pointer import read_pointer as read_pointer
+    from .pointer import serve_folder as serve_folder
 else:
     __getattr__, __dir__, __all__ = _exports.exports(__name__)
