@@ -49,7 +49,7 @@ def test_there_and_back(place: Path) -> None:
     assert again.stdout == f"{out}: version 2 is the newest state, nothing to do\n"
     done = run("import", out, place / "back", "--base", place / "model")
     assert re.match(
-        rf"{place / 'back'}: versions 1 to 2, [\d.]+ KB published of [\d.]+ KB read\nImported ", done.stdout
+        rf"{place / 'back'}: versions 1 to 2, \d+ bytes published of [\d.]+ KB read\nImported ", done.stdout
     )
     again = run("import", out, place / "back", "--base", place / "model")
     assert again.stdout == f"{place / 'back'}: it is at version 2, nothing to do\n"
