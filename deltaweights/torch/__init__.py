@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .models.load import load_state_dict as load_state_dict
     from .models.load import write_files as write_files
     from .models.save import save_delta as save_delta
+    from .stream.pieces import Part as Part
     from .stream.prepared import Change as Change
     from .stream.prepared import Prepared as Prepared
     from .stream.prepared import StreamState as StreamState

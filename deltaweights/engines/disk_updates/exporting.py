@@ -86,7 +86,7 @@ def export_stream(
     if newest and newest.state == chosen[0].state and len(chosen) == 1:
         return ExportReport((), newest.number, chosen[-1].step, 0, 0)
     mirror = _mirror(subscriber, base, threads)
-    subscriber.sync(mirror, step=chosen[0].step)
+    begun = subscriber.sync(mirror, step=chosen[0].step)
     total = sum(tensor.nbytes for tensor in {id(t): t for t in mirror.values()}.values())
     with DiskUpdateWriter(
         directory,
@@ -96,13 +96,14 @@ def export_stream(
         encoding=encoding,
         checksum=checksum,
         run_id=run_id,
+        digest=begun.state,
         threads=threads,
     ) as writer:
         written = [writer.reset] if writer.reset else []
         for number, state in enumerate(chosen[1:], 1):
-            subscriber.sync(mirror, step=state.step)
+            report = subscriber.sync(mirror, step=state.step)
             is_full = full_every is not None and (writer.version + 1) % full_every == 0
-            written.append(writer.publish(state.step, mirror, full=is_full))
+            written.append(writer.publish(state.step, mirror, full=is_full, digest=report.state))
             if progress:
                 progress("export", number * total, (len(chosen) - 1) * total)
     before = newest.number if newest else 0

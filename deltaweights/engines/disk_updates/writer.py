@@ -44,6 +44,8 @@ class DiskUpdateWriter:
         encoding: ``xor`` or ``overwrite``.
         checksum: ``xxh3-128``, ``adler32``, or ``blake3``, which needs the package of that name.
         run_id: for stitch: a folder of this name gets the versions, and the file ``latest`` names the newest.
+        digest: the digest of ``base`` where it is known (:attr:`~deltaweights.torch.SyncReport.state`), by
+            which a writer knows the newest version again; computed if None.
         threads: number of threads; if None, the number of usable cores, at most 8.
 
     Raises:
@@ -63,6 +65,7 @@ class DiskUpdateWriter:
         encoding: DiskEncoding = "xor",
         checksum: ChecksumFormat = "xxh3-128",
         run_id: str | None = None,
+        digest: str | None = None,
         threads: int | None = None,
     ) -> None:
         self._threads = threads
@@ -75,8 +78,7 @@ class DiskUpdateWriter:
                 )
             )
             named = named_as_in(state, self._model)
-            digest = digest_of(state, workers)
-            self.reset = self._begin(named, digest, step, workers)
+            self.reset = self._begin(named, digest or _digest_of(state, workers), step, workers)
             self._layout = _layout(state)
             self._kept = {name: _copy(state[name]) for name in set(owners(state).values())}
             self._is_current = True
@@ -94,7 +96,9 @@ class DiskUpdateWriter:
         """Release the folder for other writers. This one cannot write afterwards."""
         self._opened.close()
 
-    def publish(self, step: int, state: State, *, full: bool = False) -> DiskUpdateReport:
+    def publish(
+        self, step: int, state: State, *, full: bool = False, digest: str | None = None
+    ) -> DiskUpdateReport:
         """Write the state after ``step`` as the next version.
 
         When this returns, readers can take it: its index was written last, and lies on the disk. After an
@@ -104,6 +108,7 @@ class DiskUpdateWriter:
             step: a number chosen by the caller, at least 0.
             state: the model or its ``state_dict()``, with the names, dtypes, shapes and ties of ``base``.
             full: write a full checkpoint, with which late engines can begin; needs ``checkpoint``.
+            digest: the state's digest, where it is known; computed if None.
 
         Raises:
             OutputError: the folder cannot be written to, or a tensor is too large for ``overwrite``.
@@ -117,7 +122,7 @@ class DiskUpdateWriter:
             raise OutputError("The writer was interrupted", "", "Make a new DiskUpdateWriter.")
         named, owner = named_as_in(tensors, self._model), owners(tensors)
         with Workers(self._threads) as workers:
-            digest = digest_of(tensors, workers)
+            digest = digest or _digest_of(tensors, workers)
             if full:
                 report = self._chain.write_checkpoint(digest, step, _reader(named))
             else:
@@ -172,7 +177,7 @@ class DiskUpdateWriter:
         )
 
 
-def digest_of(state: Mapping[str, StateTensor], workers: Workers) -> str:
+def _digest_of(state: Mapping[str, StateTensor], workers: Workers) -> str:
     """The state's digest, as in weight streams."""
     found = digests(state, workers)
     return state_digest(StreamTensor(name, t.code, t.shape, found[name]) for name, t in state.items())

@@ -23,7 +23,7 @@ class HeldChunk:
     """New elements of a tensor.
 
     Attributes:
-        name: the tensor's.
+        name: the tensor's; or, of a part, its payload's.
         start: the byte of the tensor that ``places`` count from.
         places: elements from there (uint32[m], ascending); None: all, one after the other.
         values: their new bits (unsigned[m], as wide as the tensor's elements).

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from ...errors import CheckpointError, NotPublishedError
 from .records import (
     MAX_RECORD_BYTES,
     Head,
+    Kind,
     StateRecord,
     StateReference,
-    StreamFile,
     read_head,
     read_record,
 )
@@ -21,7 +21,7 @@ from .transport import Gone, Transport
 _MOST_BACK = 10_000
 
 #: A way to a state: records, oldest first, and the file to use of each.
-Way: TypeAlias = "list[tuple[StateRecord, Literal['update', 'anchor']]]"
+Way: TypeAlias = list[tuple[StateRecord, Kind]]
 
 
 class History:
@@ -143,13 +143,6 @@ class History:
             reference = record.previous or record.last_anchor
 
 
-def payload_of(record: StateRecord, kind: Literal["update", "anchor"]) -> StreamFile:
-    """One of the record's payload files, which it has."""
-    file = record.update if kind == "update" else record.anchor
-    assert file is not None
-    return file
-
-
 def nbytes_of(way: Way) -> int:
     """The size of the way's files."""
-    return sum(payload_of(record, kind).size for record, kind in way)
+    return sum(record.nbytes(kind) for record, kind in way)

@@ -6,16 +6,20 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import BaseMismatchError, DeltaWeightsError
+from ..boxes import Box
 from ..tensors import dtype_of, torch_shape
 from .held import joined
 from .position import Position
 from .records import StateRecord
+from .split import whole_indices
 from .state import owners
 from .writing import Writing
 
@@ -104,7 +108,7 @@ class Prepared:
         report: SyncReport,
         writing: Writing,
         position: Position,
-        digests: Mapping[str, str],
+        sums: Mapping[str, bytes],
     ) -> None:
         self.state = state
         self.updates = report.updates
@@ -113,7 +117,7 @@ class Prepared:
         self._writing = writing
         self._owners = owners(writing.model.state)
         self._position = position
-        self._digests = digests  # of the tensors afterwards
+        self._sums = sums  # of the model's chunks afterwards
         self._commits = position.commits
         self._has_begun = self._is_committed = self._is_closed = False
 
@@ -148,12 +152,16 @@ class Prepared:
         """
         self._require_open()
         for name, code, shape in self.state.tensors:
-            chunks = self._writing.held.of(self._owners[name])
-            if not chunks:
-                continue
             dtype, size = dtype_of(name, code), torch_shape(name, code, shape)
-            indices, values = joined(chunks)
-            is_all = all(chunk.places is None for chunk in chunks) and len(values) == int(np.prod(size))
+            found = [self._changed(key, box, size) for key, box in self._writing.model.cuts[name].items()]
+            changed = [part for part in found if part]
+            if not changed:
+                continue
+            indices, values = (np.concatenate(arrays) for arrays in zip(*changed, strict=True))
+            if len(changed) > 1:  # rows of columns; one part's are in order
+                order = np.argsort(indices)
+                indices, values = indices[order], values[order]
+            is_all = len(values) == int(np.prod(size))
             yield Change(
                 name,
                 dtype,
@@ -161,6 +169,16 @@ class Prepared:
                 None if is_all else torch.from_numpy(indices),
                 torch.from_numpy(values.view(np.uint8)).view(dtype),
             )
+
+    def _changed(
+        self, key: str, box: Box | None, shape: tuple[int, ...]
+    ) -> tuple[NDArray[np.int64], NDArray[Any]] | None:
+        """What changes in a tensor, or in its part ``box``: indices in the whole tensor, and values."""
+        chunks = self._writing.held.of(self._owners[key])
+        if not chunks:
+            return None
+        indices, values = joined(chunks)
+        return whole_indices(indices, box, shape), values
 
     def commit(self) -> SyncReport:
         """Write the changes into the model. Nothing is read, fetched or decoded: this takes as long as the
@@ -195,7 +213,7 @@ class Prepared:
         self._commits = self._position.commits
         self._writing.write()
         model = self._writing.model
-        self._position.end(model, self.state.number, self.state.state, self._digests)
+        self._position.end(model, self.state.number, self.state.state, self._sums)
 
     def _stale(self, why: str) -> BaseMismatchError:
         return BaseMismatchError(

@@ -16,7 +16,7 @@ from ...workers import Workers
 from .gpu_replay import GpuPatches
 from .held import HeldChanges, HeldChunk, in_batches
 from .payloads import Chunk, StreamPayload, StreamStep, read_payloads
-from .records import CHUNK_BYTES, damaged
+from .records import CHUNK_BYTES, damaged, tensor_digest
 from .state import StateTensor, owners, plan_of
 
 Bytes = NDArray[np.uint8]
@@ -61,7 +61,11 @@ class Replay:
     A chunk is taken through all steps at once, in two buffers per thread, and checked after each.
 
     Args:
-        before: the current digest of every tensor, by name; not needed if the first step is an anchor.
+        state: tensors, or their parts, by the names of their payloads in all steps.
+        before: the current checksums of their chunks; not needed if the first step is an anchor.
+
+    Attributes:
+        sums: the checksums of their chunks after the last step.
 
     Raises:
         DeltaError: a file or a record contradicts another.
@@ -69,7 +73,7 @@ class Replay:
     """
 
     def __init__(
-        self, state: Mapping[str, StateTensor], steps: Sequence[StreamStep], before: Mapping[str, str]
+        self, state: Mapping[str, StateTensor], steps: Sequence[StreamStep], before: Mapping[str, bytes]
     ) -> None:
         self._state = state
         self._starts_anew = steps[0].is_anchor
@@ -77,28 +81,41 @@ class Replay:
         # Tied tensors share memory here, whether or not the publisher ties them.
         first = owners(state)
         own = set(first.values())
+        self.sums = dict(before)
         for step in steps:
-            found = read_payloads(step, state)
-            for tensor in step.record.tensors:
-                payload = found.get(tensor.like or tensor.name)
-                if payload is None and (step.is_anchor or before.get(tensor.name) != tensor.digest):
-                    raise damaged(step.file.path, f"It does not lead to tensor {tensor.name!r} of its record")
-                if payload and not step.is_anchor and not payload.follows(before.get(tensor.name)):
-                    raise damaged(step.file.path, f"It does not follow the state before in {tensor.name!r}")
-                if payload and tensor.name in own:
-                    self._payloads.setdefault(tensor.name, []).append(payload)
-            before = {tensor.name: tensor.digest for tensor in step.record.tensors}
-        for name, owner in first.items():
-            if before[name] != before[owner]:
+            found = self._payloads_of(step)
+            for key in own & found.keys():
+                self._payloads.setdefault(key, []).append(found[key])
+        for key, owner in first.items():
+            if self.sums[key] != self.sums[owner]:
                 raise CheckpointError(
                     "The model does not fit the stream",
-                    f"It ties {name!r} to {owner!r}; in the stream they differ.",
+                    f"It ties {key!r} to {owner!r}; in the stream they differ.",
                     "Untie them, as the publisher does.",
                 )
         self._buffers = _Buffers()
         self._gpu_patches = GpuPatches()
         #: Chunks checked, to be decoded again when they are written.
         self._later: list[Chunk] = []
+
+    def _payloads_of(self, step: StreamStep) -> dict[str, StreamPayload]:
+        """The step's payloads by name, also those of tied tensors. Takes the checksums on to the step."""
+        read = read_payloads(step, self._state)
+        by_name = {tensor.name: tensor for tensor in step.record.tensors}
+        found: dict[str, StreamPayload] = {}
+        for tensor in step.record.tensors:
+            own = by_name[tensor.like or tensor.name].keys
+            there = {key: read[one] for key, one in zip(tensor.keys, own, strict=True) if one in read}
+            sums = (there[key].sums if key in there else self.sums.get(key, b"") for key in tensor.keys)
+            is_there = len(there) == len(own) if step.is_anchor else True
+            if not is_there or tensor_digest(b"".join(sums)) != tensor.digest:
+                raise damaged(step.where, f"It does not lead to tensor {tensor.name!r} of its record")
+            for key, payload in there.items():
+                if not step.is_anchor and not payload.follows(self.sums.get(key)):
+                    raise damaged(step.where, f"It does not follow the state before in {tensor.name!r}")
+                self.sums[key] = payload.sums
+            found |= there
+        return found
 
     def hold(self, workers: Workers) -> HeldChanges:
         """Check all chunks, and hold what changes. Writes nothing to the tensors.
@@ -187,12 +204,12 @@ class Replay:
         start = self._span(chunk)[0]
         new = data.view(tensor.words)
         if parts is not None and len(parts) == 1:
-            return HeldChunk(tensor.name, start, parts[0], new[parts[0]]) if parts[0].size else None
+            return HeldChunk(chunk[0], start, parts[0], new[parts[0]]) if parts[0].size else None
         old = self._read(chunk)
         places = _differing(old.view(tensor.words), new, parts)
         if places is None:
-            return HeldChunk(tensor.name, start, None, new.copy())
-        return HeldChunk(tensor.name, start, places, new[places]) if places.size else None
+            return HeldChunk(chunk[0], start, None, new.copy())
+        return HeldChunk(chunk[0], start, places, new[places]) if places.size else None
 
     def _write(self, chunk: Chunk) -> None:
         """Write a chunk that was checked."""

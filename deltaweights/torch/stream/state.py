@@ -18,19 +18,20 @@ from ..tensors import byte_view, code_of, settle, sharing, stored_shape
 from ..wholeness import obstacle, require_gathered, require_merged, require_unquantized
 from ..wrappers import plain_state
 from . import gpu
-from .records import CHUNK_BYTES, tensor_digest
+from .records import CHUNK_BYTES
 
 #: A model, or its tensors by name.
 State: TypeAlias = "nn.Module | Mapping[str, Tensor]"
 
 #: Unsigned integers as wide as an element.
-_WORDS: dict[int, np.dtype[Any]] = {
+WORDS: dict[int, np.dtype[Any]] = {
     1: np.dtype("u1"),
     2: np.dtype("<u2"),
     4: np.dtype("<u4"),
     8: np.dtype("<u8"),
 }
-_TORCH_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+#: Integers of torch as wide as an element.
+TORCH_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class StateTensor:
@@ -57,8 +58,8 @@ class StateTensor:
         self._is_copy = contiguous.data_ptr() != tensor.data_ptr()
         self._flat = byte_view(contiguous)
         self.nbytes = self._flat.numel()
-        self.words: np.dtype[Any] = _WORDS[tensor.element_size()]
-        self.identity = (
+        self.words: np.dtype[Any] = WORDS[tensor.element_size()]
+        self.identity: tuple[object, ...] = (
             str(tensor.device),
             tensor.data_ptr(),
             self.nbytes,
@@ -69,6 +70,11 @@ class StateTensor:
         self._bytes: NDArray[np.uint8] | None = None
         if tensor.device.type == "cpu":
             self._bytes = self._flat.numpy()
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor itself."""
+        return self._tensor
 
     @property
     def device(self) -> torch.device:
@@ -131,7 +137,7 @@ class StateTensor:
 
     def put_at(self, indices: NDArray[np.int64], values: NDArray[Any]) -> None:
         """Replace the elements at different indices by ``values`` (of the type ``words``), on any device."""
-        elements = self._flat.view(_TORCH_WORDS[self.words.itemsize])
+        elements = self._flat.view(TORCH_WORDS[self.words.itemsize])
         bits = torch.from_numpy(values.view(np.uint8)).view(elements.dtype)
         elements.index_copy_(0, torch.from_numpy(indices).to(elements.device), bits.to(elements.device))
 
@@ -161,6 +167,20 @@ def state_of(state: State) -> dict[str, StateTensor]:
         raise CheckpointError("The state has no tensors", "", "Pass a model or its state_dict().")
     found = {name: StateTensor(name, tensor) for name, tensor in tensors.items()}
     settle(tensors.values())
+    require_apart(tensors, found)
+    return found
+
+
+def require_apart(tensors: Mapping[str, Tensor], found: Mapping[str, StateTensor]) -> None:
+    """Refuse tensors that have some of their bytes in common, and not all.
+
+    Args:
+        tensors: by name, or by any other key.
+        found: the same as bytes.
+
+    Raises:
+        CheckpointError: there are some.
+    """
     # Tensors that are not contiguous may interleave without sharing a byte.
     for names in sharing({name: tensor for name, tensor in tensors.items() if tensor.is_contiguous()}):
         if len({found[name].identity for name in names}) > 1:
@@ -169,7 +189,6 @@ def state_of(state: State) -> dict[str, StateTensor]:
                 f"Some of {names} share a part of their bytes.",
                 "Pass the one that holds all the bytes, or clone those that should be independent.",
             )
-    return found
 
 
 def marks_of(state: State) -> dict[str, object]:
@@ -200,13 +219,12 @@ def plan_of(tensor: StateTensor) -> ChunkPlan:
     return ChunkPlan(tensor.nbytes, tensor.nbytes, CHUNK_BYTES)
 
 
-def digests(state: Mapping[str, StateTensor], workers: Workers) -> dict[str, str]:
-    """The digest of every tensor, as in records. Reads all bytes, those of tied tensors once."""
+def sums_of(state: Mapping[str, StateTensor], workers: Workers) -> dict[str, bytes]:
+    """The checksums of every tensor's chunks, as :func:`records.tensor_digest` takes them. Reads all bytes,
+    those of tied tensors once."""
     first = owners(state)
-    found = {
-        name: tensor_digest(sums.tobytes())
-        for name, sums in _checksums({name: state[name] for name in set(first.values())}, workers).items()
-    }
+    own = _checksums({name: state[name] for name in set(first.values())}, workers)
+    found = {name: sums.tobytes() for name, sums in own.items()}
     return {name: found[owner] for name, owner in first.items()}
 
 

@@ -15,13 +15,14 @@ from ...errors import BaseMismatchError, CheckpointError, DeltaError
 from ...storage import Location
 from ...workers import Workers
 from .held import HeldChanges
-from .history import History, Way, nbytes_of, payload_of
+from .history import History, Way, nbytes_of
 from .mirror import empty_tensors
 from .payloads import StreamStep
 from .position import Known, Model, Position
 from .prepared import Prepared, StreamState, SyncReport
-from .records import Head, StateRecord, StreamTensor
+from .records import Head, StateRecord, StreamTensor, damaged
 from .replay import Replay
+from .split import cuts_of
 from .state import State, StateTensor
 from .transport import Gone, open_transport
 from .writing import Writing
@@ -179,15 +180,17 @@ class DeltaSubscriber:
         target = None if step is None or step == head.step else self._history.of_step(head, step)
         self._require_forward(target.number if target else head.newest.number)
         model = model.without_tied(model.state.keys() - self._tied)
-        known = self._position.recognize(model, workers)
-        if known.state == (target.state if target else head.newest.state):
+        known = self._position.known(model)
+        if known and known.state == (target.state if target else head.newest.state):
             return self._nothing_new(model, known, head, target)
         target = target or self._history.read(head.newest)
         ours = model.without_tied({tensor.name for tensor in target.tensors})
-        if len(ours.state) < len(model.state):
-            self._tied |= model.state.keys() - ours.state.keys()
-            return self._find(ours, step, workers, is_sync=is_sync)
-        self._require_fit(model.state, target.tensors)
+        self._tied |= model.state.keys() - ours.state.keys()
+        self._require_fit(ours.state, target.tensors)
+        model = ours.split(cuts_of(target.tensors))
+        known = self._position.recognize(model, target.tensors, workers)
+        if known.state == target.state:
+            return self._nothing_new(ours, known, head, target)
         ways = self._history.ways(target, known.state)
         if not ways:
             raise BaseMismatchError(
@@ -229,19 +232,23 @@ class DeltaSubscriber:
         tensors = tuple((name, tensor.code, tensor.shape) for name, tensor in model.state.items())
         state = StreamState(step, number, known.state, tensors)
         report = SyncReport(step, number, known.state, 0, False, 0)
-        writing = Writing(model, HeldChanges([]), self._threads)
-        return Prepared(state, report, writing, self._position, known.tensors)
+        writing = Writing(model.split(known.cuts), HeldChanges([]), self._threads)
+        return Prepared(state, report, writing, self._position, known.sums)
 
     def _follow(self, way: Way, model: Model, known: Known, workers: Workers, *, is_sync: bool) -> Prepared:
         newest = way[-1][0]
+        if any(cuts_of(record.tensors) != model.cuts for record, _ in way):
+            raise damaged(self._transport.where, "An update cuts tensors in another way than the one before")
         with ExitStack() as opened:
             folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="deltaweights-")))
             steps = []
             for record, kind in way:
-                file = self._transport.fetch(record.payload_name(kind), payload_of(record, kind), folder)
-                opened.callback(file.close)
-                steps.append(StreamStep(record, file, kind == "anchor"))
-            replay = Replay(model.state, steps, known.tensors)
+                files = []
+                for name, stored in record.files(kind).items():
+                    files.append(self._transport.fetch(name, stored, folder))
+                    opened.callback(files[-1].close)
+                steps.append(StreamStep(record, files, kind == "anchor"))
+            replay = Replay(model.state, steps, known.sums)
             held = (replay.hold_little if is_sync else replay.hold)(workers)
             writing = Writing(model, held, self._threads)
             if is_sync:
@@ -250,8 +257,7 @@ class DeltaSubscriber:
         report = SyncReport(
             newest.step, newest.number, newest.state, updates, way[0][1] == "anchor", nbytes_of(way)
         )
-        found = {tensor.name: tensor.digest for tensor in newest.tensors}
-        return Prepared(StreamState.of(newest), report, writing, self._position, found)
+        return Prepared(StreamState.of(newest), report, writing, self._position, replay.sums)
 
     def _attempt(self, read: Callable[[], _Result]) -> _Result:
         for _ in range(_ATTEMPTS):
