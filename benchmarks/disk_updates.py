@@ -3,9 +3,9 @@
 A bf16 state moves in two ways. "as trained": each weight has a master copy in float32, which a step moves by
 one size, up or down; where that crosses a rounding border, the bf16 weight moves, mostly by a unit in the
 last place. "anywhere": weights chosen blindly move by a unit in the last place. 1% or 4% of the weights move
-in a step. Each step is published to a weight stream, and written by a DiskUpdateWriter in both encodings (zstd
-at level 1, as that format has it). Sizes are those of all files of a step: payloads and record, or shard and
-index. Seconds are medians over the steps.
+in a step. Each step is published to a weight stream, and written by a DiskUpdateWriter in both encodings
+(zstd at level 1, as that format has it). Sizes are those of all files of a step: payloads and record, or shard
+and index. Seconds are medians over the steps.
 
 Figure: the stream's update is at least 3 times smaller than both encodings, at 1% and at 4%.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deltaweights import BaseMismatchError, CheckpointError, OutputError
 from deltaweights.engines import export_stream, import_stream
-from deltaweights.torch import DeltaPublisher, DeltaSubscriber
+from deltaweights.torch import DeltaPublisher, DeltaSubscriber, Part
 
 from . import independent_disk_updates as independent
 from .test_disk_writer import bits, copy, read_all, runs, save_model, small_state, stepped
@@ -91,6 +91,26 @@ def test_a_training_that_went_back_is_exported_as_it_went_on(tmp_path: Path) -> 
     export_stream(tmp_path / "stream", tmp_path / "out")
     expected = [states[1], states[4], states[5]]
     assert read_all(tmp_path / "out", states[0]) == [bits(state) for state in expected]
+
+
+def test_a_stream_of_parts_is_exported_whole_and_continued(tmp_path: Path) -> None:
+    """Sharded trainers publish parts; the digests of such states are others than those of whole tensors."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        group = torch.distributed.group.WORLD
+        halves = [Part("weight", torch.randn(2, 3), (4, 3), (row, 0)) for row in (0, 2)]
+        base = {"weight": torch.cat([half.tensor for half in halves])}
+        with DeltaPublisher(tmp_path / "stream", halves, process_group=group) as publisher:
+            for step in (1, 2):
+                halves[1].tensor[0, step] += 1
+                publisher.publish(step, halves)
+                report = export_stream(tmp_path / "stream", tmp_path / "out")
+                assert [one.version for one in report.written] == [step]
+    finally:
+        torch.distributed.destroy_process_group()
+    assert export_stream(tmp_path / "stream", tmp_path / "out").written == ()
+    whole = {"weight": torch.cat([half.tensor for half in halves])}
+    assert read_all(tmp_path / "out", base)[-1] == bits(whole)
 
 
 def test_a_stream_without_an_anchor_needs_the_base(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 from ...checkpoint import open_checkpoint
 from ...errors import DeltaWeightsError, OutputError
 from ...storage import Location
-from ...torch.stream.records import StreamTensor, state_digest
-from ...torch.stream.state import State, StateTensor, digests, owners, state_of
+from ...torch.stream.records import StreamTensor, state_digest, tensor_digest
+from ...torch.stream.state import State, StateTensor, owners, state_of, sums_of
 from ...workers import Workers
 from .chain import DiskUpdateReport, Version, VersionChain
 from .checksums import ChecksumFormat
@@ -179,8 +179,11 @@ class DiskUpdateWriter:
 
 def _digest_of(state: Mapping[str, StateTensor], workers: Workers) -> str:
     """The state's digest, as in weight streams."""
-    found = digests(state, workers)
-    return state_digest(StreamTensor(name, t.code, t.shape, found[name]) for name, t in state.items())
+    sums = sums_of(state, workers)
+    return state_digest(
+        StreamTensor(name, tensor.code, tensor.shape, tensor_digest(sums[name]))
+        for name, tensor in state.items()
+    )
 
 
 def _layout(state: Mapping[str, StateTensor]) -> set[tuple[str, str, tuple[int, ...], str]]:

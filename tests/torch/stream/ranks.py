@@ -151,7 +151,9 @@ def cut(step: int) -> State:
     state["nothing"], state["plain"] = whole["nothing"], whole["plain"]
     # As of Megatron: several parts a rank, in any order, and some of them on two ranks.
     fused = random((8 * ranks, 12), 10) + step
-    parts = [Part("fused", fused[k : k + 2].clone(), tuple(fused.shape), (k, 0)) for k in range(0, 8 * ranks, 2)]
+    parts = [
+        Part("fused", fused[k : k + 2].clone(), tuple(fused.shape), (k, 0)) for k in range(0, 8 * ranks, 2)
+    ]
     state["fused"] = parts[rank::ranks][::-1] + parts[:1] * (rank == ranks - 1)
     experts = random((ranks, 3, 5), 11) * (1 + step)
     state["experts"] = Part("experts", experts[rank : rank + 1], tuple(experts.shape), (rank, 0, 0))
@@ -230,7 +232,9 @@ def failures(folder: Path) -> None:
         def fails(step: int, state: State, match: str, guilty: int = 1, **options: Any) -> None:
             before = {path.name for path in stream.glob("0*")}, (stream / "head.json").read_bytes()
             dist.barrier()
-            with pytest.raises((DeltaWeightsError, OSError), match=match if rank == guilty else f"Rank {guilty} failed"):
+            with pytest.raises(
+                (DeltaWeightsError, OSError), match=match if rank == guilty else f"Rank {guilty} failed"
+            ):
                 publisher.publish(step, state, **options)
             dist.barrier()
             assert ({path.name for path in stream.glob("0*")}, (stream / "head.json").read_bytes()) == before
@@ -292,7 +296,9 @@ def refused(folder: Path) -> None:
     refuse({"w": Part("w", half, (4, 3), (rank, 0))}, "Rank 0 failed" if rank else "overlap")
     refuse({"w": Part("w", half, (2, 3), (rank, 0))}, "Rank 1 failed" if not rank else "does not fit")
     refuse({"w": half if rank else half[:1]}, "Rank 0 failed" if rank else "not the same on all ranks")
-    refuse({"w": half, "v": half[:, 1:] if rank else half}, "Rank 0 failed" if rank else "not the same|overlap")
+    refuse(
+        {"w": half, "v": half[:, 1:] if rank else half}, "Rank 0 failed" if rank else "not the same|overlap"
+    )
     assert not (folder / "refused").exists() or not any((folder / "refused").iterdir())
 
 
