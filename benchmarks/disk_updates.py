@@ -50,7 +50,7 @@ def as_trained(masters: list[Floats], share: float, rng: np.random.Generator) ->
     before, low, high = _bf16(masters[0]), 0.0, 1e-2
     for _ in range(20):
         size = (low + high) / 2
-        after = _bf16(masters[0] + signs[0] * np.float32(size))
+        after = _bf16((masters[0] + signs[0] * np.float32(size)).astype(np.float32))
         low, high = (low, size) if np.mean(before != after) > share else (size, high)
     for k, sign in enumerate(signs):
         masters[k] += sign * np.float32(low)
@@ -101,7 +101,7 @@ def measure(folder: Path, run: Iterator[State]) -> dict[str, tuple[float, float]
             writers[name] = opened.enter_context(stream).publish
         for encoding in ("xor", "overwrite"):
             writers[encoding] = opened.enter_context(
-                DiskUpdateWriter(places[encoding], base, encoding=encoding)  # type: ignore[arg-type]
+                DiskUpdateWriter(places[encoding], base, encoding=encoding)
             ).publish
         before = {name: _size(place) for name, place in places.items()}
         for step, state in enumerate(run, 1):

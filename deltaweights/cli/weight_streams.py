@@ -112,7 +112,7 @@ def export(
                 output,
                 base=base,
                 encoding=encoding.value,
-                checksum=checksum.value,  # type: ignore[arg-type] # its values are the format's names
+                checksum=checksum.value,
                 from_step=from_step,
                 step=step,
                 full_every=full_every,

@@ -95,7 +95,8 @@ def test_a_training_that_went_back_is_exported_as_it_went_on(tmp_path: Path) -> 
 
 def test_a_stream_of_parts_is_exported_whole_and_continued(tmp_path: Path) -> None:
     """Sharded trainers publish parts; the digests of such states are others than those of whole tensors."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         group = torch.distributed.group.WORLD
         halves = [Part("weight", torch.randn(2, 3), (4, 3), (row, 0)) for row in (0, 2)]
