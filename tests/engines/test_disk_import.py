@@ -231,7 +231,7 @@ def test_an_index_that_the_format_does_not_allow_is_refused(what: str, tmp_path:
         VersionFolder(tmp_path, 1)
 
 
-def test_unknown_keys_of_an_index_are_passed_over(tmp_path: Path) -> None:
+def test_unknown_keys_are_passed_over(tmp_path: Path) -> None:
     """As the format's own readers do: writers may note there what they like."""
     folder = independent.folder_of(tmp_path, 1)
     shutil.copytree(independent.folder_of(FIXTURES / "xor-adler32", 1), folder)
@@ -239,6 +239,9 @@ def test_unknown_keys_of_an_index_are_passed_over(tmp_path: Path) -> None:
     fields = json.loads(index.read_text())
     fields["metadata"]["run"] = {"name": "seven"}
     index.write_text(json.dumps({**fields, "more": [1]}))
+    shard = folder / "model-00000-of-00002.safetensors"
+    tensors, digests = independent.read_safetensors(shard)
+    independent.write_safetensors(shard, tensors, {**digests, "__version__": "000001"})
     assert _applied(tmp_path) == _bits(independent.next_states()[1])
 
 
@@ -251,16 +254,14 @@ def test_files_that_the_index_does_not_name_are_refused(tmp_path: Path) -> None:
         VersionFolder(tmp_path, 1)
 
 
-@pytest.mark.parametrize(
-    "digests", [{}, {"steps": "0" * 8, "more": "0" * 8}, {"steps": "0" * 7}, {"steps": "Z" * 8}]
-)
+@pytest.mark.parametrize("digests", [{}, {"more": "0" * 8}, {"steps": "0" * 7}, {"steps": "Z" * 8}])
 def test_each_tensor_has_its_checksum(digests: dict[str, str], tmp_path: Path) -> None:
     old = independent.first_state()
     new = {**old, "steps": old["steps"]._replace(data=bytes(16))}
     folder = independent.write_update(tmp_path, 1, old, new, "xor", "adler32")
     shard = folder / "model-00000-of-00001.safetensors"
     independent.write_safetensors(shard, independent.read_safetensors(shard)[0], digests)
-    with pytest.raises(DeltaError, match=r"checksum|is no adler32"):
+    with pytest.raises(DeltaError, match=r"Its checksum of 'steps' is .*, which is no adler32"):
         VersionFolder(tmp_path, 1)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from torch import Tensor
 from deltaweights import CheckpointError, DeltaWeightsError, OutputError
 from deltaweights.engines import DiskUpdateWriter, import_stream
 from deltaweights.engines.disk_updates import writing
+from deltaweights.engines.disk_updates.folder import is_whole, versions_in
 from deltaweights.torch import DeltaPublisher, DeltaSubscriber
 from deltaweights.torch.tensors import DTYPES, byte_view
 
@@ -257,6 +261,52 @@ def test_an_interrupted_version_is_written_again(tmp_path: Path, monkeypatch: py
 
 def _fail(*_: object) -> bytes:
     raise KeyboardInterrupt
+
+
+_KILLED = """
+import os, signal, sys
+from deltaweights.engines import DiskUpdateWriter
+from deltaweights.storage import output
+from tests.engines.test_disk_writer import small_state, stepped
+left = int(sys.argv[2])
+flush = output.flush
+def killed_at(fd):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    flush(fd)
+output.flush = killed_at
+state = small_state()
+with DiskUpdateWriter(sys.argv[1], state) as writer:
+    for step in (1, 2):
+        state = stepped(state, step)
+        writer.publish(step, state)
+"""
+
+
+@pytest.mark.parametrize(("flushed", "whole"), [(1, 0), (2, 1)])
+def test_a_killed_writer_leaves_whole_versions(flushed: int, whole: int, tmp_path: Path) -> None:
+    """Killed before the first index reaches the disk, and before the second shard does."""
+    command = [sys.executable, "-c", _KILLED, str(tmp_path / "out"), str(flushed)]
+    assert subprocess.run(command, check=False, cwd=Path(__file__).parents[2]).returncode == -signal.SIGKILL
+    states = [small_state()]
+    for step in (1, 2):
+        states.append(stepped(states[-1], step))
+    there = [version for version in versions_in(tmp_path / "out") if is_whole(tmp_path / "out", version)]
+    assert there == list(range(1, whole + 1))
+    with DiskUpdateWriter(tmp_path / "out", states[whole]) as writer:
+        for step in range(whole + 1, 3):
+            assert writer.publish(step, states[step]).version == step
+    assert read_all(tmp_path / "out", states[0]) == [bits(state) for state in states[1:]]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["weight_v000001", "weight_v000002"]
+
+
+def test_blake3_names_the_package_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "blake3", None)
+    with pytest.raises(DeltaWeightsError, match="need the package blake3"):
+        DiskUpdateWriter(tmp_path / "out", small_state(), checksum="blake3")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_version_that_is_not_whole_is_written_again_by_the_next_writer(tmp_path: Path) -> None:

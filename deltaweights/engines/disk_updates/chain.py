@@ -9,10 +9,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from ...checkpoint import Checkpoint
 from ...errors import DeltaWeightsError, OutputError
 from ...storage import Location, OutputFolder, output_path
 from .checksums import CHECKSUMS, ChecksumFormat
+from .checksums import checksum as compute_checksum
 from .encodings import ENCODINGS, DiskEncoding
 from .folder import VersionFolder, is_whole, versions_in
 from .layout import MAX_VERSION, UpdateFacts
@@ -92,6 +95,7 @@ class VersionChain:
 
     Raises:
         ValueError: there is no such encoding, checksum, or run.
+        DeltaWeightsError: the package that computes the checksum is missing.
         OutputError: it cannot be written to.
     """
 
@@ -107,6 +111,7 @@ class VersionChain:
         for name, value, known in (("encoding", encoding, ENCODINGS), ("checksum", checksum, CHECKSUMS)):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, not one of {', '.join(known)}")
+        compute_checksum(checksum, np.empty(0, np.uint8))  # a missing package is told before anything is done
         self._run_id = run_id
         self._prefix = f"{run_id}/" if run_id else ""
         self._encoding: DiskEncoding = encoding

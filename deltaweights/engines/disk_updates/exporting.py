@@ -65,7 +65,8 @@ def export_stream(
             stream has no anchor to begin with, where the model has tied tensors, and for full checkpoints. If
             its weights are not those of the first state, version 1 is that state as a full checkpoint.
         encoding, checksum, run_id: as for :class:`DiskUpdateWriter`.
-        from_step: the step of the state to begin with, which is version 0; the oldest one if None.
+        from_step: the step of the state to begin with, which is version 0; the oldest one if None. Where
+            versions are there already, the export goes on from them.
         step: the step of the last state to write; the newest one if None.
         full_every: write each version that this number divides as a full checkpoint, with which late engines
             can begin; needs ``base``.
@@ -87,7 +88,7 @@ def export_stream(
         return ExportReport((), newest.number, chosen[-1].step, 0, 0)
     mirror = _mirror(subscriber, base, threads)
     begun = subscriber.sync(mirror, step=chosen[0].step)
-    total = sum(tensor.nbytes for tensor in {id(t): t for t in mirror.values()}.values())
+    total = sum(nbytes for _, nbytes in {(tensor.data_ptr(), tensor.nbytes) for tensor in mirror.values()})
     with DiskUpdateWriter(
         directory,
         mirror,

@@ -53,6 +53,7 @@ class DiskUpdateWriter:
             different state.
         CheckpointError: ``base`` cannot be read, or does not fit ``checkpoint``.
         ValueError: there is no such encoding or checksum.
+        DeltaWeightsError: the package blake3 is missing, where it is needed.
     """
 
     def __init__(
