@@ -178,7 +178,7 @@ def _choose(
 
 def _require_names(division: Division, names: Iterable[str]) -> None:
     """Check that payloads can have names, and files places."""
-    keys = [key for task in division.tasks(1 + max(division._files)) for key in task.keys]
+    keys = [key for tensor in division._tensors if tensor.like is None for key in division._keys(tensor)]
     if len(set(keys)) < len(keys):
         odd = [name for name in names if "@" in name]
         raise CheckpointError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from ..boxes import Box
-from ..tensors import first_line, settle
+from ..tensors import settle
 from ..wholeness import require_gathered, require_merged, require_unquantized
 from ..wrappers import plain_state
 from .cast import read_as
@@ -159,12 +159,13 @@ def _cut_dtensor(name: str, tensor: Tensor) -> Iterator[_Piece]:
     """This process's shard of a DTensor, if it has one."""
     from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 
-    try:
-        items = create_default_local_save_plan({name: tensor}, True).items
-    except RuntimeError as error:  # a sum that is still to be made has no place
+    if any(placement.is_partial() for placement in tensor.placements):  # type: ignore[attr-defined]
         raise CheckpointError(
-            f"Tensor {name!r} cannot be published", f"{first_line(error)}.", "Redistribute it."
-        ) from error
+            f"Tensor {name!r} cannot be published",
+            "Each process has a summand of it, not a part.",
+            "Redistribute it: tensor.redistribute(placements=[…]).",
+        )
+    items = create_default_local_save_plan({name: tensor}, True).items
     with torch.no_grad():
         local = tensor.detach().to_local()  # type: ignore[attr-defined]
     for item in items:

@@ -319,7 +319,7 @@ class DeltaPublisher:
             return
         raise DeltaWeightsError(
             f"The state does not belong to the stream at {self._transport.where}",
-            f"Tensor {differ[0]!r} is missing, new, tied differently, or has a different dtype or shape"
+            f"Tensor {differ[0]!r} is missing, new, tied or cut differently, or has another dtype or shape"
             + (f", and so are {len(differ) - 1} more." if differ[1:] else "."),
             "Start a new stream for a different model.",
         )
