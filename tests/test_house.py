@@ -113,7 +113,14 @@ RANKS: dict[str, tuple[str, ...]] = {
         "sampling target writer",
         "__init__",
     ),
-    "engines": ("decoding placement pointer", "vllm_loader", "vllm", "__init__"),
+    "engines": (
+        "decoding placement pointer",
+        "host_mirror vllm_loader",
+        "follower",
+        "vllm_transfer",
+        "vllm",
+        "__init__",
+    ),
     "license": ("table", "rules", "bom cards", "__init__"),
     "license/bom": ("facts", "cyclonedx spdx", "__init__"),
     "match": (
