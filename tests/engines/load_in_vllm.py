@@ -1,4 +1,5 @@
-"""A program that loads a model by vLLM's loader, and prints a line of JSON: the SHA-256 of each parameter.
+"""A program that loads a model by vLLM's loader, and prints two lines of JSON: what that took (seconds, bytes
+of memory at the peak), and the SHA-256 of each parameter.
 
 Arguments: the folder, the load format, a free port, JSON of extra options of the loader.
 """
@@ -6,10 +7,38 @@ Arguments: the folder, the load format, a free port, JSON of extra options of th
 from __future__ import annotations
 
 import json
-import resource
 import sys
+import threading
 import time
 from typing import Any
+
+
+class Peak:
+    """Watches the memory that the process has of its own, in the block.
+
+    Attributes:
+        nbytes: by how much it rose above what it was in the beginning, at most, in bytes.
+    """
+
+    def __enter__(self) -> Peak:
+        self.nbytes, self._first, self._is_done = 0, _anonymous(), threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._is_done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._is_done.wait(0.002):
+            self.nbytes = max(self.nbytes, _anonymous() - self._first)
+
+
+def _anonymous() -> int:
+    with open("/proc/self/status") as file:
+        (line,) = (line for line in file if line.startswith("RssAnon:"))
+    return int(line.split()[1]) * 1024
 
 
 def main() -> None:
@@ -34,11 +63,11 @@ def main() -> None:
     with set_current_vllm_config(config):
         init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "gloo")
         initialize_model_parallel(1, 1)
-        before = time.perf_counter()
-        model = get_model(vllm_config=config)
-        seconds = time.perf_counter() - before
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(json.dumps({"seconds": seconds, "peak_kib": peak}))
+        with Peak() as peak:
+            before = time.perf_counter()
+            model = get_model(vllm_config=config)
+            seconds = time.perf_counter() - before
+        print(json.dumps({"seconds": seconds, "peak": peak.nbytes}))
         print(json.dumps(compute_tensor_digests(model)))
 
 
