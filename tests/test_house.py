@@ -114,7 +114,14 @@ RANKS: dict[str, tuple[str, ...]] = {
         "sampling target writer",
         "__init__",
     ),
-    "engines": ("decoding disk_updates placement pointer", "vllm_loader", "vllm", "__init__"),
+    "engines": (
+        "decoding disk_updates placement pointer",
+        "host_mirror vllm_loader",
+        "follower",
+        "vllm_transfer",
+        "vllm",
+        "__init__",
+    ),
     "engines/disk_updates": (
         "checksums encodings",
         "layout",
