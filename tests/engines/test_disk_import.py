@@ -130,6 +130,15 @@ def test_a_damaged_version_stops_the_import_at_the_one_before(tmp_path: Path) ->
     assert followed(tmp_path / "stream") == (5, _bits(states[5]))
 
 
+def test_a_damaged_index_stops_the_import_at_the_version_before_too(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "xor-adler32", tmp_path / "updates")
+    index = independent.folder_of(tmp_path / "updates", 3) / "model.safetensors.index.json"
+    index.write_text("{")
+    with pytest.raises(DeltaError, match="weight_v000003 is damaged"):
+        take(tmp_path / "updates", tmp_path / "stream")
+    assert followed(tmp_path / "stream") == (2, _bits(independent.next_states()[2]))
+
+
 def test_an_unfinished_version_is_left_for_later(tmp_path: Path) -> None:
     """Its index is not there yet, but for a temporary name."""
     shutil.copytree(FIXTURES / "xor-adler32", tmp_path / "updates")

@@ -18,6 +18,7 @@ from ...torch.stream.transport import open_transport
 from ...torch.tensors import byte_view, code_of, stored_shape
 from ...workers import ProgressCallback, Workers
 from .folder import VersionFolder, is_whole, require_directory, versions_in
+from .layout import INDEX_NAME, folder_name
 from .model_folder import load_tensors
 
 _log = logging.getLogger("deltaweights")
@@ -127,11 +128,13 @@ def _waiting(folder: Path, version: int) -> list[int]:
 
 
 def _size(folder: Path, versions: list[int]) -> int:
-    total = 0
-    for version in versions:
-        with VersionFolder(folder, version) as found:
-            total += found.nbytes
-    return total
+    """The size of these versions' weights and indexes, as far as they are files."""
+    files = (path for version in versions for path in (folder / folder_name(version)).iterdir())
+    return sum(
+        path.stat().st_size
+        for path in files
+        if path.is_file() and (path.suffix == ".safetensors" or path.name == INDEX_NAME)
+    )
 
 
 def _has_checkpoint(folder: Path, versions: list[int]) -> bool:
