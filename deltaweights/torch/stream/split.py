@@ -96,15 +96,17 @@ class StridedPart(StateTensor):
     def write(self, start: int, data: NDArray[np.uint8]) -> None:
         """Replace the bytes beginning at ``start`` by ``data`` (uint8)."""
         bits = torch.from_numpy(data)
-        for box, span in self._boxes(start, data.size):
-            box.copy_(bits[span].view(box.dtype).view(box.shape))
+        with torch.inference_mode():
+            for box, span in self._boxes(start, data.size):
+                box.copy_(bits[span].view(box.dtype).view(box.shape))
 
     def put_at(self, indices: NDArray[np.int64], values: NDArray[Any]) -> None:
         """Replace the elements at different indices by ``values`` (of the type ``words``)."""
-        elements = self._tensor.view(TORCH_WORDS[self.words.itemsize])
-        bits = torch.from_numpy(values.view(np.uint8)).view(elements.dtype).to(elements.device)
-        places = np.unravel_index(indices, self.shape)
-        elements.index_put_(tuple(torch.from_numpy(one).to(elements.device) for one in places), bits)
+        with torch.inference_mode():
+            elements = self._tensor.view(TORCH_WORDS[self.words.itemsize])
+            bits = torch.from_numpy(values.view(np.uint8)).view(elements.dtype).to(elements.device)
+            places = np.unravel_index(indices, self.shape)
+            elements.index_put_(tuple(torch.from_numpy(one).to(elements.device) for one in places), bits)
 
 
 def whole_indices(indices: NDArray[np.int64], box: Box | None, shape: tuple[int, ...]) -> NDArray[np.int64]:
