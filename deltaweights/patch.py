@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,13 +85,13 @@ def apply_delta(
     root = output_path(out)
     with open_recipe(delta, base) as target, Workers(threads) as workers:
         workers.at_stop(target.cancel)
-        _check_apart(root, target)
+        check_apart(root, target)
         _log.info("rebuilding %s into %s", ", ".join(link.source.where for link in links(target)), root)
         check_licenses(target)
         check_base(target, workers, keep=keep_base, progress=progress)
         with OutputFolder(root) as folder:
             paths = [file.path for file in target.manifest.target.files]
-            folder.require_distinct([*paths, *(place for _, _, place in _license_places(target))])
+            folder.require_distinct([*paths, *(place for _, _, place in license_places(target))])
             folder.require_apart(paths, target.sources)
             kept = _finished(target.manifest, folder, workers, force, progress)
             missing = [file for file in target.manifest.target.files if file.path not in kept]
@@ -99,13 +99,13 @@ def apply_delta(
             folder.require_space(nbytes)
             meter = Meter(progress, "apply", nbytes)
             _write_all(target, missing, folder, workers, meter)
-            _write_licenses(target, folder)
+            write_licenses(target, folder)
         _log.info("rebuilt %d files, %d bytes; %d files were there", len(missing), nbytes, len(kept))
     rebuilt = tuple(file.path for file in missing)
     return ApplyReport(str(root), rebuilt, tuple(sorted(kept)), nbytes)
 
 
-def _check_apart(root: Path, target: TargetRecipe) -> None:
+def check_apart(root: Path, target: TargetRecipe) -> None:
     """The target must not overwrite the files that it is made from."""
     for place in filter(None, (source.root for source in target.sources)):
         if place.is_dir() and is_within(root, place):
@@ -190,7 +190,7 @@ def check_base(
     _log.debug(
         "of the right base by the SHA-256 that the Hub publishes: %s", ", ".join(sorted(proven)) or "none"
     )
-    _check_chunks(target, proven, workers, progress)
+    _check_chunks(target, target.with_base(proven), workers, progress)
     for file in target.manifest.target.files:
         if file.stored == "base" and file.source not in proven and _is_other(target, file, workers):
             raise target.faults.wrong_base(f"its file {file.source!r} differs")
@@ -205,11 +205,27 @@ def _is_other(target: TargetRecipe, file: TargetFile, workers: Workers) -> bool:
     return sha256_of(workers.watch(target.blocks(file))) != file.sha256
 
 
+def glance_at_base(target: TargetRecipe, workers: Workers, is_wanted: Callable[[str], bool]) -> None:
+    """:func:`check_base` for a process that needs some of the tensors only, and checks each chunk of those as
+    it decodes them: reads a chunk of at most _SAMPLED_CHUNKS tensors.
+
+    Args:
+        is_wanted: whether the tensor of this name will be decoded.
+
+    Raises:
+        BaseMismatchError: a published SHA-256 or a chunk differs.
+    """
+    target = links(target)[0]
+    if target.base is not None:
+        recipes = [r for r in target.with_base(target.check_published()) if is_wanted(r.info.name)]
+        some = random.Random(0).sample(recipes, min(_SAMPLED_CHUNKS, len(recipes)))  # noqa: S311
+        _check_chunks(target, some, workers, None)
+
+
 def _check_chunks(
-    target: TargetRecipe, proven: Collection[str], workers: Workers, progress: ProgressCallback | None
+    target: TargetRecipe, recipes: list[TensorRecipe], workers: Workers, progress: ProgressCallback | None
 ) -> None:
-    """Compare a sample of the base's chunks with the delta's checksums, except in the files ``proven``."""
-    recipes = target.with_base(proven)
+    """Compare a sample of the base's chunks, for these recipes, with the delta's checksums."""
     target.read_tables(recipes)
     sample = sample_chunks(recipes)
     meter = Meter(progress, "check base", sum(map(_nbytes, sample)))
@@ -279,22 +295,33 @@ def _write_all(
 
     workers.each(write_shard, shards)
     for file in sorted(others, key=lambda file: (file.path.endswith(".index.json"), file.path)):
-        with folder.create(file.path) as output:
-            output.write_blocks(workers.watch(target.blocks(file), meter))
-            check_digest(file, output.digest()[1])
-            output.commit()
-        _log.debug("%s: rebuilt, %d bytes, SHA-256 %s", file.path, file.size, file.sha256)
+        write_file(target, file, folder, workers, meter)
 
 
-def _write_licenses(target: TargetRecipe, folder: OutputFolder) -> None:
+def write_file(
+    target: TargetRecipe, file: TargetFile, folder: OutputFolder, lane: Lane, meter: Meter
+) -> None:
+    """Write a file of the target that is not a shard.
+
+    Raises:
+        DeltaError: its SHA-256 is not the manifest's; it did not get its name.
+    """
+    with folder.create(file.path) as output:
+        output.write_blocks(lane.watch(target.blocks(file), meter))
+        check_digest(file, output.digest()[1])
+        output.commit()
+    _log.debug("%s: rebuilt, %d bytes, SHA-256 %s", file.path, file.size, file.sha256)
+
+
+def write_licenses(target: TargetRecipe, folder: OutputFolder) -> None:
     """Write license texts and notices of all deltas beside the target."""
-    for source, path, place in _license_places(target):
+    for source, path, place in license_places(target):
         with folder.create(place) as output:
             output.write_blocks(source.blocks(path))
             output.commit()
 
 
-def _license_places(target: TargetRecipe) -> Iterator[tuple[Source, str, str]]:
+def license_places(target: TargetRecipe) -> Iterator[tuple[Source, str, str]]:
     """Every license text and notice: its delta, its path there, and its place in the output."""
     for link in links(target):
         for record in text_records(link.manifest):

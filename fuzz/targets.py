@@ -22,6 +22,8 @@ from deltaweights.codec import (
     read_patch,
 )
 from deltaweights.dtypes import DTYPE_BITS
+from deltaweights.engines.disk_updates.encodings import ENCODINGS, apply, encode
+from deltaweights.engines.disk_updates.layout import read_index, shard_name
 from deltaweights.errors import DeltaError, HeaderError, ManifestError, PayloadError
 from deltaweights.manifest import FileRecord, Manifest, Tool
 from deltaweights.payload import ChunkPlan, check_records
@@ -251,6 +253,41 @@ def payload_seeds() -> Iterator[bytes]:
         yield path.read_bytes()
 
 
+# Updates on disk -----------------------------------------------------------------------------------------
+
+
+def disk_update(data: bytes) -> None:
+    """A frame of a tensor of 64 bytes, in one of the encodings, the first byte says in which."""
+    encoding = ENCODINGS[data[0] % len(ENCODINGS)] if data else ENCODINGS[0]
+    tensor = np.arange(64, dtype=np.uint8)
+    with suppress(PayloadError):
+        apply(encoding, data[1:], tensor)
+        return
+    assert np.array_equal(tensor, np.arange(64)), "refused, and written nevertheless"
+
+
+def disk_update_seeds() -> Iterator[bytes]:
+    old, new = np.arange(64, dtype=np.uint8), np.arange(64, dtype=np.uint8)
+    new[::9] ^= 5
+    for number, encoding in enumerate(ENCODINGS):
+        yield bytes([number]) + encode(encoding, "x", old, new)
+
+
+def disk_index(data: bytes) -> None:
+    """What is let through names plain files, and shards that are all there."""
+    with suppress(DeltaError):
+        found = read_index(data, 1, "x")
+        assert all("/" not in name and "\\" not in name for name in found.files.values())
+        if found.update:
+            count = len(set(found.files.values()))
+            assert set(found.files.values()) == {shard_name(index, count) for index in range(count)}
+
+
+def disk_index_seeds() -> Iterator[bytes]:
+    for path in FIXTURES.glob("disk-updates/*/weight_v000001/*.json"):
+        yield path.read_bytes()
+
+
 TARGETS = {
     "header": Target(header, header_seeds),
     "manifest": Target(manifest, manifest_seeds),
@@ -258,4 +295,6 @@ TARGETS = {
     "payload_file": Target(payload_file, payload_seeds),
     "stream_record": Target(stream_record, stream_seeds),
     "checkpoint_record": Target(checkpoint_record, checkpoint_seeds),
+    "disk_update": Target(disk_update, disk_update_seeds),
+    "disk_index": Target(disk_index, disk_index_seeds),
 }

@@ -25,7 +25,7 @@ from .hub_server import HubServer
 
 MISSING = [name for name in ("accelerate", "torch", "transformers") if not importlib.util.find_spec(name)]
 if MISSING:
-    collect_ignore = ["torch"]
+    collect_ignore = ["torch", *(["engines"] if "torch" in MISSING else [])]
 
 settings.register_profile(
     "deltaweights",

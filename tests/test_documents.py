@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from typer.core import TyperGroup
 
 import deltaweights
+import deltaweights.engines
 import deltaweights.torch
 from deltaweights import make_delta
 from deltaweights.cli.commands import app
@@ -42,7 +43,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 #: Read in this order: later ones go on with what earlier ones made.
 GUIDES = ("publish", "use", "platform", "reference/command-line")
-GUIDES_FOR_TORCH = ("train", "serve")
+GUIDES_FOR_TORCH = ("train", "serve", "disk-updates")
 #: All except the demonstration, which tests/test_demo.py runs with a smaller model.
 EXAMPLES = sorted({*ROOT.glob("examples/*.py")} - {ROOT / "examples" / "demo.py"})
 
@@ -168,16 +169,25 @@ def test_every_option_is_in_the_reference() -> None:
     group = typer.main.get_command(app)
     assert isinstance(group, TyperGroup)
     assert len(group.commands) >= 5
-    for command in [group, *group.commands.values()]:
+    nested = [
+        command
+        for one in group.commands.values()
+        if isinstance(one, TyperGroup)
+        for command in one.commands.values()
+    ]
+    for command in [group, *group.commands.values(), *nested]:
         options = [option for parameter in command.params for option in parameter.opts]
         for option in ["--help", *options]:
             if option.startswith("-"):
                 assert f"`{option}" in reference, f"{command.name} {option}"
-    for name in group.commands:
-        assert f"deltaweights {name}" in reference
+    for name, one in group.commands.items():
+        for path in [f"{name} {inner}" for inner in getattr(one, "commands", ())] or [name]:
+            assert f"deltaweights {path}" in reference
 
 
-@pytest.mark.parametrize("module", [deltaweights, deltaweights.torch], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [deltaweights, deltaweights.engines, deltaweights.torch], ids=lambda module: module.__name__
+)
 def test_every_public_name_is_in_the_reference(module: ModuleType) -> None:
     """And no name that is not public. `make docs` fails where one has no docstring."""
     pages = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))

@@ -21,12 +21,16 @@ from typing import Any
 import pytest
 
 import deltaweights
+import deltaweights.engines
 import deltaweights.torch
 
 PACKAGE = Path(deltaweights.__file__).parent
 PUBLIC: list[Any] = [
     deltaweights,
     pytest.param(deltaweights.torch, marks=pytest.mark.skipif(not find_spec("torch"), reason="needs torch")),
+    pytest.param(
+        deltaweights.engines, marks=pytest.mark.skipif(not find_spec("torch"), reason="needs torch")
+    ),
 ]
 
 #: For each folder, what stands in it, lowest rank first. Each may import from lower ranks only.
@@ -44,6 +48,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "bom diff inspect patch",
         "compact estimate plan verify",
         "push torch",
+        "engines",
         "cli",
         "__init__ __main__",
     ),
@@ -56,6 +61,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "logs usage",
         "progress",
         "session",
+        "weight_streams",
         "commands",
         "__init__",
     ),
@@ -106,6 +112,23 @@ RANKS: dict[str, tuple[str, ...]] = {
         "rebuilt",
         "chain",
         "sampling target writer",
+        "__init__",
+    ),
+    "engines": (
+        "decoding disk_updates placement pointer",
+        "host_mirror vllm_loader",
+        "follower",
+        "vllm_transfer",
+        "vllm",
+        "__init__",
+    ),
+    "engines/disk_updates": (
+        "checksums encodings",
+        "layout",
+        "folder writing",
+        "chain model_folder",
+        "importing writer",
+        "exporting",
         "__init__",
     ),
     "license": ("table", "rules", "bom cards", "__init__"),
@@ -271,6 +294,7 @@ def test_no_two_public_classes_share_a_name() -> None:
         ),
         ("from deltaweights import make_delta", ["torch", "huggingface_hub"]),
         ("import deltaweights.torch", ["numpy", "torch", "huggingface_hub"]),
+        ("import deltaweights.engines", ["numpy", "torch", "huggingface_hub"]),
         pytest.param(
             "from deltaweights.torch import DeltaCheckpointer, load_into, save_delta",
             ["transformers"],

@@ -42,6 +42,7 @@ from .options import (
 from .session import Work, in_flags, settle_license, working
 from .streams import leave_stderr, open_streams, show_error, stdout_failed
 from .usage import Commands, UsageError
+from .weight_streams import stream
 
 if TYPE_CHECKING:
     from ..manifest import Manifest
@@ -69,7 +70,9 @@ app = typer.Typer(
 )
 
 #: The panels of the commands in the help.
-_PUBLISH, _USE, _LOOK = "To publish", "To use", "To look into a delta"
+_PUBLISH, _USE, _LOOK, _STREAM = "To publish", "To use", "To look into a delta", "To stream"
+
+app.add_typer(stream, rich_help_panel=_STREAM)
 
 
 @app.callback(invoke_without_command=True)
@@ -290,6 +293,45 @@ def apply(
             sources, output, base=base, keep_base=keep_base, force=force, threads=threads, progress=shown
         )
     work.report(asdict(done), rendering.apply_lines(output, done, work.seconds), with_costs=True)
+
+
+@app.command(rich_help_panel=_USE)
+def serve_folder(
+    deltas: Deltas,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")],
+    base: BaseOption = None,
+    keep_base: KeepBase = False,
+    accept_license: AcceptLicense = None,
+    force: Force = False,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Write a folder from which an engine serves the target, without its weights on disk.
+
+    It has the target's config, tokenizer and the like, and names DELTA and base.
+
+    deltaweights serve-folder org/model-delta -o model
+    vllm serve model --load-format deltaweights
+    """
+    with (
+        working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work,
+        ExitStack() as opened,
+    ):
+        from ..engines import pointer
+        from ..storage import open_source
+
+        # Opened once, as for `apply`.
+        sources = [opened.enter_context(open_source(delta)) for delta in deltas]
+        may_ask = not (quiet or as_json)
+        settle_license(deltas, sources, accept_license or [], quiet=quiet, may_ask=may_ask)
+        shown = opened.enter_context(work.progress())
+        done = pointer.serve_folder(
+            sources, output, base=base, keep_base=keep_base, force=force, threads=threads, progress=shown
+        )
+    work.report(asdict(done), rendering.serve_lines(output, done), with_costs=True)
 
 
 @app.command(rich_help_panel=_PUBLISH)

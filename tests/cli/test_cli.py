@@ -303,9 +303,10 @@ def test_progress_in_a_log_is_a_line_now_and_then(trio: Trio, tmp_path: Path) ->
 # What errors say to do, in Python's words and in the command line's --------------------------------------
 
 COMMANDS = get_group(app).commands
+NESTED = [inner for command in COMMANDS.values() for inner in getattr(command, "commands", {}).values()]
 ALL_FLAGS = {
     flag
-    for command in COMMANDS.values()
+    for command in [*COMMANDS.values(), *NESTED]
     for option in command.params
     for flag in option.opts
     if flag[0] == "-"

@@ -30,6 +30,8 @@ class History:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
+        #: The last head that :meth:`steps` walked back from, and each step's record.
+        self._walked: tuple[StateReference, dict[int, StateReference]] | None = None
 
     def head(self) -> Head:
         """The current head.
@@ -65,6 +67,8 @@ class History:
                 f"The newest step there is {head.step}.",
                 "Wait, and try again.",
             )
+        if self._walked and self._walked[0] == head.newest and step in self._walked[1]:
+            return self.read(self._walked[1][step])
         later: StateRecord | None = None
         for record, _ in zip(self._back(head.newest), range(_MOST_BACK), strict=False):
             if record.step == step:
@@ -77,6 +81,20 @@ class History:
         if later is None:
             raise Gone  # the head's own record: there is a newer one
         raise self._no_such_step(step, f"The steps that are still there are {later.step} to {head.step}.")
+
+    def steps(self, head: Head) -> Iterator[StateRecord]:
+        """The records that :meth:`of_step` finds, newest first: of each step the newest one, as far as they
+        exist. While the head stays, it finds them without another walk."""
+        found: dict[int, StateReference] = {}
+        reference, least = head.newest, head.step + 1
+        for record, _ in zip(self._back(head.newest), range(_MOST_BACK), strict=False):
+            if record.step < least:  # else the training went back from there
+                found[record.step], least = reference, record.step
+                yield record
+            if not (earlier := record.previous or record.last_anchor):
+                break
+            reference = earlier
+        self._walked = head.newest, found
 
     def _no_such_step(self, step: int, why: str) -> CheckpointError:
         return CheckpointError(

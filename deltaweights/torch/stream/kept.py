@@ -25,9 +25,11 @@ class KeptState:
 
     Args:
         pieces: them, by the names of their payloads; those that are in the same memory once.
+        quick: as for :func:`codec.encode_chunk`.
     """
 
-    def __init__(self, pieces: Mapping[str, StateTensor], workers: Workers) -> None:
+    def __init__(self, pieces: Mapping[str, StateTensor], workers: Workers, *, quick: bool) -> None:
+        self._quick = quick
         self._codes = {name: tensor.code for name, tensor in pieces.items()}
         self._plans = {name: plan_of(tensor) for name, tensor in pieces.items()}
         self._bytes = {
@@ -73,7 +75,7 @@ class KeptState:
         def encode(name: str, index: int) -> list[CodedChunk]:
             start, end = self._plans[name].span(index)
             old, new = self._bytes[name][start:end], pieces[name].read(start, end)
-            method, data = codec.encode_chunk(old, new, self._codes[name], quick=True)
+            method, data = codec.encode_chunk(old, new, self._codes[name], quick=self._quick)
             before = int(self._sums[name][index])  # known, so only the new bytes are hashed
             if method == codec.Method.SAME:
                 return [CodedChunk(method, before, before, b"", 0)]

@@ -55,7 +55,7 @@ def _zeros(nbytes: int, where: str, *, shared: bool) -> Tensor:
     if nbytes > _room(shared=shared):
         raise _too_large(nbytes, where)
     try:
-        memory = torch.from_numpy(np.zeros(nbytes, np.uint8))
+        memory = torch.from_numpy(np.zeros(max(1, nbytes), np.uint8))  # an empty one has no stride
         if shared:
             memory.share_memory_()  # type: ignore[no-untyped-call]
         return memory

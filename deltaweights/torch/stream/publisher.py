@@ -129,6 +129,8 @@ class DeltaPublisher:
             before the first other anchor.
         keep_anchors: number of anchors to keep; older files are removed. None keeps all.
         public: create a public repository on the Hub, or accept an existing one.
+        quick: save time rather than the last bytes where fewer than 2% of some weights changed. False: such
+            updates of trained bf16 weights take a third fewer bytes, and longer to encode and to decode.
         threads: number of threads of each process; if None, the number of usable cores, at most 8. With a
             process group, the cores are divided among the processes of this machine.
 
@@ -152,6 +154,7 @@ class DeltaPublisher:
         anchor_base: bool = True,
         keep_anchors: int | None = 2,
         public: bool = False,
+        quick: bool = True,
         threads: int | None = None,
     ) -> None:
         _check_at_least(1, anchor_every=anchor_every, keep_anchors=keep_anchors, threads=threads)
@@ -174,7 +177,7 @@ class DeltaPublisher:
             with self._ranks.together() as told, Workers(self._threads) as workers:
                 if self._ranks.rank:
                     self._folder = opened.enter_context(self._transport.joining())
-                self._kept = KeptState(self._own(pieces), workers)
+                self._kept = KeptState(self._own(pieces), workers, quick=quick)
                 told.say(self._kept.sums)
             #: Whether the kept state is the newest state, so that an update can follow it.
             is_current = self._ranks.first(lambda: self._is_newest(told.heard))

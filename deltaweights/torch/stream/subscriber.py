@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -75,6 +76,32 @@ class DeltaSubscriber:
             DeltaError: it is damaged.
         """
         return self._attempt(lambda: StreamState.of(self._history.read(self._history.head().newest)))
+
+    def states(self) -> tuple[StreamState, ...]:
+        """The states that can be asked for by their steps, oldest first: of each step the newest, as far back
+        as the stream has them. Where a training went back to an earlier step, those from there are left out.
+
+        The oldest may be there without an anchor: then only its own weights lead to it. Reads a record for
+        each.
+
+        Raises:
+            NotPublishedError: there is no stream yet.
+            CheckpointError: it cannot be read.
+            DeltaError: it is damaged.
+        """
+
+        def read() -> tuple[StreamState, ...]:
+            found: list[StreamState] = []
+            for record in self._history.steps(self._history.head()):
+                state = StreamState.of(record)
+                if found and found[-1].tensors == state.tensors:
+                    state = replace(state, tensors=found[-1].tensors)  # one object instead of thousands
+                found.append(state)
+            if not found:
+                raise Gone
+            return tuple(reversed(found))
+
+        return self._attempt(read)
 
     def empty_state(self, *, shared: bool = False) -> dict[str, Tensor]:
         """Tensors of zeros on the CPU, with the names, dtypes, shapes and ties of the stream: a mirror, for
