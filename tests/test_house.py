@@ -21,12 +21,16 @@ from typing import Any
 import pytest
 
 import deltaweights
+import deltaweights.engines
 import deltaweights.torch
 
 PACKAGE = Path(deltaweights.__file__).parent
 PUBLIC: list[Any] = [
     deltaweights,
     pytest.param(deltaweights.torch, marks=pytest.mark.skipif(not find_spec("torch"), reason="needs torch")),
+    pytest.param(
+        deltaweights.engines, marks=pytest.mark.skipif(not find_spec("torch"), reason="needs torch")
+    ),
 ]
 
 #: For each folder, what stands in it, lowest rank first. Each may import from lower ranks only.
@@ -44,6 +48,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "bom diff inspect patch",
         "compact estimate plan verify",
         "push torch",
+        "engines",
         "cli",
         "__init__ __main__",
     ),
@@ -108,6 +113,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "sampling target writer",
         "__init__",
     ),
+    "engines": ("placement", "__init__"),
     "license": ("table", "rules", "bom cards", "__init__"),
     "license/bom": ("facts", "cyclonedx spdx", "__init__"),
     "match": (
@@ -267,6 +273,7 @@ def test_no_two_public_classes_share_a_name() -> None:
         ),
         ("from deltaweights import make_delta", ["torch", "huggingface_hub"]),
         ("import deltaweights.torch", ["numpy", "torch", "huggingface_hub"]),
+        ("import deltaweights.engines", ["numpy", "torch", "huggingface_hub"]),
         pytest.param(
             "from deltaweights.torch import DeltaCheckpointer, load_into, save_delta",
             ["transformers"],

@@ -22,6 +22,7 @@ PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 #: The extras that a room, or a module, may import from; everything else is a dependency.
 EXTRAS = {
     "codec": ("jit",),
+    "engines": ("torch", "vllm"),
     "delta/target.py": ("torch",),  # TensorView.torch() imports it when it is called
     "license/bom": ("bom",),
     "torch": ("torch", "transformers"),
@@ -37,7 +38,7 @@ TESTS_FOLDER = Path(__file__).parent
 TESTS = [
     p
     for p in sorted(TESTS_FOLDER.rglob("*.py"))
-    if p.relative_to(TESTS_FOLDER).parts[0] not in ("codec", "torch")
+    if p.relative_to(TESTS_FOLDER).parts[0] not in ("codec", "engines", "torch")
 ]
 
 
