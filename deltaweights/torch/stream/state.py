@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +23,15 @@ from .records import CHUNK_BYTES, tensor_digest
 #: A model, or its tensors by name.
 State: TypeAlias = "nn.Module | Mapping[str, Tensor]"
 
+#: Unsigned integers as wide as an element.
+_WORDS: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("<u2"),
+    4: np.dtype("<u4"),
+    8: np.dtype("<u8"),
+}
+_TORCH_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 class StateTensor:
     """One tensor as bytes in row-major order.
@@ -32,6 +41,7 @@ class StateTensor:
         code: its safetensors dtype code.
         shape: its shape in a safetensors header.
         nbytes: its size in bytes.
+        words: NumPy's unsigned integers that are as wide as its elements.
         identity: a key that only tied tensors share.
     """
 
@@ -47,6 +57,7 @@ class StateTensor:
         self._is_copy = contiguous.data_ptr() != tensor.data_ptr()
         self._flat = byte_view(contiguous)
         self.nbytes = self._flat.numel()
+        self.words: np.dtype[Any] = _WORDS[tensor.element_size()]
         self.identity = (
             str(tensor.device),
             tensor.data_ptr(),
@@ -80,9 +91,14 @@ class StateTensor:
         return self._flat if gpu.is_usable(self._flat.device) else None
 
     @property
-    def version(self) -> int:
-        """A number that changes when torch changes the tensor in place, as far as torch counts."""
-        return 0 if self._tensor.is_inference() else self._tensor._version
+    def memory(self) -> Tensor:
+        """Its bytes (uint8)."""
+        return self._flat
+
+    @property
+    def copied_bytes(self) -> int:
+        """The memory of its bytes, where those are a copy in row-major order."""
+        return self.nbytes if self._is_copy else 0
 
     def read(self, start: int, end: int) -> NDArray[np.uint8]:
         """The bytes from ``start`` to ``end`` (uint8): the tensor's own on a CPU, else a copy."""
@@ -98,11 +114,34 @@ class StateTensor:
         else:
             self._flat[start : start + data.size].copy_(torch.from_numpy(data))
 
+    def put(self, start: int, places: NDArray[np.uint32] | None, values: NDArray[Any]) -> None:
+        """Replace elements, on a CPU.
+
+        Args:
+            start: the byte that places count from.
+            places: of elements; None: the first ones from there.
+            values: their new bits (of the type ``words``).
+        """
+        assert self._bytes is not None
+        elements = self._bytes[start:].view(self.words)
+        if places is None:
+            elements[: values.size] = values
+        else:
+            elements[places.astype(np.intp)] = values  # faster than to let NumPy convert them
+
+    def put_at(self, indices: NDArray[np.int64], values: NDArray[Any]) -> None:
+        """Replace the elements at different indices by ``values`` (of the type ``words``), on any device."""
+        elements = self._flat.view(_TORCH_WORDS[self.words.itemsize])
+        bits = torch.from_numpy(values.view(np.uint8)).view(elements.dtype)
+        elements.index_copy_(0, torch.from_numpy(indices).to(elements.device), bits.to(elements.device))
+
     def finish(self) -> None:
-        """Copy written bytes into a tensor whose memory is not in row-major order."""
+        """Say that bytes were written: to a tensor whose memory is not in row-major order, and to torch."""
         if self._is_copy:
             with torch.no_grad():
                 self._tensor.copy_(self._flat.view(self._tensor.dtype).view(self._tensor.shape))
+        elif not self._tensor.is_inference():  # these have no version
+            torch.autograd.graph.increment_version(self._tensor)
 
 
 def state_of(state: State) -> dict[str, StateTensor]:
@@ -131,6 +170,20 @@ def state_of(state: State) -> dict[str, StateTensor]:
                 "Pass the one that holds all the bytes, or clone those that should be independent.",
             )
     return found
+
+
+def marks_of(state: State) -> dict[str, object]:
+    """For each tensor of the state what shows whether it is still the same one, unchanged as far as torch
+    counts."""
+    return {
+        name: _mark_of(tensor) for name, tensor in plain_state(state).items() if isinstance(tensor, Tensor)
+    }
+
+
+def _mark_of(tensor: Tensor) -> object:
+    why, _ = obstacle(tensor)
+    version = None if tensor.is_inference() else tensor._version
+    return why or (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), version)
 
 
 def owners(state: Mapping[str, StateTensor]) -> dict[str, str]:

@@ -110,11 +110,10 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 # What a stream promises, wherever it lies --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_a_follower_is_bit_equal_at_every_step(place: str, in_place: bool) -> None:
+def test_a_follower_is_bit_equal_at_every_step(place: str) -> None:
     model, engine = Net(), Net()
     with DeltaPublisher(place, model) as publisher:
-        subscriber = DeltaSubscriber(place, in_place=in_place)
+        subscriber = DeltaSubscriber(place)
         for step in range(1, 4):
             train(model, step)
             made = publisher.publish(step, model)
@@ -295,7 +294,7 @@ def test_a_sync_that_is_interrupted_while_it_checks_is_undone(
             subscriber.sync(engine)
         assert bits(engine) in (before, bits(model))
         done += 1
-    assert done > 10  # the model's chunks, before and after each of two steps
+    assert done >= 10  # the model's chunks, after each of two steps
 
 
 def test_every_dtype_arrives(tmp_path: Path) -> None:
@@ -570,12 +569,11 @@ def test_an_old_head_is_refused_unless_it_is_meant(tmp_path: Path) -> None:
     assert bits(engine) == states[0]
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_a_model_that_somebody_changed_is_led_back_by_an_anchor(tmp_path: Path, in_place: bool) -> None:
+def test_a_model_that_somebody_changed_is_led_back_by_an_anchor(tmp_path: Path) -> None:
     """Noticed by torch's count or not; in the last chunk too, when others are written already."""
     model, engine = Net(), Net()
     with DeltaPublisher(tmp_path / "s", model) as publisher:
-        subscriber = DeltaSubscriber(tmp_path / "s", in_place=in_place)
+        subscriber = DeltaSubscriber(tmp_path / "s")
         for step, is_seen in enumerate((True, False), 1):
             subscriber.sync(engine)
             weight = engine.state_dict()["norm.weight"]
