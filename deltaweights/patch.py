@@ -85,13 +85,13 @@ def apply_delta(
     root = output_path(out)
     with open_recipe(delta, base) as target, Workers(threads) as workers:
         workers.at_stop(target.cancel)
-        _check_apart(root, target)
+        check_apart(root, target)
         _log.info("rebuilding %s into %s", ", ".join(link.source.where for link in links(target)), root)
         check_licenses(target)
         check_base(target, workers, keep=keep_base, progress=progress)
         with OutputFolder(root) as folder:
             paths = [file.path for file in target.manifest.target.files]
-            folder.require_distinct([*paths, *(place for _, _, place in _license_places(target))])
+            folder.require_distinct([*paths, *(place for _, _, place in license_places(target))])
             folder.require_apart(paths, target.sources)
             kept = _finished(target.manifest, folder, workers, force, progress)
             missing = [file for file in target.manifest.target.files if file.path not in kept]
@@ -99,13 +99,13 @@ def apply_delta(
             folder.require_space(nbytes)
             meter = Meter(progress, "apply", nbytes)
             _write_all(target, missing, folder, workers, meter)
-            _write_licenses(target, folder)
+            write_licenses(target, folder)
         _log.info("rebuilt %d files, %d bytes; %d files were there", len(missing), nbytes, len(kept))
     rebuilt = tuple(file.path for file in missing)
     return ApplyReport(str(root), rebuilt, tuple(sorted(kept)), nbytes)
 
 
-def _check_apart(root: Path, target: TargetRecipe) -> None:
+def check_apart(root: Path, target: TargetRecipe) -> None:
     """The target must not overwrite the files that it is made from."""
     for place in filter(None, (source.root for source in target.sources)):
         if place.is_dir() and is_within(root, place):
@@ -279,22 +279,33 @@ def _write_all(
 
     workers.each(write_shard, shards)
     for file in sorted(others, key=lambda file: (file.path.endswith(".index.json"), file.path)):
-        with folder.create(file.path) as output:
-            output.write_blocks(workers.watch(target.blocks(file), meter))
-            check_digest(file, output.digest()[1])
-            output.commit()
-        _log.debug("%s: rebuilt, %d bytes, SHA-256 %s", file.path, file.size, file.sha256)
+        write_file(target, file, folder, workers, meter)
 
 
-def _write_licenses(target: TargetRecipe, folder: OutputFolder) -> None:
+def write_file(
+    target: TargetRecipe, file: TargetFile, folder: OutputFolder, lane: Lane, meter: Meter
+) -> None:
+    """Write a file of the target that is not a shard.
+
+    Raises:
+        DeltaError: its SHA-256 is not the manifest's; it did not get its name.
+    """
+    with folder.create(file.path) as output:
+        output.write_blocks(lane.watch(target.blocks(file), meter))
+        check_digest(file, output.digest()[1])
+        output.commit()
+    _log.debug("%s: rebuilt, %d bytes, SHA-256 %s", file.path, file.size, file.sha256)
+
+
+def write_licenses(target: TargetRecipe, folder: OutputFolder) -> None:
     """Write license texts and notices of all deltas beside the target."""
-    for source, path, place in _license_places(target):
+    for source, path, place in license_places(target):
         with folder.create(place) as output:
             output.write_blocks(source.blocks(path))
             output.commit()
 
 
-def _license_places(target: TargetRecipe) -> Iterator[tuple[Source, str, str]]:
+def license_places(target: TargetRecipe) -> Iterator[tuple[Source, str, str]]:
     """Every license text and notice: its delta, its path there, and its place in the output."""
     for link in links(target):
         for record in text_records(link.manifest):

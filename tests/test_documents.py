@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from typer.core import TyperGroup
 
 import deltaweights
+import deltaweights.engines
 import deltaweights.torch
 from deltaweights import make_delta
 from deltaweights.cli.commands import app
@@ -177,7 +178,9 @@ def test_every_option_is_in_the_reference() -> None:
         assert f"deltaweights {name}" in reference
 
 
-@pytest.mark.parametrize("module", [deltaweights, deltaweights.torch], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [deltaweights, deltaweights.engines, deltaweights.torch], ids=lambda module: module.__name__
+)
 def test_every_public_name_is_in_the_reference(module: ModuleType) -> None:
     """And no name that is not public. `make docs` fails where one has no docstring."""
     pages = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))

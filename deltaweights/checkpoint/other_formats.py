@@ -60,6 +60,11 @@ def advice(paths: Collection[str]) -> tuple[str, str]:
     return _USUAL
 
 
+def is_weights(path: str) -> bool:
+    """Whether a file has weights in one of these formats, by its name."""
+    return path.lower().endswith(tuple(_FORMATS))
+
+
 def _has_weights(path: str) -> bool:
     """Whether a file is one of the model's, by its name: trainers have their own."""
     return not PurePosixPath(path).name.startswith(("training_args", "optimizer", "scheduler", "rng_state"))

@@ -292,6 +292,45 @@ def apply(
     work.report(asdict(done), rendering.apply_lines(output, done, work.seconds), with_costs=True)
 
 
+@app.command(rich_help_panel=_USE)
+def serve_folder(
+    deltas: Deltas,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")],
+    base: BaseOption = None,
+    keep_base: KeepBase = False,
+    accept_license: AcceptLicense = None,
+    force: Force = False,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Write a folder from which an engine serves the target, without its weights on disk.
+
+    It has the target's config, tokenizer and the like, and names DELTA and base.
+
+    deltaweights serve-folder org/model-delta -o model
+    vllm serve model --load-format deltaweights
+    """
+    with (
+        working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work,
+        ExitStack() as opened,
+    ):
+        from ..engines import pointer
+        from ..storage import open_source
+
+        # Opened once, as for `apply`.
+        sources = [opened.enter_context(open_source(delta)) for delta in deltas]
+        may_ask = not (quiet or as_json)
+        settle_license(deltas, sources, accept_license or [], quiet=quiet, may_ask=may_ask)
+        shown = opened.enter_context(work.progress())
+        done = pointer.serve_folder(
+            sources, output, base=base, keep_base=keep_base, force=force, threads=threads, progress=shown
+        )
+    work.report(asdict(done), rendering.serve_lines(output, done), with_costs=True)
+
+
 @app.command(rich_help_panel=_PUBLISH)
 def compact(
     deltas: Deltas,

@@ -13,6 +13,7 @@ from ..words import counted
 from .layout import Screen, table
 
 if TYPE_CHECKING:
+    from ..engines.pointer import ServeReport
     from ..estimate import DeltaEstimate, EstimatedTensors
     from ..inspect import DeltaSummary, StoredFile, TensorSummary
     from ..license.rules import LicenseReport, SideLicense
@@ -145,6 +146,12 @@ def apply_lines(place: object, report: ApplyReport, seconds: float) -> Iterator[
     kept = f", {_were(len(report.kept))} already there" if report.kept else ""
     done = f"{counted(len(report.rebuilt), 'file')} rebuilt and checked{kept}"
     yield plain(f"{place}: {done}; {speed(report.nbytes, seconds)}")
+
+
+def serve_lines(place: object, report: ServeReport) -> Iterator[str]:
+    """What ``serve-folder`` wrote, and from where the weights will come."""
+    yield plain(f"{place}: {counted(len(report.files), 'file')} written and checked, {size(report.nbytes)}")
+    yield plain(f"weights come from {', '.join(report.deltas)} and {report.base or 'the base it names'}")
 
 
 def _were(count: int) -> str:

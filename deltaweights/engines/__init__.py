@@ -14,5 +14,8 @@ if TYPE_CHECKING:
     from .placement import located as located
     from .placement import places as places
     from .placement import write_changes as write_changes
+    from .pointer import ServeReport as ServeReport
+    from .pointer import read_pointer as read_pointer
+    from .pointer import serve_folder as serve_folder
 else:
     __getattr__, __dir__, __all__ = _exports.exports(__name__)
