@@ -308,7 +308,7 @@ def _unlike(name: str, theirs: Function, ours: Function, *, is_method: bool) -> 
     for one in sorted(has.keywords - own.keywords - set(own.positional)):
         if not own.takes_keywords:
             yield f"{name} has the parameter {one}, and ours does not"
-    for one in sorted(own.required - set(has.positional) - has.keywords):
+    for one in sorted(own.required - set(has.positional) - has.keywords) if not has.takes_keywords else ():
         yield f"{name} has no parameter {one} any more, which ours wants"
 
 

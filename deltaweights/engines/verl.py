@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegistry
-from verl.utils.device import get_device_name
 from verl.workers.rollout.utils import ensure_async_iterator
 
 from ..errors import NotPublishedError
@@ -26,15 +26,15 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 class DeltaCheckpointEngine(CheckpointEngine):  # type: ignore[misc,unused-ignore]
     """Moves weights from verl's actor to its rollouts by a weight stream, bit for bit.
 
-    The first actor publishes. It holds two copies of the state in the CPU's memory: what it compares with, and
-    what the actor gives. A rollout worker holds one, in the form of the checkpoint.
+    The first actor publishes. It holds two copies of the state in the CPU's memory: what it compares with,
+    and what the actor gives. A rollout worker holds one, in the form of the checkpoint.
 
     Args:
         bucket_size: not used: nothing goes by buckets.
         is_master: whether this is the actor that publishes.
         location: the stream's folder, fsspec URL, or repository on the Hub, as seen from every worker.
-        changed_only: give the rollout only the tensors that changed, if its engine keeps its weights from step
-            to step; else, or after it lost them, it needs all.
+        changed_only: give the rollout only the tensors that changed. Its engine has to keep its weights from
+            step to step, asleep too.
         timeout: how long a rollout waits for the actor to publish, in seconds.
         anchor_every, keep_anchors, threads: as for :class:`deltaweights.torch.DeltaPublisher`.
     """
@@ -55,7 +55,9 @@ class DeltaCheckpointEngine(CheckpointEngine):  # type: ignore[misc,unused-ignor
         self._location = location
         self._changed_only = changed_only
         self._timeout = timeout
-        self._options = {"anchor_every": anchor_every, "keep_anchors": keep_anchors, "threads": threads}
+        self._open = partial(
+            DeltaPublisher, location, anchor_every=anchor_every, keep_anchors=keep_anchors, threads=threads
+        )
         self._subscriber = DeltaSubscriber(location, threads=threads)
         self._publisher: DeltaPublisher | None = None
         self._state: dict[str, torch.Tensor] = {}  # what was sent last, or received
@@ -80,6 +82,11 @@ class DeltaCheckpointEngine(CheckpointEngine):  # type: ignore[misc,unused-ignor
 
     def finalize(self) -> None:
         """Do nothing: stream and copies stay open for the next step."""
+
+    def close(self) -> None:
+        """Release the stream for another publisher. The end of the process does that, too."""
+        if self._publisher is not None:
+            self._publisher.close()
 
     async def send_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]], global_steps: int | None = None
@@ -122,7 +129,7 @@ class DeltaCheckpointEngine(CheckpointEngine):  # type: ignore[misc,unused-ignor
         """
         await self._published(global_steps)
         await asyncio.to_thread(self._take, global_steps)
-        device = get_device_name()
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         for name in sorted(self._owed):
             # A copy: the engine may read it when the next step is written to ours.
             yield name, self._state[name].to(device, copy=True)
@@ -144,7 +151,7 @@ class DeltaCheckpointEngine(CheckpointEngine):  # type: ignore[misc,unused-ignor
     def _publish(self, step: int) -> dict[str, float]:
         if self._publisher is None:
             is_new = self._newest_number() < 0
-            self._publisher = DeltaPublisher(self._location, self._state, step=step, **self._options)
+            self._publisher = self._open(self._state, step=step)
             if is_new:  # the stream begins with this state
                 return {"deltaweights/state_bytes": float(_nbytes(self._state))}
         report = self._publisher.publish(step, self._state)

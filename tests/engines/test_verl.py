@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ Weights = dict[str, Tensor]
 @pytest.fixture
 def registry() -> Any:
     """verl's registry, once it has imported our module by its name."""
-    from verl.checkpoint_engine import CheckpointEngineRegistry
-    from verl.utils.import_utils import import_external_libs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of verl and what it imports
+        from verl.checkpoint_engine import CheckpointEngineRegistry
+        from verl.utils.import_utils import import_external_libs
 
-    import_external_libs("deltaweights.engines.verl")
+        import_external_libs("deltaweights.engines.verl")
     return CheckpointEngineRegistry
 
 
@@ -75,8 +78,13 @@ class Job:
         self.connect()
 
         async def run() -> Any:
-            sent = [engine.send_weights(self._gather(rank, state), step) for rank, engine in enumerate(self.actors)]
-            return await asyncio.gather(*map(self._receive, self.rollouts, [step] * len(self.rollouts)), *sent)
+            sent = [
+                engine.send_weights(self._gather(rank, state), step)
+                for rank, engine in enumerate(self.actors)
+            ]
+            return await asyncio.gather(
+                *map(self._receive, self.rollouts, [step] * len(self.rollouts)), *sent
+            )
 
         results = asyncio.run(run())
         for engine in (*self.actors, *self.rollouts):
@@ -93,7 +101,32 @@ class Job:
     async def _receive(self, engine: Any, step: int | None) -> Weights:
         from verl.workers.rollout.utils import ensure_async_iterator
 
-        return {name: tensor async for name, tensor in ensure_async_iterator(engine.receive_weights(global_steps=step))}
+        return {
+            name: tensor
+            async for name, tensor in ensure_async_iterator(engine.receive_weights(global_steps=step))
+        }
+
+
+class Jobs:
+    """Makes jobs, and ends them."""
+
+    def __init__(self, registry: Any) -> None:
+        self.registry, self.made = registry, list[Job]()
+
+    def __call__(self, location: Path, **options: Any) -> Job:
+        self.made.append(Job(self.registry, location, **options))
+        return self.made[-1]
+
+    def end(self) -> None:
+        while self.made:
+            self.made.pop().actors[0].close()
+
+
+@pytest.fixture
+def jobs(registry: Any) -> Iterator[Jobs]:
+    made = Jobs(registry)
+    yield made
+    made.end()
 
 
 def same(one: Weights, other: Weights) -> bool:
@@ -103,8 +136,8 @@ def same(one: Weights, other: Weights) -> bool:
     )
 
 
-def test_every_step_arrives_bit_for_bit(registry: Any, tmp_path: Path) -> None:
-    job = Job(registry, tmp_path / "stream")
+def test_every_step_arrives_bit_for_bit(jobs: Jobs, tmp_path: Path) -> None:
+    job = jobs(tmp_path / "stream")
     for step in range(1, 7):
         if step % 2:
             job.add_rollout()
@@ -117,15 +150,15 @@ def test_every_step_arrives_bit_for_bit(registry: Any, tmp_path: Path) -> None:
     assert job.gathered == [18, 18], "every actor takes part in gathering"
 
 
-def test_steps_without_a_number_arrive_too(registry: Any, tmp_path: Path) -> None:
-    job = Job(registry, tmp_path / "stream")
+def test_steps_without_a_number_arrive_too(jobs: Jobs, tmp_path: Path) -> None:
+    job = jobs(tmp_path / "stream")
     job.add_rollout()
     for step in (1, 2, 3):
         assert same(job.update(weights(step), None)[1][0], weights(step))
 
 
-def test_an_engine_that_keeps_its_weights_gets_those_that_changed(registry: Any, tmp_path: Path) -> None:
-    job = Job(registry, tmp_path / "stream", changed_only=True)
+def test_an_engine_that_keeps_its_weights_gets_those_that_changed(jobs: Jobs, tmp_path: Path) -> None:
+    job = jobs(tmp_path / "stream", changed_only=True)
     job.add_rollout()
     first = weights(1)
     assert same(job.update(first, 1)[1][0], first)
@@ -148,29 +181,29 @@ def test_an_engine_that_keeps_its_weights_gets_those_that_changed(registry: Any,
     assert same(received, {name: fourth[name] for name in ("model.norm.weight", "model.scale")})
 
 
-def test_a_trainer_that_starts_again_goes_on(registry: Any, tmp_path: Path) -> None:
-    job = Job(registry, tmp_path / "stream")
+def test_a_trainer_that_starts_again_goes_on(jobs: Jobs, tmp_path: Path) -> None:
+    job = jobs(tmp_path / "stream")
     job.add_rollout()
     for step in (1, 2, 3):
         job.update(weights(step), step)
-    job.actors[0]._publisher.close()  # as when its process ends
-    rollouts, job = job.rollouts, Job(registry, tmp_path / "stream")
+    jobs.end()
+    rollouts, job = job.rollouts, jobs(tmp_path / "stream")
     job.rollouts = rollouts
     job.add_rollout()
     for step in (2, 3):  # from a checkpoint: steps that were there before, with other weights
         assert all(same(one, weights(step + 5)) for one in job.update(weights(step + 5), step)[1])
 
 
-def test_a_rollout_does_not_wait_for_ever(registry: Any, tmp_path: Path) -> None:
-    job = Job(registry, tmp_path / "stream", timeout=0.1)
+def test_a_rollout_does_not_wait_for_ever(jobs: Jobs, tmp_path: Path) -> None:
+    job = jobs(tmp_path / "stream", timeout=0.1)
     job.add_rollout()
     job.connect()
     with pytest.raises(NotPublishedError, match=r"Step 1 was not published in 0\.1 seconds"):
         asyncio.run(job._receive(job.rollouts[0], 1))
 
 
-def test_nothing_of_a_damaged_update_is_given(registry: Any, tmp_path: Path) -> None:
-    job = Job(registry, tmp_path / "stream", keep_anchors=None, anchor_every=None)
+def test_nothing_of_a_damaged_update_is_given(jobs: Jobs, tmp_path: Path) -> None:
+    job = jobs(tmp_path / "stream", keep_anchors=None, anchor_every=None)
     job.add_rollout()
     job.update(weights(1), 1)
     job.connect()
