@@ -113,7 +113,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "sampling target writer",
         "__init__",
     ),
-    "engines": ("placement pointer verl", "__init__"),
+    "engines": ("decoding placement pointer verl", "vllm_loader", "vllm", "__init__"),
     "license": ("table", "rules", "bom cards", "__init__"),
     "license/bom": ("facts", "cyclonedx spdx", "__init__"),
     "match": (

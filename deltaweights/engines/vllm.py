@@ -1,0 +1,19 @@
+"""vLLM's plug-in: names the load format and the weight-transfer backend.
+
+vLLM calls :func:`register` in each of its processes before it starts others, so this imports none of the
+package's compiled parts.
+"""
+
+from __future__ import annotations
+
+#: The load format, and the weight-transfer backend.
+NAME = "deltaweights"
+
+
+def register() -> None:
+    """Register the load format and the weight-transfer backend ``deltaweights``. Again does nothing."""
+    from vllm.model_executor.model_loader import register_model_loader
+
+    from .vllm_loader import DeltaModelLoader
+
+    register_model_loader(NAME)(DeltaModelLoader)
