@@ -113,7 +113,12 @@ RANKS: dict[str, tuple[str, ...]] = {
         "sampling target writer",
         "__init__",
     ),
-    "engines": ("decoding placement pointer verl", "vllm_loader", "vllm", "__init__"),
+    "engines": (
+        "decoding placement pointer ranks verl",
+        "replica vllm_loader",
+        "sglang vllm",
+        "__init__",
+    ),
     "license": ("table", "rules", "bom cards", "__init__"),
     "license/bom": ("facts", "cyclonedx spdx", "__init__"),
     "match": (

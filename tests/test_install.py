@@ -23,6 +23,7 @@ PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 EXTRAS = {
     "codec": ("jit",),
     "engines": ("torch", "vllm"),
+    "engines/sglang.py": ("sglang",),
     "engines/verl.py": ("verl",),
     "delta/target.py": ("torch",),  # TensorView.torch() imports it when it is called
     "license/bom": ("bom",),
