@@ -17,6 +17,7 @@ from ..errors import CheckpointError, DeltaWeightsError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from .ranks import Ranks
     from .replica import Replica
 
 _log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ _MAX_REQUEST_BYTES = 1 << 16
 
 class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     location: Annotated[str, msgspec.Meta(min_length=1, max_length=4096, pattern=r"^[^\0]*\Z")]
-    step: Annotated[int, msgspec.Meta(ge=0, lt=1 << 63)] | None = None
+    step: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] | None = None
     threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None = None
     prepare: bool = False
 
@@ -119,8 +120,15 @@ def load_weights(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) 
         NotPublishedError: the step is not published yet.
         DeltaError: the stream is damaged.
     """
-    request = _request(named_tensors)
-    replica = _replica_of(model, request.location, request.threads)
+    from sglang.srt.distributed import get_tp_group
+
+    from .ranks import Ranks
+
+    ranks = Ranks(get_tp_group().cpu_group)
+    request = ranks.from_first(
+        lambda: _request(named_tensors)
+    )  # a rank that refused alone would be waited for
+    replica = _replica_of(model, request, ranks)
     if request.prepare:
         replica.prepare(request.step)
     else:
@@ -144,16 +152,15 @@ def _request(named_tensors: Sequence[tuple[str, Tensor]]) -> _Request:
         ) from error
 
 
-def _replica_of(model: nn.Module, location: str, threads: int | None) -> Replica:
-    from sglang.srt.distributed import get_tp_group
-
-    from .ranks import Ranks
+def _replica_of(model: nn.Module, request: _Request, ranks: Ranks) -> Replica:
     from .replica import Replica
 
+    wanted = request.location, request.threads
     known, found = _replicas.get(model, (None, None))
-    if found is None or known != (location, threads):
+    if found is None or known != wanted:
         is_requantized = getattr(model, "quant_config", None) is not None
-        ranks = Ranks(get_tp_group().cpu_group)
-        found = Replica(model, location, ranks, threads=threads, is_requantized=is_requantized)
-        _replicas[model] = (location, threads), found
+        found = Replica(
+            model, request.location, ranks, threads=request.threads, is_requantized=is_requantized
+        )
+        _replicas[model] = wanted, found
     return found
