@@ -5,7 +5,7 @@ UV := $(BIN)/uv
 INSTALL := $(UV) pip install --quiet --constraint constraints.txt --build-constraint constraints.txt
 export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: demo test test-random fuzz kernels test-levels test-matrix dist smoke check check-lock lock docs format bench clean
+.PHONY: demo test test-random fuzz kernels test-levels test-matrix dist smoke check check-engines check-lock lock docs format bench clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
@@ -62,11 +62,16 @@ check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(MAKE) check-lock
+	$(MAKE) check-engines
 	$(MAKE) docs
 	$(MAKE) test
 
 check-lock: $(UV)
 	$(BIN)/python .ci/check_lock.py
+
+# By their source on the index: none of them is installed.
+check-engines: .venv/.demo
+	$(BIN)/python .ci/check_engines.py
 
 # Keeps the pins that still fit; `make lock UPGRADE=1` takes the newest.
 lock: $(UV)

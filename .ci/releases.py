@@ -1,80 +1,84 @@
-"""The newest release of a package, and its files, without downloading it: an engine's wheel has gigabytes."""
+"""The newest releases of packages, and their files, without downloading wheels that have gigabytes."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
+import tarfile
 import urllib.request
 import zipfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPResponse
 from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 PYTHON = "3.12"
-#: pip takes each tag as it is, so that older systems' wheels are found only if their tags are named, too.
-PLATFORMS = ("manylinux2014_x86_64", *(f"manylinux_2_{minor}_x86_64" for minor in range(17, 50)))
+PLATFORM = "x86_64-manylinux_2_40"
 
-_KEPT = ("PIP_CERT", "PIP_CACHE_DIR")  # neither changes what is found
+_KEPT = ("UV_CACHE_DIR", "UV_SYSTEM_CERTS")  # neither changes what is found
 _BLOCK = 1 << 17
 _TIMEOUT = 60
 
 
 @dataclass(frozen=True)
 class Release:
-    """A wheel: the ``name`` and ``version`` that it has, and its files."""
+    """What is published: ``name``, ``version``, and the files of its wheel, or else of its sdist."""
 
     name: str
     version: str
-    wheel: zipfile.ZipFile
+    files: zipfile.ZipFile | tarfile.TarFile
 
     def read(self, path: str) -> str | None:
-        """A file's text; None if the wheel has no such file."""
+        """A file's text; None if there is no such file."""
         try:
-            return self.wheel.read(path).decode()
+            if isinstance(self.files, zipfile.ZipFile):
+                return self.files.read(path).decode()
+            file = self.files.extractfile(f"{self.files.getnames()[0].split('/')[0]}/{path}")
+            return file.read().decode() if file else None
         except KeyError:
             return None
 
 
-def newest(name: str) -> Release:
-    """The newest release on the public index.
+def newest(names: Iterable[str]) -> list[Release]:
+    """The newest releases on the public index.
 
     Raises:
-        OSError: the index cannot be reached, or has no wheel of the newest release.
+        OSError: the index cannot be reached.
     """
-    target = ["--python-version", PYTHON]
-    for platform in PLATFORMS:
-        target += ["--platform", platform]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as threads:
-        report = Path(folder, "report.json")
-        install = ["install", "--dry-run", "--ignore-installed", "--target", folder, "--report", str(report)]
-        install += ["--no-deps", "--only-binary", ":all:", *target, name]
-        versions = threads.submit(_pip, ["index", "versions", *target, name])
-        _pip(install)
-        (found,) = json.loads(report.read_text())["install"]
-        listed = re.match(r"\S+ \((\S+)\)", versions.result())
-    version = found["metadata"]["version"]
-    if listed and listed[1] != version:
-        raise OSError(
-            f"{name} {listed[1]} has no wheel for Linux and Python {PYTHON}; {version} is the last."
-        )
-    return Release(name, version, zipfile.ZipFile(_Remote(found["download_info"]["url"])))
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(_opened, tomllib.loads(_lock(names))["packages"]))
 
 
-def _pip(arguments: list[str]) -> str:
-    """What pip prints. It takes no settings that may add an index, or a folder of wheels."""
-    environment = {k: v for k, v in os.environ.items() if k in _KEPT or not k.startswith("PIP_")}
-    environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    command = [sys.executable, "-m", "pip", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def _lock(names: Iterable[str]) -> str:
+    """A pylock.toml of the newest releases. No settings are taken that may add an index, or a folder."""
+    environment = {k: v for k, v in os.environ.items() if k in _KEPT or not k.startswith(("UV_", "PIP_"))}
+    command = [str(Path(sys.executable).with_name("uv")), "pip", "compile", "-", "--quiet", "--no-config"]
+    command += ["--no-deps", "--no-header", "--no-python-downloads", "--format", "pylock.toml"]
+    command += ["--python-version", PYTHON, "--python-platform", PLATFORM]
+    done = subprocess.run(
+        command, env=environment, input="\n".join(names), capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise OSError(done.stderr.strip())
     return done.stdout
+
+
+def _opened(package: dict[str, Any]) -> Release:
+    if wheels := package.get("wheels"):
+        files: zipfile.ZipFile | tarfile.TarFile = zipfile.ZipFile(_Remote(wheels[0]["url"]))
+    else:
+        with urllib.request.urlopen(package["sdist"]["url"], timeout=_TIMEOUT) as answer:  # noqa: S310
+            files = tarfile.open(fileobj=io.BytesIO(answer.read()))  # noqa: SIM115 - as long as the release
+    return Release(package["name"], package["version"], files)
 
 
 class _Remote(io.RawIOBase):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,6 +140,20 @@ def test_a_module_of_ours_that_is_gone_is_a_fault(ci: dict[str, Any]) -> None:
     assert line == "engine 2: engine/base.py: old.py relies on it and is not there."
 
 
+def test_an_sdist_is_read_too(ci: dict[str, Any]) -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as sdist:
+        for name, text in {"PKG-INFO": "Name: engine", "engine/base.py": BASE}.items():
+            member = tarfile.TarInfo(f"engine-1.1/{name}")
+            member.size = len(text)
+            sdist.addfile(member, io.BytesIO(text.encode()))
+    file.seek(0)
+    with tarfile.open(fileobj=file) as sdist:
+        release = ci["Release"]("engine", "1.1", sdist)
+        assert release.read("engine/base.py") == BASE
+        assert release.read("engine/none.py") is None
+
+
 def test_a_wheel_is_read_by_parts(ci: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as wheel:
@@ -163,5 +178,5 @@ def test_a_wheel_is_read_by_parts(ci: dict[str, Any], monkeypatch: pytest.Monkey
     assert release.read("engine/base.py") == BASE
     assert release.read("engine/none.py") is None
     assert sum(fetched) < len(data) / 10
-    assert release.wheel.testzip() is None
+    assert release.files.testzip() is None
     assert sum(fetched) == len(data), "no byte twice"

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    from ..torch import Change
 
 _log = logging.getLogger(__name__)
 
@@ -190,35 +193,30 @@ def places(model: nn.Module, tensors: Mapping[str, CheckpointTensor | Tensor]) -
     return Places(found, recorded.dense)
 
 
-def located(
-    places: Places, changes: Iterable[tuple[str, Tensor | None, Tensor]], *, skip: Iterable[str] = ()
-) -> Writes:
+def located(places: Places, changes: Iterable[Change]) -> Writes:
     """Turn changes of a checkpoint into values for the model, on its device.
 
     Args:
         places: where the tensors lie.
-        changes: name, flat indices (int64, ascending; None: all elements) and values, in one dimension.
-        skip: names to leave out.
+        changes: what changes, as :meth:`Prepared.changes` of a weight stream gives it.
 
     Raises:
         CheckpointError: a change is of a tensor that has no place.
     """
-    writes, left_out = Writes(), set(skip)
-    for name, indices, values in changes:
-        if name in left_out:
-            continue
-        if name not in places.found:
+    writes = Writes()
+    for change in changes:
+        if change.name not in places.found:
             raise CheckpointError(
-                f"Tensor {name!r} has no place in the model",
-                f"{places.dense.get(name, 'It was not looked for')}.",
+                f"Tensor {change.name!r} has no place in the model",
+                f"{places.dense.get(change.name, 'It was not looked for')}.",
                 "Load it with the model's own loader.",
             )
-        for place in places.found[name]:
-            writes.add(place, indices, values)
+        for place in places.found[change.name]:
+            writes.add(place, change.indices, change.values)
     return writes
 
 
-def write_changes(places: Places, changes: Iterable[tuple[str, Tensor | None, Tensor]]) -> None:
+def write_changes(places: Places, changes: Iterable[Change]) -> None:
     """Write changes of a checkpoint to the model, bit for bit; takes and raises as :func:`located`."""
     located(places, changes).write()
 

@@ -7,8 +7,9 @@ SGLang calls :func:`register` in each of its processes. Updates come by its cust
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import msgspec
 
@@ -17,8 +18,7 @@ from ..errors import CheckpointError, DeltaWeightsError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .ranks import Ranks
-    from .replica import Replica
+    from .follower import Follower, Reload
 
 _log = logging.getLogger(__name__)
 
@@ -29,15 +29,19 @@ _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.Wei
 _MAX_REQUEST_BYTES = 1 << 16
 
 
+_Location: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=4096, pattern=r"^[^\0]*\Z")]
+
+
 class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    location: Annotated[str, msgspec.Meta(min_length=1, max_length=4096, pattern=r"^[^\0]*\Z")]
-    step: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] | None = None
+    location: _Location
+    step: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+    base: _Location | None = None
     threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None = None
     prepare: bool = False
 
 
-#: The streams that this process's models follow, and with how many threads.
-_replicas: dict[nn.Module, tuple[object, Replica]] = {}
+#: What this process's models follow, and how.
+_followers: dict[nn.Module, tuple[object, Follower]] = {}
 
 
 def register() -> None:
@@ -106,33 +110,48 @@ def load_weights(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) 
     """Bring SGLang's model to a step of a weight stream, bit for bit, on all tensor-parallel ranks or none.
 
     SGLang calls this if ``--custom-weight-loader`` names it (``deltaweights.engines.sglang.load_weights``)
-    and an update from tensors has that ``load_format``. The first update writes all weights.
+    and an update from tensors has that ``load_format``.
 
     Args:
         model: this rank's.
         named_tensors: one tensor of any name: the bytes (uint8) of a JSON object with ``location``, the
-            stream's folder, fsspec URL or repository; ``step``, the publisher's number (if it is not there,
-            the newest state is taken); ``threads``, how many decode; and ``prepare``: if true, the step is
-            fetched and checked in a thread from now on, and nothing is written.
+            stream's folder, fsspec URL or repository, and ``step``, the publisher's number. It may have
+            ``base``, what the engine was started with, if training began with that; ``threads``, how many
+            decode; and ``prepare``: if true, the step is fetched and checked in a thread from now on, and
+            nothing is written.
 
     Raises:
         CheckpointError: the request is none, or the stream cannot be read.
         NotPublishedError: the step is not published yet.
         DeltaError: the stream is damaged.
+        DeltaWeightsError: another rank cannot take the step.
     """
-    from sglang.srt.distributed import get_tp_group
-
-    from .ranks import Ranks
-
-    ranks = Ranks(get_tp_group().cpu_group)
-    request = ranks.from_first(
-        lambda: _request(named_tensors)
-    )  # a rank that refused alone would be waited for
-    replica = _replica_of(model, request, ranks)
+    request = _agreed(named_tensors)
+    follower = _follower_of(model, request)
     if request.prepare:
-        replica.prepare(request.step)
-    else:
-        replica.update(request.step)
+        follower.prepare(request.step)
+        return
+    follower.start()
+    follower.commit(request.step)
+    _exchange("written")  # the mirror may change once all ranks have read it
+    follower.finish()
+
+
+def _agreed(named_tensors: Sequence[tuple[str, Tensor]]) -> _Request:
+    """The request, which every rank gets for itself, and may come from anywhere."""
+    try:
+        request, told = _request(named_tensors), "+"
+    except CheckpointError as error:
+        request, told = None, f"-{error.why}"
+    answers = _exchange(told + msgspec.json.encode(request).decode() if request else told)
+    if request is None or len(set(answers)) > 1:
+        why = next((one[1:] for one in answers if one.startswith("-")), "Ranks got different ones.")
+        raise CheckpointError(
+            "The request for an update is none",
+            why,
+            'Send one uint8 tensor with the bytes of {"location": …, "step": …}, the same to all ranks.',
+        )
+    return request
 
 
 def _request(named_tensors: Sequence[tuple[str, Tensor]]) -> _Request:
@@ -145,22 +164,57 @@ def _request(named_tensors: Sequence[tuple[str, Tensor]]) -> _Request:
             raise ValueError(f"the tensor is {tensor.dtype} of shape {tuple(tensor.shape)}")
         return msgspec.json.decode(tensor.cpu().numpy().tobytes(), type=_Request)
     except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            "The request for an update is none",
-            f"{error}.",
-            'Send one uint8 tensor with the bytes of {"location": …, "step": …}.',
-        ) from error
+        raise CheckpointError("The request for an update is none", f"{error}.") from error
 
 
-def _replica_of(model: nn.Module, request: _Request, ranks: Ranks) -> Replica:
-    from .replica import Replica
-
-    wanted = request.location, request.threads
-    known, found = _replicas.get(model, (None, None))
-    if found is None or known != wanted:
-        is_requantized = getattr(model, "quant_config", None) is not None
-        found = Replica(
-            model, request.location, ranks, threads=request.threads, is_requantized=is_requantized
-        )
-        _replicas[model] = wanted, found
+def _follower_of(model: nn.Module, request: _Request) -> Follower:
+    """The model's follower of the stream, made on all ranks or on none."""
+    wanted = request.location, request.base, request.threads
+    known, found = _followers.pop(model, (None, None))
+    if found is not None and known != wanted:
+        found.close()
+        found = None
+    if found is None:
+        key = _exchange(secrets.token_hex(16))[0]  # the first rank's
+        error = None
+        try:
+            found = _follow(model, request, key)
+        except Exception as failure:  # told to the other ranks before it is raised
+            error = failure
+        answers = _exchange(f"-{error}" if error else "+")
+        if error is not None:
+            raise error
+        refused = [one[1:] for one in answers if one.startswith("-")]
+        if refused and found is not None:
+            found.close()
+            raise DeltaWeightsError("The stream is not followed", f"Another rank says: {refused[0]}")
+    assert found is not None
+    _followers[model] = wanted, found
     return found
+
+
+def _follow(model: nn.Module, request: _Request, key: str) -> Follower:
+    from ..torch import DeltaSubscriber
+    from .follower import Follower
+    from .host_mirror import HostMirror
+
+    subscriber = DeltaSubscriber(request.location, threads=request.threads)
+    layout = subscriber.newest().tensors
+    mirror = HostMirror(layout, key=key, base=request.base, threads=request.threads)
+    load: Reload = model.load_weights  # type: ignore[assignment]
+    is_quantized = getattr(model, "quant_config", None) is not None
+    return Follower(
+        model, subscriber, mirror, layout, reload=load, exchange=_exchange, is_quantized=is_quantized
+    )
+
+
+def _exchange(value: str) -> list[str]:
+    """What each tensor-parallel rank says."""
+    import torch
+    from sglang.srt.distributed import get_tp_group
+
+    group = get_tp_group()
+    told: list[Any] = [value] * group.world_size
+    if group.world_size > 1:
+        torch.distributed.all_gather_object(told, value, group=group.cpu_group)
+    return told

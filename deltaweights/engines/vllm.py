@@ -12,8 +12,12 @@ NAME = "deltaweights"
 
 def register() -> None:
     """Register the load format and the weight-transfer backend ``deltaweights``. Again does nothing."""
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
     from vllm.model_executor.model_loader import register_model_loader
 
     from .vllm_loader import DeltaModelLoader
 
     register_model_loader(NAME)(DeltaModelLoader)
+    if NAME not in WeightTransferEngineFactory._registry:  # a second time is an error there
+        backend = "deltaweights.engines.vllm_transfer", "DeltaTransferEngine"
+        WeightTransferEngineFactory.register_engine(NAME, *backend)

@@ -42,7 +42,8 @@ class DeltaModelLoader(DefaultModelLoader):  # type: ignore[misc]
         extra: dict[str, Any] = dict(load_config.model_loader_extra_config or {})
         ours = {key: extra.pop(key) for key in _OUR_KEYS if key in extra}
         for key, value in ours.items():
-            if type(value) is not _OUR_KEYS[key] or not value or (key == "threads" and value < 1):
+            is_small = isinstance(value, int) and value < 1
+            if type(value) is not _OUR_KEYS[key] or not value or is_small:
                 raise ValueError(f"{key} in model_loader_extra_config is {value!r}")
         super().__init__(dataclasses.replace(load_config, model_loader_extra_config=extra))
         self._base: str | None = ours.get("base")
@@ -70,7 +71,7 @@ class DeltaModelLoader(DefaultModelLoader):  # type: ignore[misc]
 
     def _get_weights_iterator(self, source: DefaultModelLoader.Source) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a source that this rank needs, as vLLM's own loader gives them."""
-        if self.counter_before_loading_weights == 0.0:
+        if self.counter_before_loading_weights == 0.0:  # type: ignore[has-type]
             self.counter_before_loading_weights = time.perf_counter()
         return ((source.prefix + name, tensor) for name, tensor in self._tensors(source))
 

@@ -173,9 +173,9 @@ def run(work: Path, rank: int, world: int, port: str) -> None:
     assert is_at("step-4"), "nothing is written yet"
     from deltaweights.engines import sglang
 
-    ((_, replica),) = sglang._replicas.values()
-    if replica._coming is not None:
-        assert replica._coming[1].exception() is None
+    ((_, follower),) = sglang._followers.values()
+    assert follower._future is not None
+    assert follower._future.exception() is None
     on_disk(lambda: shutil.move(stream, work / "gone"))
     assert engine.follow(location=stream, step=5)[0]
     assert is_at("step-5"), "the stream is not needed any more"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deltaweights.engines import CheckpointTensor, located, places, write_changes
 from deltaweights.errors import CheckpointError
+from deltaweights.torch import Change
 
 ROWS, COLUMNS, RANKS = 8, 6, 2
 SHAPES = {
@@ -86,10 +87,17 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
 
 
-def changes(old: dict[str, Tensor], new: dict[str, Tensor]) -> Iterable[tuple[str, Tensor | None, Tensor]]:
+def change(name: str, tensor: Tensor, indices: Tensor | None = None) -> Change:
+    values = tensor.reshape(-1)
+    return Change(
+        name, tensor.dtype, tuple(tensor.shape), indices, values if indices is None else values[indices]
+    )
+
+
+def changes(old: dict[str, Tensor], new: dict[str, Tensor]) -> Iterable[Change]:
     for name, tensor in new.items():
         indices = (bits(old[name]) != bits(tensor)).nonzero().reshape(-1)
-        yield name, indices, tensor.reshape(-1)[indices]
+        yield change(name, tensor, indices)
 
 
 @pytest.mark.parametrize("rank", range(RANKS))
@@ -128,7 +136,7 @@ def test_finding_places_writes_nothing_and_values_may_be_written_later() -> None
     expected.load_weights(new.items())
     before = state_bits(model)
     found = places(model, {name: tensor.to("meta") for name, tensor in old.items()})
-    writes = located(found, [(name, None, tensor.reshape(-1)) for name, tensor in new.items()])
+    writes = located(found, [change(name, tensor) for name, tensor in new.items()])
     assert state_bits(model) == before
     assert writes.nbytes == sum(tensor.nbytes for tensor in model.parameters()) - COLUMNS * 2
     for tensor in new.values():
@@ -225,10 +233,10 @@ def test_what_is_computed_has_no_place_and_is_told(
     assert set(found.dense) == {"weight"}
     assert why in found.dense["weight"]
     assert "1 of 2 tensors have no place in the model, such as weight" in caplog.text
-    change = ("weight", torch.tensor([1]), torch.ones(1, dtype=dtype))
+    ones, second = torch.ones(4, 6, dtype=dtype), torch.tensor([1])
     with pytest.raises(CheckpointError, match=r"has no place in the model\n.*" + why):
-        write_changes(found, [change])
-    write_changes(found, [("other", torch.tensor([1]), torch.ones(1, dtype=dtype))])  # taken by no parameter
+        write_changes(found, [change("weight", ones, second)])
+    write_changes(found, [change("other", ones, second)])  # taken by no parameter
     assert state_bits(model) == before
 
 
