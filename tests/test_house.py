@@ -104,7 +104,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "__init__",
     ),
     "delta": (
-        "digests entry opening shards faults",
+        "digests entry opening pointer shards faults",
         "bases encoding",
         "recipes",
         "target_recipe",

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..checkpoint import Tensor as StoredTensor
 from ..checkpoint import open_checkpoint
+from ..delta.pointer import is_pointer_folder
 from ..delta.target_recipe import TargetRecipe
 from ..dtypes import DTYPES
 from ..errors import CheckpointError, DiskSpaceError, OutputError
@@ -32,7 +33,7 @@ from ..torch import DeltaSubscriber
 from ..torch.tensors import byte_view, dtype_of, torch_shape
 from ..workers import Workers
 from .decoding import decoded, shards_to_load
-from .pointer import is_pointer_folder, open_pointed
+from .pointer import open_pointed
 
 _log = logging.getLogger(__name__)
 

@@ -68,7 +68,8 @@ def read_pointer_folder(
         BaseMismatchError: the base is the wrong one.
         DeltaError: the delta is damaged.
     """
-    from .pointer import is_pointer_folder, open_pointed
+    from ..delta.pointer import is_pointer_folder
+    from .pointer import open_pointed
 
     folder: str = source.model_or_path
     if not is_pointer_folder(folder):

@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 from deltaweights import canonical, make_delta, open_target
 from deltaweights.checkpoint import open_checkpoint
 from deltaweights.cli.commands import app
+from deltaweights.delta.pointer import POINTER_NAME, is_pointer_folder
 from deltaweights.engines import read_pointer, serve_folder
-from deltaweights.engines.pointer import POINTER_NAME, is_pointer_folder
 from deltaweights.errors import (
     BaseMismatchError,
     CheckpointError,
