@@ -149,6 +149,13 @@ class Client:
         return self.server.checksums()
 
 
+@pytest.fixture
+def trainer(folder: Path, tmp_path: Path) -> Iterator[Trainer]:
+    trainer = Trainer(folder, tmp_path)
+    with trainer.publisher:
+        yield trainer
+
+
 @pytest.fixture(params=[1, 2], ids=["one rank", "two ranks"])
 def engine(request: pytest.FixtureRequest, folder: Path, tmp_path: Path) -> Iterator[VllmServer]:
     """An engine that has loaded the base, with one or two tensor-parallel ranks."""
@@ -156,10 +163,9 @@ def engine(request: pytest.FixtureRequest, folder: Path, tmp_path: Path) -> Iter
         yield server
 
 
-def test_steps_over_http(engine: VllmServer, folder: Path, tmp_path: Path) -> None:
+def test_steps_over_http(engine: VllmServer, trainer: Trainer, folder: Path) -> None:
     """All in one, since a server takes a while to start: ten steps, one published between two ranks'
     prepares, a flipped byte."""
-    trainer = Trainer(folder, tmp_path)
     client = Client(engine, trainer, folder / "base")
     sums = {0: engine.checksums()}
     for step in range(1, 11):
@@ -198,9 +204,8 @@ def _with_a_flipped_byte(client: Client, trainer: Trainer, step: int) -> None:
     update.write_bytes(whole)
 
 
-def test_killed_in_mid_step_it_recovers(folder: Path, tmp_path: Path) -> None:
+def test_killed_in_mid_step_it_recovers(trainer: Trainer, folder: Path, tmp_path: Path) -> None:
     """From base and delta, as it starts: the stream goes on where the fine-tune is."""
-    trainer = Trainer(folder, tmp_path)
     options = ("--load-format", "deltaweights", *_BACKEND)
     back = tmp_path / "back"  # a delta whose target is the base of the stream
     make_delta(folder / "tuned", folder / "base", back)
