@@ -6,6 +6,7 @@ a small document instead of the shards that names delta and base.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
