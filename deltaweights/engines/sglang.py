@@ -6,7 +6,9 @@ SGLang calls :func:`register` in each of its processes. Updates come by its cust
 
 from __future__ import annotations
 
+import base64
 import logging
+import pickle
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -105,6 +107,39 @@ def answer_errors(original: Callable[..., Any], self: Any, *args: Any, **options
     except DeltaWeightsError as error:
         _log.error("the update is refused: %s", error)
         return False, str(error)
+
+
+def update_request(
+    location: str,
+    step: int,
+    *,
+    base: str | None = None,
+    threads: int | None = None,
+    prepare: bool = False,
+    ranks: int = 1,
+) -> dict[str, object]:
+    """Make what a trainer posts to ``/update_weights_from_tensor`` of SGLang, as JSON.
+
+    Args:
+        location, step, base, threads, prepare: as for :func:`load_weights`.
+        ranks: the number of tensor-parallel ranks that SGLang was started with.
+
+    Returns:
+        The request's fields. The cache of earlier answers is flushed, and the weights' version is the step,
+        unless the step is only prepared.
+    """
+    import torch
+
+    request = _Request(location=location, step=step, base=base, threads=threads, prepare=prepare)
+    tensor = torch.frombuffer(bytearray(msgspec.json.encode(request)), dtype=torch.uint8)
+    # As SGLang's own clients do it, but by value, so that it may come from another machine.
+    data = base64.b64encode(pickle.dumps([("deltaweights", tensor)])).decode()
+    return {
+        "serialized_named_tensors": [data] * ranks,
+        "load_format": "deltaweights.engines.sglang.load_weights",
+        "flush_cache": not prepare,
+        "weight_version": None if prepare else str(step),
+    }
 
 
 def load_weights(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:

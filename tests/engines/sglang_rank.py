@@ -71,6 +71,7 @@ class Engine:
         from sglang.srt.server_args import ServerArgs
 
         load_plugins()
+        self._rank, self._world = rank, world
         arguments = ServerArgs(
             model_path=model, device="cpu", tp_size=world, skip_tokenizer_init=True,
             attention_backend="torch_native", custom_weight_loader=[LOADER],
@@ -97,12 +98,25 @@ class Engine:
         self._config.model_path = str(folder)
         return get_model(model_config=self._config, **self._arguments)
 
-    def follow(self, **request: Any) -> tuple[bool, str]:
-        """Ask for an update of ours."""
+    def follow(self, location: str, step: int, **options: Any) -> tuple[bool, str]:
+        """Ask for an update of ours, as a trainer does."""
+        from sglang.srt.utils import MultiprocessingSerializer
+
+        from deltaweights.engines.sglang import update_request
+
+        request: Any = json.loads(json.dumps(update_request(location, step, ranks=self._world, **options)))
+        tensors = MultiprocessingSerializer.deserialize(request["serialized_named_tensors"][self._rank])
+        return self._update(tensors, request["load_format"])
+
+    def ask(self, request: dict[str, object]) -> tuple[bool, str]:
+        """Send a request that may be none."""
         import torch
 
         tensor = torch.frombuffer(bytearray(json.dumps(request).encode()), dtype=torch.uint8)
-        answer: tuple[bool, str] = self.updater.update_weights_from_tensor([("", tensor)], LOADER)
+        return self._update([("", tensor)], LOADER)
+
+    def _update(self, tensors: Any, load_format: str) -> tuple[bool, str]:
+        answer: tuple[bool, str] = self.updater.update_weights_from_tensor(tensors, load_format)
         return answer
 
 
@@ -143,7 +157,7 @@ def run(work: Path, rank: int, world: int, port: str) -> None:
 
     stream = str(work / "stream")
     for step in (0, 1, 3):
-        assert engine.follow(location=stream, step=step) == (True, "Success")
+        assert engine.follow(stream, step) == (True, "Success")
         assert is_at(f"step-{step}")
 
     requests: list[tuple[dict[str, Any], str]] = [
@@ -154,7 +168,7 @@ def run(work: Path, rank: int, world: int, port: str) -> None:
         ({"location": str(work / "none"), "step": 1}, "no weight stream"),
     ]
     for request, why in requests:
-        done, said = engine.follow(**request)
+        done, said = engine.ask(request)
         assert not done
         assert why in said, said
         assert is_at("step-3")
@@ -162,14 +176,14 @@ def run(work: Path, rank: int, world: int, port: str) -> None:
     update = next(iter(work.glob("stream/*00004*update*")))
     whole = update.read_bytes()
     on_disk(lambda: update.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]))
-    done, said = engine.follow(location=stream, step=4)
+    done, said = engine.follow(stream, 4)
     assert not done, "a flipped bit"
     assert is_at("step-3")
     on_disk(lambda: update.write_bytes(whole))
-    assert engine.follow(location=stream, step=4)[0]
+    assert engine.follow(stream, 4)[0]
     assert is_at("step-4"), "the next try is fine"
 
-    assert engine.follow(location=stream, step=5, prepare=True)[0]
+    assert engine.follow(stream, 5, prepare=True)[0]
     assert is_at("step-4"), "nothing is written yet"
     from deltaweights.engines import sglang
 
@@ -177,7 +191,7 @@ def run(work: Path, rank: int, world: int, port: str) -> None:
     assert follower._future is not None
     assert follower._future.exception() is None
     on_disk(lambda: shutil.move(stream, work / "gone"))
-    assert engine.follow(location=stream, step=5)[0]
+    assert engine.follow(stream, 5)[0]
     assert is_at("step-5"), "the stream is not needed any more"
     dist.barrier()
 

@@ -1,6 +1,7 @@
 """SGLang, its own loader and updater, with one rank and with two: each in a process as SGLang makes it.
 
-SGLANG names a folder that has it, and what it needs besides the other packages here; `make engines` sets it.
+The environment's SGLANG is a folder that has it, and what it needs besides the packages here: `make engines`
+makes one.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,15 +19,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deltaweights import make_delta
-from deltaweights.engines import serve_folder
+from deltaweights.engines import serve_folder, sglang
+from deltaweights.errors import CheckpointError
 from deltaweights.torch import DeltaPublisher
 
 from ..torch.tiny_models import nudge
 
 ROOT = Path(__file__).parents[2]
-SGLANG = os.environ.get("SGLANG")
-
-pytestmark = pytest.mark.skipif(not SGLANG and not find_spec("sglang"), reason="needs SGLang")
+SGLANG = os.path.abspath(os.environ["SGLANG"]) if "SGLANG" in os.environ else None
 
 STEPS = 6
 
@@ -77,9 +78,11 @@ def _disturb(model: LlamaForCausalLM, step: int) -> None:
             flat[chosen[0]] = (0x7FC1 + step, -(2**15))[step % 2]
 
 
+@pytest.mark.skipif(not SGLANG and not find_spec("sglang"), reason="needs SGLang")
 @pytest.mark.parametrize("world", [1, 2])
 def test_sglang_serves_the_folder_and_follows_the_stream(work: Path, world: int) -> None:
-    _install_plugin(work / "site")
+    if not entry_points(group="sglang.srt.plugins"):
+        _install_plugin(work / "site")
     if (work / "gone").exists():
         (work / "gone").rename(work / "stream")
     path = os.pathsep.join([str(work / "site"), str(ROOT), *filter(None, [SGLANG])])
@@ -99,8 +102,52 @@ def test_sglang_serves_the_folder_and_follows_the_stream(work: Path, world: int)
         assert rank.returncode == 0, output[-4000:]
 
 
+def as_tensor(text: str | bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(text.encode() if isinstance(text, str) else text), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "why"),
+    [
+        ([], "expected 1"),
+        ([("", as_tensor("{}")), ("", as_tensor("{}"))], "expected 1"),
+        ([("", torch.zeros(4))], "float32"),
+        ([("", as_tensor("{}").view(1, 2))], r"shape \(1, 2\)"),
+        ([("", torch.zeros(1 << 17, dtype=torch.uint8))], r"shape \(131072,\)"),
+        ([("", as_tensor("[" * 60_000))], ""),
+        ([("", as_tensor(b"\xff{}"))], ""),
+        ([("", as_tensor("[]"))], "object"),
+        ([("", as_tensor('{"step": 1}'))], "location"),
+        ([("", as_tensor('{"location": "a"}'))], "step"),
+        ([("", as_tensor('{"location": "", "step": 1}'))], "location"),
+        ([("", as_tensor('{"location": "a\\u0000", "step": 1}'))], "location"),
+        ([("", as_tensor('{"location": "a", "step": 1.5}'))], "step"),
+        ([("", as_tensor('{"location": "a", "step": true}'))], "step"),
+        ([("", as_tensor(f'{{"location": "a", "step": {1 << 63}}}'))], "step"),
+        ([("", as_tensor('{"location": "a", "step": 1, "threads": 0}'))], "threads"),
+        ([("", as_tensor('{"location": "a", "step": 1, "base": []}'))], "base"),
+        ([("", as_tensor('{"location": "a", "step": 1, "code": "import os"}'))], "code"),
+    ],
+)
+def test_a_hostile_request_is_refused(tensors: list[tuple[str, torch.Tensor]], why: str) -> None:
+    with pytest.raises(CheckpointError, match=f"(?s)request for an update is none.*{why}"):
+        sglang._request(tensors)
+
+
+def test_a_request_is_what_it_says() -> None:
+    tensor = as_tensor('{"location": "s3://bucket/run", "step": 7, "base": "org/name", "threads": 2}')
+    request = sglang._request([("any", tensor)])
+    assert (request.location, request.step, request.base, request.threads) == (
+        "s3://bucket/run",
+        7,
+        "org/name",
+        2,
+    )
+    assert not request.prepare
+
+
 def _install_plugin(site: Path) -> None:
-    """The metadata by which SGLang finds the plug-in, as an installation has it."""
+    """The metadata by which SGLang finds the plug-in, where the package is not installed."""
     lines = (ROOT / "pyproject.toml").read_text().partition('[project.entry-points."sglang.srt.plugins"]\n')
     place = site / "deltaweights_entry_points-0.dist-info"
     place.mkdir(parents=True, exist_ok=True)
