@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_LOADER = "sglang.srt.model_loader.loader.DefaultModelLoader"
-_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+#: The name by which SGLang is told to update weights as :func:`load_weights` does.
+LOADER = "deltaweights.engines.sglang.load_weights"
+
+_HOOKED_LOADER = "sglang.srt.model_loader.loader.DefaultModelLoader"
+_HOOKED_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 
 #: Far above any location.
 _MAX_REQUEST_BYTES = 1 << 16
@@ -50,8 +53,8 @@ def register() -> None:
     """Hook into SGLang's loading of weights and into its updates from tensors."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register(f"{_LOADER}._get_weights_iterator", read_pointer_folder, HookType.AROUND)
-    HookRegistry.register(f"{_UPDATER}.update_weights_from_tensor", answer_errors, HookType.AROUND)
+    HookRegistry.register(f"{_HOOKED_LOADER}._get_weights_iterator", read_pointer_folder, HookType.AROUND)
+    HookRegistry.register(f"{_HOOKED_UPDATER}.update_weights_from_tensor", answer_errors, HookType.AROUND)
 
 
 def read_pointer_folder(
@@ -93,20 +96,26 @@ def _decoded(folder: str) -> Iterator[tuple[str, Tensor]]:
         yield from decoded(target, workers, shards=shards_to_load(target))
 
 
-def answer_errors(original: Callable[..., Any], self: Any, *args: Any, **options: Any) -> Any:
+def answer_errors(
+    original: Callable[..., Any], self: Any, named_tensors: Any, load_format: str | None = None
+) -> Any:
     """Around SGLang's update: what is wrong with an update of ours is its answer, and the engine goes on with
     the weights that it has. Else an error would end the engine.
 
     Args:
         original: SGLang's method.
         self: SGLang's updater.
-        args, options: what SGLang passes.
+        named_tensors: what :func:`load_weights` takes, if ``load_format`` names that.
+        load_format: the loader's name.
     """
+    if load_format != LOADER:
+        return original(self, named_tensors, load_format)
     try:
-        return original(self, *args, **options)
-    except DeltaWeightsError as error:
-        _log.error("the update is refused: %s", error)
-        return False, str(error)
+        return original(self, named_tensors, load_format)
+    except Exception as error:
+        why = str(error) if isinstance(error, DeltaWeightsError) else f"{type(error).__name__}: {error}"
+        _log.exception("an update is refused")
+        return False, why
 
 
 def update_request(
@@ -136,7 +145,7 @@ def update_request(
     data = base64.b64encode(pickle.dumps([("deltaweights", tensor)])).decode()
     return {
         "serialized_named_tensors": [data] * ranks,
-        "load_format": "deltaweights.engines.sglang.load_weights",
+        "load_format": LOADER,
         "flush_cache": not prepare,
         "weight_version": None if prepare else str(step),
     }

@@ -18,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from deltaweights.engines.sglang import LOADER, update_request
+
 KERNELS = ("flashinfer", "sgl_kernel", "torchvision")
-LOADER = "deltaweights.engines.sglang.load_weights"
 
 
 class _Anything(type):
@@ -101,8 +102,6 @@ class Engine:
     def follow(self, location: str, step: int, **options: Any) -> tuple[bool, str]:
         """Ask for an update of ours, as a trainer does."""
         from sglang.srt.utils import MultiprocessingSerializer
-
-        from deltaweights.engines.sglang import update_request
 
         request: Any = json.loads(json.dumps(update_request(location, step, ranks=self._world, **options)))
         tensors = MultiprocessingSerializer.deserialize(request["serialized_named_tensors"][self._rank])
