@@ -56,9 +56,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_plug_in_fits_vllm_and_a_rank_reads_its_own_experts_only(tmp_path: Path) -> None:
-    for seed, side in enumerate(("base", "tuned")):
+    base, change = experts(0, rows=512), experts(1, rows=512)
+    tuned = {name: tensor + change[name] * 1e-3 for name, tensor in base.items()}
+    for side, state in (("base", base), ("tuned", tuned)):
         (tmp_path / side).mkdir()
-        save_file(experts(seed), tmp_path / side / "model.safetensors")
+        save_file(state, tmp_path / side / "model.safetensors")
     make_delta(tmp_path / "base", tmp_path / "tuned", tmp_path / "delta")
     serve_folder(tmp_path / "delta", tmp_path / "pointer", base=tmp_path / "base")
     subprocess.run(
