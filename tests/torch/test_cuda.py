@@ -159,8 +159,12 @@ def test_streams_from_and_to_cuda(tmp_path: Path, trainer: str, engine: str, sha
         for step in range(1, 6):
             train(model, step, share)
             publisher.publish(step, model)
-            if step != 3:  # several steps at once
+            if step == 5:
+                with subscriber.prepare(follower) as prepared:
+                    prepared.commit()
+            elif step != 3:  # several steps at once
                 subscriber.sync(follower)
+            if step != 3:
                 assert raw_state(follower.state_dict()) == raw_state(model.state_dict())
     report = DeltaSubscriber(tmp_path).sync(late)
     assert report.from_anchor

@@ -191,6 +191,9 @@ class Prepared:
         return self._report
 
     def _write(self) -> None:
+        if not self.updates and not self.from_anchor:  # others stay valid
+            self._position.number = self.state.number
+            return
         self._position.begin()
         self._commits = self._position.commits
         self._writing.write()

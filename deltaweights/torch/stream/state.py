@@ -112,7 +112,8 @@ class StateTensor:
         if self._bytes is not None:
             self._bytes[start : start + data.size] = data
         else:
-            self._flat[start : start + data.size].copy_(torch.from_numpy(data))
+            with torch.inference_mode():  # else its own tensors could not be written to in this thread
+                self._flat[start : start + data.size].copy_(torch.from_numpy(data))
 
     def put(self, start: int, places: NDArray[np.uint32] | None, values: NDArray[Any]) -> None:
         """Replace elements, on a CPU.
@@ -131,16 +132,17 @@ class StateTensor:
 
     def put_at(self, indices: NDArray[np.int64], values: NDArray[Any]) -> None:
         """Replace the elements at different indices by ``values`` (of the type ``words``), on any device."""
-        elements = self._flat.view(_TORCH_WORDS[self.words.itemsize])
-        bits = torch.from_numpy(values.view(np.uint8)).view(elements.dtype)
-        elements.index_copy_(0, torch.from_numpy(indices).to(elements.device), bits.to(elements.device))
+        with torch.inference_mode():
+            elements = self._flat.view(_TORCH_WORDS[self.words.itemsize])
+            bits = torch.from_numpy(values.view(np.uint8)).view(elements.dtype)
+            elements.index_copy_(0, torch.from_numpy(indices).to(elements.device), bits.to(elements.device))
 
     def finish(self) -> None:
         """Say that bytes were written: to a tensor whose memory is not in row-major order, and to torch."""
         if self._is_copy:
-            with torch.no_grad():
+            with torch.inference_mode():
                 self._tensor.copy_(self._flat.view(self._tensor.dtype).view(self._tensor.shape))
-        elif not self._tensor.is_inference():  # these have no version
+        if not self._tensor.is_inference():  # these have no version
             torch.autograd.graph.increment_version(self._tensor)
 
 
