@@ -73,7 +73,8 @@ def test_the_plug_in_fits_vllm_and_a_rank_reads_its_own_experts_only(tmp_path: P
 
 def _load(folder: Path, model: Path, load_format: str, **extra: object) -> dict[str, str] | str:
     """What vLLM's loader makes of a folder: the checksums of the parameters, or its error."""
-    command = [sys.executable, str(_LOAD), str(model), load_format, str(free_port()), json.dumps(extra)]
+    options = [str(model), load_format, "float32", str(free_port()), json.dumps(extra)]
+    command = [sys.executable, str(_LOAD), *options]
     done = subprocess.run(
         command, env=environment(folder / "plugins"), capture_output=True, text=True, check=False
     )
