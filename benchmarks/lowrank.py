@@ -3,11 +3,12 @@
     python benchmarks/lowrank.py             # simulated matrices
     python benchmarks/lowrank.py --whole     # whole diffs of them, with and without the search
     python benchmarks/lowrank.py --real      # and merges by PEFT: see merges.py
+    python benchmarks/lowrank.py --json lowrank.json      # for picture.py
 
-Sizes are bits a weight; zstd is zstd-3 of the byte planes of the XOR with the base. Times are those of one
-thread's processor, so that neighbours trouble them little. The time of decoding is divided by that of the
-same tensor without a prediction. Times of whole diffs are the process's processor time, the shortest of
-three, and divided by that of a diff that does not search.
+Sizes are bits a weight; zstd is zstd-3 of the byte planes of the XOR with the base, and lmzip is used as
+peers.py says. Times are those of one thread's processor, so that neighbours trouble them little. The time of
+decoding is divided by that of the same tensor without a prediction. Times of whole diffs are the process's
+processor time, the shortest of three, and divided by that of a diff that does not search.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
+from peers import Lmzip, Peer, Planes
 
 from deltaweights import make_delta
 from deltaweights.codec import decode_chunk, encode_chunk
@@ -40,7 +41,10 @@ _SIMULATED = (
     (2048, 2048, 16, 2e-5),
     (4096, 4096, 16, 2e-4),
     (2048, 2048, 64, 2e-4),
+    (2048, 2048, 256, 5e-4),
 )
+_SLOW_RANK = 256  # too slow for whole diffs, three times each
+_COLUMNS = ("zstd", "lmzip", "without", "with", "factors")  # sizes, in bits a weight
 
 
 class Pair(NamedTuple):
@@ -59,22 +63,25 @@ def main() -> None:
     parser.add_argument("--effort", default="default", choices=("fast", "default", "max"))
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write sizes there; picture.py draws them")
     options = parser.parse_args()
     if options.whole:
         print("| diff | effort | processor time | size, % of the target |\n|---|---|---|---|")
         for pairs in _all_pairs(options):
             _report_whole(pairs)
         return
+    _encoded(*np.random.default_rng(0).integers(0, 256, (2, _CHUNK), np.uint8))  # loads the kernels
     print(
-        "| matrix | zstd | without | with | factors | rank | search ms | encode ms | decode, with / without |"
+        f"| matrix | {' | '.join(_COLUMNS)} | rank | search ms | encode ms | decode, with / without |\n"
+        f"|---{'|---' * len(_COLUMNS)}|---|---|---|---|"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
-    for pairs in _all_pairs(options):
-        _report(pairs, options.effort)
+    sizes = {pairs[0].name: _report(pairs, options.effort) for pairs in _all_pairs(options)}
+    if options.json:
+        options.json.write_text(json.dumps({"matrices": sizes}, indent=1) + "\n")
 
 
 def _all_pairs(options: argparse.Namespace) -> Iterator[list[Pair]]:
-    yield from ([pair] for pair in _simulated())
+    yield from ([pair] for pair in _simulated(_SLOW_RANK - 1 if options.whole else _SLOW_RANK))
     if options.real:
         yield from _real(options.hidden, options.steps)
 
@@ -118,8 +125,9 @@ def _whole(folder: Path, out: Path, effort: Effort | None) -> float:
         return time.process_time() - began
 
 
-def _report(pairs: list[Pair], effort: Effort) -> None:
-    totals: Any = np.zeros(7)
+def _report(pairs: list[Pair], effort: Effort) -> dict[str, float | None]:
+    """Print a row; the sizes in it, None where a peer is not installed."""
+    totals: Any = np.zeros(len(_COLUMNS) + 3)
     ranks = set()
     for _, base, target in pairs:
         before, after = (bits.reshape(-1).view(np.uint8) for bits in (base, target))
@@ -130,13 +138,19 @@ def _report(pairs: list[Pair], effort: Effort) -> None:
         coded = _encoded(closer, after)
         ranks.add(prediction.rank if prediction else 0)
         slower = _decoding(coded, before, after, prediction), _decoding(plain, before, after, None)
-        sizes = _zstd(before ^ after), _size(plain), _size(coded) + len(data or b""), len(data or b"")
+        peers = [_size_by(peer, before, after) for peer in (Planes, Lmzip)]
+        sizes = *peers, _size(plain), _size(coded) + len(data or b""), len(data or b"")
         totals += np.array([*sizes, search, encoding, slower[0] / slower[1] * target.size])
     count = sum(pair.target.size for pair in pairs)
-    sizes_of_all = " | ".join(f"{8 * size / count:.3f}" for size in totals[:4])
-    shown = ", ".join(map(str, sorted(ranks)))
-    times = f"{totals[4] * 1e3:.0f} | {totals[5] * 1e3:.0f} | {totals[6] / count:.2f}"
-    print(f"| {pairs[0].name} | {sizes_of_all} | {shown} | {times} |", flush=True)
+    bits = [None if np.isnan(size) else 8 * size / count for size in totals[: len(_COLUMNS)]]
+    shown = [
+        *("not installed" if size is None else f"{size:.3f}" for size in bits),
+        ", ".join(map(str, sorted(ranks))),
+        *(f"{seconds * 1e3:.0f}" for seconds in totals[-3:-1]),
+        f"{totals[-1] / count:.2f}",
+    ]
+    print(f"| {pairs[0].name} | {' | '.join(shown)} |", flush=True)
+    return dict(zip(_COLUMNS, bits, strict=True))
 
 
 def _found(base: Words, target: Words, effort: Effort) -> bytes | None:
@@ -173,9 +187,15 @@ def _decoding(
     return min(_timed(decode)[1] for _ in range(3))
 
 
-def _zstd(difference: Bytes) -> int:
-    planes = np.ascontiguousarray(difference.reshape(-1, 2).T)
-    return sum(len(zstandard.ZstdCompressor(3).compress(plane.tobytes())) for plane in planes)
+def _size_by(make: Callable[[], Peer], base: Bytes, target: Bytes) -> float:
+    """What a peer takes; not a number if it is not installed."""
+    try:
+        peer = make()
+    except ImportError:
+        return np.nan
+    coded = peer.encode(base, target, "BF16")
+    assert np.array_equal(peer.decode(base, coded, "BF16", np.empty_like(target)), target)
+    return sum(map(len, coded))
 
 
 def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
@@ -184,8 +204,10 @@ def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
     return found, time.thread_time() - began
 
 
-def _simulated() -> Iterator[Pair]:
+def _simulated(most_rank: int) -> Iterator[Pair]:
     for rows, columns, rank, std in _SIMULATED:
+        if rank > most_rank:
+            continue
         rng = np.random.default_rng(0)
         base = _bf16(rng.standard_normal((rows, columns), np.float32) * np.float32(0.02))
         product = rng.standard_normal((rows, rank), np.float32) @ rng.standard_normal(
