@@ -70,7 +70,7 @@ check-lock: $(UV)
 	$(BIN)/python .ci/check_lock.py
 
 # By their source on the index: none of them is installed.
-check-engines: .venv/.demo
+check-engines: .venv/.dev
 	$(BIN)/python .ci/check_engines.py
 
 # Keeps the pins that still fit; `make lock UPGRADE=1` takes the newest.
