@@ -35,7 +35,6 @@ RELIANCES: dict[str, tuple[Reliance, ...]] = {
         Equals(_PLUGIN, "vllm/plugins/__init__.py", "DEFAULT_PLUGINS_GROUP", "vllm.general_plugins"),
         Calls(_PLUGIN, "vllm/plugins/__init__.py", "load_general_plugins", "func()"),
         Takes(_PLUGIN, f"{_VLLM_LOADERS}__init__.py", "register_model_loader", "load_format"),
-        Has(_PLUGIN, f"{_VLLM_TRANSFER}factory.py", "WeightTransferEngineFactory", "_registry"),
         Takes(_PLUGIN, f"{_VLLM_TRANSFER}__init__.py", "WeightTransferEngineFactory.register_engine",
               "name, module_path_or_cls, class_name"),
         Extends(f"{_LOADER}:DeltaModelLoader", f"{_VLLM_LOADERS}default_loader.py", "DefaultModelLoader"),

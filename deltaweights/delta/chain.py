@@ -38,7 +38,7 @@ def open_recipe(deltas: Deltas, base: Readable | None = None) -> TargetRecipe:
         CheckpointError: the base cannot be found or read.
     """
     with ExitStack() as on_error:
-        if isinstance(deltas, (str, os.PathLike)) and is_pointer_folder(deltas):
+        if is_pointer_folder(deltas):
             deltas, named = pointed(deltas)
             base = named if base is None else base
         sources = [on_error.enter_context(open_source(delta)) for delta in listed(deltas)]

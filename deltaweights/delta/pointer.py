@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, TypeGuard
 
 import msgspec
 
@@ -72,9 +72,9 @@ class Pointer:
     format_version: int = _FORMAT.version
 
 
-def is_pointer_folder(folder: Location) -> bool:
-    """Whether :func:`serve_folder` wrote the folder."""
-    return os.path.isfile(os.path.join(folder, POINTER_NAME))
+def is_pointer_folder(folder: object) -> TypeGuard[Location]:
+    """Whether this is the location of a pointer folder."""
+    return isinstance(folder, (str, os.PathLike)) and os.path.isfile(os.path.join(folder, POINTER_NAME))
 
 
 def pointed(folder: Location) -> tuple[list[Source], str | None]:

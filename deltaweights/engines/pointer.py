@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .. import canonical
 from ..checkpoint import is_weights
 from ..delta.chain import Deltas, links, open_recipe
-from ..delta.pointer import POINTER_NAME, Origin, PointedDelta, Pointer, pointed
+from ..delta.pointer import POINTER_NAME, Origin, PointedDelta, Pointer, is_pointer_folder, pointed
 from ..delta.target import Target
 from ..delta.target_recipe import TargetRecipe
 from ..errors import OutputError
@@ -83,7 +83,7 @@ def serve_folder(
     root = output_path(out)
     with open_recipe(delta, base) as target, Workers(threads) as workers:
         workers.at_stop(target.cancel)
-        pointer = _pointer_to(target, named_base=base is not None)
+        pointer = _pointer_to(target, named_base=base is not None or is_pointer_folder(delta))
         check_apart(root, target)
         check_licenses(target)
         check_base(target, workers, keep=keep_base, progress=progress)

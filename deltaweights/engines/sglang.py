@@ -178,7 +178,6 @@ def load_weights(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) 
         return
     follower.start()
     follower.commit(request.step)
-    _exchange("written")  # the mirror may change once all ranks have read it
     follower.finish()
 
 
@@ -243,13 +242,15 @@ def _follow(model: nn.Module, request: _Request, key: str) -> Follower:
     from .follower import Follower
     from .host_mirror import HostMirror
 
-    subscriber = DeltaSubscriber(request.location, threads=request.threads)
-    layout = subscriber.newest().tensors
+    def subscribe(number: int) -> DeltaSubscriber:
+        return DeltaSubscriber(request.location, threads=request.threads, last_number=number)
+
+    layout = subscribe(0).newest().tensors
     mirror = HostMirror(layout, key=key, base=request.base, threads=request.threads)
     load: Reload = model.load_weights  # type: ignore[assignment]
     is_quantized = getattr(model, "quant_config", None) is not None
     return Follower(
-        model, subscriber, mirror, layout, reload=load, exchange=_exchange, is_quantized=is_quantized
+        model, subscribe, mirror, layout, reload=load, exchange=_exchange, is_quantized=is_quantized
     )
 
 
