@@ -246,7 +246,7 @@ def _check_manifest(pointed: PointedDelta, source: Source, folder: Location) -> 
         raise DeltaError(
             f"The delta at {source.where} is not the one that {folder} was written for",
             f"Its manifest's SHA-256 is {found}, not {pointed.manifest}.",
-            "Run `deltaweights serve-folder` again.",
+            "Write the folder again, by serve_folder.",
         )
 
 
@@ -259,7 +259,7 @@ def _read(folder: Path) -> Pointer:
         raise CheckpointError(
             f"{folder} is not a pointer folder",
             f"{POINTER_NAME} cannot be read: {error.strerror}.",
-            "Write one: deltaweights serve-folder DELTA -o OUT",
+            "Write one by serve_folder.",
         ) from error
     damaged = partial(_damaged, path)
     pointer = canonical.decode(data, Pointer, _FORMAT, damaged)
@@ -275,4 +275,4 @@ def _is_one_place(origin: Origin) -> bool:
 
 
 def _damaged(path: Path, why: str) -> DeltaError:
-    return DeltaError(f"{path} is damaged", f"{why}.", "Run `deltaweights serve-folder` again.")
+    return DeltaError(f"{path} is damaged", f"{why}.", "Write the folder again, by serve_folder.")
