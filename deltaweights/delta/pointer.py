@@ -102,7 +102,7 @@ def _check_manifest(pointed: PointedDelta, source: Source, folder: Location) -> 
         raise DeltaError(
             f"The delta at {source.where} is not the one that {folder} was written for",
             f"Its manifest's SHA-256 is {found}, not {pointed.manifest}.",
-            "Run `deltaweights serve-folder` again.",
+            "Write the folder again, by serve_folder.",
         )
 
 
@@ -115,9 +115,22 @@ def _read(folder: Path) -> Pointer:
         raise CheckpointError(
             f"{folder} is not a pointer folder",
             f"{POINTER_NAME} cannot be read: {error.strerror}.",
-            "Write one: deltaweights serve-folder DELTA -o OUT",
+            "Write one by serve_folder.",
         ) from error
-    damaged = partial(_damaged, path)
+    return parse_pointer(data, str(path))
+
+
+def parse_pointer(data: bytes, where: str) -> Pointer:
+    """The document of a pointer folder.
+
+    Args:
+        where: its name in messages.
+
+    Raises:
+        DeltaError: it is damaged.
+        FormatVersionError: its format version is another one.
+    """
+    damaged = partial(_damaged, where)
     pointer = canonical.decode(data, Pointer, _FORMAT, damaged)
     for origin in (pointer.base, *(one.origin for one in pointer.deltas)):
         if origin is not None and not _is_one_place(origin):
@@ -130,5 +143,5 @@ def _is_one_place(origin: Origin) -> bool:
     return all(on_hub) if origin.path is None else not any(on_hub)
 
 
-def _damaged(path: Path, why: str) -> DeltaError:
-    return DeltaError(f"{path} is damaged", f"{why}.", "Run `deltaweights serve-folder` again.")
+def _damaged(path: str, why: str) -> DeltaError:
+    return DeltaError(f"{path} is damaged", f"{why}.", "Write the folder again, by serve_folder.")

@@ -29,7 +29,6 @@ from ..delta.target_recipe import TargetRecipe
 from ..dtypes import DTYPES
 from ..errors import CheckpointError, DiskSpaceError, OutputError
 from ..storage import lock
-from ..torch import DeltaSubscriber
 from ..torch.tensors import byte_view, dtype_of, torch_shape
 from ..workers import Workers
 from .decoding import decoded, shards_to_load
@@ -253,8 +252,3 @@ def _other_base(where: object, name: str) -> CheckpointError:
         f"Tensor {name!r} of the stream is not there, or has another dtype or shape.",
         "Pass the checkpoint that training began with, in the dtype that is published, or no base at all.",
     )
-
-
-def layout_of(subscriber: DeltaSubscriber) -> Layout:
-    """The tensors of the stream that a subscriber follows."""
-    return subscriber.newest().tensors
