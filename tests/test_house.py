@@ -105,7 +105,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "__init__",
     ),
     "delta": (
-        "digests entry opening shards faults",
+        "digests entry opening pointer shards faults",
         "bases encoding",
         "recipes",
         "target_recipe",
@@ -115,10 +115,10 @@ RANKS: dict[str, tuple[str, ...]] = {
         "__init__",
     ),
     "engines": (
-        "decoding disk_updates placement pointer",
+        "decoding disk_updates placement pointer verl",
         "host_mirror vllm_loader",
         "follower",
-        "vllm_transfer",
+        "sglang vllm_transfer",
         "vllm",
         "__init__",
     ),

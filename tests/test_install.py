@@ -22,6 +22,8 @@ PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 #: The extras that a room, or a module, may import from; everything else is a dependency.
 EXTRAS = {
     "codec": ("jit",),
+    "engines/sglang.py": ("sglang",),
+    "engines/verl.py": ("verl",),
     "delta/target.py": ("torch",),  # TensorView.torch() imports it when it is called
     "engines": ("slime", "torch", "vllm"),
     "license/bom": ("bom",),

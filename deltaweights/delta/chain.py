@@ -12,14 +12,12 @@ from ..manifest import Manifest
 from ..storage import Readable, Source, open_source
 from ..words import counted
 from .opening import open_base, read_manifest, require_whole
+from .pointer import MAX_DELTAS, is_pointer_folder, pointed
 from .rebuilt import RebuiltSource
 from .target_recipe import TargetRecipe
 
 #: One delta, or several, oldest first.
 Deltas: TypeAlias = "Readable | Sequence[Readable]"
-
-#: Somewhat below the limit of Python's stack, since each delta adds a few calls to the reading of a chunk.
-MAX_DELTAS = 100
 
 
 def open_recipe(deltas: Deltas, base: Readable | None = None) -> TargetRecipe:
@@ -27,7 +25,7 @@ def open_recipe(deltas: Deltas, base: Readable | None = None) -> TargetRecipe:
 
     Args:
         deltas: a folder, a Hub id or an open source; or several, oldest first, each made from the target of
-            the one before.
+            the one before; or a pointer folder, which names deltas and base.
         base: the (first) delta's base: a folder, a file, a Hub id or an open source; if None, the repository
             that the manifest names, at its commit.
 
@@ -40,6 +38,9 @@ def open_recipe(deltas: Deltas, base: Readable | None = None) -> TargetRecipe:
         CheckpointError: the base cannot be found or read.
     """
     with ExitStack() as on_error:
+        if is_pointer_folder(deltas):
+            deltas, named = pointed(deltas)
+            base = named if base is None else base
         sources = [on_error.enter_context(open_source(delta)) for delta in listed(deltas)]
         manifests = [read_manifest(source) for source in sources]
         for source, manifest in zip(sources, manifests, strict=True):

@@ -26,9 +26,10 @@ def open_target(delta: Deltas, base: Readable | None = None) -> Target:
     """Open the target of ``delta`` and ``base`` without writing files.
 
     Args:
-        delta: a folder or a Hub id; or several, oldest first, each made from the target of the one before.
-        base: the (first) delta's base: a folder, one file or a Hub id; if None, the repository that the
-            manifest names, at its commit.
+        delta: a folder or a Hub id; or several, oldest first, each made from the target of the one before; or
+            a pointer folder (:func:`deltaweights.engines.serve_folder`), which names them and the base.
+        base: the (first) delta's base: a folder, one file or a Hub id; if None, the one that the pointer
+            folder names, or the repository that the manifest names, at its commit.
 
     Returns:
         A lazy, read-only view; use it in a ``with`` block.

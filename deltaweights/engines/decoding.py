@@ -134,7 +134,7 @@ def shards_to_load(
         raise DeltaError(
             f"The target of {target.source.where} has no weights to load",
             f"It has no shard that matches {' or '.join(patterns)}.",
-            "Rebuild it with `deltaweights apply`, and serve the folder.",
+            "Rebuild it by apply_delta, and serve the folder.",
         )
     return sorted(found)
 
@@ -154,6 +154,4 @@ def _named_by(target: TargetRecipe, index: TargetFile) -> set[str]:
 
 
 def _no_index(path: str, why: str) -> DeltaError:
-    return DeltaError(
-        f"{path} of the target cannot be read", f"{why}.", "Rebuild the target with `deltaweights apply`."
-    )
+    return DeltaError(f"{path} of the target cannot be read", f"{why}.", "Rebuild the target by apply_delta.")

@@ -14,7 +14,7 @@ from ..errors import BaseMismatchError, DeltaWeightsError
 from ..torch import DeltaSubscriber, Prepared, StreamState
 from ..torch.tensors import dtype_of, torch_shape
 from .host_mirror import HostMirror, Layout
-from .placement import CheckpointTensor, Writes, located, places
+from .placement import CheckpointTensor, Writes, places
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Follower:
 
     Args:
         model: the engine's model: it has a method ``load_weights``.
-        subscriber: follows the stream.
+        subscribe: makes what follows the stream, from a state of this number on.
         mirror: has the stream's tensors; shared with the engine's other processes on this machine.
         reload: loads the model whole, for what cannot be written where it lies.
         exchange: tells the other ranks; None: there are none.
@@ -57,7 +57,7 @@ class Follower:
     def __init__(
         self,
         model: nn.Module,
-        subscriber: DeltaSubscriber,
+        subscribe: Callable[[int], DeltaSubscriber],
         mirror: HostMirror,
         layout: Layout,
         *,
@@ -65,8 +65,10 @@ class Follower:
         exchange: Exchange | None = None,
         is_quantized: bool = False,
     ) -> None:
-        self._subscriber = subscriber
+        self._subscribe, self._number = subscribe, 0
+        self._subscriber: DeltaSubscriber | None = None
         self._mirror = mirror
+        self._mark = mirror.mark
         self._reload = reload
         self._exchange: Exchange = exchange or (lambda value: [value])
         tensors = {
@@ -101,6 +103,11 @@ class Follower:
     def _prepare(self, step: int, former: Future[_Ready] | None) -> _Ready:
         if former is not None and not _has_failed(former):
             former.result().close()
+        if self._mark != self._mirror.mark:  # another process has brought the mirror along
+            self._mark = self._mirror.mark
+            self._subscriber = self._agrees = self._proven = None
+        if self._subscriber is None:  # a new one does not rely on what it knew of the mirror
+            self._subscriber = self._subscribe(self._number)
         with torch.no_grad():
             prepared = self._subscriber.prepare(self._mirror.tensors, step=step)
             try:
@@ -119,15 +126,17 @@ class Follower:
                 self._agrees = not differing
 
     def _located(self, prepared: Prepared) -> Writes | None:
+        """What is to be written; None where the model has to be loaded whole."""
         assert self._proven is not None
-        changed = {change.name for change in prepared.changes()}
-        if not self._agrees:
-            why = "it is not in the state that the mirror has"
-        elif changed <= self._proven:
-            return located(self._places, prepared.changes())
-        else:
-            count, name = len(changed - self._proven), min(changed - self._proven)
-            why = f"{count} of {len(changed)} tensors that change have no place in it, such as {name}"
+        writes, why = Writes(), None if self._agrees else "it is not in the state that the mirror has"
+        for change in prepared.changes() if why is None else ():
+            if change.name not in self._proven:
+                why = f"{change.name} changes, and has no place in it"
+                break
+            for placement in self._places.found[change.name]:
+                writes.add(placement, change.indices, change.values)
+        if why is None:
+            return writes
         _log.warning("step %d: the model will be loaded whole: %s", prepared.state.step, why)
         return None
 
@@ -149,24 +158,30 @@ class Follower:
         assert ready is not None
         self._future = None
         self._agrees = None  # until it is known that all went well
+        try:
+            self._write(ready)
+        except Exception as failure:
+            error = failure
+        self._require_all_written(step, ready, error)
+        self._written = ready
+        return ready.prepared.state
+
+    def _write(self, ready: _Ready) -> None:
         if ready.writes is not None:
             ready.writes.write()
         else:
             self._reload(_whole(self._mirror.tensors, ready.prepared))
             self._proven = None
-        self._written = ready
-        return ready.prepared.state
 
     def _agree(self, step: int, ready: _Ready | None, error: Exception | None) -> None:
         """Raise unless all ranks are ready to write the same state."""
         told = self._exchange(f"+{ready.prepared.state.state}" if ready else f"-{error}")
         if error is not None:
             raise error
-        refused = [one[1:] for one in told if one.startswith("-")]
-        if refused:
+        if refusals := _refusals(told):
             raise DeltaWeightsError(
                 f"Step {step} was not written",
-                f"Another rank says: {' '.join(refused[0].splitlines())}",
+                f"Another rank says: {refusals[0]}",
                 "Mend that, and ask for the step again.",
             )
         if len(set(told)) > 1:
@@ -179,15 +194,36 @@ class Follower:
                 "Ask for the step again.",
             )
 
+    def _require_all_written(self, step: int, ready: _Ready, error: Exception | None) -> None:
+        """Raise if writing itself failed on some rank."""
+        told = self._exchange("+" if error is None else f"-{error}")
+        refusals = _refusals(told)
+        if not refusals:
+            return
+        ready.close()
+        self._agrees = self._proven = None
+        raise DeltaWeightsError(
+            f"Step {step} was not written on all ranks",
+            f"One of them says: {refusals[0]}",
+            "Do not serve before a step is written again; it is loaded whole.",
+        ) from error
+
     def finish(self) -> None:
         """Bring the mirror along, once all ranks have committed. Without a commit before, this does
         nothing."""
         ready, self._written = self._written, None
         if ready is not None:
-            # Each process writes the same bytes: so each one's subscriber knows where it is.
-            ready.prepared.commit()
-            ready.close()
-            self._agrees = True
+            # Each process writes the same bytes, so that each one's subscriber knows where the mirror is.
+            self._number = ready.prepared.state.number
+            self._mark = self._mirror.mark = self._number + 1
+            try:
+                ready.prepared.commit()
+                self._agrees = True
+            except DeltaWeightsError as error:  # the model has the step: the next one is loaded whole
+                _log.warning("the mirror was not brought along: %s", error)
+                self._subscriber = self._agrees = self._proven = None
+            finally:
+                ready.close()
 
     def abandon(self) -> None:
         """Forget a commit that was not finished: other ranks may not have made it."""
@@ -204,6 +240,11 @@ class Follower:
             self._future.result().close()
         self._future = None
         self._mirror.close()
+
+
+def _refusals(told: list[str]) -> list[str]:
+    """What ranks say that cannot go on, in a line each."""
+    return [" ".join(one[1:].splitlines()) for one in told if one.startswith("-")]
 
 
 def _has_failed(future: Future[_Ready]) -> bool:

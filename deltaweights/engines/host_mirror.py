@@ -24,15 +24,15 @@ from torch import Tensor
 
 from ..checkpoint import Tensor as StoredTensor
 from ..checkpoint import open_checkpoint
+from ..delta.pointer import is_pointer_folder
 from ..delta.target_recipe import TargetRecipe
 from ..dtypes import DTYPES
 from ..errors import CheckpointError, DiskSpaceError, OutputError
 from ..storage import lock
-from ..torch import DeltaSubscriber
 from ..torch.tensors import byte_view, dtype_of, torch_shape
 from ..workers import Workers
 from .decoding import decoded, shards_to_load
-from .pointer import is_pointer_folder, open_pointed
+from .pointer import open_pointed
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +52,9 @@ Layout = tuple[tuple[str, str, tuple[int, ...]], ...]
 
 class HostMirror:
     """A stream's tensors in a mapped file; a context manager.
+
+    Whoever writes to the tensors sets :attr:`mark` before, to the number of the state that they will be in,
+    and one more: so other processes see that the tensors are no longer as they know them.
 
     Args:
         layout: the stream's tensors.
@@ -90,15 +93,25 @@ class HostMirror:
                 self._memory = np.memmap(self._path, np.uint8, "r+")
         except OSError as error:
             raise _no_room(place, nbytes, error) from error
-        if self._memory.size != max(nbytes, 1):
+        if self._memory.size != nbytes:
             raise OutputError(f"{self._path} is not a mirror", "It has another size.", "Remove it.")
         self.tensors = self._tensors(torch.from_numpy(self._memory))
+        self._mark = self._memory[-8:].view(np.int64)
 
     def __enter__(self) -> HostMirror:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    @property
+    def mark(self) -> int:
+        """0 until somebody writes."""
+        return int(self._mark[0])
+
+    @mark.setter
+    def mark(self, number: int) -> None:
+        self._mark[0] = number
 
     def unlink(self) -> None:
         """Remove the file's name, once all processes have it mapped: its memory ends with the last of them,
@@ -119,7 +132,7 @@ class HostMirror:
         partial = self._path.with_suffix(f".{os.getpid()}.partial")
         try:
             with open(partial, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-                os.posix_fallocate(file.fileno(), 0, max(nbytes, 1))  # else a full disk would be a signal
+                os.posix_fallocate(file.fileno(), 0, nbytes)  # else a full disk would be a signal
             if base is not None:
                 memory = torch.from_numpy(np.memmap(partial, np.uint8, "r+"))
                 _fill(self._tensors(memory), self._layout, base, threads)
@@ -140,14 +153,14 @@ def _usual_folder() -> Path:
 
 
 def _spans(layout: Layout) -> tuple[list[tuple[int, int]], int]:
-    """Where each tensor lies, and the size of all."""
+    """Where each tensor lies, and the size of all, and of the mark behind them."""
     spans, end = [], 0
     for name, code, shape in layout:
         dtype_of(name, code)  # one that torch has
         start = -(-end // _ALIGNMENT) * _ALIGNMENT
         end = start + math.prod(shape) * DTYPES[code].bits // 8
         spans.append((start, end))
-    return spans, end
+    return spans, -(-end // _ALIGNMENT) * _ALIGNMENT + 8
 
 
 @contextmanager
@@ -239,8 +252,3 @@ def _other_base(where: object, name: str) -> CheckpointError:
         f"Tensor {name!r} of the stream is not there, or has another dtype or shape.",
         "Pass the checkpoint that training began with, in the dtype that is published, or no base at all.",
     )
-
-
-def layout_of(subscriber: DeltaSubscriber) -> Layout:
-    """The tensors of the stream that a subscriber follows."""
-    return subscriber.newest().tensors

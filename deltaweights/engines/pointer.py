@@ -1,28 +1,19 @@
-"""Pointer folders: what an engine needs of a fine-tune besides its weights, and where those come from.
-
-An engine wants config and tokenizer in a folder before any weights are read. A pointer folder has them, and
-a small document instead of the shards that names delta and base.
-"""
+"""Pointer folders, written: what an engine needs of a fine-tune besides its weights."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
-
-import msgspec
 
 from .. import canonical
 from ..checkpoint import is_weights
-from ..delta.chain import MAX_DELTAS, Deltas, links, open_recipe
+from ..delta.chain import Deltas, links, open_recipe
+from ..delta.pointer import POINTER_NAME, Origin, PointedDelta, Pointer, is_pointer_folder, pointed
 from ..delta.target import Target
 from ..delta.target_recipe import TargetRecipe
-from ..errors import CheckpointError, DeltaError, OutputError
-from ..manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Sha256
+from ..errors import OutputError
+from ..manifest import MANIFEST_NAME
 from ..patch import check_apart, check_base, check_licenses, license_places, write_file, write_licenses
 from ..storage import (
     Location,
@@ -30,58 +21,10 @@ from ..storage import (
     Readable,
     Source,
     local_path,
-    open_source,
     output_path,
     sha256_of,
 )
 from ..workers import Meter, ProgressCallback, Workers
-
-#: The file that makes a folder a pointer folder.
-POINTER_NAME = "deltaweights-pointer.json"
-
-#: A hundred deltas with the longest of paths.
-_MAX_POINTER_BYTES = 1 << 20
-_FORMAT = canonical.Format("deltaweights-pointer", 1, f"The {POINTER_NAME}", _MAX_POINTER_BYTES)
-
-_Path: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*\Z", max_length=4096)]
-_Repo: TypeAlias = Annotated[
-    str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?\Z", max_length=256)
-]
-_Commit: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^\w[\w./-]*\Z", max_length=256)]
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a delta or a base lies: a path of this machine, or a repository on the Hub at a commit."""
-
-    path: _Path | None = None
-    repo_id: _Repo | None = None
-    revision: _Commit | None = None
-
-    def location(self) -> str:
-        """As every verb takes it."""
-        if self.path is not None:
-            return self.path
-        return f"hf://{self.repo_id}@{self.revision}"
-
-
-@dataclass(frozen=True, slots=True)
-class PointedDelta:
-    """A delta, and the SHA-256 of its manifest: the delta that was accepted is the one that is served."""
-
-    origin: Origin
-    manifest: Sha256
-
-
-@dataclass(frozen=True, slots=True)
-class Pointer:
-    """The document of a pointer folder: deltas, oldest first, and the base of the first. Without a base, it
-    is the one that the delta names, at its commit."""
-
-    deltas: Annotated[tuple[PointedDelta, ...], msgspec.Meta(min_length=1, max_length=MAX_DELTAS)]
-    base: Origin | None = None
-    format: Literal["deltaweights-pointer"] = "deltaweights-pointer"
-    format_version: int = _FORMAT.version
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +83,7 @@ def serve_folder(
     root = output_path(out)
     with open_recipe(delta, base) as target, Workers(threads) as workers:
         workers.at_stop(target.cancel)
-        pointer = _pointer_to(target, named_base=base is not None)
+        pointer = _pointer_to(target, named_base=base is not None or is_pointer_folder(delta))
         check_apart(root, target)
         check_licenses(target)
         check_base(target, workers, keep=keep_base, progress=progress)
@@ -204,11 +147,6 @@ def _utf8(path: str) -> str:
     return path
 
 
-def is_pointer_folder(folder: Location) -> bool:
-    """Whether :func:`serve_folder` wrote the folder."""
-    return (Path(folder) / POINTER_NAME).is_file()
-
-
 def read_pointer(folder: Location, *, base: Readable | None = None) -> Target:
     """Open the target that a pointer folder stands for.
 
@@ -226,53 +164,10 @@ def read_pointer(folder: Location, *, base: Readable | None = None) -> Target:
 
 def open_pointed(folder: Location, *, base: Readable | None = None) -> TargetRecipe:
     """:func:`read_pointer`, as the recipe that the rest of the package works with."""
-    pointer = _read(local_path(folder))
+    sources, named = pointed(local_path(folder))
     with ExitStack() as on_error:
-        sources = [on_error.enter_context(open_source(one.origin.location())) for one in pointer.deltas]
-        for one, source in zip(pointer.deltas, sources, strict=True):
-            _check_manifest(one, source, folder)
-        if base is None and pointer.base is not None:
-            base = pointer.base.location()
-        recipe = open_recipe(sources, base)
+        for source in sources:
+            on_error.enter_context(source)
+        recipe = open_recipe(sources, named if base is None else base)
         on_error.pop_all()
         return recipe
-
-
-def _check_manifest(pointed: PointedDelta, source: Source, folder: Location) -> None:
-    if source.sizes.get(MANIFEST_NAME, 0) > MAX_MANIFEST_BYTES:
-        return  # refused when it is read
-    found = sha256_of(source.blocks(MANIFEST_NAME)) if MANIFEST_NAME in source.sizes else "missing"
-    if found != pointed.manifest:
-        raise DeltaError(
-            f"The delta at {source.where} is not the one that {folder} was written for",
-            f"Its manifest's SHA-256 is {found}, not {pointed.manifest}.",
-            "Run `deltaweights serve-folder` again.",
-        )
-
-
-def _read(folder: Path) -> Pointer:
-    path = folder / POINTER_NAME
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_POINTER_BYTES + 1)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder} is not a pointer folder",
-            f"{POINTER_NAME} cannot be read: {error.strerror}.",
-            "Write one: deltaweights serve-folder DELTA -o OUT",
-        ) from error
-    damaged = partial(_damaged, path)
-    pointer = canonical.decode(data, Pointer, _FORMAT, damaged)
-    for origin in (pointer.base, *(one.origin for one in pointer.deltas)):
-        if origin is not None and not _is_one_place(origin):
-            raise damaged("It names something that is neither a path nor a repository at a commit")
-    return pointer
-
-
-def _is_one_place(origin: Origin) -> bool:
-    on_hub: Iterable[object] = (origin.repo_id, origin.revision)
-    return all(on_hub) if origin.path is None else not any(on_hub)
-
-
-def _damaged(path: Path, why: str) -> DeltaError:
-    return DeltaError(f"{path} is damaged", f"{why}.", "Run `deltaweights serve-folder` again.")

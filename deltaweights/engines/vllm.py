@@ -6,10 +6,13 @@ package's compiled parts.
 
 from __future__ import annotations
 
+from functools import cache
+
 #: The load format, and the weight-transfer backend.
 NAME = "deltaweights"
 
 
+@cache  # a second time is an error there
 def register() -> None:
     """Register the load format and the weight-transfer backend ``deltaweights``. Again does nothing."""
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
@@ -18,6 +21,5 @@ def register() -> None:
     from .vllm_loader import DeltaModelLoader
 
     register_model_loader(NAME)(DeltaModelLoader)
-    if NAME not in WeightTransferEngineFactory._registry:  # a second time is an error there
-        backend = "deltaweights.engines.vllm_transfer", "DeltaTransferEngine"
-        WeightTransferEngineFactory.register_engine(NAME, *backend)
+    backend = "deltaweights.engines.vllm_transfer", "DeltaTransferEngine"
+    WeightTransferEngineFactory.register_engine(NAME, *backend)

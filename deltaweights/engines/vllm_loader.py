@@ -65,7 +65,7 @@ class DeltaModelLoader(DefaultModelLoader):  # type: ignore[misc]
             raise CheckpointError(
                 f"{folder} is not a folder of this machine",
                 "The load format deltaweights serves pointer folders.",
-                "Write one: deltaweights serve-folder DELTA -o OUT",
+                "Write one by serve_folder.",
             )
         return open_pointed(folder, base=self._base)
 

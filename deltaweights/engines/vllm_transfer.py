@@ -86,17 +86,45 @@ class DeltaTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._follower: Follower | None = None
 
-    def init_transfer_engine(self, init_info: DeltaInitInfo) -> None:
-        """Find the stream, make or find the mirror, and find where each tensor lies in this rank's model."""
+    def parse_init_info(self, init_dict: dict[str, Any]) -> DeltaInitInfo | None:
+        """:class:`DeltaInitInfo`, or None if it is wrong and another rank says so."""
+        try:
+            info: DeltaInitInfo = super().parse_init_info(init_dict)
+        except ValueError as error:
+            self._fail(error)
+            return None
+        return info
+
+    def init_transfer_engine(self, init_info: DeltaInitInfo | None) -> None:
+        """Find the stream, make or find the mirror, and find where each tensor lies in this rank's model; on
+        all ranks or on none."""
+        self.shutdown()
+        if init_info is None:
+            return
+        failure: Exception | None = None
+        try:
+            self._follower = self._follow(init_info)
+        except Exception as error:  # told to the other ranks before it is raised
+            failure = error
+        refused = [one for one in self._exchange("" if failure is None else f"-{failure}") if one]
+        if refused:
+            self.shutdown()
+            self._fail(failure or DeltaWeightsError("Another rank cannot follow the stream", refused[0][1:]))
+
+    def _follow(self, init_info: DeltaInitInfo) -> Follower:
         from ..torch import DeltaSubscriber
         from .follower import Follower
         from .host_mirror import HostMirror
 
-        self.shutdown()
-        subscriber = DeltaSubscriber(
-            init_info.location, threads=init_info.threads, allow_rollback=init_info.allow_rollback
-        )
-        layout = subscriber.newest().tensors
+        def subscribe(number: int) -> DeltaSubscriber:
+            return DeltaSubscriber(
+                init_info.location,
+                threads=init_info.threads,
+                allow_rollback=init_info.allow_rollback,
+                last_number=number,
+            )
+
+        layout = subscribe(0).newest().tensors
         mirror = HostMirror(
             layout,
             key=f"{self.vllm_config.instance_id} {init_info.location}",
@@ -104,9 +132,9 @@ class DeltaTransferEngine(WeightTransferEngine):  # type: ignore[misc]
             folder=init_info.mirror,
             threads=init_info.threads,
         )
-        self._follower = Follower(
+        return Follower(
             self.model,
-            subscriber,
+            subscribe,
             mirror,
             layout,
             reload=self._reload,
@@ -116,32 +144,38 @@ class DeltaTransferEngine(WeightTransferEngine):  # type: ignore[misc]
 
     def start_weight_update(self) -> None:
         """Forget an update that was not finished."""
-        self._the_follower().start()
+        if self._follower is not None:
+            self._follower.start()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Prepare a step, or write it."""
-        self.receive_weights(self.parse_update_info(update_info))
+        """Prepare a step, or write it.
+
+        Raises:
+            DeltaWeightsError: some rank cannot, and none has written anything; on the last rank only.
+        """
+        try:
+            self.receive_weights(self.parse_update_info(update_info))
+        except Exception as error:
+            self._fail(error)
         if torch.accelerator.is_available():  # vLLM's own method assumes that there is one
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: DeltaUpdateInfo) -> None:
-        """Prepare a step, or write it.
-
-        Raises:
-            DeltaWeightsError: some rank cannot, and none has written anything.
-        """
-        if update_info.prepare:
-            self._the_follower().prepare(update_info.step)
-            return
+        """Prepare a step, or write it; raises on all ranks what :meth:`update_weights` raises on one."""
         if self._follower is None:
-            self._exchange("-It follows no weight stream yet.")  # which other ranks may wait for
-        follower = self._the_follower()
-        state = follower.commit(update_info.step)
+            raise DeltaWeightsError(
+                "The engine follows no weight stream yet", "", "Call /init_weight_transfer_engine first."
+            )
+        if update_info.prepare:
+            self._follower.prepare(update_info.step)
+            return
+        state = self._follower.commit(update_info.step)
         _log.info("step %d is written: state %s", state.step, state.state)
 
     def finish_weight_update(self) -> None:
         """Bring the mirror along: by now, all ranks have written the step."""
-        self._the_follower().finish()
+        if self._follower is not None:
+            self._follower.finish()
 
     def shutdown(self) -> None:
         """Let go of stream and mirror."""
@@ -149,12 +183,17 @@ class DeltaTransferEngine(WeightTransferEngine):  # type: ignore[misc]
             self._follower.close()
             self._follower = None
 
-    def _the_follower(self) -> Follower:
-        if self._follower is None:
-            raise DeltaWeightsError(
-                "The engine follows no weight stream yet", "", "Call /init_weight_transfer_engine first."
-            )
-        return self._follower
+    def _fail(self, error: Exception) -> None:
+        """Raise an error that all ranks have met, on the last of them.
+
+        vLLM takes its workers' answers in order, up to the first that failed. It would take those behind it
+        for answers to its next call.
+        """
+        from vllm.distributed.parallel_state import get_world_group
+
+        if get_world_group().is_last_rank:
+            raise error
+        _log.error("%s", error)
 
     def _reload(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Load the model whole, through vLLM's own loader and what it does to weights afterwards."""
@@ -163,10 +202,9 @@ class DeltaTransferEngine(WeightTransferEngine):  # type: ignore[misc]
             initialize_layerwise_reload,
         )
 
-        with self.device:  # what is repacked is made there
-            initialize_layerwise_reload(self.model)
-            self.model.load_weights(tensors)
-            finalize_layerwise_reload(self.model, self.model_config)
+        initialize_layerwise_reload(self.model)
+        self.model.load_weights(tensors)
+        finalize_layerwise_reload(self.model, self.model_config)
 
     def _exchange(self, value: str) -> list[str]:
         """What each rank of the engine says."""

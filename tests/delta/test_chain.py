@@ -27,7 +27,8 @@ from deltaweights import (
     verify_delta,
 )
 from deltaweights.cli.commands import app
-from deltaweights.delta.chain import MAX_DELTAS, links, open_recipe
+from deltaweights.delta.chain import links, open_recipe
+from deltaweights.delta.pointer import MAX_DELTAS
 from deltaweights.delta.rebuilt import RebuiltSource
 from deltaweights.delta.recipes import TensorRecipe
 from deltaweights.manifest import MANIFEST_NAME

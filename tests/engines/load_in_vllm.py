@@ -1,7 +1,7 @@
 """A program that loads a model by vLLM's loader, and prints two lines of JSON: what that took (seconds, bytes
 of memory at the peak), and the SHA-256 of each parameter.
 
-Arguments: the folder, the load format, a free port, JSON of extra options of the loader.
+Arguments: the folder, the load format, the dtype, a free port, JSON of extra options of the loader.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def main() -> None:
     from vllm.model_executor.model_loader.weight_checksum import compute_tensor_digests
     from vllm.plugins import load_general_plugins
 
-    folder, load_format, port, extra = sys.argv[1:]
+    folder, load_format, dtype, port, extra = sys.argv[1:]
     load_general_plugins()
     config = EngineArgs(
-        model=folder, load_format=load_format, dtype="auto", enforce_eager=True, max_model_len=64,
+        model=folder, load_format=load_format, dtype=dtype, enforce_eager=True, max_model_len=64,
         skip_tokenizer_init=True, model_loader_extra_config=json.loads(extra),
     ).create_engine_config()  # fmt: skip
     with set_current_vllm_config(config):

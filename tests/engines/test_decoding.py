@@ -25,10 +25,10 @@ from deltaweights.workers import Workers
 EXPERTS = 4
 
 
-def experts(seed: int) -> dict[str, Tensor]:
-    """Mostly experts, as mixtures of them are."""
+def experts(seed: int, rows: int = 64) -> dict[str, Tensor]:
+    """Mostly experts, as mixtures of them are: four in each of two layers."""
     random = torch.Generator().manual_seed(seed)
-    names = {f"layers.{k}.experts.{e}.w.weight": (64, 512) for k in range(2) for e in range(EXPERTS)}
+    names = {f"layers.{k}.experts.{e}.w.weight": (rows, 512) for k in range(2) for e in range(EXPERTS)}
     shapes = {"embed.weight": (16, 512), "empty": (0, 4), **names, "norm.weight": (512,)}
     return {name: torch.randn(shape, generator=random).bfloat16() for name, shape in shapes.items()}
 

@@ -19,7 +19,12 @@ from deltaweights import make_delta
 from deltaweights.engines import serve_folder
 from deltaweights.engines.follower import Follower
 from deltaweights.engines.host_mirror import HostMirror
-from deltaweights.errors import CheckpointError, DeltaError, DeltaWeightsError, DiskSpaceError
+from deltaweights.errors import (
+    CheckpointError,
+    DeltaError,
+    DeltaWeightsError,
+    DiskSpaceError,
+)
 from deltaweights.torch import DeltaPublisher, DeltaSubscriber
 
 from .test_placement import RANKS, Sharded, bits, checkpoint, state_bits
@@ -44,11 +49,14 @@ class Engine:
         self.ranks = []
         for rank, model in enumerate(self.models):
             model.load_weights(iter(loaded.items()))  # type: ignore[operator]
-            subscriber = DeltaSubscriber(str(stream), threads=1)
-            layout = subscriber.newest().tensors
+
+            def subscribe(number: int) -> DeltaSubscriber:
+                return DeltaSubscriber(str(stream), threads=1, last_number=number)
+
+            layout = subscribe(0).newest().tensors
             mirror = HostMirror(layout, key="engine", base=base, folder=str(folder), threads=1)
             follower = Follower(
-                model, subscriber, mirror, layout, reload=self._reload(model), exchange=self._exchange(rank)
+                model, subscribe, mirror, layout, reload=self._reload(model), exchange=self._exchange(rank)
             )
             self.ranks.append(follower)
 
@@ -236,13 +244,57 @@ def test_where_one_rank_cannot_none_writes(setting: Setting, monkeypatch: pytest
         raise CheckpointError("The store is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.ranks[1]._subscriber, "prepare", fails)
+        patch.setattr(engine.ranks[1], "_subscribe", fails)
         with pytest.raises(DeltaWeightsError, match=r"was not written\nAnother rank says: The store is gone"):
             engine.step(1)
         assert engine.bits() == setting.expected(0)
     engine.step(1)
     assert engine.bits() == setting.expected(1)
     assert engine.reloads == 0
+
+
+def test_where_writing_fails_on_one_rank_all_are_told_and_the_next_step_is_loaded_whole(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = setting.engine()
+    setting.publish(1)
+
+    def fails(ready: object) -> None:
+        raise RuntimeError("the device is lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.ranks[1], "_write", fails)
+        with pytest.raises(DeltaWeightsError, match=r"on all ranks\n.*the device is lost"):
+            engine.step(1)
+    engine.step(1)
+    assert engine.bits() == setting.expected(1)
+    assert engine.reloads == 1  # on the first rank, whose bytes are not those of the mirror
+    setting.publish(2)
+    engine.step(2)
+    assert engine.bits() == setting.expected(2)
+    assert engine.reloads == 1
+
+
+def test_where_another_process_alone_brought_the_mirror_along_the_bytes_tell(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where one of two engines that share the mirror has failed, and the other one has gone on."""
+    engine = setting.engine()
+    for step in (1, 2):
+        setting.publish(step)
+        engine.step(step)
+    setting.publish(3)
+    first, second = engine.ranks
+    with monkeypatch.context() as patch:
+        patch.setattr(first, "_exchange", lambda value: [value])
+        first.commit(3)
+        first.finish()
+    assert engine.bits() == [setting.expected(3)[0], setting.expected(2)[1]]
+    setting.publish(4)
+    engine.step(4)
+    assert engine.bits() == setting.expected(4)
+    assert engine.reloads == 1
+    assert second._mark == first._mark == 5
 
 
 def test_an_update_that_was_not_finished_is_made_good(setting: Setting) -> None:
@@ -292,7 +344,7 @@ def test_what_is_cast_is_loaded_whole_each_time(setting: Setting, caplog: pytest
         assert engine.bits() == setting.expected(step, make)
     assert engine.reloads == 2 * RANKS
     assert "tensors have no place in the model, such as down.weight" in caplog.text
-    assert "tensors that change have no place in it" in caplog.text
+    assert "down.weight changes, and has no place in it" in caplog.text
 
 
 def test_a_step_that_is_not_published_yet_may_be_asked_for_again(setting: Setting) -> None:

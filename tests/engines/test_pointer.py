@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from deltaweights import canonical, make_delta, open_target
+from deltaweights import apply_delta, canonical, make_delta, open_target
 from deltaweights.checkpoint import open_checkpoint
 from deltaweights.cli.commands import app
+from deltaweights.delta.pointer import POINTER_NAME, is_pointer_folder
 from deltaweights.engines import read_pointer, serve_folder
-from deltaweights.engines.pointer import POINTER_NAME, is_pointer_folder
 from deltaweights.errors import (
     BaseMismatchError,
     CheckpointError,
@@ -54,6 +54,17 @@ def test_it_has_all_files_but_weights(trio: Trio, pointer: Path) -> None:
     assert [one["origin"]["path"] for one in document["deltas"]] == [str(trio.delta)]
     assert is_pointer_folder(pointer)
     assert not is_pointer_folder(trio.delta)
+
+
+def test_it_stands_for_its_delta_and_base(trio: Trio, pointer: Path, tmp_path: Path) -> None:
+    apply_delta(pointer, tmp_path / "rebuilt")
+    assert contents(tmp_path / "rebuilt") == contents(trio.target) | {
+        path: data
+        for path, data in contents(tmp_path / "rebuilt").items()
+        if path.startswith(".deltaweights/")
+    }
+    serve_folder(pointer, tmp_path / "again")
+    assert (tmp_path / "again" / POINTER_NAME).read_bytes() == (pointer / POINTER_NAME).read_bytes()
 
 
 def test_the_target_is_read_from_it(trio: Trio, pointer: Path) -> None:

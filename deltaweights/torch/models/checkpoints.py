@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from ...delta.chain import MAX_DELTAS
+from ...delta.pointer import MAX_DELTAS
 from ...diff import make_delta
 from ...errors import CheckpointError, OutputError
 from ...match.names import RenameRule

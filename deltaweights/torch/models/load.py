@@ -58,8 +58,10 @@ def load_state_dict(
     same name, the first shard's counts.
 
     Args:
-        delta: a folder or a Hub id; or several, oldest first, each made from the target of the one before.
-        base: a folder, one file or a Hub id; if None, the repository that the (first) delta names.
+        delta: a folder or a Hub id; or several, oldest first, each made from the target of the one before; or
+            a pointer folder (:func:`deltaweights.engines.serve_folder`), which names them and the base.
+        base: a folder, one file or a Hub id; if None, the one that the pointer folder names, or the
+            repository that the (first) delta names.
         device: the device of the tensors.
         dtype: the dtype for floating-point tensors; None keeps the stored one.
         shards: load only from the target's shards whose path matches this pattern, such as

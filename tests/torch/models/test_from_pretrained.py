@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from deltaweights import make_delta
+from deltaweights.engines import serve_folder
 from deltaweights.errors import CheckpointError
 from deltaweights.torch import from_pretrained, save_delta
 
@@ -56,6 +57,20 @@ def test_it_is_the_model_that_transformers_loads(
     model = _pair(tmp_path, make())
     expected = type(model).from_pretrained(tmp_path / "target", **options)
     assert_same(from_pretrained(tmp_path / "delta", tmp_path / "base", **options), expected)
+
+
+def test_a_pointer_folder_says_where_delta_and_base_are(tmp_path: Path) -> None:
+    _pair(tmp_path, tiny_qwen2())
+    serve_folder(tmp_path / "delta", tmp_path / "served", base=tmp_path / "base")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    assert_same(from_pretrained(tmp_path / "served"), expected)
+    assert_same(from_pretrained(str(tmp_path / "served")), expected)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="no file or folder"):
+        from_pretrained(tmp_path / "served")
+    assert_same(from_pretrained(tmp_path / "served", tmp_path / "moved"), expected)
+    with pytest.raises(OSError, match="served"):  # there are no weights, and transformers says so
+        AutoModelForCausalLM.from_pretrained(tmp_path / "served")
 
 
 @pytest.mark.parametrize("options", [{"use_cache": False}, {"max_position_embeddings": 128}], ids=str)
