@@ -54,7 +54,7 @@ def bf16(words: np.ndarray[Any, Any]) -> Tensor:
 shares = st.sampled_from([0, 1, 15, 100, 1000])
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     code=st.sampled_from(sorted(DTYPES)), steps=st.lists(shares, min_size=1, max_size=3), late=st.booleans()
 )
