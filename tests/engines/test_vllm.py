@@ -45,6 +45,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder / "base")
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(folder / "base-bfloat16")
+    torch.nn.Module.to(model, torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 1e-3)
@@ -112,9 +115,9 @@ def test_a_wrong_base_and_a_flipped_byte_stop_the_start(folder: Path, tmp_path: 
 class Trainer:
     """Publishes states of the base, and writes each as a folder that vLLM's own loader can read."""
 
-    def __init__(self, folder: Path, place: Path) -> None:
+    def __init__(self, base: Path, place: Path) -> None:
         self.stream = place / "stream"
-        self._base, self._place = folder / "base", place
+        self._base, self._place = base, place
         self.state: dict[str, Tensor] = load_file(self._base / "model.safetensors")
         self.publisher = DeltaPublisher(str(self.stream), self.state, threads=1)
 
@@ -138,11 +141,10 @@ class Trainer:
 class Client:
     """What drives an engine over HTTP."""
 
-    def __init__(self, server: VllmServer, trainer: Trainer, base: Path) -> None:
+    def __init__(self, server: VllmServer, trainer: Trainer, base: Path, mirror: Path | None = None) -> None:
         self.server = server
-        server.post(
-            "init_weight_transfer_engine", init_info={"location": str(trainer.stream), "base": str(base)}
-        )
+        info = {"location": str(trainer.stream), "base": str(base), "mirror": mirror and str(mirror)}
+        server.post("init_weight_transfer_engine", init_info=info)
 
     def begin(self, step: int) -> None:
         """Let all ranks prepare a step, and return at once."""
@@ -170,22 +172,31 @@ class Client:
 
 @pytest.fixture
 def trainer(folder: Path, tmp_path: Path) -> Iterator[Trainer]:
-    trainer = Trainer(folder, tmp_path)
+    trainer = Trainer(folder / "base", tmp_path)
     with trainer.publisher:
         yield trainer
 
 
-@pytest.fixture(params=[1, 2], ids=["one rank", "two ranks"])
-def engine(request: pytest.FixtureRequest, folder: Path, tmp_path: Path) -> Iterator[VllmServer]:
-    """An engine that has loaded the base, with one or two tensor-parallel ranks."""
-    with VllmServer(folder / "base", tmp_path / "engine", *_BACKEND, ranks=request.param) as server:
-        yield server
+@pytest.mark.parametrize(
+    ("ranks", "base", "dtype"),
+    [(1, "base-bfloat16", "bfloat16"), (2, "base", "float32")],
+    ids=["one rank", "two ranks"],
+)
+def test_steps_over_http(folder: Path, tmp_path: Path, ranks: int, base: str, dtype: str) -> None:
+    """All in one, since a server takes a while to start: ten steps, some published again in between, and a
+    flipped byte."""
+    trainer = Trainer(folder / base, tmp_path)
+    with (
+        trainer.publisher,
+        VllmServer(folder / base, tmp_path / "engine", *_BACKEND, ranks=ranks, dtype=dtype) as engine,
+    ):
+        _ten_steps(engine, trainer, folder / base)
 
 
-def test_steps_over_http(engine: VllmServer, trainer: Trainer, folder: Path) -> None:
-    """All in one, since a server takes a while to start: ten steps, one published between two ranks'
-    prepares, a flipped byte."""
-    client = Client(engine, trainer, folder / "base")
+def _ten_steps(engine: VllmServer, trainer: Trainer, base: Path) -> None:
+    mirrors = engine.log.parent
+    client = Client(engine, trainer, base, mirrors)
+    assert len(list(mirrors.glob("deltaweights-mirror-*"))) == 2, "and its lock"
     sums = {0: engine.checksums()}
     for step in range(1, 11):
         trainer.publish(step)
@@ -205,7 +216,7 @@ def test_steps_over_http(engine: VllmServer, trainer: Trainer, folder: Path) -> 
     assert engine.get("weight_info") == {"weight_version": "10"}
     log = engine.log.read_text()
     assert "loaded whole" not in log
-    assert not list(Path("/dev/shm").glob("deltaweights-mirror-*"))  # noqa: S108
+    assert not list(mirrors.glob("deltaweights-mirror-*"))
     for step in range(1, 11):
         assert client.fresh(trainer.folder_of(step)) == sums[step]
 

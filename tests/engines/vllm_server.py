@@ -39,6 +39,7 @@ def environment(folder: Path) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",  # as on_cpu.py, for the library that vLLM uses
         "GLOO_SOCKET_IFNAME": "lo",
     }
 
@@ -62,14 +63,16 @@ class VllmServer:
         ranks: how many tensor-parallel ranks.
     """
 
-    def __init__(self, model: Path, folder: Path, *options: str, ranks: int = 1) -> None:
+    def __init__(
+        self, model: Path, folder: Path, *options: str, ranks: int = 1, dtype: str = "float32"
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "server.log"
         self._port = free_port()
         self._command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
             "--served-model-name", "model", "--port", str(self._port), "--host", "127.0.0.1",
-            "--dtype", "float32", "--enforce-eager", "--max-model-len", "64", "--max-num-seqs", "4",
+            "--dtype", dtype, "--enforce-eager", "--max-model-len", "64", "--max-num-seqs", "4",
             "--tensor-parallel-size", str(ranks), "--skip-tokenizer-init", "--disable-log-stats", *options,
         ]  # fmt: skip
         self._env = environment(folder / "plugins")
