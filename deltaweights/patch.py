@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,7 +190,7 @@ def check_base(
     _log.debug(
         "of the right base by the SHA-256 that the Hub publishes: %s", ", ".join(sorted(proven)) or "none"
     )
-    _check_chunks(target, proven, workers, progress)
+    _check_chunks(target, target.with_base(proven), workers, progress)
     for file in target.manifest.target.files:
         if file.stored == "base" and file.source not in proven and _is_other(target, file, workers):
             raise target.faults.wrong_base(f"its file {file.source!r} differs")
@@ -205,11 +205,27 @@ def _is_other(target: TargetRecipe, file: TargetFile, workers: Workers) -> bool:
     return sha256_of(workers.watch(target.blocks(file))) != file.sha256
 
 
+def glance_at_base(target: TargetRecipe, workers: Workers, is_wanted: Callable[[str], bool]) -> None:
+    """:func:`check_base` for a process that needs some of the tensors only, and checks each chunk of those as
+    it decodes them: reads a chunk of at most _SAMPLED_CHUNKS tensors.
+
+    Args:
+        is_wanted: whether the tensor of this name will be decoded.
+
+    Raises:
+        BaseMismatchError: a published SHA-256 or a chunk differs.
+    """
+    target = links(target)[0]
+    if target.base is not None:
+        recipes = [r for r in target.with_base(target.check_published()) if is_wanted(r.info.name)]
+        some = random.Random(0).sample(recipes, min(_SAMPLED_CHUNKS, len(recipes)))  # noqa: S311
+        _check_chunks(target, some, workers, None)
+
+
 def _check_chunks(
-    target: TargetRecipe, proven: Collection[str], workers: Workers, progress: ProgressCallback | None
+    target: TargetRecipe, recipes: list[TensorRecipe], workers: Workers, progress: ProgressCallback | None
 ) -> None:
-    """Compare a sample of the base's chunks with the delta's checksums, except in the files ``proven``."""
-    recipes = target.with_base(proven)
+    """Compare a sample of the base's chunks, for these recipes, with the delta's checksums."""
     target.read_tables(recipes)
     sample = sample_chunks(recipes)
     meter = Meter(progress, "check base", sum(map(_nbytes, sample)))

@@ -7,16 +7,14 @@ import posixpath
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..delta.recipes import TensorRecipe
 from ..delta.target_recipe import TargetRecipe
 from ..errors import DeltaError
 from ..manifest import TargetFile
-from ..torch.tensors import dtype_of, torch_shape
+from ..torch.tensors import byte_view, dtype_of, torch_shape
 from ..workers import Workers, batches
 
 #: An index of a usual checkpoint: where there is one, shards that it does not name are copies in other forms.
@@ -33,28 +31,29 @@ class _Decoded:
 
     def __init__(self, recipe: TensorRecipe) -> None:
         self.recipe = recipe
-        self._data: NDArray[np.uint8] | None = None
+        self._tensor: Tensor | None = None
 
     def pieces(self, nbytes: int) -> Iterator[_Piece]:
         """Its chunks in rows of at most ``nbytes``; one piece without chunks, if it is empty."""
-        self._data = np.empty(self.recipe.info.nbytes, np.uint8)
-        if not self._data.size:
+        info = self.recipe.info
+        shape = torch_shape(info.name, info.dtype, info.shape)
+        self._tensor = torch.empty(shape, dtype=dtype_of(info.name, info.dtype))
+        if not info.nbytes:
             yield self, 0, 0
         for first, end in self.recipe.plan.rows(nbytes):
             yield self, first, end
 
     def decode(self, first: int, end: int) -> None:
-        assert self._data is not None
+        assert self._tensor is not None
         if end > first:
             start, stop = self.recipe.plan.bounds(first, end)
-            self.recipe.decode(first, end, self._data[start:stop])
+            self.recipe.decode(first, end, byte_view(self._tensor).numpy()[start:stop])
 
     def take(self) -> tuple[str, Tensor]:
         """Name and tensor; its memory is the caller's from now on."""
-        assert self._data is not None
-        info, data, self._data = self.recipe.info, self._data, None
-        tensor = torch.from_numpy(data).view(dtype_of(info.name, info.dtype))
-        return info.name, tensor.reshape(torch_shape(info.name, info.dtype, info.shape))
+        assert self._tensor is not None
+        tensor, self._tensor = self._tensor, None
+        return self.recipe.info.name, tensor
 
 
 def decoded(

@@ -76,7 +76,7 @@ class DeltaModelLoader(DefaultModelLoader):  # type: ignore[misc]
         return ((source.prefix + name, tensor) for name, tensor in self._tensors(source))
 
     def _tensors(self, source: DefaultModelLoader.Source) -> Iterator[tuple[str, Tensor]]:
-        from ..patch import check_base
+        from ..patch import glance_at_base
         from ..workers import Workers
         from .decoding import decoded, shards_to_load
 
@@ -88,7 +88,7 @@ class DeltaModelLoader(DefaultModelLoader):  # type: ignore[misc]
 
         with self._open(source.model_or_path) as target, Workers(self._threads) as workers:
             workers.at_stop(target.cancel)
-            check_base(target, workers)  # before the first tensor, so that a wrong base is told in seconds
+            glance_at_base(target, workers, is_wanted)  # so that a wrong base is told in seconds
             shards = shards_to_load(target, subfolder=source.subfolder or "", patterns=patterns)
             _log.info("%s: decoding %s from delta and base", source.model_or_path, ", ".join(shards))
             yield from decoded(target, workers, shards=shards, is_wanted=is_wanted)
