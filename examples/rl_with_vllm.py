@@ -25,6 +25,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from deltaweights.torch import DeltaPublisher
 
-TOKENS, LENGTH, GROUP = 64, 12, 64
+#: vLLM pads vocabularies to 64 tokens, so the model has as many; 16 of them are used.
+VOCABULARY, TOKENS, LENGTH, GROUP = 64, 16, 12, 64
 #: What a machine without a GPU can serve.
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+_TOKENS_ONLY = {"return_token_ids": True, "detokenize": False, "allowed_token_ids": list(range(TOKENS))}
 
 
 class Engine:
@@ -68,7 +73,7 @@ class Engine:
     def sample(self, count: int) -> Tensor:
         """So many sequences after the first token, 0: (count, LENGTH) integers."""
         body = {"prompt": [0], "n": count, "temperature": 1.0, "max_tokens": LENGTH, "ignore_eos": True}
-        choices = self.call("/v1/completions", {**body, "return_token_ids": True, "detokenize": False})
+        choices = self.call("/v1/completions", {**body, **_TOKENS_ONLY})
         return torch.tensor([choice["token_ids"] for choice in choices["choices"]])
 
     def prepare(self, step: int) -> None:
@@ -109,7 +114,6 @@ def served(model: Path, log: Path) -> Iterator[Engine]:
                 time.sleep(0.5)
             yield engine
         finally:
-            (Path("/tmp/w/rl-vllm.log")).write_bytes(log.read_bytes())
             server.terminate()
             server.wait(60)
 
@@ -127,17 +131,18 @@ def fused_digests(state: dict[str, Tensor]) -> set[str]:
             parts[name] = [state[name.replace(first, other)] for other in (first, *others)]
     fused = {id(part) for some in parts.values() for part in some}
     parts |= {name: [tensor] for name, tensor in state.items() if id(tensor) not in fused}
-    joined = (torch.cat(some).contiguous().view(torch.uint8).numpy() for some in parts.values())
+    joined = (torch.cat(some).contiguous().view(torch.uint8).numpy().data for some in parts.values())
     return {hashlib.sha256(data).hexdigest() for data in joined}
 
 
 def train_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, samples: Tensor) -> float:
     """One step of GRPO by a group of samples: each counts by its advantage over the group's mean, and since
-    every sample is fresh, nothing has to be clipped. Returns the mean reward, the share of rising neighbors."""
+    every sample is fresh, nothing has to be clipped. Returns the mean reward: the share of neighbors that
+    rise."""
     scores = (samples[:, 1:] > samples[:, :-1]).float().mean(1)
     advantages = (scores - scores.mean()) / (scores.std() + 1e-6)
     seen = torch.cat([torch.zeros(len(samples), 1, dtype=torch.long), samples[:, :-1]], 1)
-    chosen = model(seen).logits.log_softmax(-1).gather(2, samples[:, :, None]).squeeze(2)
+    chosen = model(seen).logits[..., :TOKENS].log_softmax(-1).gather(2, samples[:, :, None]).squeeze(2)
     optimizer.zero_grad()
     (-advantages[:, None] * chosen).mean().backward()
     optimizer.step()
@@ -145,13 +150,16 @@ def train_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, sample
 
 
 def main(steps: int) -> None:
+    if not find_spec("vllm"):
+        raise SystemExit("This needs vLLM in the same environment.")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=TOKENS, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base, stream = folder / "base", folder / "stream"
