@@ -44,8 +44,8 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 #: Read in this order: later ones go on with what earlier ones made.
 GUIDES = ("publish", "use", "platform", "reference/command-line")
 GUIDES_FOR_TORCH = ("train", "serve", "disk-updates")
-#: All except the demonstration, which tests/test_demo.py runs with a smaller model.
-EXAMPLES = sorted({*ROOT.glob("examples/*.py")} - {ROOT / "examples" / "demo.py"})
+#: All except those that tests/test_demo.py (with a smaller model) and tests/engines run.
+EXAMPLES = sorted(p for p in ROOT.glob("examples/*.py") if p.stem not in ("demo", "rl_with_vllm"))
 
 #: What comes on stderr besides: progress in a log, and the wait for the kernels on a new machine.
 PROGRESS = re.compile(r"\d{4}-\d\d-\d\d [\d:]{8} [a-z ]+: .*|compiling the codec .*")
