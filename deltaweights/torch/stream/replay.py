@@ -194,14 +194,16 @@ class Replay:
         return self._held(chunk, followed.data, followed.places)
 
     def _small_change(self, chunk: Chunk) -> HeldChunk | None:
-        """The same, but chunks that are not coded as lists of what changes are left for later."""
+        """The same, but a chunk is left for later if much changes, or if it is not coded as a list."""
         followed = self._follow(chunk, check=True)
         if followed.data is None:
             return None
-        if followed.places is None:
-            self._later.append(chunk)
-            return None
-        return self._held(chunk, followed.data, followed.places)
+        if followed.places is not None:
+            held = self._held(chunk, followed.data, followed.places)
+            if held is None or held.places is not None:
+                return held
+        self._later.append(chunk)
+        return None
 
     def _held(self, chunk: Chunk, data: Bytes, parts: list[NDArray[np.uint32]] | None) -> HeldChunk | None:
         tensor = self._state[chunk[0]]
@@ -295,11 +297,14 @@ def _differing(
     Args:
         parts: together, the places where they may; None: anywhere.
     """
-    if parts is not None:
-        places: NDArray[np.uint32] = np.unique(np.concatenate(parts))
-        found: NDArray[np.uint32] = places[old[places] != new[places]]
-        return found
-    differ = old != new
-    if np.count_nonzero(differ) * (_PLACE_BYTES + new.itemsize) >= new.nbytes:
-        return None
-    return np.flatnonzero(differ).astype(np.uint32)
+    places: NDArray[np.uint32] | None = None
+    if parts is None:
+        differ = old != new
+        count = int(np.count_nonzero(differ))
+    else:
+        places = np.unique(np.concatenate(parts))
+        places = places[old[places] != new[places]]
+        count = len(places)
+    if count * (_PLACE_BYTES + new.itemsize) >= new.nbytes:
+        return None if count else np.empty(0, np.uint32)
+    return np.flatnonzero(differ).astype(np.uint32) if places is None else places
