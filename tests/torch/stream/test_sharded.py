@@ -23,7 +23,7 @@ from deltaweights import CheckpointError, DeltaError, FormatVersionError, Output
 from deltaweights.torch import DeltaPublisher, DeltaSubscriber, Part
 from deltaweights.torch.stream.records import _HEADS, Head
 
-from ...fixtures.make_stream import digests, state
+from .make_fixture import digests, state
 
 ROOT = Path(__file__).parents[3]
 FIXTURES = ROOT / "tests" / "fixtures"
