@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .errors import HubError as HubError
     from .errors import LicenseNotAcceptedError as LicenseNotAcceptedError
     from .errors import ManifestError as ManifestError
+    from .errors import NotPublishedError as NotPublishedError
     from .errors import OutputError as OutputError
     from .errors import PayloadError as PayloadError
     from .estimate import DeltaEstimate as DeltaEstimate

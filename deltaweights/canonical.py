@@ -18,13 +18,19 @@ Value = TypeVar("Value")
 
 
 class Format(NamedTuple):
-    """A format of documents: its name and version, the word for a document in messages (``what``), and the
-    most bytes that a document may have."""
+    """A format of documents: its name and newest version, the word for a document in messages (``what``), the
+    most bytes that a document may have, and the oldest version that is read, if it is another one."""
 
     name: str
     version: int
     what: str
     most_bytes: int
+    oldest: int | None = None
+
+    @property
+    def readable(self) -> range:
+        """The versions that are read."""
+        return range(self.version if self.oldest is None else self.oldest, self.version + 1)
 
 
 class _Version(msgspec.Struct):
@@ -65,10 +71,11 @@ def decode(
         version = msgspec.json.decode(data, type=_Version)
         if version.format != format.name:
             raise damaged(f"Its format is {version.format[:100]!r}")
-        if version.format_version != format.version:
+        if version.format_version not in format.readable:
+            known = " to ".join(map(str, sorted({format.readable[0], format.version})))
             raise FormatVersionError(
                 f"{format.what} has format version {version.format_version}",
-                f"This version of deltaweights reads version {format.version}.",
+                f"This version of deltaweights reads version {known}.",
                 "Use a newer version of deltaweights.",
             )
         value = msgspec.json.decode(data, type=kind)

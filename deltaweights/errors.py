@@ -5,7 +5,8 @@
     DeltaWeightsError
     ├── CheckpointError         a base or target that cannot be read
     │   ├── HeaderError         a .safetensors header that breaks the format's rules
-    │   └── HubReadError        (also a HubError)
+    │   ├── HubReadError        (also a HubError)
+    │   └── NotPublishedError   a weight stream, or a step of one, that is not there yet
     ├── DeltaError              the delta itself
     │   ├── ManifestError       deltaweights.json is missing, damaged or self-contradictory
     │   │   └── FormatVersionError  written in a format that this version does not know
@@ -16,7 +17,9 @@
     │   ├── DiskSpaceError      it is too small
     │   └── HubWriteError       (also a HubError)
     └── HubError                the Hub, or another place far away, does not give or take what it should;
-                                what may pass by itself is ``retryable``, as no other error is
+                                what may pass by itself is ``retryable``
+
+What else may pass by itself is a :class:`NotPublishedError`; no other error does.
 
 An error says *what* went wrong, *why*, and what to do about it (*fix*), one line each; the command
 line prints just these lines.
@@ -44,6 +47,12 @@ class CheckpointError(DeltaWeightsError):
 
 class HeaderError(CheckpointError):
     """A .safetensors header that breaks the format's rules."""
+
+
+class NotPublishedError(CheckpointError):
+    """A weight stream, or a step of one, that is not there yet. The same call goes well once it is."""
+
+    retryable = True
 
 
 class HubError(DeltaWeightsError):

@@ -92,7 +92,7 @@ class _Task(Generic[Result]):
 
 #: The best values for each number of threads, measured on 16 cores (docs/benchmarks.md, "Many cores") and on
 #: 2 (docs/codec.md, "What pays, what does not").
-_FEW_THREADS, _MOST_THREADS = 2, 8
+_FEW_THREADS, MOST_THREADS = 2, 8
 _SMALL_BATCH_BYTES, _BATCH_BYTES = 2 << 20, 4 << 20
 
 
@@ -199,7 +199,7 @@ class Workers(Lane):
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        super().__init__(_Crew(threads or min(usable_cores(), _MOST_THREADS)))
+        super().__init__(_Crew(threads or min(usable_cores(), MOST_THREADS)))
 
     def __enter__(self) -> Workers:
         return self

@@ -69,13 +69,14 @@ def reward(samples: Tensor) -> Tensor:
 
 
 def serve(stream: Path, asked: Connection) -> None:
-    """The engine's process: at every call, sync, sample, and tell with which weights."""
+    """The engine's process: at every call, take a step's weights, sample, and tell with which weights."""
     torch.manual_seed(1)
     torch.set_num_threads(1)
     model = TinyLM().to(torch.bfloat16).eval()  # other weights than the trainer's: the anchor brings those
     subscriber = DeltaSubscriber(stream)
-    while asked.recv():
-        report = subscriber.sync(model)
+    while (step := asked.recv()) is not None:
+        with subscriber.prepare(model, step=step) as prepared:  # the model could still be sampling here
+            report = prepared.commit()  # but not here
         asked.send((report.step, digest(model.state_dict()), model.sample(GROUP)))
 
 
@@ -111,7 +112,7 @@ def main(steps: int) -> None:
             engine.start()
             rewards = []
             for step in range(steps):
-                ask.send(True)
+                ask.send(step)
                 seen, weights, samples = ask.recv()
                 if (seen, weights) != (step, digest(published(model))):
                     raise SystemExit("the engine's weights are not the trainer's, bit for bit")
@@ -121,7 +122,7 @@ def main(steps: int) -> None:
                 print(
                     f"step {step + 1:3}: reward {rewards[-1]:.3f}, update {share:.1%} of the weights' bytes"
                 )
-            ask.send(False)
+            ask.send(None)
             engine.join()
     first, last = (sum(part) / len(part) for part in (rewards[:3], rewards[-3:]))
     print(f"mean reward of the first three steps {first:.3f}, of the last three {last:.3f}")

@@ -4,13 +4,14 @@ from .file_names import spelling
 from .hub import HubSource, open_hub
 from .local import LocalSource, is_clutter, local_path, output_path
 from .location import Location, Readable, open_source
-from .output import OutputFolder, PartialFile
+from .output import WORKSPACE, OutputFolder, PartialFile
 from .source import HubId, ReadableFile, Source, Span, file_blocks, sha256_of
 from .system import flush_folder, is_same, is_within, lock
 from .traffic import Traffic
 from .traffic import total as total_traffic
 
 __all__ = [
+    "WORKSPACE",
     "HubId",
     "HubSource",
     "LocalSource",

@@ -25,7 +25,8 @@ from .local import blocks_at, free_space, is_clutter, output_path
 from .source import Source, sha256_of
 from .system import UNSUPPORTED, flush, flush_folder, is_same, lock, read_bytes_at, write_at
 
-_WORKSPACE = ".deltaweights"
+#: The folder inside an output folder, for files that are not complete.
+WORKSPACE = ".deltaweights"
 _KEPT = "licenses"  # in the workspace: license texts beside the target
 _BLOCK_BYTES = 1 << 20
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -122,7 +123,7 @@ class OutputFolder:
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = output_path(root)
         self._made: list[Path] = []
-        self._workspace = self.root / _WORKSPACE
+        self._workspace = self.root / WORKSPACE
         self._lock: IO[bytes] | None = None
         self._placed: dict[tuple[int, int], Path] | None = None  # by device and inode
         self._placing = threading.Lock()
@@ -139,7 +140,7 @@ class OutputFolder:
                 self._check_workspace()
                 if _HAS_HANDLES:
                     self._root_handle = os.open(self.root, _FOLDER)
-                    self._handle = self._open_folder(Path(_WORKSPACE), make=False)
+                    self._handle = self._open_folder(Path(WORKSPACE), make=False)
         except BaseException:
             self._close_handles()
             if self._lock:
@@ -458,8 +459,8 @@ def _stays_inside(path: str) -> bool:
 
 def _all_files(root: Path) -> Iterator[str]:
     for folder, subfolders, names in os.walk(root):
-        if Path(folder) == root and _WORKSPACE in subfolders:
-            subfolders.remove(_WORKSPACE)
+        if Path(folder) == root and WORKSPACE in subfolders:
+            subfolders.remove(WORKSPACE)
         links = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
         for name in names + links:
             yield os.path.relpath(os.path.join(folder, name), root)

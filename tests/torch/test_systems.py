@@ -13,7 +13,7 @@ from deltaweights.torch import DeltaCheckpointer, DeltaPublisher, DeltaSubscribe
 
 from ..conftest import Trio
 from ..storage.test_systems import LOCKLESS, raises
-from .stream.test_stream import Net, bits, train
+from .stream.streams import Net, bits, train
 
 
 @pytest.mark.usefixtures("elsewhere")

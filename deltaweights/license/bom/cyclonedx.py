@@ -27,7 +27,7 @@ from packageurl import PackageURL
 
 from ..._version import __version__
 from ...manifest import FileRecord
-from .facts import Facts, LicenseFacts, Part
+from .facts import BomPart, Facts, LicenseFacts
 
 
 def write_cyclonedx(facts: Facts) -> str:
@@ -57,7 +57,7 @@ def write_cyclonedx(facts: Facts) -> str:
     return JsonV1Dot7(bom).output_as_string(indent=2) + "\n"
 
 
-def _component(part: Part, type: ComponentType) -> Component:
+def _component(part: BomPart, type: ComponentType) -> Component:
     place = (
         [ExternalReference(type=ExternalReferenceType.DISTRIBUTION, url=XsUri(part.url))] if part.url else []
     )
@@ -76,7 +76,7 @@ def _component(part: Part, type: ComponentType) -> Component:
     )
 
 
-def _license(part: Part, license: LicenseFacts) -> LicenseExpression:
+def _license(part: BomPart, license: LicenseFacts) -> LicenseExpression:
     known = LicenseAcknowledgement
     return LicenseExpression(
         license.expression,
@@ -92,7 +92,7 @@ def _license(part: Part, license: LicenseFacts) -> LicenseExpression:
     )
 
 
-def _properties(part: Part) -> list[Property]:
+def _properties(part: BomPart) -> list[Property]:
     """The facts that the format has no field for."""
     found = [("conflict", text) for text in part.conflicts]
     if part.declared and part.declared.stated:
@@ -102,7 +102,7 @@ def _properties(part: Part) -> list[Property]:
     return [Property(name=f"deltaweights:{name}", value=value) for name, value in found]
 
 
-def _file(file: FileRecord, part: Part) -> Component:
+def _file(file: FileRecord, part: BomPart) -> Component:
     return Component(
         type=ComponentType.FILE,
         bom_ref=f"{part.kind}/{file.path}",

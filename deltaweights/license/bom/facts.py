@@ -44,7 +44,7 @@ class LicenseFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class BomPart:
     """The base, the target or the delta.
 
     ``declared`` is its own stated license, ``concluded`` its license together with the base's, ``conflicts``
@@ -95,9 +95,9 @@ class Facts:
     document: uuid.UUID
     created: datetime
     maker: str
-    base: Part
-    target: Part
-    delta: Part
+    base: BomPart
+    target: BomPart
+    delta: BomPart
 
 
 def read_facts(source: Source, manifest: Manifest, created: datetime) -> Facts:
@@ -123,7 +123,7 @@ def read_facts(source: Source, manifest: Manifest, created: datetime) -> Facts:
         maker=f"{manifest.tool.name} {manifest.tool.version}",
         base=_model("base", manifest.base, base, base, _notice(base_texts)),
         target=_model("target", manifest.target, target, whole, _notice(target_texts), more.conflicts),
-        delta=Part("delta", (itself, *manifest.files), concluded=whole, notice=_joined(own_notice)),
+        delta=BomPart("delta", (itself, *manifest.files), concluded=whole, notice=_joined(own_notice)),
     )
 
 
@@ -148,9 +148,9 @@ def _model(
     concluded: LicenseFacts | None,
     notice: str | None,
     conflicts: tuple[str, ...] = (),
-) -> Part:
+) -> BomPart:
     files = tuple(FileRecord(file.path, file.size, file.sha256) for file in record.files)
-    return Part(kind, files, record.repo_id, record.revision, declared, concluded, notice, conflicts)
+    return BomPart(kind, files, record.repo_id, record.revision, declared, concluded, notice, conflicts)
 
 
 # Licenses ----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from spdx_python_model import v3_0_1 as spdx
 
 from ..._version import __version__
 from ..table import Terms
-from .facts import Facts, LicenseFacts, Part
+from .facts import BomPart, Facts, LicenseFacts
 
 _E = TypeVar("_E", bound=spdx.Element)
 
@@ -65,7 +65,7 @@ class _Document:
             to=list(targets),
         )
 
-    def add_model(self, part: Part) -> spdx.ai_AIPackage:
+    def add_model(self, part: BomPart) -> spdx.ai_AIPackage:
         """Add a base or target, with its owner, files and licenses."""
         owner = self._add(spdx.Agent, f"owner-{part.owner}", name=part.owner) if part.owner else None
         model = self._add(
@@ -99,7 +99,7 @@ class _Document:
         self._add_licenses(facts.delta)
         return delta
 
-    def _add_files(self, part: Part) -> None:
+    def _add_files(self, part: BomPart) -> None:
         files = [
             self._add(
                 spdx.software_File,
@@ -112,7 +112,7 @@ class _Document:
         if files:
             self.relate(part.kind, spdx.RelationshipType.contains, files)
 
-    def _add_licenses(self, part: Part) -> None:
+    def _add_licenses(self, part: BomPart) -> None:
         """Add one license of each kind, even an unknown one, as the profile ``ai`` requires."""
         unknown = spdx.expandedlicensing_IndividualLicensingInfo.NoAssertionLicense
         declared = self._license(f"{part.kind}-license", part.declared) if part.declared else unknown

@@ -16,7 +16,7 @@ from ...checkpoint import Checkpoint
 from ...checkpoint import Tensor as StoredTensor
 from ...storage import sha256_of
 from ...workers import Workers
-from .boxes import Box, cut, envelope, read_box
+from ..boxes import Box, cut, envelope, read_box
 from .record import DTYPES, BaseIdentity, DcpBaseTensor
 
 _ITEMSIZES = dict(DTYPES.values())

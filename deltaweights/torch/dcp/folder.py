@@ -17,8 +17,8 @@ from ...errors import BaseMismatchError, CheckpointError, HeaderError, PayloadEr
 from ...payload import CHUNK_BYTES, ChunkPlan, Faults, PayloadReader
 from ...storage import Readable, Source, open_hub, open_source, sha256_of
 from ...workers import Workers
+from ..boxes import Box, cut, envelope
 from .base import BasePart, BaseTensors, CheckpointBase, TensorType
-from .boxes import Box, cut, envelope
 from .record import (
     DTYPES,
     RECORD_NAME,

@@ -18,7 +18,7 @@ from ...entries import Shape, Size
 from ...errors import DeltaError, ManifestError
 from ...manifest import FileRecord, RepoId, Revision, Sha256, Tool, is_safe_path
 from ...storage import Source
-from .boxes import Box, fill
+from ..boxes import Box, fill
 
 RECORD_NAME = "deltaweights-dcp.json"
 FORMAT_VERSION = 1

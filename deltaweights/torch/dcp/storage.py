@@ -45,9 +45,9 @@ from ...errors import CheckpointError, DeltaError, DeltaWeightsError, OutputErro
 from ...match.names import Names, RenameRule, compile_rules
 from ...storage import Location, Readable, is_same, local_path, open_source, output_path
 from ...workers import Workers
+from ..boxes import Box
 from ..tensors import first_line
 from .base import BaseTensors, candidates
-from .boxes import Box
 from .folder import DeltaFolder, StoredPart, open_base
 from .record import RECORD_NAME, CheckpointRecord, parse_record
 from .write import create_file, load_value, make_record, require_storable, write_items

@@ -26,9 +26,9 @@ from ...manifest import FileRecord, Tool
 from ...payload import ChunkPlan, CodedChunk, PayloadFile, encode_row
 from ...storage import PartialFile
 from ...workers import Workers
+from ..boxes import Box, fill
 from ..tensors import first_line
 from .base import BasePart, BaseTensors, find_counterpart
-from .boxes import Box, fill
 from .record import (
     DTYPES,
     MAX_VALUE_BYTES,

@@ -14,7 +14,7 @@ from ...checkpoint import Tensor, read_header
 from ...errors import BaseMismatchError, DeltaError, DeltaWeightsError, HeaderError
 from ...payload import Faults, StoredPayload
 from ...storage.local import LocalFile
-from .records import StateRecord, damaged, tensor_digest
+from .records import StateRecord, damaged, record_name
 from .state import StateTensor, plan_of
 
 #: A tensor's name, and the index of one of its chunks.
@@ -23,12 +23,18 @@ Chunk: TypeAlias = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class StreamStep:
-    """A local payload file, and the record of the state that it leads to. An anchor's file leads there from
-    nothing, an update's from the state before."""
+    """Local payload files by their places in a record, and the record of the state that they lead to. An
+    anchor's files lead there from nothing, an update's from the state before. Those without a payload that is
+    wanted may be missing."""
 
     record: StateRecord
-    file: LocalFile
+    files: Mapping[int, LocalFile]
     is_anchor: bool
+
+    @property
+    def where(self) -> str:
+        """The first file's name, for messages."""
+        return next((file.path for file in self.files.values()), record_name(self.record.number))
 
 
 class _StreamFaults(Faults):
@@ -62,13 +68,18 @@ class StreamPayload(StoredPayload):
         """A chunk's method, and its data, valid until this thread reads more."""
         return self.method(index), self.read_data(index, index + 1)
 
-    def follows(self, digest: str | None) -> bool:
-        """Whether it was made against a tensor with this digest, including the chunks that it calls the
-        same."""
+    def follows(self, sums: bytes | None) -> bool:
+        """Whether it was made against a tensor whose chunks have these checksums, including the chunks that
+        it calls the same."""
         records, _ = self.table
         same = records["method"] == codec.Method.SAME
         is_same = (records["base"] == records["target"])[same].all()
-        return bool(is_same) and tensor_digest(records["base"].tobytes()) == digest
+        return bool(is_same) and bool(records["base"].tobytes() == sums)
+
+    @property
+    def sums(self) -> bytes:
+        """The checksums of the tensor's chunks afterwards."""
+        return bytes(self.table[0]["target"].tobytes())
 
     def fault(self, index: int, base: NDArray[np.uint8] | None, why: str) -> DeltaWeightsError:
         """The error if ``base`` and a chunk's data do not give its target: one of the two is wrong."""
@@ -78,20 +89,25 @@ class StreamPayload(StoredPayload):
 
 
 def read_payloads(step: StreamStep, state: Mapping[str, StateTensor]) -> dict[str, StreamPayload]:
-    """The file's payloads by the names of their tensors, checked against the record."""
-    own = {tensor.name: tensor for tensor in step.record.tensors if tensor.like is None}
-    where = step.file.path
-    try:
-        shard = read_header(step.file, where)
-    except HeaderError as error:
-        raise damaged(where, error.why.rstrip(".")) from error
+    """The step's payloads by name, as far as they fit its record.
+
+    Args:
+        state: the record's tensors, or their parts, or some of them, by the names of their payloads.
+    """
+    places = {own: place for _, _, own, place in step.record.payloads()}
+    wanted = {own: state[key] for _, key, own, _ in step.record.payloads() if key in state}
     found = {}
-    for info in shard.header.tensors:
-        if info.name not in own:
-            raise damaged(where, f"It has a payload for {info.name!r}, which its record lacks")
-        tensor = state[info.name]
-        payload = StreamPayload(info.name, tensor.code, plan_of(tensor), Tensor(info, shard), _FAULTS)
-        if tensor_digest(payload.table[0]["target"].tobytes()) != own[info.name].digest:
-            raise damaged(where, f"It does not lead to tensor {info.name!r} of its record")
-        found[info.name] = payload
+    for place, file in step.files.items():
+        try:
+            shard = read_header(file, file.path)
+        except HeaderError as error:
+            raise damaged(file.path, error.why.rstrip(".")) from error
+        for info in shard.header.tensors:
+            if places.get(info.name) != place:
+                raise damaged(file.path, f"It has a payload for {info.name!r}, which its record lacks there")
+            tensor = wanted.get(info.name)
+            if tensor is not None:
+                found[info.name] = StreamPayload(
+                    info.name, tensor.code, plan_of(tensor), Tensor(info, shard), _FAULTS
+                )
     return found

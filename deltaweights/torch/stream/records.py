@@ -8,21 +8,26 @@ A stream is a folder of published states, each a record ``N.json`` with the payl
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from ... import canonical
 from ...entries import Shape, Size
 from ...errors import DeltaError
 from ...manifest import Sha256
+from ..boxes import Box, fill
 
 HEAD_NAME = "head.json"
-FORMAT_VERSION = 1
+
+#: The version of records without parts, and of those with parts.
+WHOLE_VERSION, PARTS_VERSION = 1, 2
 
 #: Bytes of a tensor in a chunk, fixed so that a chunk can be followed through any number of updates. More
 #: than in a delta, since fixed costs per chunk dominate small updates, and chunks are not sampled here.
@@ -32,9 +37,14 @@ CHUNK_BYTES = 1 << 21
 MAX_HEAD_BYTES = 1 << 12
 MAX_RECORD_BYTES = 1 << 26
 
+#: Above the number of processes that publish one state together.
+MOST_FILES = 100_000
+
 Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=10**10)]
 Writer: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
-_FILE = re.compile(r"(\d{10})(?:\.json|-[0-9a-f]{16}\.(?:update|anchor)\.safetensors)")
+#: What a payload file holds: the way from the state before, or from nothing.
+Kind: TypeAlias = Literal["update", "anchor"]
+_FILE = re.compile(r"(\d{10})(?:\.json|-[0-9a-f]{16}(?:-\d{5})?\.(?:update|anchor)\.safetensors)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +68,48 @@ class Head:
     newest: StateReference
     step: Size
     format: Literal["deltaweights-stream"] = "deltaweights-stream"
-    format_version: int = FORMAT_VERSION
+    format_version: int = WHOLE_VERSION
+
+
+class StreamPart(NamedTuple):
+    """A part of a tensor: a box of ``sizes`` elements from ``offsets`` on. Its payloads are in the files
+    number ``file``."""
+
+    offsets: Shape
+    sizes: Shape
+    file: Annotated[int, msgspec.Meta(ge=0, lt=MOST_FILES)]
+
+    @property
+    def box(self) -> Box:
+        """The part's place in the tensor."""
+        return Box(self.offsets, self.sizes)
 
 
 @dataclass(frozen=True, slots=True)
 class StreamTensor:
     """One tensor of a state: safetensors dtype and shape, digest of its bytes. With ``like``, it always has
-    the bytes of the tensor of that name, and no own payload."""
+    the bytes of the tensor of that name, and no own payload.
+
+    ``parts`` hold each of its elements once. Without any, it is whole, and its payloads are in the files
+    number 0. Format version 1 does not have the field.
+    """
 
     name: str
     dtype: str
     shape: Shape
     digest: Sha256
     like: str | None = None
+    parts: tuple[StreamPart, ...] | UnsetType = UNSET
+
+    @property
+    def pieces(self) -> tuple[StreamPart, ...]:
+        """Its parts; none if it is whole."""
+        return self.parts or ()
+
+    @property
+    def keys(self) -> dict[str, StreamPart | None]:
+        """The names of its payloads, in order, and their parts; None: the whole tensor."""
+        return {part_key(self.name, part.offsets): part for part in self.pieces} or {self.name: None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +124,10 @@ class StreamFile:
 class StateRecord:
     """One published state.
 
-    ``update`` leads here from the state ``previous``; ``anchor`` leads here from nothing. A state with
-    neither begins a stream for subscribers that already have these weights. ``last_anchor`` is the newest
-    earlier state with an anchor. ``writer`` is a part of its files' names, so that two writers do not
-    overwrite each other's files.
+    ``update`` leads here from the state ``previous``; ``anchor`` leads here from nothing. Each is one file,
+    or in format version 2 one of every process that wrote. A state with neither begins a stream for
+    subscribers that already have these weights. ``last_anchor`` is the newest earlier state with an anchor.
+    ``writer`` is a part of its files' names, so that two writers do not overwrite each other's files.
     """
 
     number: Number
@@ -96,16 +135,33 @@ class StateRecord:
     state: Sha256
     tensors: tuple[StreamTensor, ...]
     previous: StateReference | None
-    update: StreamFile | None
-    anchor: StreamFile | None
+    update: StreamFile | tuple[StreamFile, ...] | None
+    anchor: StreamFile | tuple[StreamFile, ...] | None
     last_anchor: StateReference | None
     writer: Writer
     format: Literal["deltaweights-stream"] = "deltaweights-stream"
-    format_version: int = FORMAT_VERSION
+    format_version: int = WHOLE_VERSION
 
-    def payload_name(self, kind: Literal["update", "anchor"]) -> str:
-        """The name of one of its payload files."""
-        return payload_name(self.number, self.writer, kind)
+    def files(self, kind: Kind) -> dict[str, StreamFile]:
+        """Its payload files of one kind, by name, in order; none if it has none."""
+        found = self.update if kind == "update" else self.anchor
+        if isinstance(found, StreamFile):
+            return {payload_name(self.number, self.writer, kind): found}
+        names = (payload_name(self.number, self.writer, kind, place) for place in range(len(found or ())))
+        return dict(zip(names, found or (), strict=True))
+
+    def payloads(self) -> Iterator[tuple[StreamTensor, str, str, int]]:
+        """For every tensor, or every part of it: the tensor; the name that its payload would have; the name
+        that it has, which differs if the tensor is like another; and the place of its file."""
+        by_name = {tensor.name: tensor for tensor in self.tensors}
+        for tensor in self.tensors:
+            owner = by_name[tensor.like or tensor.name]
+            for key, (own, part) in zip(tensor.keys, owner.keys.items(), strict=True):
+                yield tensor, key, own, part.file if part else 0
+
+    def nbytes(self, kind: Kind) -> int:
+        """The size of its payload files of one kind."""
+        return sum(file.size for file in self.files(kind).values())
 
 
 def record_name(number: int) -> str:
@@ -113,9 +169,15 @@ def record_name(number: int) -> str:
     return f"{number:010d}.json"
 
 
-def payload_name(number: int, writer: str, kind: Literal["update", "anchor"]) -> str:
-    """The name of a payload file of the state ``number``."""
-    return f"{number:010d}-{writer}.{kind}.safetensors"
+def payload_name(number: int, writer: str, kind: Kind, place: int | None = None) -> str:
+    """The name of a payload file of the state ``number``; with its ``place`` among several, if there are."""
+    of = "" if place is None else f"-{place:05d}"
+    return f"{number:010d}-{writer}{of}.{kind}.safetensors"
+
+
+def part_key(name: str, offsets: Iterable[int]) -> str:
+    """The name of the payload of a tensor's part."""
+    return f"{name}@{','.join(map(str, offsets))}"
 
 
 def number_of(name: str) -> int | None:
@@ -125,15 +187,21 @@ def number_of(name: str) -> int | None:
 
 
 def tensor_digest(checksums: bytes) -> str:
-    """The digest of a tensor: SHA-256 (hex) of its chunks' XXH3-64, little-endian, one after the other."""
+    """The digest of a tensor: SHA-256 (hex) of its chunks' XXH3-64, little-endian, one after the other, those
+    of one part after those of another."""
     return hashlib.sha256(checksums).hexdigest()
 
 
 def state_digest(tensors: Iterable[StreamTensor]) -> str:
     """The digest of a state: SHA-256 (hex) of the canonical JSON of ``[name, dtype, shape, digest]`` of every
-    tensor, sorted by name."""
-    rows = sorted((tensor.name, tensor.dtype, tensor.shape, tensor.digest) for tensor in tensors)
-    return canonical.digest(rows)
+    tensor, sorted by name; of one with parts, followed by the ``[offsets, sizes]`` of each."""
+    return canonical.digest([_row(tensor) for tensor in sorted(tensors, key=lambda tensor: tensor.name)])
+
+
+def _row(tensor: StreamTensor) -> tuple[object, ...]:
+    row = (tensor.name, tensor.dtype, tensor.shape, tensor.digest)
+    boxes = [part[:2] for part in tensor.pieces]
+    return (*row, boxes) if boxes else row
 
 
 def write_json(value: Head | StateRecord) -> bytes:
@@ -141,7 +209,9 @@ def write_json(value: Head | StateRecord) -> bytes:
     return canonical.encode(value)
 
 
-_HEADS = canonical.Format("deltaweights-stream", FORMAT_VERSION, "This weight stream", MAX_HEAD_BYTES)
+_HEADS = canonical.Format(
+    "deltaweights-stream", PARTS_VERSION, "This weight stream", MAX_HEAD_BYTES, WHOLE_VERSION
+)
 _RECORDS = _HEADS._replace(most_bytes=MAX_RECORD_BYTES)
 
 
@@ -176,12 +246,9 @@ def _validate(record: StateRecord, where: str) -> None:
         raise damaged(where, "Its tensors are not sorted by name, each once")
     for tensor in record.tensors:
         other = owners.get(tensor.like or tensor.name)
-        if other is None or (other.dtype, other.shape, other.digest) != (
-            tensor.dtype,
-            tensor.shape,
-            tensor.digest,
-        ):
+        if other is None or replace(other, name=tensor.name, like=tensor.like) != tensor:
             raise damaged(where, f"Tensor {tensor.name!r} refers to a tensor that it cannot be equal to")
+    _validate_parts(record, owners.values(), where)
     if record.state != state_digest(record.tensors):
         raise damaged(where, "Its digest is not that of its tensors")
     if (record.update is None) != (record.previous is None):
@@ -189,6 +256,48 @@ def _validate(record: StateRecord, where: str) -> None:
     for earlier in filter(None, (record.previous, record.last_anchor)):
         if earlier.number >= record.number:
             raise damaged(where, "It comes before the state that it follows")
+
+
+def _validate_parts(record: StateRecord, own: Iterable[StreamTensor], where: str) -> None:
+    """Check that it has what its format version has, that parts fill their tensors, and that payloads have
+    names and files of their own."""
+    has_parts = record.format_version == PARTS_VERSION
+    counts = set()
+    for files in (record.update, record.anchor):
+        if files is None:
+            continue
+        if isinstance(files, tuple) != has_parts:
+            raise damaged(where, "Its files are not listed as its format version lists them")
+        counts.add(len(files) if isinstance(files, tuple) else 1)
+    if any((tensor.parts is not UNSET) != has_parts for tensor in record.tensors):
+        raise damaged(where, "Its tensors do not have the fields of its format version")
+    if len(counts) > 1 or not 0 < max(counts, default=1) <= MOST_FILES:
+        raise damaged(where, "It has no files, too many, or another number for its update than its anchor")
+    keys = set[str]()
+    for tensor in own:
+        _validate_tensor(tensor, where)
+        if not keys.isdisjoint(tensor.keys):
+            raise damaged(where, f"The payloads of tensor {tensor.name!r} have the names of others")
+        keys |= tensor.keys.keys()
+        if counts and any(part.file not in range(*counts) for part in tensor.pieces):
+            raise damaged(where, f"A part of tensor {tensor.name!r} is in a file that it does not have")
+
+
+def _validate_tensor(tensor: StreamTensor, where: str) -> None:
+    """Check that a tensor's parts fill it, in order."""
+    if not tensor.pieces:
+        return
+    if tensor.dtype == "F4":
+        raise damaged(where, f"Tensor {tensor.name!r} has parts, though two of its elements share a byte")
+    if math.prod(max(1, size) for size in tensor.shape) >= 1 << 58:
+        raise damaged(where, f"Tensor {tensor.name!r} is larger than any tensor can be")
+    offsets = [part.offsets for part in tensor.pieces]
+    if offsets != sorted(set(offsets)):
+        raise damaged(where, f"The parts of tensor {tensor.name!r} are not sorted by offsets, each once")
+    if math.prod(tensor.shape) and not all(math.prod(part.sizes) for part in tensor.pieces):
+        raise damaged(where, f"A part of tensor {tensor.name!r} has no elements")
+    if not fill(tensor.shape, [part.box for part in tensor.pieces]):
+        raise damaged(where, f"The parts of tensor {tensor.name!r} do not hold each element exactly once")
 
 
 def damaged(where: str, why: str) -> DeltaError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,10 +18,20 @@ from ..tensors import byte_view, code_of, settle, sharing, stored_shape
 from ..wholeness import obstacle, require_gathered, require_merged, require_unquantized
 from ..wrappers import plain_state
 from . import gpu
-from .records import CHUNK_BYTES, tensor_digest
+from .records import CHUNK_BYTES
 
 #: A model, or its tensors by name.
 State: TypeAlias = "nn.Module | Mapping[str, Tensor]"
+
+#: Unsigned integers as wide as an element.
+WORDS: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("<u2"),
+    4: np.dtype("<u4"),
+    8: np.dtype("<u8"),
+}
+#: Integers of torch as wide as an element.
+TORCH_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class StateTensor:
@@ -32,6 +42,7 @@ class StateTensor:
         code: its safetensors dtype code.
         shape: its shape in a safetensors header.
         nbytes: its size in bytes.
+        words: NumPy's unsigned integers that are as wide as its elements.
         identity: a key that only tied tensors share.
     """
 
@@ -47,7 +58,8 @@ class StateTensor:
         self._is_copy = contiguous.data_ptr() != tensor.data_ptr()
         self._flat = byte_view(contiguous)
         self.nbytes = self._flat.numel()
-        self.identity = (
+        self.words: np.dtype[Any] = WORDS[tensor.element_size()]
+        self.identity: tuple[object, ...] = (
             str(tensor.device),
             tensor.data_ptr(),
             self.nbytes,
@@ -58,6 +70,11 @@ class StateTensor:
         self._bytes: NDArray[np.uint8] | None = None
         if tensor.device.type == "cpu":
             self._bytes = self._flat.numpy()
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor itself."""
+        return self._tensor
 
     @property
     def device(self) -> torch.device:
@@ -80,9 +97,14 @@ class StateTensor:
         return self._flat if gpu.is_usable(self._flat.device) else None
 
     @property
-    def version(self) -> int:
-        """A number that changes when torch changes the tensor in place, as far as torch counts."""
-        return 0 if self._tensor.is_inference() else self._tensor._version
+    def memory(self) -> Tensor:
+        """Its bytes (uint8)."""
+        return self._flat
+
+    @property
+    def copied_bytes(self) -> int:
+        """The memory of its bytes, where those are a copy in row-major order."""
+        return self.nbytes if self._is_copy else 0
 
     def read(self, start: int, end: int) -> NDArray[np.uint8]:
         """The bytes from ``start`` to ``end`` (uint8): the tensor's own on a CPU, else a copy."""
@@ -96,13 +118,38 @@ class StateTensor:
         if self._bytes is not None:
             self._bytes[start : start + data.size] = data
         else:
-            self._flat[start : start + data.size].copy_(torch.from_numpy(data))
+            with torch.inference_mode():  # else its own tensors could not be written to in this thread
+                self._flat[start : start + data.size].copy_(torch.from_numpy(data))
+
+    def put(self, start: int, places: NDArray[np.uint32] | None, values: NDArray[Any]) -> None:
+        """Replace elements, on a CPU.
+
+        Args:
+            start: the byte that places count from.
+            places: of elements; None: the first ones from there.
+            values: their new bits (of the type ``words``).
+        """
+        assert self._bytes is not None
+        elements = self._bytes[start:].view(self.words)
+        if places is None:
+            elements[: values.size] = values
+        else:
+            elements[places.astype(np.intp)] = values  # faster than to let NumPy convert them
+
+    def put_at(self, indices: NDArray[np.int64], values: NDArray[Any]) -> None:
+        """Replace the elements at different indices by ``values`` (of the type ``words``), on any device."""
+        with torch.inference_mode():
+            elements = self._flat.view(TORCH_WORDS[self.words.itemsize])
+            bits = torch.from_numpy(values.view(np.uint8)).view(elements.dtype)
+            elements.index_copy_(0, torch.from_numpy(indices).to(elements.device), bits.to(elements.device))
 
     def finish(self) -> None:
-        """Copy written bytes into a tensor whose memory is not in row-major order."""
+        """Say that bytes were written: to a tensor whose memory is not in row-major order, and to torch."""
         if self._is_copy:
-            with torch.no_grad():
+            with torch.inference_mode():
                 self._tensor.copy_(self._flat.view(self._tensor.dtype).view(self._tensor.shape))
+        if not self._tensor.is_inference():  # these have no version
+            torch.autograd.graph.increment_version(self._tensor)
 
 
 def state_of(state: State) -> dict[str, StateTensor]:
@@ -122,6 +169,20 @@ def state_of(state: State) -> dict[str, StateTensor]:
         raise CheckpointError("The state has no tensors", "", "Pass a model or its state_dict().")
     found = {name: StateTensor(name, tensor) for name, tensor in tensors.items()}
     settle(tensors.values())
+    require_apart(tensors, found)
+    return found
+
+
+def require_apart(tensors: Mapping[str, Tensor], found: Mapping[str, StateTensor]) -> None:
+    """Refuse tensors that have some of their bytes in common, and not all.
+
+    Args:
+        tensors: by name, or by any other key.
+        found: the same as bytes.
+
+    Raises:
+        CheckpointError: there are some.
+    """
     # Tensors that are not contiguous may interleave without sharing a byte.
     for names in sharing({name: tensor for name, tensor in tensors.items() if tensor.is_contiguous()}):
         if len({found[name].identity for name in names}) > 1:
@@ -130,7 +191,21 @@ def state_of(state: State) -> dict[str, StateTensor]:
                 f"Some of {names} share a part of their bytes.",
                 "Pass the one that holds all the bytes, or clone those that should be independent.",
             )
-    return found
+
+
+def marks_of(state: State) -> dict[str, object]:
+    """For each tensor of the state what shows whether it is still the same one, unchanged as far as torch
+    counts."""
+    return {
+        name: mark_of(tensor) for name, tensor in plain_state(state).items() if isinstance(tensor, Tensor)
+    }
+
+
+def mark_of(tensor: Tensor) -> object:
+    """What shows whether a tensor is still the same one, unchanged as far as torch counts."""
+    why, _ = obstacle(tensor)
+    version = None if tensor.is_inference() else tensor._version
+    return why or (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), version)
 
 
 def owners(state: Mapping[str, StateTensor]) -> dict[str, str]:
@@ -147,13 +222,12 @@ def plan_of(tensor: StateTensor) -> ChunkPlan:
     return ChunkPlan(tensor.nbytes, tensor.nbytes, CHUNK_BYTES)
 
 
-def digests(state: Mapping[str, StateTensor], workers: Workers) -> dict[str, str]:
-    """The digest of every tensor, as in records. Reads all bytes, those of tied tensors once."""
+def sums_of(state: Mapping[str, StateTensor], workers: Workers) -> dict[str, bytes]:
+    """The checksums of every tensor's chunks, as :func:`records.tensor_digest` takes them. Reads all bytes,
+    those of tied tensors once."""
     first = owners(state)
-    found = {
-        name: tensor_digest(sums.tobytes())
-        for name, sums in _checksums({name: state[name] for name in set(first.values())}, workers).items()
-    }
+    own = _checksums({name: state[name] for name in set(first.values())}, workers)
+    found = {name: sums.tobytes() for name, sums in own.items()}
     return {name: found[owner] for name, owner in first.items()}
 
 

@@ -1,70 +1,35 @@
-"""The inference engine's side of a weight stream: brings a model to the newest state, in place."""
+"""The inference engine's side of a weight stream: brings a model to a published state."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TypeVar
 
-from torch import nn
+from torch import Tensor
 
 from ...errors import BaseMismatchError, CheckpointError, DeltaError
 from ...storage import Location
 from ...workers import Workers
-from ..wholeness import require_own
-from ..wrappers import plain_state
+from .held import HeldChanges
+from .history import History, Way
+from .mirror import empty_tensors
 from .payloads import StreamStep
-from .records import (
-    MAX_RECORD_BYTES,
-    StateRecord,
-    StateReference,
-    StreamFile,
-    StreamTensor,
-    read_head,
-    read_record,
-    state_digest,
-)
+from .pieces import Published
+from .position import Known, Model, Position
+from .prepared import Prepared, StreamState, SyncReport
+from .records import Head, StateRecord, StreamTensor, damaged
 from .replay import Replay
-from .state import State, StateTensor, digests, state_of
+from .split import cuts_of, has_cuts
 from .transport import Gone, open_transport
+from .writing import Writing
 
 #: The number of attempts to find a way, since files may be removed meanwhile.
 _ATTEMPTS = 5
 
-#: A way to the newest state: records, oldest first, and the file to use of each.
-_Way: TypeAlias = "list[tuple[StateRecord, Literal['update', 'anchor']]]"
-
-
-@dataclass(frozen=True, slots=True)
-class SyncReport:
-    """The result of :meth:`DeltaSubscriber.sync`.
-
-    Attributes:
-        step, number, state: the model's state now: the publisher's step, its place in the stream, its digest.
-        updates: number of updates applied.
-        from_anchor: whether the way began with an anchor.
-        nbytes: size of the payload files read.
-    """
-
-    step: int
-    number: int
-    state: str
-    updates: int
-    from_anchor: bool
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """The known content of the model's tensors: the state's digest and theirs, by name. ``marks`` shows
-    whether they are still the same tensors, unchanged as far as torch notices."""
-
-    marks: object
-    state: str
-    tensors: Mapping[str, str]
+_Result = TypeVar("_Result")
 
 
 class DeltaSubscriber:
@@ -72,14 +37,11 @@ class DeltaSubscriber:
 
     Args:
         location: the stream's folder, fsspec URL, or repository on the Hub (``hf://org/name``).
-        in_place: keep nothing to undo an update with. Else whatever was written is put back where a chunk
-            turns out to be wrong; memory is two chunks a thread and six bytes for each bf16 weight that
-            changes, and chunks of which much changes are decoded twice, first to check all of them. In place
-            a part of the model is written by then, and the last anchor replaces all of it.
-        threads: how many; if None, the number of usable cores, at most 8.
+        threads: how many; if None, the number of usable cores, at most 8. Beside what is held of the changes
+            (:class:`Prepared`), each thread has memory for two chunks of 2 MiB.
         allow_rollback: follow the stream to a state of a lower number than one that was synced before. Else
             that is refused: a publisher never goes back, also where its training does, so that somebody put
-            an old head there, or began another stream.
+            an old head there, or began another stream, or asked for an earlier step.
         last_number: the :attr:`SyncReport.number` of the last state that was synced before, by a process that
             has ended: a subscriber keeps nothing on disk, so what it remembers ends with it. 0: none.
 
@@ -91,7 +53,6 @@ class DeltaSubscriber:
         self,
         location: Location,
         *,
-        in_place: bool = False,
         threads: int | None = None,
         allow_rollback: bool = False,
         last_number: int = 0,
@@ -99,75 +60,114 @@ class DeltaSubscriber:
         if last_number < 0:
             raise ValueError(f"last_number is {last_number}, not at least 0")
         self._transport = open_transport(location)
-        self._in_place = in_place
+        self._history = History(self._transport)
         self._threads = threads
-        self._known: _Known | None = None
         self._tied: set[str] = set()  # names of the model alone, tied to such as the stream has
         self._allow_rollback = allow_rollback
-        self._number = last_number  # of the last state that was synced
+        self._position = Position(last_number)
 
-    def sync(self, model: State) -> SyncReport:
-        """Bring ``model`` to the stream's newest state, bit for bit.
+    def newest(self) -> StreamState:
+        """The stream's newest state. Reads its head and one record.
 
-        The model may be in any state of the stream, or in none: then the last anchor leads there. The whole
-        way is found and checked before anything is written. Do not use the model while this runs. If anything
-        is wrong, the model is unchanged (except with ``in_place``). If this is interrupted while it writes or
-        undoes changes, the next call notices. If the model is in the newest state already, only the head is
-        read.
+        Raises:
+            NotPublishedError: there is no stream yet.
+            CheckpointError: it cannot be read.
+            DeltaError: it is damaged.
+        """
+        return self._attempt(lambda: StreamState.of(self._history.read(self._history.head().newest)))
+
+    def empty_state(self, *, shared: bool = False) -> dict[str, Tensor]:
+        """Tensors of zeros on the CPU, with the names, dtypes, shapes and ties of the stream: a mirror, for
+        engines whose own parameters are fused or sharded. Pass it to :meth:`prepare` or :meth:`sync`; an
+        anchor leads there.
+
+        Args:
+            shared: put them into one piece of shared memory, which processes of this machine that get the
+                tensors through ``torch.multiprocessing`` have in common.
+
+        Raises:
+            NotPublishedError: there is no stream yet.
+            CheckpointError: it cannot be read, torch does not have one of its dtypes, or the memory does not
+                suffice.
+            DeltaError: it is damaged.
+        """
+        record = self._attempt(lambda: self._history.read(self._history.head().newest))
+        return empty_tensors(record, self._transport.where, shared=shared)
+
+    def sync(self, model: Published, *, step: int | None = None) -> SyncReport:
+        """Bring ``model`` to the stream's newest state, bit for bit: :meth:`prepare` and
+        :meth:`Prepared.commit` in one. Do not use the model while this runs.
+
+        It takes less memory than the two if much changes, as where an anchor is loaded: chunks of which much
+        changes are not held, but decoded twice, first to check all of them. On a GPU that runs kernels, lists
+        of changes are applied and checked there.
+
+        If the model is in the newest state already, only the head is read. If anything is wrong, the model is
+        unchanged. If the machine fails while this writes, the next call notices.
+
+        Args:
+            model, step: as for :meth:`prepare`.
+
+        Raises as :meth:`prepare` does.
+        """
+        with self._prepare(model, step, is_sync=True) as prepared:
+            return prepared.commit()
+
+    def prepare(self, model: Published, *, step: int | None = None) -> Prepared:
+        """Fetch, check and decode what brings ``model`` to the stream's newest state, or to that of ``step``.
+        Nothing is written to the model, which may be read meanwhile, as for serving.
+
+        The model may be in any state of the stream, or in none: then the last anchor leads there. Several
+        updates are taken at once: what is held is how the model differs from the last state. When this
+        returns, no file and no network is needed any more. :class:`Prepared` says how much memory it takes.
+
+        With ``threads=1``, this leaves the other cores to the engine.
 
         Args:
             model: a model, or tensors by name: the publisher's names (without wrappers), dtypes and shapes.
                 They may lie on any device, and be tied or not as they like; a name that the stream does not
-                have may be there if it is tied to one that it has.
+                have may be there if it is tied to one that it has. If it is sharded (DTensors,
+                :class:`Part`), each process takes what it has, which need not be all names. Its parts have to
+                be parts of the stream's. It begins with an anchor, since no process alone can tell which
+                state its parts are in; ``step`` brings all of them to the same one.
+            step: the publisher's number of a state, so that several engines take the same one; of those
+                published twice the newest. None: the newest state.
 
         Raises:
-            CheckpointError: there is no stream, it cannot be read, or it belongs to a different model.
+            NotPublishedError: there is no stream yet, or ``step`` is not published yet. Wait, and call again.
+            CheckpointError: the stream cannot be read, belongs to a different model, or has no such step, or
+                has it no more.
             BaseMismatchError: the model is in no state of the stream, and there is no anchor.
-            DeltaError: the stream is damaged, or goes back to a state before the last one that was synced.
+            DeltaError: the stream is damaged, or this would go back to a state before the last one that was
+                synced.
         """
-        for _ in range(_ATTEMPTS):
-            try:
-                state = state_of(model)
-                if isinstance(model, nn.Module):
-                    require_own(model, plain_state(model))
-                with Workers(self._threads) as workers:
-                    report = self._sync(state, workers)
-                self._number = report.number
-                return report
-            except Gone:
-                continue  # files were removed meanwhile, so there is a newer state
-        raise DeltaError(
-            f"{self._transport.where} is not a whole stream",
-            "Its head names files that are missing.",
-            "Publish an anchor.",
-        )
+        return self._prepare(model, step, is_sync=False)
 
-    def _sync(self, state: Mapping[str, StateTensor], workers: Workers) -> SyncReport:
-        data = self._transport.head()
-        if data is None:
-            raise CheckpointError(
-                f"There is no weight stream at {self._transport.where}",
-                "It has no head yet.",
-                "Check the location, or wait.",
-            )
-        head = read_head(data, self._transport.where)
-        if head.newest.number < self._number and not self._allow_rollback:
-            raise DeltaError(
-                f"The stream at {self._transport.where} goes back",
-                f"Its head names state {head.newest.number}; this subscriber was already at {self._number}.",
-                "Sync again later. If it is meant, make a DeltaSubscriber with allow_rollback=True.",
-            )
-        state = _without_tied(state, state.keys() - self._tied)
-        known = self._recognize(state, workers)
-        if known.state == head.newest.state:
-            return SyncReport(head.step, head.newest.number, known.state, 0, False, 0)
-        newest = self._read(head.newest)
-        ours = _without_tied(state, {tensor.name for tensor in newest.tensors})
-        if len(ours) < len(state):
-            self._tied |= state.keys() - ours.keys()
-            return self._sync(ours, workers)
-        self._require_fit(state, newest.tensors)
-        ways = list(self._ways(newest, known.state))
+    def _prepare(self, given: Published, step: int | None, *, is_sync: bool) -> Prepared:
+        def attempt() -> Prepared:
+            model = Model.of(given)
+            with Workers(self._threads) as workers:
+                return self._find(model, step, workers, is_sync=is_sync)
+
+        return self._attempt(attempt)
+
+    def _find(self, model: Model, step: int | None, workers: Workers, *, is_sync: bool) -> Prepared:
+        head = self._history.head()
+        target = None if step is None or step == head.step else self._history.of_step(head, step)
+        self._require_forward(target.number if target else head.newest.number)
+        model = model.without_tied(model.state.keys() - self._tied)
+        known = self._position.known(model)
+        if known and known.state == (target.state if target else head.newest.state):
+            return self._nothing_new(model, known, head, target)
+        target = target or self._history.read(head.newest)
+        ours = model.without_tied({tensor.name for tensor in target.tensors})
+        self._tied |= model.state.keys() - ours.state.keys()
+        self._require_fit(ours, target.tensors)
+        model = ours.split(cuts_of(target.tensors))
+        known = self._position.recognize(model, target.tensors, workers)
+        if known.state == target.state:
+            return self._nothing_new(ours, known, head, target)
+        ways = self._history.ways(target, known.state)
         if not ways:
             raise BaseMismatchError(
                 "The model is in no state of the stream",
@@ -176,30 +176,24 @@ class DeltaSubscriber:
             )
         for number, way in enumerate(ways, 1):
             try:
-                return self._follow(way, state, known, workers)
+                return self._follow(way, model, known, workers, is_sync=is_sync)
             except (DeltaError, BaseMismatchError):
                 if number == len(ways):
                     raise
         raise AssertionError
 
-    def _recognize(self, state: Mapping[str, StateTensor], workers: Workers) -> _Known:
-        """The state that the tensors are in: the last one if they are unchanged, or else found by their
-        bytes."""
-        marks = _marks(state)
-        if self._known is None or self._known.marks != marks:
-            found = digests(state, workers)
-            rows = (StreamTensor(name, t.code, t.shape, found[name]) for name, t in state.items())
-            self._known = _Known(marks, state_digest(rows), found)
-        return self._known
+    def _require_forward(self, number: int) -> None:
+        if number < self._position.number and not self._allow_rollback:
+            raise DeltaError(
+                f"The stream at {self._transport.where} goes back",
+                f"This leads to state {number}; this subscriber was already at {self._position.number}.",
+                "Sync again later. If it is meant, make a DeltaSubscriber with allow_rollback=True.",
+            )
 
-    def _read(self, reference: StateReference) -> StateRecord:
-        data = self._transport.read(reference.name, MAX_RECORD_BYTES)
-        return read_record(data, reference, f"{reference.name} in {self._transport.where}")
-
-    def _require_fit(self, state: Mapping[str, StateTensor], tensors: tuple[StreamTensor, ...]) -> None:
-        ours = {(name, tensor.code, tensor.shape) for name, tensor in state.items()}
+    def _require_fit(self, model: Model, tensors: tuple[StreamTensor, ...]) -> None:
+        ours = {(name, *facts) for name, facts in model.facts.items()}
         theirs = {(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors}
-        differ = sorted({row[0] for row in ours ^ theirs})
+        differ = sorted({row[0] for row in (ours - theirs if model.is_partial else ours ^ theirs)})
         if differ:
             raise CheckpointError(
                 f"The model does not fit the stream at {self._transport.where}",
@@ -208,70 +202,48 @@ class DeltaSubscriber:
                 "Pass the model that the publisher trains, or its tensors under the publisher's names.",
             )
 
-    def _ways(self, newest: StateRecord, here: str) -> Iterator[_Way]:
-        """The ways from the state ``here`` to the newest: by updates alone, and from the last anchor, the one
-        with fewer bytes first."""
-        updates: _Way = []
-        anchored: _Way = []
-        chain: _Way = []
-        for record in self._back_from(newest):
-            if record.anchor and not anchored:
-                anchored = [(record, "anchor"), *updates]
-            if record.update:
-                updates.insert(0, (record, "update"))
-            if not chain and record.previous and record.previous.state == here:
-                chain = list(updates)
-            if anchored and (chain or _nbytes(updates) > _nbytes(anchored)):
-                break
-        yield from sorted(filter(None, (chain, anchored)), key=_nbytes)
+    def _nothing_new(self, model: Model, known: Known, head: Head, target: StateRecord | None) -> Prepared:
+        """What leads from a state to itself."""
+        step, number = (target.step, target.number) if target else (head.step, head.newest.number)
+        tensors = tuple((name, *facts) for name, facts in sorted(model.facts.items()))
+        state = StreamState(step, number, known.state, tensors)
+        report = SyncReport(step, number, known.state, 0, False, 0)
+        writing = Writing(model.split(known.cuts), HeldChanges([]), self._threads)
+        return Prepared(state, report, writing, self._position, known.sums)
 
-    def _back_from(self, record: StateRecord) -> Iterator[StateRecord]:
-        """The record and those before it, as far as they exist."""
-        yield record
-        while record.previous:
-            try:
-                record = self._read(record.previous)
-            except Gone:
-                return
-            yield record
-
-    def _follow(
-        self, way: _Way, state: Mapping[str, StateTensor], known: _Known, workers: Workers
-    ) -> SyncReport:
+    def _follow(self, way: Way, model: Model, known: Known, workers: Workers, *, is_sync: bool) -> Prepared:
         newest = way[-1][0]
+        if not all(has_cuts(record, model.cuts, is_partial=model.is_partial) for record, _ in way):
+            raise damaged(self._transport.where, "An update cuts tensors in another way than the one before")
         with ExitStack() as opened:
             folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="deltaweights-")))
-            steps = []
+            steps, nbytes = [], 0
             for record, kind in way:
-                file = self._transport.fetch(record.payload_name(kind), _payload(record, kind), folder)
-                opened.callback(file.close)
-                steps.append(StreamStep(record, file, kind == "anchor"))
-            replay = Replay(state, steps, known.tensors)
-            self._known = None  # unknown until this is done
-            replay.apply(workers, in_place=self._in_place)
-        found = {tensor.name: tensor.digest for tensor in newest.tensors}
-        self._known = _Known(_marks(state), newest.state, found)
+                wanted = {place for _, key, _, place in record.payloads() if key in model.state}
+                files = {}
+                for place, (name, stored) in enumerate(record.files(kind).items()):
+                    if place in wanted:
+                        files[place] = self._transport.fetch(name, stored, folder)
+                        opened.callback(files[place].close)
+                        nbytes += stored.size
+                steps.append(StreamStep(record, files, kind == "anchor"))
+            replay = Replay(model.state, steps, known.sums)
+            held = (replay.hold_little if is_sync else replay.hold)(workers)
+            writing = Writing(model, held, self._threads)
+            if is_sync:
+                writing.follow(replay, opened.pop_all())
         updates = sum(kind == "update" for _, kind in way)
-        return SyncReport(
-            newest.step, newest.number, newest.state, updates, way[0][1] == "anchor", _nbytes(way)
+        report = SyncReport(newest.step, newest.number, newest.state, updates, way[0][1] == "anchor", nbytes)
+        return Prepared(StreamState.of(newest), report, writing, self._position, replay.sums)
+
+    def _attempt(self, read: Callable[[], _Result]) -> _Result:
+        for _ in range(_ATTEMPTS):
+            try:
+                return read()
+            except Gone:
+                continue  # files were removed meanwhile, so there is a newer state
+        raise DeltaError(
+            f"{self._transport.where} is not a whole stream",
+            "Its head names files that are missing.",
+            "Publish an anchor.",
         )
-
-
-def _without_tied(state: Mapping[str, StateTensor], names: Set[str]) -> Mapping[str, StateTensor]:
-    """The state without those tensors that only share the memory of others that are among ``names``."""
-    named = {tensor.identity for name, tensor in state.items() if name in names and tensor.nbytes}
-    return {n: tensor for n, tensor in state.items() if n in names or tensor.identity not in named}
-
-
-def _payload(record: StateRecord, kind: Literal["update", "anchor"]) -> StreamFile:
-    file = record.update if kind == "update" else record.anchor
-    assert file is not None
-    return file
-
-
-def _nbytes(way: _Way) -> int:
-    return sum(_payload(record, kind).size for record, kind in way)
-
-
-def _marks(state: Mapping[str, StateTensor]) -> object:
-    return [(name, tensor.identity, tensor.version) for name, tensor in state.items()]

@@ -13,13 +13,21 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from ...errors import CheckpointError, DeltaWeightsError, HubReadError, HubWriteError, OutputError
-from ...storage import HubSource, Location, OutputFolder, file_blocks, local_path
+from ...storage import (
+    WORKSPACE,
+    HubSource,
+    Location,
+    OutputFolder,
+    PartialFile,
+    file_blocks,
+    local_path,
+)
 from ...storage.hub_errors import is_passing_status
 from ...storage.hub_upload import Outgoing, find_branch, require_login, upload
 from ...storage.local import LocalFile
@@ -32,8 +40,9 @@ class Gone(Exception):  # noqa: N818
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """A writer's change: payload files, which are in its folder; the record; the head; and files to remove.
-    ``expected`` is the required current head, None for no head."""
+    """A writer's change: its payload files; the record; the head; and files to remove. ``expected`` is the
+    required current head, None for no head. The payload files are in the writer's folder; or, if it is one of
+    several (``is_shared``), all of theirs are where :meth:`Transport.send` brought them."""
 
     payloads: Mapping[str, StreamFile]
     record: tuple[str, bytes]
@@ -41,6 +50,16 @@ class Publication:
     expected: bytes | None
     removed: Iterable[str]
     message: str
+    is_shared: bool = False
+
+
+class PayloadFolder(Protocol):
+    """Where a writer's payload files are written."""
+
+    root: Path
+
+    def create(self, path: str) -> PartialFile:
+        """A new file that :meth:`PartialFile.commit` will place at the relative ``path``."""
 
 
 class Transport(Protocol):
@@ -69,7 +88,20 @@ class Transport(Protocol):
     def writing(self) -> AbstractContextManager[OutputFolder]:
         """The folder for writing payload files, as a context manager."""
 
-    def publish(self, folder: OutputFolder, new: Publication) -> None:
+    def joining(self) -> AbstractContextManager[PayloadFolder]:
+        """The same for a writer that joins another one, which has entered :meth:`writing`.
+
+        Raises:
+            OutputError: several writers cannot share a stream here.
+        """
+
+    def send(self, folder: PayloadFolder, payloads: Mapping[str, StreamFile]) -> None:
+        """Bring one of several writers' payload files to the stream, before one of them publishes."""
+
+    def withdraw(self, folder: PayloadFolder, names: Iterable[str]) -> None:
+        """Remove files that a writer created or sent for nothing, as far as that is possible."""
+
+    def publish(self, folder: PayloadFolder, new: Publication) -> None:
         """Publish a change. Readers see all of it or nothing.
 
         Raises:
@@ -105,6 +137,25 @@ def _checked(path: Path, name: str, file: StreamFile, where: str) -> LocalFile:
         opened.close()
         raise damaged(f"{name} in {where}", "Its SHA-256 is not the one in its record")
     return opened
+
+
+class _JoinedFolder:
+    """A folder that another process has locked, by an OutputFolder. Its workspace is used too, so that the
+    next OutputFolder removes what a killed process leaves there."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def create(self, path: str) -> PartialFile:
+        temporary = self.root / WORKSPACE / f"{path}.partial"
+        try:
+            return PartialFile(path, temporary, self.root / path)
+        except OSError as error:
+            raise OutputError(
+                f"Cannot write {path} in {self.root}",
+                f"{error.strerror}.",
+                "Choose a folder that all ranks can write to, and rank 0 too: a shared one.",
+            ) from error
 
 
 class FolderTransport:
@@ -146,9 +197,28 @@ class FolderTransport:
     def writing(self) -> OutputFolder:
         return OutputFolder(self._root)
 
-    def publish(self, folder: OutputFolder, new: Publication) -> None:
+    @contextmanager
+    def joining(self) -> Iterator[PayloadFolder]:
+        yield _JoinedFolder(self._root)
+
+    def send(self, folder: PayloadFolder, payloads: Mapping[str, StreamFile]) -> None:
+        pass  # they are there
+
+    def withdraw(self, folder: PayloadFolder, names: Iterable[str]) -> None:
+        with suppress(OSError):
+            for name in names:
+                (folder.root / name).unlink(missing_ok=True)
+
+    def publish(self, folder: PayloadFolder, new: Publication) -> None:
         if self.head() != new.expected:
             raise other_writer(self.where)
+        for name, payload in new.payloads.items():
+            if not (self._root / name).is_file() or (self._root / name).stat().st_size != payload.size:
+                raise OutputError(
+                    f"{name} is not in {self.where}",
+                    "Another rank has written it, into a folder that this one does not see.",
+                    "Choose a folder that all ranks share, or an URL.",
+                )
         for name, content in (new.record, (HEAD_NAME, new.head)):
             with folder.create(name) as file:
                 file.write_at(0, content)
@@ -270,23 +340,48 @@ class UrlTransport:
     def writing(self) -> AbstractContextManager[OutputFolder]:
         return _temporary_folder()
 
-    def publish(self, folder: OutputFolder, new: Publication) -> None:
-        if self.head() != new.expected:
-            raise other_writer(self.where)
-        name, content = new.record
-        try:
+    def joining(self) -> AbstractContextManager[PayloadFolder]:
+        return _temporary_folder()
+
+    def send(self, folder: PayloadFolder, payloads: Mapping[str, StreamFile]) -> None:
+        with self._writes_explained():
             self._system.makedirs(self._root, exist_ok=True)
-            for payload in new.payloads:
-                self._system.put_file(str(folder.root / payload), self._path(payload))
-            self._system.pipe_file(self._path(name), content, mode="create")
-            self._system.pipe_file(self._path(HEAD_NAME), new.head)
-            for gone in new.removed:
-                self._system.rm_file(self._path(gone))
+            self._put(folder, payloads)
+
+    def _put(self, folder: PayloadFolder, payloads: Iterable[str]) -> None:
+        for name in payloads:
+            self._system.put_file(str(folder.root / name), self._path(name))
+            (folder.root / name).unlink()
+
+    def withdraw(self, folder: PayloadFolder, names: Iterable[str]) -> None:
+        for name in names:
+            (folder.root / name).unlink(missing_ok=True)
+            with suppress(Exception):  # its library's own, also if it was never sent
+                self._system.rm_file(self._path(name))
+
+    @contextmanager
+    def _writes_explained(self) -> Iterator[None]:
+        try:
+            yield
         except FileExistsError as error:
             raise other_writer(self.where) from error
         except Exception as error:
             retryable = _may_pass(error)
             raise HubWriteError(f"Cannot write to {self.where}", f"{error}.", retryable=retryable) from error
+
+    def publish(self, folder: PayloadFolder, new: Publication) -> None:
+        if self.head() != new.expected:
+            raise other_writer(self.where)
+        name, content = new.record
+        try:
+            with self._writes_explained():
+                self._system.makedirs(self._root, exist_ok=True)
+                if not new.is_shared:
+                    self._put(folder, new.payloads)
+                self._system.pipe_file(self._path(name), content, mode="create")
+                self._system.pipe_file(self._path(HEAD_NAME), new.head)
+                for gone in new.removed:
+                    self._system.rm_file(self._path(gone))
         finally:
             for payload in new.payloads:
                 (folder.root / payload).unlink(missing_ok=True)
@@ -344,7 +439,22 @@ class HubTransport:
         with _temporary_folder() as folder:
             yield folder
 
-    def publish(self, folder: OutputFolder, new: Publication) -> None:
+    def joining(self) -> AbstractContextManager[PayloadFolder]:
+        raise OutputError(
+            f"Several processes cannot publish to {self.where}",
+            "A repository takes one commit from one process.",
+            "Publish to a folder or a bucket; or pass full tensors on one process, without a process group.",
+        )
+
+    def send(self, folder: PayloadFolder, payloads: Mapping[str, StreamFile]) -> None:
+        self.joining()
+
+    def withdraw(self, folder: PayloadFolder, names: Iterable[str]) -> None:
+        with suppress(OSError):
+            for name in names:
+                (folder.root / name).unlink(missing_ok=True)
+
+    def publish(self, folder: PayloadFolder, new: Publication) -> None:
         branch = find_branch(self._repo_id, None, private=not self._public)
         there = branch.repository
         if new.expected is None:

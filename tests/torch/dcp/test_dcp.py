@@ -51,8 +51,8 @@ from deltaweights.delta.rebuilt import RebuiltSource
 from deltaweights.manifest import FileRecord, Tool
 from deltaweights.storage import LocalSource
 from deltaweights.torch import DeltaStorageReader, DeltaStorageWriter
+from deltaweights.torch.boxes import Box
 from deltaweights.torch.dcp import write as dcp_write
-from deltaweights.torch.dcp.boxes import Box
 from deltaweights.torch.dcp.record import (
     DTYPES,
     MAX_VALUE_BYTES,

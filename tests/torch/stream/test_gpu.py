@@ -162,14 +162,11 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_a_state_follows_on_its_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_place: bool
-) -> None:
+def test_a_state_follows_on_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step, then two at once, the second of which changes one chunk only."""
     trained, follower, calls = state(), state(), watch(monkeypatch)
     with DeltaPublisher(tmp_path, trained) as publisher:
-        subscriber = DeltaSubscriber(tmp_path, in_place=in_place, threads=2)
+        subscriber = DeltaSubscriber(tmp_path, threads=2)
         train(trained, 1)
         publisher.publish(1, trained)
         subscriber.sync(follower)

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltaweights.torch.dcp import boxes
-from deltaweights.torch.dcp.boxes import Box, cut, envelope, fill, read_box
+from deltaweights.torch import boxes
+from deltaweights.torch.boxes import Box, cut, envelope, fill, read_box
 
 shapes = st.lists(st.integers(1, 7), max_size=4).map(tuple)
 
