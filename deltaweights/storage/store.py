@@ -20,15 +20,15 @@ from .hub import HubFile
 from .local import is_left_out
 from .read_ahead import Window, ranges_of
 from .source import Source, Span, file_blocks
-from .store_client import Store
+from .store_client import PinnedFile, Store
 from .store_errors import may_pass, reading
 from .traffic import count
 
 _log = logging.getLogger(__name__)
 
-#: A range arrives whole before it is put into the window, so that fewer connections do with as much memory
-#: as more of the Hub's.
-_WINDOW_BYTES, _CONNECTIONS = 48 << 20, 4
+#: Less than for the Hub: the packages of stores take memory themselves, and outside of S3 a range arrives
+#: whole before it is put into the window.
+_WINDOW_BYTES, _CONNECTIONS = 32 << 20, 4
 
 #: Where requests cannot name a version, it is looked up before the first range of a file, at its end, and
 #: after each so many.
@@ -123,20 +123,26 @@ class StoreSource(Source):
         """The bytes of the file from ``start`` to ``end``, with retries after temporary errors."""
         attempt = 0
         with reading(self.name(path)):
-            while True:
+            while start < end:
                 try:
-                    data = self._attempt(path, start, end)
-                    break
+                    for piece in self._attempt(path, start, end):
+                        start += len(piece)
+                        count(read=len(piece))
+                        attempt = 0
+                        yield piece
                 except Exception as error:
-                    pause = _pause(error, attempt, hub_client.RETRY_DELAYS)
-                if self._cancelled.wait(pause):
-                    raise CancelledError
-                attempt += 1
-        count(read=len(data))
-        yield data
+                    if self._cancelled.wait(_pause(error, attempt, hub_client.RETRY_DELAYS)):
+                        raise CancelledError from None
+                    attempt += 1
 
-    def _attempt(self, path: str, start: int, end: int) -> bytes:
+    def _attempt(self, path: str, start: int, end: int) -> Iterator[bytes]:
+        """The bytes from one request, piece by piece where the store's package can."""
         file = self._files[path]
+        if self._store.is_s3:
+            return self._store.pieces(file, start, end)
+        return iter([self._whole(path, file, start, end)])
+
+    def _whole(self, path: str, file: PinnedFile, start: int, end: int) -> bytes:
         with self._lock:
             idle = self._handles[path]
             opened = idle.pop() if idle else None

@@ -25,6 +25,8 @@ SHA256_KEY = "deltaweights-sha256"
 
 _QUESTIONS_AT_ONCE = 8
 
+_PIECE_BYTES = 1 << 20
+
 #: The most files that a place may have.
 _MOST_FILES = 100_000
 
@@ -134,10 +136,7 @@ class Store:
             etag = file.pin if file.pin.startswith('"') else None  # weak ones match nothing
             extra = {"size": file.size, "headers": {"If-Match": etag} if etag else {}}
         with self._alone():
-            opened = self.system.open(file.full_path, "rb", cache_type="none", **extra)
-        if self.is_s3 and pin_of(opened.details) != file.pin:
-            raise ChangedMeanwhile
-        return opened
+            return self.system.open(file.full_path, "rb", cache_type="none", **extra)
 
     def read(self, opened: Any, start: int, end: int) -> bytes:
         """Bytes of a file that :meth:`open` returned."""
@@ -147,6 +146,23 @@ class Store:
         if len(data) != end - start:
             raise ConnectionError("the answer ended early")
         return data
+
+    def pieces(self, file: PinnedFile, start: int, end: int) -> Iterator[bytes]:
+        """Bytes of a file on S3, piece by piece as they come, of the pinned version."""
+        from fsspec.asyn import sync  # type: ignore[import-untyped]
+
+        bucket, _, key = file.full_path.partition("/")
+        asked = {"Range": f"bytes={start}-{end - 1}", "IfMatch": file.pin}
+        body = self.system.call_s3("get_object", Bucket=bucket, Key=key, **asked)["Body"]
+        try:
+            while start < end:
+                piece: bytes = sync(self.system.loop, body.read, min(_PIECE_BYTES, end - start))
+                if not piece:
+                    raise ConnectionError("the answer ended early")
+                start += len(piece)
+                yield piece
+        finally:
+            body.close()
 
     def told_sha256(self, file: PinnedFile) -> str | None:
         """The SHA-256 in the file's metadata, as :class:`StoreFolder` writes it; None if there is none."""
