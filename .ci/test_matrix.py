@@ -24,6 +24,7 @@ RESOLUTIONS = ("lowest-direct", "highest")
 TESTS = (
     *("checkpoint", "cli", "codec/test_chunks.py", "codec/test_compiled.py", "codec/test_convert.py"),
     *("delta/test_target.py", "license", "storage/test_hub.py", "storage/test_hub_server.py"),
+    "storage/test_store.py",
     *("test_diff.py", "test_documents.py", "test_fixtures.py", "test_house.py", "test_inspect.py"),
     *("test_install.py", "test_manifest.py", "test_plan.py", "test_push.py", "test_roundtrip.py"),
 )

@@ -77,8 +77,11 @@ def compact_deltas(
         check_licenses(target)
         _log.info("compacting %s", ", ".join(link.source.where for link in links(target)))
         with Workers(threads) as workers:
-            workers.at_stop(target.cancel)
-            check_base(target, workers, progress=progress)
+            try:
+                check_base(target, workers, progress=progress)
+            except BaseException:
+                target.cancel()  # not otherwise: it is read on
+                raise
         return write_delta(
             old,
             new,

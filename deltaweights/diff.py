@@ -86,8 +86,8 @@ def make_delta(
     """Write the delta from ``base`` to ``target`` to the folder ``delta``.
 
     Args:
-        base, target: a folder, one .safetensors file, or a Hub id. Checkpoints on the Hub stream through
-            memory.
+        base, target: a folder, one .safetensors file, a Hub id, or a URL of a store. What is far away streams
+            through memory.
         delta: the folder to write; new or empty, or an interrupted run's.
         rename: pairs (regular expression, replacement) that turn target tensor names into base tensor names,
             where automatic matching finds none.

@@ -62,12 +62,12 @@ def apply_delta(
     After an interruption, run it again: it resumes with the missing files.
 
     Args:
-        delta: a folder, a Hub id or an open source (closed at the end); or several, oldest first, each made
-            from the target of the one before. An open source stays at the commit found when it was opened,
-            even if the branch moves.
+        delta: a folder, a Hub id, a URL or an open source (closed at the end); or several, oldest first, each
+            made from the target of the one before. An open source stays at the commit found when it was
+            opened, even if the branch moves.
         out: the folder to write; new or empty, or an interrupted run's.
-        base: a folder, a file or a Hub id; if None, the repository that the (first) manifest names, at its
-            commit.
+        base: a folder, a file, a Hub id or a URL; if None, the repository that the (first) manifest names, at
+            its commit.
         keep_base: download the needed files of a base on the Hub into the local Hub cache and keep them
             there. If False, the base streams through memory.
         force: write even if ``out`` holds other files. They stay, unless the target has a file of the same

@@ -142,8 +142,9 @@ def plan_apply(
     On the Hub, only headers, chunk records and the manifest are read, no weights.
 
     Args:
-        delta: a folder, a Hub id or an open source.
-        base: a folder, a file or a Hub id; if None, the repository that the manifest names, at its commit.
+        delta: a folder, a Hub id, a URL or an open source.
+        base: a folder, a file, a Hub id or a URL; if None, the repository that the manifest names, at its
+            commit.
         keep_base: as for :func:`apply_delta`.
         out: the output folder. The target's files that it already holds, with the right size, count as done
             (apply compares their SHA-256).

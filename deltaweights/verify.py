@@ -74,8 +74,8 @@ def verify_delta(
     """Check a delta against its manifest. Writes nothing.
 
     Args:
-        delta: a folder, a Hub id or an open source, or several, as for :func:`apply_delta`. Their own files
-            are always checked.
+        delta: a folder, a Hub id, a URL or an open source, or several, as for :func:`apply_delta`. Their own
+            files are always checked.
         base: if given, the target is rebuilt from it in memory and every file's SHA-256 is compared. With
             several deltas, this is the last one's target, and all of them must be intact. If base or delta is
             on the Hub and the manifest names the target's repository and commit, the SHA-256 published there

@@ -22,6 +22,7 @@ from deltaweights.storage import hub_client
 
 from .checkpoints import bf16, contents, weights, write_pair, write_safetensors
 from .hub_server import HubServer
+from .s3_server import S3Server
 
 MISSING = [name for name in ("accelerate", "torch", "transformers") if not importlib.util.find_spec(name)]
 if MISSING:
@@ -225,3 +226,24 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process, without what only Linux has."""
     for name in LINUX_ONLY:
         monkeypatch.delattr(os, name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def _s3_server() -> Iterator[S3Server]:
+    for package in ("moto", "flask_cors", "s3fs"):
+        pytest.importorskip(package)
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(_s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """An S3 on loopback with one empty bucket, which is the S3 for this process. Its clients do not try again
+    by themselves."""
+    import s3fs
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    for name, value in _s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    _s3_server.empty()
+    return _s3_server

@@ -148,9 +148,10 @@ RANKS: dict[str, tuple[str, ...]] = {
     "storage": (
         "traffic",
         "hub_errors patience source system",
-        "file_names local read_ahead",
+        "file_names local read_ahead store_errors",
         "hub_client output",
-        "hub hub_upload",
+        "hub hub_upload store_client",
+        "store",
         "location",
         "__init__",
     ),

@@ -65,7 +65,8 @@ app = typer.Typer(
     deltaweights verify your-name/model-delta --target out
     """,
     epilog="BASE and TARGET: a folder, one .safetensors file, or a Hub id \\[hf://]org/name\\[@revision]. "
-    "DELTA: a folder or a Hub id. What is on the Hub streams through memory, unless it is in the Hub cache."
+    "DELTA: a folder or a Hub id. Each may be a URL, such as s3://bucket/folder. "
+    "What is far away streams through memory, unless it is in the Hub cache."
     "\n\n`deltaweights COMMAND --help` has examples.",
 )
 

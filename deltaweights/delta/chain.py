@@ -24,8 +24,8 @@ def open_recipe(deltas: Deltas, base: Readable | None = None) -> TargetRecipe:
     """Open a delta, or a chain of several, and its base.
 
     Args:
-        deltas: a folder, a Hub id or an open source; or several, oldest first, each made from the target of
-            the one before; or a pointer folder, which names deltas and base.
+        deltas: a folder, a Hub id, a URL or an open source; or several, oldest first, each made from the
+            target of the one before; or a pointer folder, which names deltas and base.
         base: the (first) delta's base: a folder, a file, a Hub id or an open source; if None, the repository
             that the manifest names, at its commit.
 

@@ -41,6 +41,11 @@ _SCHEMES = re.compile(
 )
 
 
+_HUB_PAGE = re.compile(
+    r"https?:/+(?:huggingface\.co|hf\.co)/(?:models/)?([^/]+/[^/?#]+)(?:/(?:tree|resolve|blob)/([^/?#]+))?"
+)
+
+
 class _OpenFiles:
     """The descriptors of files that stay readable: a process has only so many, and a chain of deltas may read
     thousands of files. The file that was not read for the longest time is closed first."""
@@ -181,6 +186,14 @@ def url_scheme(location: str | os.PathLike[str]) -> str | None:
     return match[1].lower() if match and (match[2] or _SCHEMES.fullmatch(match[1])) else None
 
 
+def store_url(location: str | os.PathLike[str]) -> str | None:
+    """The location, if it is the URL of a store or a web server: not of a path, a repository or a page of the
+    Hub. A :class:`Path` is none: it has lost a slash."""
+    text = os.fspath(location)
+    is_ours = url_scheme(text) in (None, "hf", "file", "local") or _HUB_PAGE.match(text)
+    return None if is_ours or "://" not in text else text
+
+
 def output_path(location: str | os.PathLike[str]) -> Path:
     """:func:`local_path` for a folder or file that is to be written.
 
@@ -227,11 +240,7 @@ def local_path(location: str | os.PathLike[str]) -> Path:
 
 def _advice(url: str) -> tuple[str, str]:
     """Why a URL cannot be read, and what to write instead."""
-    page = re.match(
-        r"https?:/+(?:huggingface\.co|hf\.co)/(?:models/)?([^/]+/[^/?#]+)(?:/(?:tree|resolve|blob)/([^/?#]+))?",
-        url,
-    )
-    if page:
+    if page := _HUB_PAGE.match(url):
         return (
             "What is on the Hub has a shorter name.",
             f"Write it as {page[1]}{f'@{page[2]}' if page[2] else ''}",
@@ -240,7 +249,7 @@ def _advice(url: str) -> tuple[str, str]:
         return "", f"Write it as hf://{url[3:].lstrip('/')}, in quotes: it is no path."
     if url.startswith("file:"):
         return "", "Write it as a path."
-    return "Only folders, files and the Hub are read.", "Copy it to this machine, and pass the folder."
+    return "One of its slashes is lost, as in a Path.", "Pass it as a string, or copy it to this machine."
 
 
 def free_space(path: Path) -> int:

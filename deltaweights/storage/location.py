@@ -1,4 +1,4 @@
-"""Locations: a folder, a file, a repository on the Hub, or an open source."""
+"""Locations: a folder, a file, a repository on the Hub, a URL of a store, or an open source."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import TypeAlias
 from ..errors import CheckpointError, HubReadError
 from .hub import open_hub
 from .hub_errors import why_absent
-from .local import LocalSource, local_path, url_scheme
+from .local import LocalSource, local_path, store_url, url_scheme
 from .source import Source
+from .store import StoreSource
 
-#: The argument of every verb: a folder, one .safetensors file, or a Hub id ``[hf://]org/name[@revision]``.
-#: Without ``hf://``, a file or folder of that name takes precedence.
+#: The argument of every verb: a folder, one .safetensors file, a Hub id ``[hf://]org/name[@revision]``, or a
+#: URL of a folder or file in a store or on a web server, such as ``s3://bucket/folder``. Without ``hf://``, a
+#: file or folder of that name takes precedence.
 Location: TypeAlias = "str | os.PathLike[str]"
 
 #: An argument that is only read may also be an open source, such as tensors in memory. A checkpoint opened
@@ -26,7 +28,8 @@ _HUB_ID = re.compile(
 
 
 def open_source(location: Readable) -> Source:
-    """Open the files at ``location``: a folder, one file, a repository on the Hub, or an open source.
+    """Open the files at ``location``: a folder, one file, a repository on the Hub, a place in a store, or an
+    open source.
 
     Raises:
         CheckpointError: there is nothing at ``location``, or it cannot be read.
@@ -34,6 +37,8 @@ def open_source(location: Readable) -> Source:
     if not isinstance(location, (str, os.PathLike)):
         return location
     text = os.fspath(location)
+    if url := store_url(location):
+        return StoreSource(url)
     if hub_id := _hub_id(text):
         return open_hub(*hub_id) if text.startswith("hf://") else _open_named(text, *hub_id)
     if not os.path.exists(local_path(location)):

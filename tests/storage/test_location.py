@@ -1,4 +1,4 @@
-"""What a location may look like: paths and Hub ids; URLs are refused with what to do."""
+"""What a location may look like: paths, Hub ids and URLs of stores; others are refused with what to do."""
 
 from __future__ import annotations
 
@@ -53,8 +53,7 @@ def test_a_url_is_no_folder_to_write_to(
     [
         ("https://huggingface.co/org/name", "Write it as org/name"),
         ("https://huggingface.co/org/name/tree/v1", "Write it as org/name@v1"),
-        ("s3://bucket/x", "Copy it to this machine"),
-        ("gs://bucket/x", "Copy it to this machine"),
+        ("s3:/bucket/x", "Pass it as a string"),
         ("file:///tmp/x", "Write it as a path"),
         ("hf:/org/name", "Write it as hf://org/name"),
     ],

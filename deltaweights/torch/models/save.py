@@ -49,7 +49,7 @@ def save_delta(
         state: the model, or its tensors by name, on any device; it must not change until this returns.
             Devices other than the CPU are copied chunk by chunk. Tensors that are not contiguous are copied
             as a whole.
-        base: a folder, one .safetensors file, or a Hub id.
+        base: a folder, one .safetensors file, a Hub id or a URL.
         out: the folder to write; new or empty.
         files: a folder or Hub id whose other files (tokenizer, license, model card, custom code) belong to
             the target too: all but .safetensors files and their index. A config made from the model counts

@@ -1,0 +1,181 @@
+"""A place in an object store, or on a web server, as a :class:`Source`: whatever URL fsspec knows.
+
+Bytes come by range requests, without a copy on disk. Each file is pinned to the version that was listed: a
+change in mid-run is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import threading
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import CancelledError
+from contextlib import AbstractContextManager, suppress
+from typing import Any
+
+from . import hub_client
+from .hub import HubFile
+from .local import is_left_out
+from .read_ahead import Window, ranges_of
+from .source import Source, Span, file_blocks
+from .store_client import PinnedFile, Store
+from .store_errors import may_pass, reading
+from .traffic import count
+
+_log = logging.getLogger(__name__)
+
+#: Less than for the Hub: the packages of stores take memory themselves, and outside of S3 a range arrives
+#: whole before it is put into the window.
+_WINDOW_BYTES, _CONNECTIONS = 32 << 20, 4
+
+#: Where requests cannot name a version, it is looked up before the first range of a file, at its end, and
+#: after each so many.
+_RANGES_PER_LOOK = 16
+
+
+class StoreSource(Source):
+    """The files at one URL: a folder with all its files, or one file.
+
+    Args:
+        url: such as ``s3://bucket/folder``, ``gs://bucket/folder`` or ``https://host/model.safetensors``.
+        window_bytes: the most memory for bytes fetched ahead.
+
+    Raises:
+        CheckpointError: the URL is none that fsspec knows, or its package is missing.
+        HubReadError: nothing is there, or it cannot be read.
+    """
+
+    def __init__(self, url: str, *, window_bytes: int = _WINDOW_BYTES) -> None:
+        self._store = Store(url)
+        self._files = self._store.listing()
+        sizes = {path: file.size for path, file in sorted(self._files.items()) if not is_left_out(path)}
+        left_out = tuple(sorted(set(self._files) - set(sizes)))
+        super().__init__(self._store.where, sizes, left_out=left_out)
+        self.window = Window(self._fetch, nbytes=window_bytes, connections=_CONNECTIONS)
+        self._is_single = len(sizes) == 1 and self.where.endswith(f"/{next(iter(sizes))}")
+        self._opened: dict[str, HubFile] = {}
+        self._handles: dict[str, list[Any]] = {path: [] for path in self._files}
+        self._looks = dict.fromkeys(self._files, 0)
+        self._digests: dict[str, str | None] = {}
+        self._lock = threading.Lock()
+        self._cancelled = threading.Event()
+        _log.debug("%s holds %d files", self.where, len(sizes))
+
+    @property
+    def is_remote(self) -> bool:
+        """Always true."""
+        return True
+
+    def open(self, path: str) -> HubFile:
+        """The file at ``path``."""
+        if path not in self._opened:
+            self._opened[path] = HubFile(path, self.sizes[path], self.window)
+        return self._opened[path]
+
+    def name(self, path: str) -> str:
+        """The file's URL, without what may be secret."""
+        return self.where if self._is_single else f"{self.where}/{path}"
+
+    def blocks(self, path: str) -> Iterator[bytes]:
+        """The file's bytes in order, in blocks of at most 1 MiB.
+
+        Raises:
+            CheckpointError: at the end, if their SHA-256 differs from the one that the store keeps with it.
+        """
+        file = self.open(path)
+        sha256 = hashlib.sha256()
+        with self.expect([Span(path, 0, file.size)]):
+            for block in file_blocks(file):
+                sha256.update(block)
+                yield block
+        self.require_sha256(path, sha256.hexdigest())
+
+    def told_sha256(self, path: str) -> str | None:
+        """The SHA-256 in the file's metadata, where it was written there; else None. The store has not
+        computed it, as the Hub does: it is compared with what is read, and not believed instead."""
+        if path not in self._files:
+            return None
+        if path not in self._digests:
+            self._digests[path] = self._store.told_sha256(self._files[path])
+        return self._digests[path]
+
+    def fingerprint(self, path: str) -> str:
+        """Place, size, and what the store says of the version."""
+        file = self._files[path]
+        return f"{path}:{self.where}:{file.size}:{file.pin}"
+
+    def expect(self, spans: Iterable[Span]) -> AbstractContextManager[None]:
+        """Fetch these spans ahead of their readers, as far as memory allows."""
+        return self.window.expect(self._remote(spans))
+
+    def ranges(self, spans: Iterable[Span]) -> list[Span]:
+        """The ranges that come over the network for these spans."""
+        return ranges_of(self._remote(spans))
+
+    def _remote(self, spans: Iterable[Span]) -> Iterator[Span]:
+        """The parts of the spans that are not in memory."""
+        for path, start, end in spans:
+            yield Span(path, max(start, len(self.open(path).head)), end)
+
+    def _fetch(self, path: str, start: int, end: int) -> Generator[bytes, None, None]:
+        """The bytes of the file from ``start`` to ``end``, with retries after temporary errors."""
+        attempt = 0
+        with reading(self.name(path)):
+            while start < end:
+                try:
+                    for piece in self._attempt(path, start, end):
+                        start += len(piece)
+                        count(read=len(piece))
+                        attempt = 0
+                        yield piece
+                except Exception as error:
+                    if self._cancelled.wait(_pause(error, attempt, hub_client.RETRY_DELAYS)):
+                        raise CancelledError from None
+                    attempt += 1
+
+    def _attempt(self, path: str, start: int, end: int) -> Iterator[bytes]:
+        """The bytes from one request, piece by piece where the store's package can."""
+        file = self._files[path]
+        if self._store.is_s3:
+            return self._store.pieces(file, start, end)
+        return iter([self._whole(path, file, start, end)])
+
+    def _whole(self, path: str, file: PinnedFile, start: int, end: int) -> bytes:
+        with self._lock:
+            idle = self._handles[path]
+            opened = idle.pop() if idle else None
+            look, self._looks[path] = self._looks[path], self._looks[path] + 1
+        opened = opened or self._store.open(file)
+        data = self._store.read(opened, start, end)
+        with self._lock:
+            self._handles[path].append(opened)
+        if end == file.size or look % _RANGES_PER_LOOK == 0:
+            self._store.require_same(file)
+        return data
+
+    def cancel(self) -> None:
+        """End all reads that wait for the network, and all later ones."""
+        self._cancelled.set()
+        self.window.cancel()
+
+    def close(self) -> None:
+        """End all connections, close all files."""
+        self.cancel()
+        self.window.close()
+        with self._lock:
+            handles = [handle for idle in self._handles.values() for handle in idle]
+            self._handles = {path: [] for path in self._files}
+        for handle in handles:
+            with suppress(Exception):
+                handle.close()
+
+
+def _pause(error: Exception, attempt: int, delays: tuple[float, ...]) -> float:
+    """Seconds to wait before the next attempt. Raises ``error`` if no attempt is left."""
+    if not may_pass(error) or attempt >= len(delays):
+        raise error
+    wait = delays[attempt] * random.uniform(1, 1.5)  # noqa: S311
+    _log.info("the store is asked again in %.1f s: %s", wait, type(error).__name__)
+    return wait

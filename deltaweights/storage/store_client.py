@@ -1,0 +1,232 @@
+"""Finds the file system of fsspec for a URL, and lists, opens and pins its files.
+
+Endpoints and credentials come from the chain of the store's own package: its files, environment variables,
+roles. Nothing is passed to it here.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from ..errors import CheckpointError
+from . import hub_client
+from .store_errors import ChangedMeanwhile, Unserved, may_pass, reading, redacted
+
+#: A file's SHA-256 in its metadata, where the store keeps such.
+SHA256_KEY = "deltaweights-sha256"
+
+_QUESTIONS_AT_ONCE = 8
+
+_PIECE_BYTES = 1 << 20
+
+#: The most files that a place may have.
+_MOST_FILES = 100_000
+
+#: What says that a file is the same one, best first: an id of its content or version, or else its time.
+_PINS = (
+    *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "VersionId"),
+    *("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedFile:
+    """A file in a store: its path there, its size, and a text that changes with its content."""
+
+    full_path: str
+    size: int
+    pin: str
+
+
+class Store:
+    """A place in a store.
+
+    Attributes:
+        where: the URL without anything that may be secret.
+        scheme: of the URL.
+        system: the file system of fsspec.
+        root: the place's path in the file system.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.where = redacted(url).removesuffix("?…").rstrip("/")
+        self.scheme = url.partition("://")[0].lower()
+        if "::" in url:
+            raise CheckpointError(
+                f"{self.where} is a URL in a URL", "Only plain ones are read.", "Unpack the files first."
+            )
+        self.system, self.root = _system_of(url, self.where)
+        self.is_web = self.scheme in ("http", "https")
+        self.is_s3 = self.scheme in ("s3", "s3a")
+        #: Of the file systems that are not made for many threads: one file may be one object for all.
+        self._lock = None if getattr(self.system, "async_impl", False) else _ONE_AT_A_TIME
+
+    def full_path(self, path: str) -> str:
+        """The path in the file system of the file at the relative ``path``."""
+        return f"{self.root.rstrip('/')}/{path}"
+
+    def listing(self) -> dict[str, PinnedFile]:
+        """The files there by relative path: all in the folder, or the one that the URL names.
+
+        Raises:
+            HubReadError: it cannot be listed, or there is nothing.
+        """
+        with reading(self.where):
+            infos = patiently(self._infos)
+            if len(infos) > _MOST_FILES:
+                raise Unserved(f"it has more than {_MOST_FILES:,} files")
+            files = dict(self._files(infos))
+            if not files:
+                raise FileNotFoundError(self.where)
+            return files
+
+    def _infos(self) -> dict[str, Mapping[str, Any]]:
+        self.system.invalidate_cache()
+        if self.is_web and not urlsplit(self.root).path.endswith(".safetensors"):
+            folder = self.root.partition("?")[0].rstrip("/") + "/"
+            names = [name for name in self.system.find(folder) if "?" not in name]
+            return self._asked(names[: _MOST_FILES + 1])
+        if not self.is_web:
+            found: dict[str, Mapping[str, Any]] = self.system.find(self.root, detail=True)
+            if found:
+                return found
+        return self._asked([self.root])
+
+    def _asked(self, names: Iterable[str]) -> dict[str, Mapping[str, Any]]:
+        """What the store says of each file. (Lists on web pages say only names.)"""
+        names = list(names)
+        with ThreadPoolExecutor(_QUESTIONS_AT_ONCE) as threads:
+            return dict(zip(names, threads.map(self.system.info, names), strict=True))
+
+    def _files(self, infos: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, PinnedFile]]:
+        root = urlsplit(self.root)._replace(query="").geturl() if self.is_web else self.root
+        root = root.rstrip("/")
+        for name, info in sorted(infos.items()):
+            plain = name.partition("?")[0] if self.is_web else name
+            path = plain.removeprefix(root).lstrip("/") or plain.rpartition("/")[2]
+            if info.get("type", "file") != "file" or name.endswith("/"):
+                continue
+            size = info.get("size")
+            if not isinstance(size, int) or size < 0:
+                raise Unserved(f"the size of {path} is not said")
+            yield unquote(path) if self.is_web else path, PinnedFile(name, size, pin_of(info))
+
+    def require_same(self, file: PinnedFile) -> None:
+        """Raise :class:`ChangedMeanwhile` if the store has another version of the file now."""
+        if self.is_s3:
+            return  # asked for with each range
+        with self._alone():
+            info = self.system.info(file.full_path)
+        if info.get("size") != file.size or pin_of(info) != file.pin:
+            raise ChangedMeanwhile
+
+    def open(self, file: PinnedFile) -> Any:
+        """The file for reading without a cache. Each read is one request, for the pinned version where the
+        store can tell."""
+        extra: dict[str, Any] = {}
+        if self.is_web:
+            etag = file.pin if file.pin.startswith('"') else None  # weak ones match nothing
+            extra = {"size": file.size, "headers": {"If-Match": etag} if etag else {}}
+        with self._alone():
+            return self.system.open(file.full_path, "rb", cache_type="none", **extra)
+
+    def read(self, opened: Any, start: int, end: int) -> bytes:
+        """Bytes of a file that :meth:`open` returned."""
+        with self._alone():
+            opened.seek(start)
+            data: bytes = opened.read(end - start)
+        if len(data) != end - start:
+            raise ConnectionError("the answer ended early")
+        return data
+
+    def pieces(self, file: PinnedFile, start: int, end: int) -> Iterator[bytes]:
+        """Bytes of a file on S3, piece by piece as they come, of the pinned version."""
+        from fsspec.asyn import sync  # type: ignore[import-untyped]
+
+        bucket, _, key = file.full_path.partition("/")
+        asked = {"Range": f"bytes={start}-{end - 1}", "IfMatch": file.pin}
+        body = self.system.call_s3("get_object", Bucket=bucket, Key=key, **asked)["Body"]
+        try:
+            while start < end:
+                piece: bytes = sync(self.system.loop, body.read, min(_PIECE_BYTES, end - start))
+                if not piece:
+                    raise ConnectionError("the answer ended early")
+                start += len(piece)
+                yield piece
+        finally:
+            body.close()
+
+    def told_sha256(self, file: PinnedFile) -> str | None:
+        """The SHA-256 in the file's metadata, as :class:`StoreFolder` writes it; None if there is none."""
+        metadata: Mapping[str, Any] = {}
+        with suppress(Exception):  # it is a help and no more
+            if self.is_s3:
+                metadata = self.system.metadata(file.full_path)
+            elif not self.is_web:
+                with self._alone():
+                    metadata = self.system.info(file.full_path).get("metadata") or {}
+        found = {str(key).lower().replace("_", "-"): value for key, value in metadata.items()}.get(SHA256_KEY)
+        return found if isinstance(found, str) and re.fullmatch(r"[0-9a-f]{64}", found) else None
+
+    def _alone(self) -> Any:
+        return self._lock or _FREE
+
+
+class _Free:
+    """A lock that is none."""
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *exc: object) -> None: ...
+
+
+_FREE = _Free()
+_ONE_AT_A_TIME = threading.RLock()
+
+
+def patiently(action: Any) -> Any:
+    """Run ``action``, with a few retries after temporary errors."""
+    for delay in hub_client.RETRY_DELAYS[:3]:
+        try:
+            return action()
+        except Exception as error:
+            if not may_pass(error):
+                raise
+        threading.Event().wait(delay)
+    return action()
+
+
+def pin_of(info: Mapping[str, Any]) -> str:
+    """A text that changes with a file's content, of all that the store says of it; empty if nothing does."""
+    found = next((info[key] for key in _PINS if info.get(key)), "")
+    return str(found.timestamp()) if isinstance(found, datetime) else str(found)
+
+
+def _system_of(url: str, where: str) -> tuple[Any, str]:
+    import fsspec.core  # type: ignore[import-untyped]
+    from fsspec.registry import known_implementations  # type: ignore[import-untyped]
+
+    scheme = url.partition("://")[0]
+    try:
+        system, root = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        known = known_implementations.get(scheme.lower(), {})
+        package = known.get("class", "").partition(".")[0]
+        package = "aiohttp requests" if package == "fsspec" and scheme.startswith("http") else package
+        raise CheckpointError(
+            f"{where} cannot be opened",
+            f"{redacted(str(known.get('err') or error)).rstrip('.')}.",
+            f"Install what {scheme}:// needs: pip install {package}" if package not in ("", "fsspec") else "",
+        ) from error
+    except Exception as error:
+        raise CheckpointError(
+            f"{where} cannot be opened", f"{redacted(str(error)).rstrip('.')}.", "Check the URL."
+        ) from None
+    return system, root
