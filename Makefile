@@ -89,6 +89,7 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/apply.py
 	$(BIN)/python benchmarks/rehearsal.py
 	$(BIN)/python benchmarks/stream.py
+	$(BIN)/python benchmarks/sharded.py
 	$(BIN)/python benchmarks/training.py
 
 # Tests with vLLM itself, in an environment of its own.

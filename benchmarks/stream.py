@@ -2,15 +2,22 @@
 
 Three patterns of updates. "as trained": every weight has a master copy in float32, which a step moves by one
 size, up or down; where that crosses a rounding border, the bf16 weight moves. So small weights move most, as
-after an optimizer's step. "anywhere": one weight in a hundred, chosen blindly, moves. Sizes of one update, of
-the changed weights as int32 places and bf16 values (sorted by place, per tensor), and of these two lists
-after zstd at level 3. Then times, all on a memory file system, interleaved, medians: publish beside save_file
-of safetensors.torch, and sync beside load_file of the same state and copying it into the model, as
+after an optimizer's step. "anywhere": one weight in a hundred, chosen blindly, moves. "in rows": all weights
+of one row of 4096 in a hundred, as of experts or embeddings. Sizes of one update, of the changed weights as
+int32 places and bf16 values (sorted by place, per tensor), and of these two lists after zstd at level 3.
+
+Then times, all on a memory file system, interleaved, medians: publish beside save_file of safetensors.torch;
+prepare, commit, and sync, which is both, beside load_file of the same state and copying it into the model, as
 load_state_dict does. (load_file alone maps the file and reads nothing.) The CPU's seconds beside the clock's,
-since publish and sync use all cores.
+since publish and prepare use all cores. "touch" reads one word of every cache line in which something
+changes: what a commit cannot do without.
+
+Then how much slower a small model generates, on one core, beside prepare with threads=1; beside loading; and
+beside another process, which makes no difference if two cores have nothing else to do.
 
 Figures, for the pattern "as trained": an update at most 1.0% of the state; at least 4 times smaller than
-places and values, 2 times after zstd; publish faster than saving, sync faster than loading.
+places and values, 2 times after zstd; publish faster than saving, sync faster than loading; generation beside
+prepare at most a quarter slower than beside another process.
 
     python benchmarks/stream.py
 """
@@ -290,9 +297,9 @@ def main() -> None:
         ]
         print_table([["medians", "seconds", "CPU's", "of load"], *rows])
         if pattern is as_trained:
-            missed = check(full, update, plain, packed, wall) + ["generation"] * (
-                slower["prepare, 1 thread"] > 0.25
-            )
+            missed = check(full, update, plain, packed, wall)
+            is_slow = slower["prepare, 1 thread"] > slower["another process"] + 0.25
+            missed += ["generation beside prepare"] * is_slow
     finish(missed)
 
 

@@ -24,13 +24,15 @@ class Task(NamedTuple):
 
 
 class _Planned(NamedTuple):
-    """A tensor: its facts, as :class:`StreamTensor` has them, and the ranks that write its parts."""
+    """A tensor: its facts, as :class:`StreamTensor` has them; the ranks that write its parts; and whether
+    these have it whole."""
 
     name: str
     code: str
     shape: tuple[int, ...]
     like: str | None
     parts: tuple[tuple[Box, int], ...]
+    is_whole: bool
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Division:
         for tensor in self._tensors:
             if tensor.like is None:
                 for (box, rank), key in zip(tensor.parts, self._keys(tensor), strict=True):
-                    keys[rank][key] = part_key(tensor.name, box.offsets)
+                    keys[rank][key] = tensor.name if tensor.is_whole else part_key(tensor.name, box.offsets)
         places = {rank: place if self.has_parts else None for rank, place in self._files.items()}
         return [Task(own, places.get(rank)) for rank, own in enumerate(keys)]
 
@@ -113,7 +115,9 @@ def plan(offers: Sequence[Iterable[Offer]]) -> Division:
     writers = sorted({rank for parts in chosen.values() for _, rank in parts})
     division = Division(
         [
-            _Planned(name, *found[0][1][1:3], ties.get(name), chosen[ties.get(name, name)])
+            _Planned(
+                name, *found[0][1][1:3], ties.get(name), chosen[ties.get(name, name)], found[0][1].is_whole
+            )
             for name, found in sorted(by_name.items())
         ],
         {rank: place for place, rank in enumerate(writers)},
@@ -182,7 +186,7 @@ def _require_names(division: Division, names: Iterable[str]) -> None:
     if len(set(keys)) < len(keys):
         odd = [name for name in names if "@" in name]
         raise CheckpointError(
-            "Tensors cannot be told apart", f"{some(odd)} look like parts of others.", "Rename them."
+            "Parts of tensors cannot be told apart", f"{some(odd)} look like parts of others.", "Rename them."
         )
     if len(division._files) > MOST_FILES:
         raise CheckpointError("Too many ranks write", f"There are {len(division._files)}.", "Use fewer.")

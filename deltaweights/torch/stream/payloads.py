@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -14,7 +14,7 @@ from ...checkpoint import Tensor, read_header
 from ...errors import BaseMismatchError, DeltaError, DeltaWeightsError, HeaderError
 from ...payload import Faults, StoredPayload
 from ...storage.local import LocalFile
-from .records import StateRecord, damaged
+from .records import StateRecord, damaged, record_name
 from .state import StateTensor, plan_of
 
 #: A tensor's name, and the index of one of its chunks.
@@ -23,17 +23,18 @@ Chunk: TypeAlias = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class StreamStep:
-    """Local payload files, and the record of the state that they lead to. An anchor's files lead there from
-    nothing, an update's from the state before. They are all that the record has, in its order."""
+    """Local payload files by their places in a record, and the record of the state that they lead to. An
+    anchor's files lead there from nothing, an update's from the state before. Those without a payload that is
+    wanted may be missing."""
 
     record: StateRecord
-    files: Sequence[LocalFile]
+    files: Mapping[int, LocalFile]
     is_anchor: bool
 
     @property
     def where(self) -> str:
         """The first file's name, for messages."""
-        return self.files[0].path
+        return next((file.path for file in self.files.values()), record_name(self.record.number))
 
 
 class _StreamFaults(Faults):
@@ -91,16 +92,12 @@ def read_payloads(step: StreamStep, state: Mapping[str, StateTensor]) -> dict[st
     """The step's payloads by name, as far as they fit its record.
 
     Args:
-        state: the record's tensors, or their parts, by the names of their payloads.
+        state: the record's tensors, or their parts, or some of them, by the names of their payloads.
     """
-    places = {
-        key: part.file if part else 0
-        for tensor in step.record.tensors
-        if tensor.like is None
-        for key, part in tensor.keys.items()
-    }
+    places = {own: place for _, _, own, place in step.record.payloads()}
+    wanted = {own: state[key] for _, key, own, _ in step.record.payloads() if key in state}
     found = {}
-    for place, file in enumerate(step.files):
+    for place, file in step.files.items():
         try:
             shard = read_header(file, file.path)
         except HeaderError as error:
@@ -108,8 +105,9 @@ def read_payloads(step: StreamStep, state: Mapping[str, StateTensor]) -> dict[st
         for info in shard.header.tensors:
             if places.get(info.name) != place:
                 raise damaged(file.path, f"It has a payload for {info.name!r}, which its record lacks there")
-            tensor = state[info.name]
-            found[info.name] = StreamPayload(
-                info.name, tensor.code, plan_of(tensor), Tensor(info, shard), _FAULTS
-            )
+            tensor = wanted.get(info.name)
+            if tensor is not None:
+                found[info.name] = StreamPayload(
+                    info.name, tensor.code, plan_of(tensor), Tensor(info, shard), _FAULTS
+                )
     return found

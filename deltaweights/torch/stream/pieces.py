@@ -57,8 +57,8 @@ class Offer(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The piece's name among all of the process."""
-        return part_key(self.name, self.box.offsets)
+        """The piece's name among all of the process: of a part, that of its payload."""
+        return self.name if self.is_whole else part_key(self.name, self.box.offsets)
 
 
 class Pieces(NamedTuple):
@@ -76,6 +76,24 @@ class _Piece(NamedTuple):
     box: Box
     is_whole: bool
 
+    @property
+    def key(self) -> str:
+        """As :attr:`Offer.key`."""
+        return self.name if self.is_whole else part_key(self.name, self.box.offsets)
+
+
+def is_sharded(state: Published) -> bool:
+    """Whether there are DTensors in it, or parts."""
+    if not isinstance(state, (nn.Module, Mapping)):
+        return True
+    values = plain_state(state).values()  # type: ignore[arg-type]
+    return any(hasattr(value, "full_tensor") or isinstance(value, (Part, list, tuple)) for value in values)
+
+
+def local_tensors(state: Published) -> dict[str, Tensor]:
+    """The tensors that this process has of a sharded state, by :attr:`Offer.key`."""
+    return {p.key: p.tensor for n, value in _named(state) for p in _cut(n, value, is_alone=False)}
+
 
 def pieces_of(state: Published, dtype: torch.dtype | None, *, is_alone: bool) -> Pieces:
     """The pieces that this process has, without those that have no elements while others have.
@@ -90,12 +108,14 @@ def pieces_of(state: Published, dtype: torch.dtype | None, *, is_alone: bool) ->
     named = _named(state)
     found = [piece for name, value in named for piece in _cut(name, value, is_alone=is_alone)]
     found.sort(key=lambda piece: (piece.name, piece.box.offsets))
-    keys = [part_key(piece.name, piece.box.offsets) for piece in found]
+    keys = [piece.key for piece in found]
     tensors = {key: piece.tensor for key, piece in zip(keys, found, strict=True)}
     if len(tensors) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise CheckpointError(
-            "A part of a tensor is there twice", f"Two begin at {twice!r}.", "Pass each part once."
+            "Parts of tensors cannot be told apart",
+            f"Two are called {twice!r}.",
+            "Pass each part once, and give tensors no names that look like those of parts.",
         )
     there = {key: read_as(piece.name, piece.tensor, dtype) for key, piece in zip(keys, found, strict=True)}
     settle(tensors.values())
@@ -167,7 +187,7 @@ def _cut_dtensor(name: str, tensor: Tensor) -> Iterator[_Piece]:
         )
     items = create_default_local_save_plan({name: tensor}, True).items
     with torch.no_grad():
-        local = tensor.detach().to_local()  # type: ignore[attr-defined]
+        local = tensor.to_local()  # type: ignore[attr-defined]
     for item in items:
         assert item.tensor_data is not None
         yield from _placed(name, local, tuple(tensor.shape), tuple(item.tensor_data.chunk.offsets))
@@ -207,7 +227,7 @@ def _first_names(pieces: Iterable[_Piece], there: Mapping[str, StateTensor]) -> 
     """For every tensor, the first one by name whose pieces here are in the same memory, usually itself."""
     identities: dict[str, list[object]] = {}
     for piece in pieces:
-        tensor = there[part_key(piece.name, piece.box.offsets)]
+        tensor = there[piece.key]
         same = (tensor.identity, piece.box, piece.shape) if tensor.nbytes else piece.name
         identities.setdefault(piece.name, []).append(same)
     first: dict[object, str] = {}

@@ -4,54 +4,103 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
+from typing import cast
 
 from torch import nn
 
+from ...errors import CheckpointError
 from ...workers import Workers
+from ..boxes import Box
 from ..wholeness import require_own
 from ..wrappers import plain_state
+from .pieces import Published, is_sharded, local_tensors, pieces_of
 from .records import StreamTensor, state_digest, tensor_digest
 from .split import Cuts, split
-from .state import State, StateTensor, marks_of, state_of, sums_of
+from .state import State, StateTensor, mark_of, marks_of, state_of, sums_of
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model as it was when this was made.
+    """A model as it was when this was made, or what this process has of it.
 
     Attributes:
         given: the model, or its tensors by name.
         state: its tensors as bytes; or their parts, by the names of their payloads.
         marks: what shows whether they are still the same ones, unchanged as far as torch counts.
-        cuts: how the tensors are cut.
+        cuts: how the tensors are cut, as far as they are here.
+        facts: dtype code and shape of every tensor, by name.
+        is_partial: whether this process does not have all of it.
     """
 
-    given: State
+    given: Published
     state: Mapping[str, StateTensor]
     marks: object
     cuts: Cuts
+    facts: Mapping[str, tuple[str, tuple[int, ...]]]
+    is_partial: bool
 
     @classmethod
-    def of(cls, given: State) -> Model:
-        """Raises as :func:`state_of` and :func:`require_own` do."""
-        state = state_of(given)
+    def of(cls, given: Published) -> Model:
+        """Raises as :func:`state_of`, :func:`pieces_of` and :func:`require_own` do."""
+        if is_sharded(given):
+            return cls._of_pieces(given)
+        state = state_of(cast(State, given))
         if isinstance(given, nn.Module):
             require_own(given, plain_state(given))
-        return cls(given, state, marks_of(given), {name: {name: None} for name in state})
+        facts = {name: (tensor.code, tensor.shape) for name, tensor in state.items()}
+        return cls(given, state, _marks(given), {name: {name: None} for name in state}, facts, False)
+
+    @classmethod
+    def _of_pieces(cls, given: Published) -> Model:
+        pieces = pieces_of(given, None, is_alone=False)
+        if isinstance(given, nn.Module):
+            require_own(given, plain_state(given))
+        state: dict[str, StateTensor] = {}
+        cuts: dict[str, dict[str, Box | None]] = {}
+        for offer in pieces.offers:
+            is_whole = offer.box.sizes == offer.shape  # a replica, say
+            key = offer.name if is_whole else offer.key
+            state[key] = pieces.tensors[offer.key]
+            cuts.setdefault(offer.name, {})[key] = None if is_whole else offer.box
+        facts = {offer.name: (offer.code, offer.shape) for offer in pieces.offers}
+        return cls(given, state, _marks(given), cuts, facts, True)
 
     def is_unchanged(self) -> bool:
         """Whether the model has the same tensors, unchanged as far as torch counts."""
-        return marks_of(self.given) == self.marks
+        return _marks(self.given) == self.marks
 
     def without_tied(self, names: Set[str]) -> Model:
         """Without those tensors that only share the memory of others that are among ``names``."""
+        if self.is_partial:
+            return self
         named = {tensor.identity for name, tensor in self.state.items() if name in names and tensor.nbytes}
         kept = {n: t for n, t in self.state.items() if n in names or t.identity not in named}
-        return replace(self, state=kept, cuts={name: self.cuts[name] for name in kept})
+        cuts, facts = {name: self.cuts[name] for name in kept}, {name: self.facts[name] for name in kept}
+        return replace(self, state=kept, cuts=cuts, facts=facts)
 
     def split(self, cuts: Cuts) -> Model:
-        """The same, its whole tensors cut like this."""
-        return replace(self, state=split(self.state, cuts), cuts=cuts)
+        """The same, its tensors cut like a stream's.
+
+        Raises:
+            CheckpointError: it has other parts.
+        """
+        found: dict[str, Mapping[str, Box | None]] = {}
+        for name, own in self.cuts.items():
+            found[name] = cuts[name] if name in own else own
+            if any(cuts[name].get(key, own) != box for key, box in found[name].items()):
+                raise CheckpointError(
+                    "The model is sharded in another way than the stream",
+                    f"The stream has no such part of {name!r} as this process has.",
+                    "Pass whole tensors, or a mirror (empty_state), and take its changes(); or shard it like "
+                    "the publisher.",
+                )
+        return replace(self, state=split(self.state, found), cuts=found)
+
+
+def _marks(given: Published) -> object:
+    if is_sharded(given):
+        return {key: mark_of(tensor) for key, tensor in local_tensors(given).items()}
+    return marks_of(cast(State, given))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +135,16 @@ class Position:
 
     def recognize(self, model: Model, tensors: Iterable[StreamTensor], workers: Workers) -> Known:
         """The state that the model is in: the last one if it is unchanged, or else found by its bytes.
+        Those of a part of it do not tell: then it is in none.
 
         Args:
             model: one that is split like ``tensors``.
         """
         known = self._known
-        if known is None or known.marks != model.marks or known.cuts != model.cuts:
+        is_same = known and known.marks == model.marks and known.cuts == model.cuts
+        if known is None or not is_same:
+            if model.is_partial:
+                return Known(model.marks, "", model.cuts, {})
             sums = sums_of(model.state, workers)
             found = (
                 replace(tensor, digest=tensor_digest(b"".join(sums[key] for key in tensor.keys)))
@@ -107,5 +160,5 @@ class Position:
 
     def end(self, model: Model, number: int, state: str, sums: Mapping[str, bytes]) -> None:
         """A model was written: it has the state of this number and digest, and chunks of these checksums."""
-        self._known = Known(marks_of(model.given), state, model.cuts, sums)
+        self._known = Known(_marks(model.given), state, model.cuts, sums)
         self.number = number

@@ -153,7 +153,9 @@ class Prepared:
         self._require_open()
         for name, code, shape in self.state.tensors:
             dtype, size = dtype_of(name, code), torch_shape(name, code, shape)
-            found = [self._changed(key, box, size) for key, box in self._writing.model.cuts[name].items()]
+            found = [
+                self._changed(key, box, size) for key, box in self._writing.model.cuts.get(name, {}).items()
+            ]
             changed = [part for part in found if part]
             if not changed:
                 continue

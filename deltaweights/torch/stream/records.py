@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Literal, NamedTuple, TypeAlias
@@ -149,6 +149,15 @@ class StateRecord:
             return {payload_name(self.number, self.writer, kind): found}
         names = (payload_name(self.number, self.writer, kind, place) for place in range(len(found or ())))
         return dict(zip(names, found or (), strict=True))
+
+    def payloads(self) -> Iterator[tuple[StreamTensor, str, str, int]]:
+        """For every tensor, or every part of it: the tensor; the name that its payload would have; the name
+        that it has, which differs if the tensor is like another; and the place of its file."""
+        by_name = {tensor.name: tensor for tensor in self.tensors}
+        for tensor in self.tensors:
+            owner = by_name[tensor.like or tensor.name]
+            for key, (own, part) in zip(tensor.keys, owner.keys.items(), strict=True):
+                yield tensor, key, own, part.file if part else 0
 
     def nbytes(self, kind: Kind) -> int:
         """The size of its payload files of one kind."""

@@ -61,7 +61,7 @@ class Replay:
     A chunk is taken through all steps at once, in two buffers per thread, and checked after each.
 
     Args:
-        state: tensors, or their parts, by the names of their payloads in all steps.
+        state: tensors, or their parts, or some of them, by the names of their payloads in all steps.
         before: the current checksums of their chunks; not needed if the first step is an anchor.
 
     Attributes:
@@ -101,14 +101,18 @@ class Replay:
     def _payloads_of(self, step: StreamStep) -> dict[str, StreamPayload]:
         """The step's payloads by name, also those of tied tensors. Takes the checksums on to the step."""
         read = read_payloads(step, self._state)
-        by_name = {tensor.name: tensor for tensor in step.record.tensors}
+        by_name: dict[str, list[tuple[str, StreamPayload | None]]] = {}
+        for tensor, key, own, _ in step.record.payloads():
+            if key in self._state:
+                by_name.setdefault(tensor.name, []).append((key, read.get(own)))
         found: dict[str, StreamPayload] = {}
         for tensor in step.record.tensors:
-            own = by_name[tensor.like or tensor.name].keys
-            there = {key: read[one] for key, one in zip(tensor.keys, own, strict=True) if one in read}
-            sums = (there[key].sums if key in there else self.sums.get(key, b"") for key in tensor.keys)
-            is_there = len(there) == len(own) if step.is_anchor else True
-            if not is_there or tensor_digest(b"".join(sums)) != tensor.digest:
+            pieces = by_name.get(tensor.name, [])
+            there = {key: payload for key, payload in pieces if payload}
+            sums = (there[key].sums if key in there else self.sums.get(key, b"") for key, _ in pieces)
+            is_whole = len(pieces) == len(tensor.keys)  # nobody can tell the digest of a part
+            is_wrong = is_whole and tensor_digest(b"".join(sums)) != tensor.digest
+            if is_wrong or (step.is_anchor and len(there) < len(pieces)):
                 raise damaged(step.where, f"It does not lead to tensor {tensor.name!r} of its record")
             for key, payload in there.items():
                 if not step.is_anchor and not payload.follows(self.sums.get(key)):
@@ -190,14 +194,16 @@ class Replay:
         return self._held(chunk, followed.data, followed.places)
 
     def _small_change(self, chunk: Chunk) -> HeldChunk | None:
-        """The same, but chunks that are not coded as lists of what changes are left for later."""
+        """The same, but a chunk is left for later if much changes, or if it is not coded as a list."""
         followed = self._follow(chunk, check=True)
         if followed.data is None:
             return None
-        if followed.places is None:
-            self._later.append(chunk)
-            return None
-        return self._held(chunk, followed.data, followed.places)
+        if followed.places is not None:
+            held = self._held(chunk, followed.data, followed.places)
+            if held is None or held.places is not None:
+                return held
+        self._later.append(chunk)
+        return None
 
     def _held(self, chunk: Chunk, data: Bytes, parts: list[NDArray[np.uint32]] | None) -> HeldChunk | None:
         tensor = self._state[chunk[0]]
@@ -291,11 +297,14 @@ def _differing(
     Args:
         parts: together, the places where they may; None: anywhere.
     """
-    if parts is not None:
-        places: NDArray[np.uint32] = np.unique(np.concatenate(parts))
-        found: NDArray[np.uint32] = places[old[places] != new[places]]
-        return found
-    differ = old != new
-    if np.count_nonzero(differ) * (_PLACE_BYTES + new.itemsize) >= new.nbytes:
-        return None
-    return np.flatnonzero(differ).astype(np.uint32)
+    places: NDArray[np.uint32] | None = None
+    if parts is None:
+        differ = old != new
+        count = int(np.count_nonzero(differ))
+    else:
+        places = np.unique(np.concatenate(parts))
+        places = places[old[places] != new[places]]
+        count = len(places)
+    if count * (_PLACE_BYTES + new.itemsize) >= new.nbytes:
+        return None if count else np.empty(0, np.uint32)
+    return np.flatnonzero(differ).astype(np.uint32) if places is None else places

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..boxes import Box, cut
-from .records import StreamTensor
+from .records import StateRecord, StreamTensor
 from .state import TORCH_WORDS, StateTensor
 
 #: The names of each tensor's payloads, and the parts that they hold; None: the whole tensor.
@@ -26,15 +26,27 @@ def cuts_of(tensors: Iterable[StreamTensor]) -> Cuts:
     }
 
 
+def has_cuts(record: StateRecord, cuts: Cuts, *, is_partial: bool) -> bool:
+    """Whether the record's tensors are cut like this, or, if ``is_partial``, have these parts."""
+    theirs = cuts_of(record.tensors)
+    if not is_partial:
+        return theirs == cuts
+    return all(
+        key in theirs.get(name, {}) and theirs[name][key] == box
+        for name, parts in cuts.items()
+        for key, box in parts.items()
+    )
+
+
 def split(state: Mapping[str, StateTensor], cuts: Cuts) -> dict[str, StateTensor]:
     """The tensors' parts by the names of their payloads.
 
     Args:
-        state: tensors by name.
+        state: tensors by name; or parts by the names of their payloads, which stay as they are.
         cuts: parts that lie within them.
     """
     return {
-        key: state[name] if box is None else _part_of(key, state[name].tensor[box.slices])
+        key: _part_of(key, state[name].tensor[box.slices]) if box and key not in state else state[key]
         for name, parts in cuts.items()
         for key, box in parts.items()
     }
@@ -111,7 +123,7 @@ class StridedPart(StateTensor):
 
 def whole_indices(indices: NDArray[np.int64], box: Box | None, shape: tuple[int, ...]) -> NDArray[np.int64]:
     """The indices in a tensor of ``shape`` of the elements at ``indices`` of its part ``box``."""
-    if box is None:
+    if box is None or box.sizes == shape:
         return indices
     places = np.unravel_index(indices, box.sizes)
     moved = tuple(place + offset for place, offset in zip(places, box.offsets, strict=True))

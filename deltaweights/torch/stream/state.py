@@ -197,11 +197,12 @@ def marks_of(state: State) -> dict[str, object]:
     """For each tensor of the state what shows whether it is still the same one, unchanged as far as torch
     counts."""
     return {
-        name: _mark_of(tensor) for name, tensor in plain_state(state).items() if isinstance(tensor, Tensor)
+        name: mark_of(tensor) for name, tensor in plain_state(state).items() if isinstance(tensor, Tensor)
     }
 
 
-def _mark_of(tensor: Tensor) -> object:
+def mark_of(tensor: Tensor) -> object:
+    """What shows whether a tensor is still the same one, unchanged as far as torch counts."""
     why, _ = obstacle(tensor)
     version = None if tensor.is_inference() else tensor._version
     return why or (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), version)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +15,15 @@ from ...errors import BaseMismatchError, CheckpointError, DeltaError
 from ...storage import Location
 from ...workers import Workers
 from .held import HeldChanges
-from .history import History, Way, nbytes_of
+from .history import History, Way
 from .mirror import empty_tensors
 from .payloads import StreamStep
+from .pieces import Published
 from .position import Known, Model, Position
 from .prepared import Prepared, StreamState, SyncReport
 from .records import Head, StateRecord, StreamTensor, damaged
 from .replay import Replay
-from .split import cuts_of
-from .state import State, StateTensor
+from .split import cuts_of, has_cuts
 from .transport import Gone, open_transport
 from .writing import Writing
 
@@ -121,7 +121,7 @@ class DeltaSubscriber:
         record = self._attempt(lambda: self._history.read(self._history.head().newest))
         return empty_tensors(record, self._transport.where, shared=shared)
 
-    def sync(self, model: State, *, step: int | None = None) -> SyncReport:
+    def sync(self, model: Published, *, step: int | None = None) -> SyncReport:
         """Bring ``model`` to the stream's newest state, bit for bit: :meth:`prepare` and
         :meth:`Prepared.commit` in one. Do not use the model while this runs.
 
@@ -140,7 +140,7 @@ class DeltaSubscriber:
         with self._prepare(model, step, is_sync=True) as prepared:
             return prepared.commit()
 
-    def prepare(self, model: State, *, step: int | None = None) -> Prepared:
+    def prepare(self, model: Published, *, step: int | None = None) -> Prepared:
         """Fetch, check and decode what brings ``model`` to the stream's newest state, or to that of ``step``.
         Nothing is written to the model, which may be read meanwhile, as for serving.
 
@@ -153,7 +153,10 @@ class DeltaSubscriber:
         Args:
             model: a model, or tensors by name: the publisher's names (without wrappers), dtypes and shapes.
                 They may lie on any device, and be tied or not as they like; a name that the stream does not
-                have may be there if it is tied to one that it has.
+                have may be there if it is tied to one that it has. If it is sharded (DTensors,
+                :class:`Part`), each process takes what it has, which need not be all names. Its parts have to
+                be parts of the stream's. It begins with an anchor, since no process alone can tell which
+                state its parts are in; ``step`` brings all of them to the same one.
             step: the publisher's number of a state, so that several engines take the same one; of those
                 published twice the newest. None: the newest state.
 
@@ -167,7 +170,7 @@ class DeltaSubscriber:
         """
         return self._prepare(model, step, is_sync=False)
 
-    def _prepare(self, given: State, step: int | None, *, is_sync: bool) -> Prepared:
+    def _prepare(self, given: Published, step: int | None, *, is_sync: bool) -> Prepared:
         def attempt() -> Prepared:
             model = Model.of(given)
             with Workers(self._threads) as workers:
@@ -186,7 +189,7 @@ class DeltaSubscriber:
         target = target or self._history.read(head.newest)
         ours = model.without_tied({tensor.name for tensor in target.tensors})
         self._tied |= model.state.keys() - ours.state.keys()
-        self._require_fit(ours.state, target.tensors)
+        self._require_fit(ours, target.tensors)
         model = ours.split(cuts_of(target.tensors))
         known = self._position.recognize(model, target.tensors, workers)
         if known.state == target.state:
@@ -214,10 +217,10 @@ class DeltaSubscriber:
                 "Sync again later. If it is meant, make a DeltaSubscriber with allow_rollback=True.",
             )
 
-    def _require_fit(self, state: Mapping[str, StateTensor], tensors: tuple[StreamTensor, ...]) -> None:
-        ours = {(name, tensor.code, tensor.shape) for name, tensor in state.items()}
+    def _require_fit(self, model: Model, tensors: tuple[StreamTensor, ...]) -> None:
+        ours = {(name, *facts) for name, facts in model.facts.items()}
         theirs = {(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors}
-        differ = sorted({row[0] for row in ours ^ theirs})
+        differ = sorted({row[0] for row in (ours - theirs if model.is_partial else ours ^ theirs)})
         if differ:
             raise CheckpointError(
                 f"The model does not fit the stream at {self._transport.where}",
@@ -229,7 +232,7 @@ class DeltaSubscriber:
     def _nothing_new(self, model: Model, known: Known, head: Head, target: StateRecord | None) -> Prepared:
         """What leads from a state to itself."""
         step, number = (target.step, target.number) if target else (head.step, head.newest.number)
-        tensors = tuple((name, tensor.code, tensor.shape) for name, tensor in model.state.items())
+        tensors = tuple((name, *facts) for name, facts in sorted(model.facts.items()))
         state = StreamState(step, number, known.state, tensors)
         report = SyncReport(step, number, known.state, 0, False, 0)
         writing = Writing(model.split(known.cuts), HeldChanges([]), self._threads)
@@ -237,16 +240,19 @@ class DeltaSubscriber:
 
     def _follow(self, way: Way, model: Model, known: Known, workers: Workers, *, is_sync: bool) -> Prepared:
         newest = way[-1][0]
-        if any(cuts_of(record.tensors) != model.cuts for record, _ in way):
+        if not all(has_cuts(record, model.cuts, is_partial=model.is_partial) for record, _ in way):
             raise damaged(self._transport.where, "An update cuts tensors in another way than the one before")
         with ExitStack() as opened:
             folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="deltaweights-")))
-            steps = []
+            steps, nbytes = [], 0
             for record, kind in way:
-                files = []
-                for name, stored in record.files(kind).items():
-                    files.append(self._transport.fetch(name, stored, folder))
-                    opened.callback(files[-1].close)
+                wanted = {place for _, key, _, place in record.payloads() if key in model.state}
+                files = {}
+                for place, (name, stored) in enumerate(record.files(kind).items()):
+                    if place in wanted:
+                        files[place] = self._transport.fetch(name, stored, folder)
+                        opened.callback(files[place].close)
+                        nbytes += stored.size
                 steps.append(StreamStep(record, files, kind == "anchor"))
             replay = Replay(model.state, steps, known.sums)
             held = (replay.hold_little if is_sync else replay.hold)(workers)
@@ -254,9 +260,7 @@ class DeltaSubscriber:
             if is_sync:
                 writing.follow(replay, opened.pop_all())
         updates = sum(kind == "update" for _, kind in way)
-        report = SyncReport(
-            newest.step, newest.number, newest.state, updates, way[0][1] == "anchor", nbytes_of(way)
-        )
+        report = SyncReport(newest.step, newest.number, newest.state, updates, way[0][1] == "anchor", nbytes)
         return Prepared(StreamState.of(newest), report, writing, self._position, replay.sums)
 
     def _attempt(self, read: Callable[[], _Result]) -> _Result:

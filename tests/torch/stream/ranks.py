@@ -227,6 +227,59 @@ def tensor_parallel(folder: Path) -> None:
             assert mine < 0.5 * own  # replicas share the work
 
 
+def engine(folder: Path) -> None:
+    """An engine that is sharded like the trainer: each rank takes its own parts, from its own file."""
+    stream = folder / "stream"
+    with DeltaPublisher(stream, cut(0), process_group=group(), anchor_every=3) as publisher:
+        own = {name: one for name, one in cut(0).items() if name != "fused"}
+        own["fused"] = [*{part.offsets: part for part in cut(0)["fused"]}.values()]  # as they are written
+        for one in own.values():
+            for part in one if isinstance(one, list) else [one]:
+                tensor = part.tensor if isinstance(part, Part) else part
+                (tensor.to_local() if isinstance(tensor, DTensor) else tensor).zero_()
+        subscriber = DeltaSubscriber(stream)
+        for step in range(1, 5):
+            publisher.publish(step, cut(step))
+            with subscriber.prepare(own, step=step) as prepared:
+                changed = {change.name: change for change in prepared.changes()}
+                assert prepared.commit().updates == 1
+            assert local_bits(own) == local_bits(cut(step))
+            assert subscriber.sync(own).updates == 0
+            if step == 2:
+                assert prepared.nbytes == 0
+                assert "last.stage" not in changed or dist.get_rank() == dist.get_world_size() - 1
+                expected = whole_of(step)["columns"].view(torch.int32).view(-1)
+                change = changed["columns"]
+                assert change.shape == (64, 103)
+                assert change.indices is not None
+                assert torch.equal(change.values.view(torch.int32), expected[change.indices])
+            dist.barrier()
+        few = {name: cut(0)[name] for name in ("rows", "experts")}  # which no other rank has
+        report = DeltaSubscriber(stream).sync(few)
+        assert local_bits(few) == local_bits({name: cut(4)[name] for name in few})
+        way = [*stream.glob("0000000003-*.anchor.*"), *stream.glob("0000000004-*.update.*")]
+        mine = [path for path in way if path.name.split("-")[2].startswith(f"{dist.get_rank():05d}")]
+        assert report.nbytes == sum(path.stat().st_size for path in mine)
+        assert len(mine) == 2 < len(way)
+        other = {"rows": Part("rows", torch.zeros(3, 64, dtype=torch.bfloat16), (103, 64), (0, 0))}
+        with pytest.raises(CheckpointError, match="sharded in another way"):
+            subscriber.sync(other)
+        with pytest.raises(CheckpointError, match="does not fit the stream"):
+            subscriber.sync({"more": other["rows"]} | {"more": Part("more", torch.zeros(1), (2,), (0,))})
+        dist.barrier()
+
+
+def local_bits(state: State) -> dict[tuple[str, object], bytes]:
+    """What this rank has, by names and offsets."""
+    found: dict[tuple[str, object], bytes] = {}
+    for name, one in state.items():
+        for part in one if isinstance(one, list) else [one]:
+            tensor = part.tensor if isinstance(part, Part) else part
+            key = part.offsets if isinstance(part, Part) else None
+            found[name, key] = bits(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
+    return found
+
+
 def failures(folder: Path) -> None:
     """A failure on either rank is one on both, nothing is published, and the next step is."""
     rank = dist.get_rank()
@@ -324,7 +377,7 @@ def kill(folder: Path) -> None:
 
 
 TASKS: dict[str, Callable[[Path], None]] = {
-    task.__name__: task for task in (fsdp, parts, tensor_parallel, failures, kill)
+    task.__name__: task for task in (fsdp, parts, tensor_parallel, engine, failures, kill)
 }
 
 

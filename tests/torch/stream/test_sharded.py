@@ -49,8 +49,8 @@ def run(ranks: int, tasks: str, folder: Path) -> list[tuple[int, str]]:
 
 
 def test_two_ranks_publish_what_they_have_and_followers_are_equal(tmp_path: Path) -> None:
-    """FSDP2, tensor parallelism, parts of all kinds, and failures."""
-    for code, output in run(2, "fsdp,parts,tensor_parallel,failures", tmp_path):
+    """FSDP2, tensor parallelism, parts of all kinds, an engine that is sharded too, and failures."""
+    for code, output in run(2, "fsdp,parts,tensor_parallel,engine,failures", tmp_path):
         assert code == 0, output
 
 
@@ -384,7 +384,7 @@ def test_names_that_look_like_parts_are_refused(tmp_path: Path) -> None:
     odd: Pieces = {"w": cut("w", tensor, 2, 1), "w@2,0": torch.ones(1)}
     with pytest.raises(CheckpointError, match="cannot be told apart"):
         DeltaPublisher(tmp_path, odd)
-    with pytest.raises(CheckpointError, match="is there twice"):
+    with pytest.raises(CheckpointError, match="Two are called"):
         DeltaPublisher(tmp_path, cut("w", tensor, 2, 1) * 2)
     assert not any(tmp_path.iterdir())
 
