@@ -92,7 +92,8 @@ class HostMirror:
             raise _no_room(place, nbytes, error) from error
         if self._memory.size != max(nbytes, 1):
             raise OutputError(f"{self._path} is not a mirror", "It has another size.", "Remove it.")
-        self.tensors = self._tensors(torch.from_numpy(self._memory))
+        with torch.inference_mode(False):  # so that torch counts what is written to it
+            self.tensors = self._tensors(torch.from_numpy(self._memory))
 
     def __enter__(self) -> HostMirror:
         return self

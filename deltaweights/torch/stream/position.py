@@ -69,6 +69,11 @@ class Model:
         """Whether the model has the same tensors, unchanged as far as torch counts."""
         return _marks(self.given) == self.marks
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether torch counts what is written to it. Else its marks do not tell whether it has changed."""
+        return all(tensor.is_counted for tensor in self.state.values())
+
     def without_tied(self, names: Set[str]) -> Model:
         """Without those tensors that only share the memory of others that are among ``names``."""
         if self.is_partial:
@@ -150,8 +155,12 @@ class Position:
                 replace(tensor, digest=tensor_digest(b"".join(sums[key] for key in tensor.keys)))
                 for tensor in tensors
             )
-            known = self._known = Known(model.marks, state_digest(found), model.cuts, sums)
+            known = Known(model.marks, state_digest(found), model.cuts, sums)
+            self._keep(known, model)
         return known
+
+    def _keep(self, known: Known, model: Model) -> None:
+        self._known = known if model.is_counted else None
 
     def begin(self) -> None:
         """A model is about to be written to: until :meth:`end`, it is in no known state."""
@@ -160,5 +169,5 @@ class Position:
 
     def end(self, model: Model, number: int, state: str, sums: Mapping[str, bytes]) -> None:
         """A model was written: it has the state of this number and digest, and chunks of these checksums."""
-        self._known = Known(_marks(model.given), state, model.cuts, sums)
+        self._keep(Known(_marks(model.given), state, model.cuts, sums), model)
         self.number = number

@@ -387,6 +387,35 @@ def test_damage_that_no_digest_of_a_file_shows_is_found(
     assert bits(engine) == before
 
 
+def test_another_tensor_at_the_same_address_is_looked_at(tmp_path: Path) -> None:
+    """As after an engine has dropped a model and loaded it again: with as many writes, as torch counts."""
+    memory = np.zeros(100, np.float32)
+    with DeltaPublisher(tmp_path / "s", {"w": torch.zeros(100)}) as publisher:
+        publisher.publish(1, {"w": torch.ones(100)})
+    subscriber = DeltaSubscriber(tmp_path / "s")
+    first = {"w": torch.from_numpy(memory)}
+    subscriber.sync(first)  # one write
+    del first
+    second = {"w": torch.from_numpy(memory)}
+    second["w"].zero_()  # one write
+    assert subscriber.sync(second).updates == 1
+    assert memory.min() == 1
+
+
+def test_what_is_written_in_inference_mode_is_noticed(tmp_path: Path) -> None:
+    """Torch does not count it."""
+    with DeltaPublisher(tmp_path / "s", {"w": torch.zeros(100)}) as publisher:
+        publisher.publish(1, {"w": torch.ones(100)})
+    subscriber = DeltaSubscriber(tmp_path / "s")
+    with torch.inference_mode():
+        engine, mirror = {"w": torch.zeros(100)}, subscriber.empty_state()
+        for _ in range(2):
+            engine["w"].zero_()
+            assert subscriber.sync(engine).updates == 1
+            assert engine["w"].min() == 1
+    assert not mirror["w"].is_inference()  # so that its bytes need not be read each time
+
+
 # Exact steps -------------------------------------------------------------------------------------------
 
 
