@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
+from threading import RLock
 from typing import cast
 
 from torch import nn
@@ -125,11 +126,13 @@ class Position:
     Attributes:
         number: that of the last state that was written.
         commits: how many were written, or begun to be.
+        lock: held while a model is written to, and while what is prepared is released.
     """
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.commits = 0
+        self.lock = RLock()
         self._known: Known | None = None
 
     def known(self, model: Model) -> Known | None:
