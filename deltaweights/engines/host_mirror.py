@@ -95,7 +95,8 @@ class HostMirror:
             raise _no_room(place, nbytes, error) from error
         if self._memory.size != nbytes:
             raise OutputError(f"{self._path} is not a mirror", "It has another size.", "Remove it.")
-        self.tensors = self._tensors(torch.from_numpy(self._memory))
+        with torch.inference_mode(False):  # so that torch counts what is written to it
+            self.tensors = self._tensors(torch.from_numpy(self._memory))
         self._mark = self._memory[-8:].view(np.int64)
 
     def __enter__(self) -> HostMirror:

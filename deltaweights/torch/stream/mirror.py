@@ -20,6 +20,7 @@ _ALIGNMENT = 64
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux has it
 
 
+@torch.inference_mode(False)  # so that torch counts what is written to them
 def empty_tensors(record: StateRecord, where: str, *, shared: bool) -> dict[str, Tensor]:
     """Zeros with the record's names, dtypes, shapes and ties, in one piece of memory.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
+from threading import RLock
 from typing import cast
 
 from torch import nn
@@ -69,6 +70,11 @@ class Model:
         """Whether the model has the same tensors, unchanged as far as torch counts."""
         return _marks(self.given) == self.marks
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether torch counts what is written to it. Else its marks do not tell whether it has changed."""
+        return all(tensor.is_counted for tensor in self.state.values())
+
     def without_tied(self, names: Set[str]) -> Model:
         """Without those tensors that only share the memory of others that are among ``names``."""
         if self.is_partial:
@@ -120,11 +126,13 @@ class Position:
     Attributes:
         number: that of the last state that was written.
         commits: how many were written, or begun to be.
+        lock: held while a model is written to, and while what is prepared is released.
     """
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.commits = 0
+        self.lock = RLock()
         self._known: Known | None = None
 
     def known(self, model: Model) -> Known | None:
@@ -150,8 +158,12 @@ class Position:
                 replace(tensor, digest=tensor_digest(b"".join(sums[key] for key in tensor.keys)))
                 for tensor in tensors
             )
-            known = self._known = Known(model.marks, state_digest(found), model.cuts, sums)
+            known = Known(model.marks, state_digest(found), model.cuts, sums)
+            self._keep(known, model)
         return known
+
+    def _keep(self, known: Known, model: Model) -> None:
+        self._known = known if model.is_counted else None
 
     def begin(self) -> None:
         """A model is about to be written to: until :meth:`end`, it is in no known state."""
@@ -160,5 +172,5 @@ class Position:
 
     def end(self, model: Model, number: int, state: str, sums: Mapping[str, bytes]) -> None:
         """A model was written: it has the state of this number and digest, and chunks of these checksums."""
-        self._known = Known(_marks(model.given), state, model.cuts, sums)
+        self._keep(Known(_marks(model.given), state, model.cuts, sums), model)
         self.number = number

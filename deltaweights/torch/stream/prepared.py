@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from _thread import start_new_thread
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from threading import Lock
 from types import TracebackType
 from typing import Any
 
@@ -131,8 +132,9 @@ class Prepared:
 
     def close(self) -> None:
         """Release what is held. Nothing can be committed or listed afterwards."""
-        self._is_closed = True
-        self._writing.close()
+        with self._position.lock:
+            self._is_closed = True
+            self._writing.close()
 
     @property
     def nbytes(self) -> int:
@@ -150,8 +152,8 @@ class Prepared:
         Raises:
             DeltaWeightsError: this was closed.
         """
-        self._require_open()
         for name, code, shape in self.state.tensors:
+            self._require_open()  # it may be closed between two tensors
             dtype, size = dtype_of(name, code), torch_shape(name, code, shape)
             found = [
                 self._changed(key, box, size) for key, box in self._writing.model.cuts.get(name, {}).items()
@@ -194,6 +196,12 @@ class Prepared:
                 state. Nothing is written.
             DeltaWeightsError: this was committed already, or closed. Nothing is written.
         """
+        with self._position.lock:
+            self._require_writable()
+            _finish(self._write)
+        return self._report
+
+    def _require_writable(self) -> None:
         self._require_open()
         if self._is_committed:
             raise DeltaWeightsError(
@@ -205,20 +213,18 @@ class Prepared:
             raise self._stale("The subscriber has written another state since")
         if not self._has_begun and not self._writing.model.is_unchanged():
             raise self._stale("Other code has changed or replaced its tensors since")
-        self._has_begun = True  # after an error, the same writes may be made again
-        _finish(self._write)
-        self._is_committed = True
-        return self._report
 
     def _write(self) -> None:
-        if not self.updates and not self.from_anchor:  # others stay valid
+        self._has_begun = True  # after an error, the same writes may be made again
+        if self.updates or self.from_anchor:
+            self._position.begin()
+            self._commits = self._position.commits
+            self._writing.write()
+            model = self._writing.model
+            self._position.end(model, self.state.number, self.state.state, self._sums)
+        else:  # others stay valid
             self._position.number = self.state.number
-            return
-        self._position.begin()
-        self._commits = self._position.commits
-        self._writing.write()
-        model = self._writing.model
-        self._position.end(model, self.state.number, self.state.state, self._sums)
+        self._is_committed = True
 
     def _stale(self, why: str) -> BaseMismatchError:
         return BaseMismatchError(
@@ -237,16 +243,41 @@ class Prepared:
 
 
 def _finish(write: Callable[[], None]) -> None:
-    """Call ``write`` in a thread, which no interrupt reaches; raise an interrupt afterwards."""
-    interrupt: BaseException | None = None
-    pool = ThreadPoolExecutor(1)
-    future = pool.submit(write)
-    while not future.done():
+    """Call ``write`` in a thread, which no interrupt reaches; raise an interrupt afterwards. One that comes
+    before the thread has begun keeps it from writing.
+
+    Threads and events of ``threading`` are Python code, which an interrupt may leave locked."""
+    ticket, end = Lock(), Lock()
+    results: list[BaseException | None] = []
+    end.acquire()
+
+    def run() -> None:
+        if not ticket.acquire(blocking=False):
+            return
         try:
-            wait([future], timeout=0.5)  # Python misses a signal that comes just before a wait
+            write()
         except BaseException as error:
-            interrupt = error
-    pool.shutdown()
-    future.result()
-    if interrupt is not None:
-        raise interrupt
+            results.append(error)
+        else:
+            results.append(None)
+        end.release()
+
+    try:
+        start_new_thread(run, ())
+        _wait(results, end)
+    except BaseException:
+        if not ticket.acquire(blocking=False):
+            _wait(results, end)
+        raise
+    if results[0] is not None:
+        raise results[0]
+
+
+def _wait(results: list[BaseException | None], end: Lock) -> None:
+    """Wait until there is a result, however often that is interrupted."""
+    try:
+        while not results:
+            end.acquire(timeout=0.5)  # Python misses a signal that comes just before it waits
+    except BaseException:
+        _wait(results, end)
+        raise

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ... import codec
 from ...errors import CheckpointError
@@ -90,6 +91,11 @@ class StateTensor:
     def is_on_cuda(self) -> bool:
         """Whether copies of its bytes are faster to pinned memory."""
         return self._tensor.is_cuda
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether torch counts what is written to it: not to tensors of inference mode."""
+        return not self._tensor.is_inference()
 
     @property
     def on_gpu(self) -> Tensor | None:
@@ -204,8 +210,12 @@ def marks_of(state: State) -> dict[str, object]:
 def mark_of(tensor: Tensor) -> object:
     """What shows whether a tensor is still the same one, unchanged as far as torch counts."""
     why, _ = obstacle(tensor)
+    if why:
+        return why
     version = None if tensor.is_inference() else tensor._version
-    return why or (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), version)
+    # As long as this is kept, no other storage is taken for this one; addresses are used again.
+    storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+    return storage, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), version
 
 
 def owners(state: Mapping[str, StateTensor]) -> dict[str, str]:

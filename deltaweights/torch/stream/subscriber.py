@@ -129,8 +129,9 @@ class DeltaSubscriber:
         changes are not held, but decoded twice, first to check all of them. On a GPU that runs kernels, lists
         of changes are applied and checked there.
 
-        If the model is in the newest state already, only the head is read. If anything is wrong, the model is
-        unchanged. If the machine fails while this writes, the next call notices.
+        If the model is in the newest state already, only the head is read; and the bytes of a model that was
+        made in inference mode, since torch does not count what is written to it. If anything is wrong, the
+        model is unchanged. If the machine fails while this writes, the next call notices.
 
         Args:
             model, step: as for :meth:`prepare`.

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
+import threading
 import time
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,7 @@ from torch import Tensor, nn
 
 from deltaweights import BaseMismatchError, CheckpointError, DeltaError, DeltaWeightsError, codec
 from deltaweights.torch import Change, DeltaPublisher, DeltaSubscriber
+from deltaweights.torch.stream import prepared as prepared_module
 from deltaweights.torch.stream.records import CHUNK_BYTES
 from deltaweights.torch.stream.state import StateTensor
 from deltaweights.torch.tensors import DTYPES
@@ -385,6 +390,108 @@ def test_damage_that_no_digest_of_a_file_shows_is_found(
         subscriber.prepare(engine)
     assert hit
     assert bits(engine) == before
+
+
+def test_another_tensor_at_the_same_address_is_looked_at(tmp_path: Path) -> None:
+    """As after an engine has dropped a model and loaded it again: with as many writes, as torch counts."""
+    memory = np.zeros(100, np.float32)
+    with DeltaPublisher(tmp_path / "s", {"w": torch.zeros(100)}) as publisher:
+        publisher.publish(1, {"w": torch.ones(100)})
+    subscriber = DeltaSubscriber(tmp_path / "s")
+    first = {"w": torch.from_numpy(memory)}
+    subscriber.sync(first)  # one write
+    del first
+    second = {"w": torch.from_numpy(memory)}
+    second["w"].zero_()  # one write
+    assert subscriber.sync(second).updates == 1
+    assert memory.min() == 1
+
+
+def test_what_is_written_in_inference_mode_is_noticed(tmp_path: Path) -> None:
+    """Torch does not count it."""
+    with DeltaPublisher(tmp_path / "s", {"w": torch.zeros(100)}) as publisher:
+        publisher.publish(1, {"w": torch.ones(100)})
+    subscriber = DeltaSubscriber(tmp_path / "s")
+    with torch.inference_mode():
+        engine, mirror = {"w": torch.zeros(100)}, subscriber.empty_state()
+        for _ in range(2):
+            engine["w"].zero_()
+            assert subscriber.sync(engine).updates == 1
+            assert engine["w"].min() == 1
+    assert not mirror["w"].is_inference()  # so that its bytes need not be read each time
+
+
+def test_wherever_a_commit_is_interrupted_all_is_written_or_nothing(tmp_path: Path) -> None:
+    """An interrupt is raised at each line in turn, also of the standard library, such as while a thread
+    starts."""
+    old, new = {"w": torch.zeros(100), "v": torch.zeros(9)}, {"w": torch.ones(100), "v": torch.ones(9)}
+    with DeltaPublisher(tmp_path / "s", old) as publisher:
+        publisher.publish(1, new)
+    subscriber = DeltaSubscriber(tmp_path / "s", threads=1)
+    traced = {prepared_module.__file__, threading.__file__}
+    engines, results, before = [], [], sys.gettrace()
+    lines = last = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal lines
+        if frame.f_code.co_filename in traced and event == "line":
+            lines += 1
+            if lines == last:
+                raise KeyboardInterrupt
+        return trace
+
+    while lines == last:
+        lines, last = 0, last + 1
+        engines.append(clone(old))
+        prepared = subscriber.prepare(engines[-1])
+        sys.settrace(trace)
+        try:
+            prepared.commit()
+        except KeyboardInterrupt:
+            sys.settrace(before)
+            prepared.close()
+        finally:
+            sys.settrace(before)
+        results.append(bits(engines[-1]))
+    assert results[0] == bits(old)
+    assert results[-1] == bits(new)
+    assert all(found in (bits(old), bits(new)) for found in results)
+    assert list(map(bits, engines)) == results  # nothing was written afterwards
+
+
+def test_what_is_closed_meanwhile_is_not_taken_for_all_that_changes(tmp_path: Path) -> None:
+    prepared = DeltaSubscriber(streamed(tmp_path, Net())).prepare(Net())
+    changes = prepared.changes()
+    next(changes)
+    prepared.close()
+    with pytest.raises(DeltaWeightsError, match="was released"):
+        next(changes)
+
+
+def test_nothing_is_released_or_written_beside_a_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A with-block that ends, or another commit, in another thread."""
+    model, engine = Net(), Net()
+    subscriber = DeltaSubscriber(streamed(tmp_path, model), threads=1)
+    first, second = subscriber.prepare(engine), subscriber.prepare(engine, step=1)
+    begun, put = threading.Event(), StateTensor.put
+
+    def slow(self: StateTensor, *arguments: Any) -> None:
+        begun.set()
+        time.sleep(0.02)
+        put(self, *arguments)
+
+    monkeypatch.setattr(StateTensor, "put", slow)
+    with ThreadPoolExecutor(3) as pool:
+        committed = pool.submit(first.commit)
+        begun.wait()
+        closed, stale = pool.submit(first.close), pool.submit(second.commit)
+        assert committed.result().updates == 2
+        closed.result()
+        with pytest.raises(BaseMismatchError, match="another state of the model"):
+            stale.result()
+    assert bits(engine) == bits(model)
 
 
 # Exact steps -------------------------------------------------------------------------------------------
