@@ -17,7 +17,7 @@ from ..wrappers import plain_state
 from .pieces import Published, is_sharded, local_tensors, pieces_of
 from .records import StreamTensor, state_digest, tensor_digest
 from .split import Cuts, split
-from .state import State, StateTensor, mark_of, marks_of, state_of, sums_of
+from .state import State, StateTensor, mark_of, marks_of, require_writable, state_of, sums_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,11 @@ class Model:
 
     @classmethod
     def of(cls, given: Published) -> Model:
-        """Raises as :func:`state_of`, :func:`pieces_of` and :func:`require_own` do."""
+        """Raises as :func:`state_of`, :func:`pieces_of`, :func:`require_writable` and :func:`require_own`."""
         if is_sharded(given):
             return cls._of_pieces(given)
         state = state_of(cast(State, given))
+        require_writable(state)
         if isinstance(given, nn.Module):
             require_own(given, plain_state(given))
         facts = {name: (tensor.code, tensor.shape) for name, tensor in state.items()}
@@ -63,6 +64,7 @@ class Model:
             key = offer.name if is_whole else offer.key
             state[key] = pieces.tensors[offer.key]
             cuts.setdefault(offer.name, {})[key] = None if is_whole else offer.box
+        require_writable(state)
         facts = {offer.name: (offer.code, offer.shape) for offer in pieces.offers}
         return cls(given, state, _marks(given), cuts, facts, True)
 

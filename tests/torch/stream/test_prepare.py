@@ -237,6 +237,26 @@ def test_tensors_elsewhere_and_of_inference_are_written(
             assert engine["t"].stride() == (1, 6)
 
 
+def test_tensors_whose_elements_share_memory_are_refused(tmp_path: Path) -> None:
+    """They could not have the stream's values, or torch would refuse to write them after others."""
+    base = {"a": torch.zeros(4, 6), "b": torch.zeros(6, 4)}
+    with DeltaPublisher(tmp_path / "s", base) as publisher:
+        publisher.publish(1, {"a": torch.ones(4, 6), "b": torch.ones(6, 4) * 2})
+    subscriber, memory = DeltaSubscriber(tmp_path / "s"), torch.zeros(60)
+    for a, b in (
+        (memory[:24].view(4, 6), memory[:24].view(4, 6).t()),
+        (torch.zeros(6).expand(4, 6), torch.zeros(6, 4)),
+        (memory.as_strided((4, 6), (2, 1)), torch.zeros(6, 4)),
+        (memory.as_strided((4, 6), (10, 1)), memory.as_strided((6, 4), (10, 1), 5)),
+    ):
+        with pytest.raises(CheckpointError, match="same memory"):
+            subscriber.prepare({"a": a, "b": b})
+    beside = {"a": memory.as_strided((4, 6), (10, 1)), "b": memory.as_strided((6, 4), (10, 1), 6)}
+    subscriber.sync(beside)
+    assert beside["a"].unique().tolist() == [1]
+    assert beside["b"].unique().tolist() == [2]
+
+
 # All or nothing ----------------------------------------------------------------------------------------
 
 
