@@ -108,17 +108,21 @@ def settle(tensors: Iterable[Tensor]) -> None:
         torch.cuda.synchronize(device)
 
 
+def byte_span(tensor: Tensor) -> tuple[int, int]:
+    """The address of the first byte of a tensor that has some, and that after its last one."""
+    start = tensor.data_ptr()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return start, start + (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.itemsize
+
+
 def sharing(state: Mapping[str, Tensor]) -> list[list[str]]:
     """Groups of two or more names whose tensors' bytes overlap, or might: a tensor that is not contiguous
     counts from its first byte to its last."""
     storages: dict[tuple[object, int], list[tuple[int, int, str]]] = {}
     for name, tensor in state.items():
         if tensor.nbytes:
-            start = tensor.data_ptr()
-            steps = zip(tensor.shape, tensor.stride(), strict=True)
-            end = start + (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.itemsize
             key = tensor.device, tensor.untyped_storage().data_ptr()
-            storages.setdefault(key, []).append((start, end, name))
+            storages.setdefault(key, []).append((*byte_span(tensor), name))
     groups: list[list[str]] = []
     for areas in storages.values():
         last_end = 0

@@ -17,7 +17,7 @@ from ..wrappers import plain_state
 from .pieces import Published, is_sharded, local_tensors, pieces_of
 from .records import StreamTensor, state_digest, tensor_digest
 from .split import Cuts, split
-from .state import State, StateTensor, mark_of, marks_of, state_of, sums_of
+from .state import State, StateTensor, mark_of, marks_of, require_writable, state_of, sums_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,11 @@ class Model:
 
     @classmethod
     def of(cls, given: Published) -> Model:
-        """Raises as :func:`state_of`, :func:`pieces_of` and :func:`require_own` do."""
+        """Raises as :func:`state_of`, :func:`pieces_of`, :func:`require_writable` and :func:`require_own`."""
         if is_sharded(given):
             return cls._of_pieces(given)
         state = state_of(cast(State, given))
+        require_writable(state)
         if isinstance(given, nn.Module):
             require_own(given, plain_state(given))
         facts = {name: (tensor.code, tensor.shape) for name, tensor in state.items()}
@@ -63,6 +64,7 @@ class Model:
             key = offer.name if is_whole else offer.key
             state[key] = pieces.tensors[offer.key]
             cuts.setdefault(offer.name, {})[key] = None if is_whole else offer.box
+        require_writable(state)
         facts = {offer.name: (offer.code, offer.shape) for offer in pieces.offers}
         return cls(given, state, _marks(given), cuts, facts, True)
 
@@ -126,6 +128,8 @@ class Position:
     Attributes:
         number: that of the last state that was written.
         commits: how many were written, or begun to be.
+        latest: the content of the model that was looked at or written last; None if torch does not count
+            what is written to it.
         lock: held while a model is written to, and while what is prepared is released.
     """
 
@@ -133,11 +137,11 @@ class Position:
         self.number = number
         self.commits = 0
         self.lock = RLock()
-        self._known: Known | None = None
+        self.latest: Known | None = None
 
     def known(self, model: Model) -> Known | None:
         """The state that the whole model is in, if it is the last one, unchanged."""
-        known = self._known
+        known = self.latest
         is_same = known and known.marks == model.marks and known.cuts.keys() == model.cuts.keys()
         return known if is_same else None
 
@@ -148,7 +152,7 @@ class Position:
         Args:
             model: one that is split like ``tensors``.
         """
-        known = self._known
+        known = self.latest
         is_same = known and known.marks == model.marks and known.cuts == model.cuts
         if known is None or not is_same:
             if model.is_partial:
@@ -163,12 +167,12 @@ class Position:
         return known
 
     def _keep(self, known: Known, model: Model) -> None:
-        self._known = known if model.is_counted else None
+        self.latest = known if model.is_counted else None
 
     def begin(self) -> None:
         """A model is about to be written to: until :meth:`end`, it is in no known state."""
         self.commits += 1
-        self._known = None
+        self.latest = None
 
     def end(self, model: Model, number: int, state: str, sums: Mapping[str, bytes]) -> None:
         """A model was written: it has the state of this number and digest, and chunks of these checksums."""

@@ -155,8 +155,9 @@ class Prepared:
         for name, code, shape in self.state.tensors:
             self._require_open()  # it may be closed between two tensors
             dtype, size = dtype_of(name, code), torch_shape(name, code, shape)
+            boxes = self._writing.model.cuts.get(name, {}).items()
             found = [
-                self._changed(key, box, size) for key, box in self._writing.model.cuts.get(name, {}).items()
+                self._changed(key, None if box and box.sizes == shape else box, size) for key, box in boxes
             ]
             changed = [part for part in found if part]
             if not changed:

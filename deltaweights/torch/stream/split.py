@@ -123,7 +123,7 @@ class StridedPart(StateTensor):
 
 def whole_indices(indices: NDArray[np.int64], box: Box | None, shape: tuple[int, ...]) -> NDArray[np.int64]:
     """The indices in a tensor of ``shape`` of the elements at ``indices`` of its part ``box``."""
-    if box is None or box.sizes == shape:
+    if box is None:
         return indices
     places = np.unravel_index(indices, box.sizes)
     moved = tuple(place + offset for place, offset in zip(places, box.offsets, strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,8 +15,8 @@ from ... import codec
 from ...errors import CheckpointError
 from ...payload import ChunkPlan
 from ...workers import Workers
-from ..tensors import byte_view, code_of, settle, sharing, stored_shape
-from ..wholeness import obstacle, require_gathered, require_merged, require_unquantized
+from ..tensors import byte_span, byte_view, code_of, settle, sharing, stored_shape
+from ..wholeness import obstacle, require_gathered, require_merged, require_unquantized, some
 from ..wrappers import plain_state
 from . import gpu
 from .records import CHUNK_BYTES
@@ -199,6 +199,48 @@ def require_apart(tensors: Mapping[str, Tensor], found: Mapping[str, StateTensor
             )
 
 
+def require_writable(state: Mapping[str, StateTensor]) -> None:
+    """Refuse tensors of which a write to one element would change another one, as in expanded tensors, or in
+    one beside its transpose.
+
+    Raises:
+        CheckpointError: there are some.
+    """
+    tensors = {name: state[name].tensor for name in set(owners(state).values())}
+    alone = [[name] for name, tensor in tensors.items() if not _has_own_places(tensor)]
+    together = [names for names in sharing(tensors) if not all(tensors[n].is_contiguous() for n in names)]
+    for names in alone + together:
+        if _overlap([tensors[name] for name in names]):
+            raise CheckpointError(
+                "Tensors cannot be written to",
+                f"Elements of {some(sorted(names))} are in the same memory as others.",
+                "Pass clones, or tensors with memory of their own (Tensor.contiguous).",
+            )
+
+
+def _has_own_places(tensor: Tensor) -> bool:
+    """Whether the strides show that no two elements are in the same place."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return False
+        reach += stride * (size - 1)
+    return True
+
+
+def _overlap(tensors: Sequence[Tensor]) -> bool:
+    """Whether two elements of tensors, of the same one or not, have a byte in common. Takes as much memory as
+    the tensors and what lies between them."""
+    first = min(tensor.data_ptr() for tensor in tensors)
+    spans = [byte_span(tensor) for tensor in tensors]
+    taken = np.zeros(max(end for _, end in spans) - first, np.bool_)
+    for tensor, (start, _) in zip(tensors, spans, strict=True):
+        strides = (*(stride * tensor.itemsize for stride in tensor.stride()), 1)
+        shape = (*tensor.shape, tensor.itemsize)
+        np.lib.stride_tricks.as_strided(taken[start - first :], shape, strides)[...] = True
+    return int(np.count_nonzero(taken)) < sum(tensor.nbytes for tensor in tensors)
+
+
 def marks_of(state: State) -> dict[str, object]:
     """For each tensor of the state what shows whether it is still the same one, unchanged as far as torch
     counts."""
@@ -257,7 +299,7 @@ def _checksums(state: Mapping[str, StateTensor], workers: Workers) -> dict[str, 
     sums = workers.map(lambda one: codec.checksum(state[one[0]].read(*one[2])), here)
     for (name, index, _), value in zip(here, sums, strict=True):
         found[name][index] = value
-    for some, checksums in on_gpus:
-        for (name, index, _), value in zip(some, checksums.values().tolist(), strict=True):
+    for those, checksums in on_gpus:
+        for (name, index, _), value in zip(those, checksums.values().tolist(), strict=True):
             found[name][index] = value
     return found

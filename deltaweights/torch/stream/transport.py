@@ -13,12 +13,19 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ...errors import CheckpointError, DeltaWeightsError, HubReadError, HubWriteError, OutputError
+from ...errors import (
+    CheckpointError,
+    DeltaWeightsError,
+    DiskSpaceError,
+    HubReadError,
+    HubWriteError,
+    OutputError,
+)
 from ...storage import (
     WORKSPACE,
     HubSource,
@@ -81,6 +88,9 @@ class Transport(Protocol):
             Gone: it does not exist.
             DeltaError: it is damaged.
         """
+
+    def downloading(self) -> AbstractContextManager[Path]:
+        """The folder for :meth:`fetch`, removed afterwards; a local stream needs none."""
 
     def names(self) -> list[str]:
         """The names of the stream's files, except the head."""
@@ -181,6 +191,9 @@ class FolderTransport:
         with self._or_gone():
             return _checked(self._root / name, name, file, self.where)
 
+    def downloading(self) -> AbstractContextManager[Path]:
+        return nullcontext(self._root)
+
     @contextmanager
     def _or_gone(self) -> Iterator[None]:
         try:
@@ -228,10 +241,40 @@ class FolderTransport:
 
 
 @contextmanager
+def _temporary_path() -> Iterator[Path]:
+    """A folder that is removed afterwards."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="deltaweights-")
+    except OSError as error:  # there is none, or it is full
+        raise _no_room("Files on the way from or to a stream have no place", error) from error
+    with folder as name:
+        yield Path(name)
+
+
+@contextmanager
 def _temporary_folder() -> Iterator[OutputFolder]:
     """A folder for payload files before their upload."""
-    with tempfile.TemporaryDirectory(prefix="deltaweights-") as name, OutputFolder(name) as folder:
+    with _temporary_path() as path, OutputFolder(path) as folder:
         yield folder
+
+
+@contextmanager
+def _room_for(name: str) -> Iterator[None]:
+    """Explain that the disk is full, for a download within the block."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise _no_room(f"There is no room for {name}", error) from error
+
+
+def _no_room(what: str, error: OSError) -> DiskSpaceError:
+    return DiskSpaceError(
+        what,
+        f"{error.strerror}: {tempfile.tempdir or 'the folder for temporary files'}.",
+        "Name another folder for temporary files: TMPDIR.",
+    )
 
 
 #: The error numbers of remote file systems if the server is busy or unreachable.
@@ -324,8 +367,12 @@ class UrlTransport:
     def fetch(self, name: str, file: StreamFile, folder: Path) -> LocalFile:
         with self._explained(name):
             self._require_file(name, file.size)
-            self._system.get_file(self._path(name), str(folder / name))
+            with _room_for(name):
+                self._system.get_file(self._path(name), str(folder / name))
         return _checked(folder / name, name, file, self.where)
+
+    def downloading(self) -> AbstractContextManager[Path]:
+        return _temporary_path()
 
     def names(self) -> list[str]:
         self._system.invalidate_cache()
@@ -425,9 +472,12 @@ class HubTransport:
             raise Gone
         if size != file.size:
             raise damaged(f"{name} in {self.where}", "Its size is not the one in its record")
-        with open(folder / name, "wb") as copy:
+        with _room_for(name), open(folder / name, "wb") as copy:
             copy.writelines(self._source().blocks(name))
         return _checked(folder / name, name, file, self.where)
+
+    def downloading(self) -> AbstractContextManager[Path]:
+        return _temporary_path()
 
     def names(self) -> list[str]:
         return sorted(name for name in self._source().sizes if number_of(name) is not None)

@@ -25,6 +25,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from deltaweights import CheckpointError, DeltaWeightsError, OutputError
 from deltaweights.torch import DeltaPublisher, DeltaSubscriber, Part
 from deltaweights.torch.stream.kept import KeptState
+from deltaweights.torch.tensors import DTYPES
+
+from .test_prepare import apply
 
 State = dict[str, Any]
 
@@ -60,8 +63,12 @@ class Follower:
             new = DeltaSubscriber(self._stream)
             late = new.empty_state()
             new.sync(late)
-            self._subscriber.sync(self._mirror)
             expected = {name: bits(tensor) for name, tensor in whole.items()}
+            with self._subscriber.prepare(self._mirror) as prepared:
+                found = {name: tensor.clone() for name, tensor in self._mirror.items()}
+                apply(list(prepared.changes()), found)
+                assert {name: bits(tensor) for name, tensor in found.items()} == expected
+                prepared.commit()
             assert {name: bits(tensor) for name, tensor in self._mirror.items()} == expected
             assert {name: bits(tensor) for name, tensor in late.items()} == expected
         dist.barrier()
@@ -164,7 +171,13 @@ def cut(step: int) -> State:
     state["experts"] = Part("experts", experts[rank : rank + 1], tuple(experts.shape), (rank, 0, 0))
     if rank == ranks - 1:  # as a stage of a pipeline has it
         state["last.stage"] = random((9,), 12) + step
+        state["last.packed"] = packed(step)
     return state
+
+
+def packed(step: int) -> Tensor:
+    """Pairs of elements of four bits, where torch has them."""
+    return torch.full((3, 8), step, dtype=torch.uint8).view(DTYPES.get("F4", torch.uint8))
 
 
 def whole_of(step: int) -> dict[str, Tensor]:
@@ -174,6 +187,7 @@ def whole_of(step: int) -> dict[str, Tensor]:
     found["fused"] = random((8 * ranks, 12), 10) + step
     found["experts"] = random((ranks, 3, 5), 11) * (1 + step)
     found["last.stage"] = random((9,), 12) + step
+    found["last.packed"] = packed(step)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -22,7 +23,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from deltaweights import BaseMismatchError, CheckpointError, DeltaError, DeltaWeightsError, codec
+from deltaweights import (
+    BaseMismatchError,
+    CheckpointError,
+    DeltaError,
+    DeltaWeightsError,
+    DiskSpaceError,
+    codec,
+)
 from deltaweights.torch import Change, DeltaPublisher, DeltaSubscriber
 from deltaweights.torch.stream import prepared as prepared_module
 from deltaweights.torch.stream.records import CHUNK_BYTES
@@ -235,6 +243,26 @@ def test_tensors_elsewhere_and_of_inference_are_written(
             assert torch.equal(engine["w"].view(torch.int16), model["w"].view(torch.int16))
             assert torch.equal(engine["t"], model["t"])
             assert engine["t"].stride() == (1, 6)
+
+
+def test_tensors_whose_elements_share_memory_are_refused(tmp_path: Path) -> None:
+    """They could not have the stream's values, or torch would refuse to write them after others."""
+    base = {"a": torch.zeros(4, 6), "b": torch.zeros(6, 4)}
+    with DeltaPublisher(tmp_path / "s", base) as publisher:
+        publisher.publish(1, {"a": torch.ones(4, 6), "b": torch.ones(6, 4) * 2})
+    subscriber, memory = DeltaSubscriber(tmp_path / "s"), torch.zeros(60)
+    for a, b in (
+        (memory[:24].view(4, 6), memory[:24].view(4, 6).t()),
+        (torch.zeros(6).expand(4, 6), torch.zeros(6, 4)),
+        (memory.as_strided((4, 6), (2, 1)), torch.zeros(6, 4)),
+        (memory.as_strided((4, 6), (10, 1)), memory.as_strided((6, 4), (10, 1), 5)),
+    ):
+        with pytest.raises(CheckpointError, match="same memory"):
+            subscriber.prepare({"a": a, "b": b})
+    beside = {"a": memory.as_strided((4, 6), (10, 1)), "b": memory.as_strided((6, 4), (10, 1), 6)}
+    subscriber.sync(beside)
+    assert (beside["a"] == 1).all()
+    assert (beside["b"] == 2).all()
 
 
 # All or nothing ----------------------------------------------------------------------------------------
@@ -492,6 +520,47 @@ def test_nothing_is_released_or_written_beside_a_commit(
         with pytest.raises(BaseMismatchError, match="another state of the model"):
             stale.result()
     assert bits(engine) == bits(model)
+
+
+def test_what_other_code_wrote_does_not_stop_a_subscriber_for_good(tmp_path: Path) -> None:
+    """The base is loaded again by writes that torch does not count, as engines' loaders make them."""
+    base = {"w": torch.zeros(100)}
+    engine = clone(base)
+    with DeltaPublisher(tmp_path / "s", base, anchor_base=False) as publisher:
+        subscriber = DeltaSubscriber(tmp_path / "s")
+        for step in (1, 2):
+            publisher.publish(step, {"w": torch.full((100,), float(step))})
+            assert subscriber.sync(engine).updates == step
+            assert (engine["w"] == step).all()
+            engine["w"].data.copy_(base["w"])
+        publisher.publish(3, {"w": torch.full((100,), 3.0)})
+        engine["w"].data[5] = 7
+        with pytest.raises(BaseMismatchError, match="in no state of the stream"):
+            subscriber.sync(engine)
+
+
+def test_a_local_stream_needs_no_folder_for_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in containers whose root cannot be written to. Else there is one of our errors."""
+    model, engine = Net(), Net()
+    stream = streamed(tmp_path, model)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(DiskSpaceError, match="TMPDIR"):
+        DeltaSubscriber(f"file://{stream}").prepare(engine)
+    DeltaSubscriber(stream).sync(engine)
+    assert bits(engine) == bits(model)
+
+
+def test_a_full_disk_is_told_from_a_place_that_cannot_be_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get_file(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.get_file", get_file)
+    with pytest.raises(DiskSpaceError, match="There is no room"):
+        DeltaSubscriber(f"file://{streamed(tmp_path, Net())}").prepare(Net())
 
 
 # Exact steps -------------------------------------------------------------------------------------------
