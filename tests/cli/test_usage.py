@@ -73,20 +73,30 @@ def test_no_argument_at_all_shows_the_help() -> None:
     assert "error" not in result.output
 
 
-COMMANDS = sorted(get_group(app).commands)
+COMMANDS = get_group(app).commands
+#: The commands with those of groups, such as "stream export".
+ALL_COMMANDS = {
+    **COMMANDS,
+    **{
+        f"{name} {inner}": command
+        for name, group in COMMANDS.items()
+        for inner, command in getattr(group, "commands", {}).items()
+    },
+}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", sorted(ALL_COMMANDS))
 def test_the_help_has_examples_that_name_real_options(command: str) -> None:
     short, long = (
-        CliRunner().invoke(app, [command, flag], env={"COLUMNS": "100"}) for flag in ("-h", "--help")
+        CliRunner().invoke(app, [*command.split(), flag], env={"COLUMNS": "100"}) for flag in ("-h", "--help")
     )
     assert short.exit_code == 0
     assert short.stdout == long.stdout
-    examples = re.findall(rf"^ deltaweights {command} (.*?)\s*$", short.stdout, re.MULTILINE)
+    examples = re.findall(rf"^ deltaweights ({command} .*?)\s*$", short.stdout, re.MULTILINE)
     assert examples
-    options = {option for parameter in get_group(app).commands[command].params for option in parameter.opts}
     for example in examples:
+        shown = ALL_COMMANDS.get(" ".join(example.split()[:2])) or COMMANDS[command]
+        options = {option for parameter in shown.params for option in parameter.opts}
         assert set(re.findall(r"(?<= )--?[a-z][\w-]*", f" {example.partition('|')[0]}")) <= options
 
 
