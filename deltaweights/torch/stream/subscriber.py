@@ -176,11 +176,14 @@ class DeltaSubscriber:
             with Workers(self._threads) as workers:
                 try:
                     return self._find(model, step, workers, is_sync=is_sync)
-                except BaseMismatchError:
+                except BaseMismatchError as error:
                     if remembered is None or self._position.latest is not remembered:
                         raise
                     self._position.latest = None  # other code has written to it: look at its bytes
-                    return self._find(model, step, workers, is_sync=is_sync)
+                    try:
+                        return self._find(model, step, workers, is_sync=is_sync)
+                    except BaseMismatchError:
+                        raise error from None  # which names the tensor
 
         return self._attempt(attempt)
 
