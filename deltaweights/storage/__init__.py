@@ -1,9 +1,10 @@
 """Where bytes come from and go: folders, the Hub, output folders."""
 
+from .destination import Destination, WritableFile
 from .file_names import spelling
 from .hub import HubSource, open_hub
 from .local import LocalSource, is_clutter, local_path, output_path
-from .location import Location, Readable, open_source
+from .location import Location, Readable, open_output, open_source
 from .output import WORKSPACE, OutputFolder, PartialFile
 from .source import HubId, ReadableFile, Source, Span, file_blocks, sha256_of
 from .system import flush_folder, is_same, is_within, lock
@@ -12,6 +13,7 @@ from .traffic import total as total_traffic
 
 __all__ = [
     "WORKSPACE",
+    "Destination",
     "HubId",
     "HubSource",
     "LocalSource",
@@ -23,6 +25,7 @@ __all__ = [
     "Source",
     "Span",
     "Traffic",
+    "WritableFile",
     "file_blocks",
     "flush_folder",
     "is_clutter",
@@ -31,6 +34,7 @@ __all__ = [
     "local_path",
     "lock",
     "open_hub",
+    "open_output",
     "open_source",
     "output_path",
     "sha256_of",
