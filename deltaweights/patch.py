@@ -12,18 +12,31 @@ import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .delta.chain import Deltas, links, open_recipe
+from .delta.pinned import PinnedTarget
 from .delta.recipes import ShardRecipe, TensorRecipe
 from .delta.target_recipe import TargetRecipe, check_digest
 from .errors import DeltaError, OutputError
+from .executors import Executor, kept, workers_of
 from .license.rules import landing_place, text_records
 from .manifest import Manifest, TargetFile
-from .storage import Location, OutputFolder, Readable, Source, is_within, output_path, sha256_of
+from .storage import (
+    Location,
+    OutputFolder,
+    Readable,
+    SharedOutput,
+    Source,
+    is_within,
+    join_output,
+    output_path,
+    sha256_of,
+)
 from .words import counted
 from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches
 
@@ -55,6 +68,7 @@ def apply_delta(
     keep_base: bool = False,
     force: bool = False,
     threads: int | None = None,
+    executor: Executor | None = None,
     progress: ProgressCallback | None = None,
 ) -> ApplyReport:
     """Rebuild the target in the folder ``out``, byte for byte.
@@ -73,6 +87,8 @@ def apply_delta(
         force: write even if ``out`` holds other files. They stay, unless the target has a file of the same
             name.
         threads: number of threads; if None, the number of usable cores, at most 8.
+        executor: rebuilds the shards elsewhere, one task each, such as a :class:`RayExecutor`. Its machines
+            read delta and base, and write to ``out``.
         progress: called with a phase, bytes done and total bytes: "check base", "download base",
             "check files there" and "apply".
 
@@ -81,6 +97,7 @@ def apply_delta(
         BaseMismatchError: the base is the wrong one. Nothing was written, or no file got its final name.
         DeltaError: the delta is incomplete or damaged.
         OutputError: ``out`` holds other files, or its disk is too small.
+        ExecutorError: the executor's machines cannot be reached, or do not see the same files.
     """
     root = output_path(out)
     with open_recipe(delta, base) as target, Workers(threads) as workers:
@@ -98,7 +115,7 @@ def apply_delta(
             nbytes = sum(file.size for file in missing)
             folder.require_space(nbytes)
             meter = Meter(progress, "apply", nbytes)
-            _write_all(target, missing, folder, workers, meter)
+            _write_all(target, missing, folder, workers, meter, executor)
             write_licenses(target, folder)
         _log.info("rebuilt %d files, %d bytes; %d files were there", len(missing), nbytes, len(kept))
     rebuilt = tuple(file.path for file in missing)
@@ -281,21 +298,39 @@ def _write_all(
     folder: OutputFolder,
     workers: Workers,
     meter: Meter,
+    executor: Executor | None,
 ) -> None:
     """Write shards first, then small files, and an index last, since it makes the folder a checkpoint."""
     files = list(files)
     shards = [file for file in files if file.stored == "tensors"]
     others = [file for file in files if file.stored != "tensors"]
-
-    def write_shard(lane: Lane, file: TargetFile) -> None:
-        with folder.create(file.path) as output:
-            check_digest(file, rebuild_shard(target.shard(file.path), lane, meter, output.write_at))
-            output.commit()
-        _log.info("%s: rebuilt, %d bytes, SHA-256 %s", file.path, file.size, file.sha256)
-
-    workers.each(write_shard, shards)
+    if executor and shards:
+        task = partial(_write_elsewhere, PinnedTarget.of(target), folder.share(), executor.cpus_per_task)
+        for index, _ in executor.each(task, shards):
+            meter.add(shards[index].size)
+    else:
+        workers.each(lambda lane, file: _write_shard(target, file, folder, lane, meter), shards)
     for file in sorted(others, key=lambda file: (file.path.endswith(".index.json"), file.path)):
         write_file(target, file, folder, workers, meter)
+
+
+def _write_shard(
+    target: TargetRecipe, file: TargetFile, folder: OutputFolder, lane: Lane, meter: Meter
+) -> None:
+    with folder.create(file.path) as output:
+        check_digest(file, rebuild_shard(target.shard(file.path), lane, meter, output.write_at))
+        output.commit()
+    _log.info("%s: rebuilt, %d bytes, SHA-256 %s", file.path, file.size, file.sha256)
+
+
+def _write_elsewhere(pinned: PinnedTarget, shared: SharedOutput, threads: int, file: TargetFile) -> None:
+    """The task of a shard."""
+    with (
+        kept(pinned, pinned.open) as target,
+        join_output(shared) as folder,
+        workers_of(threads, target.cancel) as workers,
+    ):
+        _write_shard(target, file, folder, workers, Meter(None, "", 0))
 
 
 def write_file(
