@@ -46,6 +46,10 @@ _log = logging.getLogger(__name__)
 #: least one of every tensor. A sampled chunk has at least 1/_ENOUGH of the full length.
 _SAMPLED_CHUNKS, _ENOUGH = 128, 16
 
+#: Over a network, where each sampled chunk is fetched once more when it is decoded: at most this share of the
+#: base's chunks, but no fewer than so many.
+_REMOTE_SHARE, _LEAST_CHUNKS = 1 / 50, 16
+
 #: Where a chunk's bytes go: its offset in the shard, the bytes.
 Sink = Callable[[int, memoryview], None]
 
@@ -188,7 +192,7 @@ def check_base(
     target: TargetRecipe, workers: Workers, *, keep: bool = False, progress: ProgressCallback | None = None
 ) -> None:
     """Check quickly that the base is the right one: by the SHA-256 that the Hub publishes for its files, or
-    else by the delta's checksums of a sample of chunks, some of every tensor.
+    else by the delta's checksums of a sample of chunks (:func:`sample_chunks`).
 
     In a chain, only the first delta's base is checked: the SHA-256 in the manifests identify the others.
 
@@ -244,7 +248,7 @@ def _check_chunks(
 ) -> None:
     """Compare a sample of the base's chunks, for these recipes, with the delta's checksums."""
     target.read_tables(recipes)
-    sample = sample_chunks(recipes)
+    sample = sample_chunks(target, recipes)
     meter = Meter(progress, "check base", sum(map(_nbytes, sample)))
     differ = []
     with target.expect_base(sample):
@@ -260,10 +264,11 @@ def _check_chunks(
             if target.faults.is_damaged(source):
                 raise _damaged(source)
         names = sorted({recipe.base.name for recipe in wrong if recipe.base})
-        count = len({recipe.base.name for recipe in recipes if recipe.base})
+        count = len({recipe.base.name for recipe, _ in sample if recipe.base})
         verb = "1 differs:" if len(names) == 1 else f"{len(names)} differ, such as"
         raise target.faults.wrong_base(f"of {counted(count, 'tensor')} sampled, {verb} {names[0]!r}")
-    _log.info("the base is the right one, by %d chunks of %d tensors", len(sample), len(recipes))
+    tensors = {recipe.info.name for recipe, _ in sample}
+    _log.info("the base is the right one, by %d chunks of %d tensors", len(sample), len(tensors))
 
 
 def _nbytes(chunk: tuple[TensorRecipe, int]) -> int:
@@ -272,12 +277,19 @@ def _nbytes(chunk: tuple[TensorRecipe, int]) -> int:
     return end - start
 
 
-def sample_chunks(recipes: list[TensorRecipe]) -> list[tuple[TensorRecipe, int]]:
+def sample_chunks(target: TargetRecipe, recipes: list[TensorRecipe]) -> list[tuple[TensorRecipe, int]]:
     """Chunks of every tensor, chosen at random, the same ones each time. If one is enough, it is the last and
-    shortest, unless that is so short that many checkpoints might share it."""
+    shortest, unless that is so short that many checkpoints might share it. Of a remote base whose tensors are
+    small, some tensors only."""
     per_tensor = max(1, -(-_SAMPLED_CHUNKS // max(1, len(recipes))))
     choice = random.Random(0)  # noqa: S311
-    return [(recipe, index) for recipe in recipes for index in _sample_of(recipe, per_tensor, choice)]
+    sample = [(recipe, index) for recipe in recipes for index in _sample_of(recipe, per_tensor, choice)]
+    if target.base is None or not target.base.source.is_remote:
+        return sample
+    chunks = sum(recipe.plan.shared_count for recipe in recipes)
+    most = max(_LEAST_CHUNKS, int(chunks * _REMOTE_SHARE))
+    chosen = sorted(choice.sample(range(len(sample)), min(most, len(sample))))
+    return [sample[place] for place in chosen]
 
 
 def _sample_of(recipe: TensorRecipe, most: int, choice: random.Random) -> list[int]:
