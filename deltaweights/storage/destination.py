@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ..errors import DiskSpaceError
@@ -11,6 +12,14 @@ from .source import Source
 
 Self = TypeVar("Self", bound="WritableFile")
 Place = TypeVar("Place", bound="Destination")
+
+
+@dataclass(frozen=True, slots=True)
+class SharedOutput:
+    """An output that a run holds, for those who join it: where it is, and which run."""
+
+    location: str = field(repr=False)  # of a store, it may hold secrets
+    run: str
 
 
 class WritableFile(ABC):
@@ -66,6 +75,10 @@ class Destination(ABC):
 
     @abstractmethod
     def __exit__(self, *exc: object) -> None: ...
+
+    @abstractmethod
+    def share(self) -> SharedOutput:
+        """Let others join: :func:`join_output` with what this returns, until it is closed."""
 
     @abstractmethod
     def create(self, path: str, *, size: int | None = None, sha256: str | None = None) -> WritableFile:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 import threading
 from collections import deque
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import DiskSpaceError, OutputError
-from .destination import Destination, WritableFile
+from .destination import Destination, SharedOutput, WritableFile
 from .file_names import alike, same_names, spelling
 from .local import LocalSource, blocks_at, free_space, is_clutter, output_path
 from .source import Source, sha256_of
@@ -136,6 +137,19 @@ class OutputFolder(Destination):
         self._root_handle: int | None = None
         self._handle: int | None = None  # of the workspace
 
+    def share(self) -> SharedOutput:
+        """Let others join: :func:`join_output` with what this returns, until this folder is closed."""
+        run = secrets.token_hex(16)
+        self._write_note("run", run.encode())
+        return SharedOutput(str(self.root.absolute()), run)
+
+    def run_there(self) -> str:
+        """Which run has shared the folder; empty if none."""
+        try:
+            return (self._workspace / "run").read_text(errors="replace")
+        except OSError:
+            return ""
+
     def __enter__(self) -> OutputFolder:
         try:
             with full_disk_explained(f"to {self.root}"):
@@ -144,9 +158,7 @@ class OutputFolder(Destination):
                 for left_over in self._workspace.glob("*.partial"):
                     _remove(left_over)
                 self._check_workspace()
-                if _HAS_HANDLES:
-                    self._root_handle = os.open(self.root, _FOLDER)
-                    self._handle = self._open_folder(Path(WORKSPACE), make=False)
+                self._open_handles()
         except BaseException:
             self._close_handles()
             if self._lock:
@@ -192,6 +204,11 @@ class OutputFolder(Destination):
             if path.name not in ("lock", KEPT):
                 path.unlink()
         (self._workspace / "lock").unlink()
+
+    def _open_handles(self) -> None:
+        if _HAS_HANDLES:
+            self._root_handle = os.open(self.root, _FOLDER)
+            self._handle = self._open_folder(Path(WORKSPACE), make=False)
 
     def _close_handles(self) -> None:
         for handle in (self._root_handle, self._handle):
@@ -331,11 +348,14 @@ class OutputFolder(Destination):
 
     def remember(self, name: str, data: bytes) -> None:
         """Keep ``data`` for the next run, in case this one is interrupted."""
-        temporary = self._workspace / f"{name}.partial"
+        self._write_note(f"{name}.memory", data)
+
+    def _write_note(self, name: str, data: bytes) -> None:
+        temporary = self._workspace / self._temporary_name(name)
         try:
             with full_disk_explained(f"to {self.root}"):
                 temporary.write_bytes(data)
-                temporary.replace(self._workspace / f"{name}.memory")
+                temporary.replace(self._workspace / name)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -353,13 +373,17 @@ class OutputFolder(Destination):
             OutputError: a folder of the path is a symbolic link or a file.
         """
         final = self.root / path
-        temporary = hashlib.sha256(path.encode()).hexdigest()[:32] + ".partial"
         with full_disk_explained(path):
             with self._folder_of(Path(path), make=True):
                 pass
             if final.is_dir() and not final.is_symlink():
                 raise OutputError(f"Cannot write {final}", "A folder has that name.", "Remove it.")
-            return PartialFile(path, self._workspace / temporary, final, self._place, self._handle)
+            return PartialFile(
+                path, self._workspace / self._temporary_name(path), final, self._place, self._handle
+            )
+
+    def _temporary_name(self, path: str) -> str:
+        return hashlib.sha256(path.encode()).hexdigest()[:32] + ".partial"
 
     def _place(self, temporary: Path, final: Path) -> None:
         """Rename, but never over a file that was placed under another name since :meth:`require_distinct`."""

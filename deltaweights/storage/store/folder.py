@@ -13,7 +13,7 @@ from concurrent.futures import CancelledError
 from contextlib import suppress
 
 from ...errors import OutputError
-from ..destination import Destination, WritableFile
+from ..destination import Destination, SharedOutput, WritableFile
 from ..local import is_clutter
 from ..output import KEPT, WORKSPACE
 from ..source import Source
@@ -66,8 +66,7 @@ class StoreFolder(Destination):
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._reader:
-            self._reader.close()
+        self._close_reader()
         with suppress(Exception):  # what remains hinders nobody
             if exc[0] is None or not self._claims - self._lost:
                 self._clear_workspace()
@@ -76,6 +75,10 @@ class StoreFolder(Destination):
         if exc[0] is None:
             with suppress(Exception):  # not everyone may list uploads
                 self._end_left_over()
+
+    def _close_reader(self) -> None:
+        if self._reader:
+            self._reader.close()
 
     def _clear_workspace(self) -> None:
         """Remove all notes, those of other runs too: they have nothing to go on with."""
@@ -90,6 +93,10 @@ class StoreFolder(Destination):
             if upload.full_path in ours:
                 self._store.end_upload(upload)
                 _log.info("ended an upload of %s that an earlier run began", self.where)
+
+    def share(self) -> SharedOutput:
+        """Let others join, until this place is closed."""
+        return SharedOutput(self._url, self._run)
 
     def cancel(self) -> None:
         """End all writes that wait for the store, and all later ones."""
@@ -273,3 +280,29 @@ class StoreFolder(Destination):
         with reading(self.where):
             files = patiently(self._store.find, attempts=3)
         return {path: files[path].size for path in paths if path in files}
+
+
+class JoinedPlace(StoreFolder):
+    """The place of a run that another process holds open; a context manager. What is written here is the
+    run's, and that process cleans up.
+
+    Raises:
+        OutputError: the run is over.
+    """
+
+    def __init__(self, shared: SharedOutput) -> None:
+        super().__init__(shared.location)
+        self._run = shared.run
+
+    def __enter__(self) -> JoinedPlace:
+        with writing(self.where):
+            self._files = patiently(self._store.find, cancelled=self._cancelled)
+        if f"{_CLAIMS}{self._run}" not in self._files:
+            raise OutputError(f"{self.where} cannot be written to by a task", "Its run is over.")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._close_reader()
+
+    def claim(self, paths: Iterable[str]) -> None:
+        """Nothing: who holds the place has claimed what others write."""
