@@ -8,6 +8,7 @@ with S3Server() as s3:
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class Fault:
     query: str = ""
     status: int | None = None
     cut_after: int | None = None
+    #: The connection ends instead of an answer.
+    drop: bool = False
     #: Called before such a request is answered.
     call: Callable[[], object] | None = None
 
@@ -113,6 +116,10 @@ class S3Server:
         """Let something go wrong with requests for paths that end so."""
         self._faults.append(Fault(path, method, times, **what))
 
+    def heal(self) -> None:
+        """Let nothing go wrong any more."""
+        self._faults.clear()
+
     def bytes_sent(self, path: str = "") -> int:
         """The bytes in answers to GETs of files whose path ends so."""
         return sum(r.nbytes for r in self.log if r.method == "GET" and r.path.endswith(path))
@@ -125,6 +132,9 @@ class S3Server:
             fault.times -= 1
         if fault and fault.call:
             fault.call()
+        if fault and fault.drop:
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            raise ConnectionAbortedError
         if fault and fault.status:
             length = int(environ.get("CONTENT_LENGTH") or 0)
             environ["wsgi.input"].read(length)
