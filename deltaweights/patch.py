@@ -23,6 +23,7 @@ from .delta.target_recipe import TargetRecipe, check_digest
 from .errors import DeltaError, OutputError
 from .license.rules import landing_place, text_records
 from .manifest import Manifest, TargetFile
+from .metrics import timed_operation, timed_stage
 from .storage import Location, OutputFolder, Readable, Source, is_within, output_path, sha256_of
 from .words import counted
 from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches
@@ -47,6 +48,7 @@ class ApplyReport:
     nbytes: int
 
 
+@timed_operation("apply")
 def apply_delta(
     delta: Deltas,
     out: Location,
@@ -130,6 +132,7 @@ def _damaged(path: str) -> DeltaError:
     )
 
 
+@timed_stage("check files there")
 def _finished(
     manifest: Manifest,
     folder: OutputFolder,
@@ -167,6 +170,7 @@ def _finished(
     return kept
 
 
+@timed_stage("check base")
 def check_base(
     target: TargetRecipe, workers: Workers, *, keep: bool = False, progress: ProgressCallback | None = None
 ) -> None:
@@ -275,6 +279,7 @@ def _sample_of(recipe: TensorRecipe, most: int, choice: random.Random) -> list[i
     return sorted(choice.sample(chunks, min(most, len(chunks))))
 
 
+@timed_stage("rebuild")
 def _write_all(
     target: TargetRecipe,
     files: Iterable[TargetFile],

@@ -2,11 +2,20 @@
 
 from .file_names import spelling
 from .hub import HubSource, open_hub
-from .local import LocalSource, is_clutter, local_path, output_path
+from .local import (
+    LocalFile,
+    LocalSource,
+    blocks_at,
+    free_space,
+    is_clutter,
+    local_path,
+    output_path,
+    store_url,
+)
 from .location import Location, Readable, open_source
 from .output import WORKSPACE, OutputFolder, PartialFile
 from .source import HubId, ReadableFile, Source, Span, file_blocks, sha256_of
-from .system import flush_folder, is_same, is_within, lock
+from .system import flush, flush_folder, is_same, is_within, lock
 from .traffic import Traffic
 from .traffic import total as total_traffic
 
@@ -14,6 +23,7 @@ __all__ = [
     "WORKSPACE",
     "HubId",
     "HubSource",
+    "LocalFile",
     "LocalSource",
     "Location",
     "OutputFolder",
@@ -23,8 +33,11 @@ __all__ = [
     "Source",
     "Span",
     "Traffic",
+    "blocks_at",
     "file_blocks",
+    "flush",
     "flush_folder",
+    "free_space",
     "is_clutter",
     "is_same",
     "is_within",
@@ -35,5 +48,6 @@ __all__ = [
     "output_path",
     "sha256_of",
     "spelling",
+    "store_url",
     "total_traffic",
 ]
