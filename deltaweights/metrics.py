@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from ._version import __version__
 
@@ -34,9 +34,10 @@ def add(*, read: int = 0, write: int = 0, receive: int = 0, encode: int = 0, dec
         _totals["decode"] += decode
 
 
-def total(name: Literal["read", "write"]) -> int:
-    """All that was added so since the process began."""
-    return _totals[name]
+def totals() -> dict[str, int]:
+    """All that was added since the process began, by the names of :func:`add`."""
+    with _lock:
+        return dict(_totals)
 
 
 def count_jobs(verb: str, status: str, count: int = 1) -> None:

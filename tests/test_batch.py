@@ -23,6 +23,7 @@ from deltaweights.storage import LocalSource
 
 from .checkpoints import bf16, contents, weights, write_safetensors
 from .conftest import Trio
+from .executors.pool import PoolExecutor
 from .hub_server import HubServer
 from .s3_server import S3Server
 
@@ -184,6 +185,20 @@ def test_a_license_that_nobody_accepted_fails_its_job_only(trio: Trio, tmp_path:
     assert found["yes"].status == "ok"
     assert not (tmp_path / "a-no").exists()
     assert {one.status for one in run_batch(jobs("b"), accept_license=["qwen"])} == {"ok"}
+
+
+def test_a_batch_goes_to_an_executor(tunes: list[Path], tmp_path: Path) -> None:
+    kept, cache = tmp_path / "results.jsonl", tmp_path / "cache"
+    jobs = write_jobs(tmp_path / "jobs.jsonl", [*diffs(tunes, tmp_path / "base"), "{"])
+    with PoolExecutor(2) as pool:
+        found = list(run_batch(jobs, kept, executor=pool, cache=cache))
+        again = list(run_batch(jobs, kept, executor=pool, cache=cache))
+    assert sorted(one.status for one in found) == ["failed", *["ok"] * 5]
+    assert sorted(one.status for one in again) == ["failed", *["skipped"] * 5]
+    assert all(one.bytes_read and one.bytes_written for one in found if one.status == "ok")
+    assert len(lines_of(kept)) == 7
+    make_delta(tmp_path / "base", tunes[4], tmp_path / "right")
+    assert contents(tmp_path / "tuned-4-delta") == contents(tmp_path / "right")
 
 
 # The results --------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from functools import partial
-from typing import Any
 
+from ..executors import Executor
 from ..metrics import count_jobs
 from ..storage import output_path
 from ..workers import MOST_THREADS, Stopped, usable_cores
@@ -28,7 +28,7 @@ def run_batch(
     *,
     at_once: int = 1,
     threads: int | None = None,
-    executor: Any = None,
+    executor: Executor | None = None,
     accept_license: Iterable[str] = (),
     cache: str | os.PathLike[str] | None = None,
     cache_bytes: int = CACHE_BYTES,
@@ -100,7 +100,7 @@ def _divided(planned: Iterable[Planned], done: dict[str, JobResult]) -> tuple[li
 
 
 def _run(
-    planned: Sequence[Planned], settings: Settings, executor: Any, at_once: int
+    planned: Sequence[Planned], settings: Settings, executor: Executor | None, at_once: int
 ) -> Generator[JobResult, None, None]:
     if executor is None and at_once == 1:
         for one in planned:

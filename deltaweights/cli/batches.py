@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import AcceptLicense, Debug, Json, Quiet, Threads, Verbose, number_of_bytes
+from .machines import machines
+from .options import AcceptLicense, Debug, Json, Quiet, Ray, Threads, Verbose, number_of_bytes
 from .rendering import elapsed, plain, size
 from .session import working
 from .streams import note
@@ -49,6 +50,7 @@ def batch(
     ] = "500G",
     accept_license: AcceptLicense = None,
     threads: Threads = None,
+    ray: Ray = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -63,8 +65,13 @@ def batch(
     """
     results = output or str(Path(jobs).with_suffix(".results.jsonl"))
     most = number_of_bytes(cache_size)
+    if ray is not None and at_once > 1:
+        raise typer.BadParameter("The cluster decides how many jobs run at once.", param_hint="--jobs")
     counts: Counter[str] = Counter()
-    with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work:
+    with (
+        working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work,
+        machines(ray, threads) as executor,
+    ):
         from ..batch import run_batch
 
         running = run_batch(
@@ -72,6 +79,7 @@ def batch(
             results,
             at_once=at_once,
             threads=threads,
+            executor=executor,
             accept_license=accept_license or (),
             cache=cache,
             cache_bytes=most,

@@ -48,6 +48,7 @@ class StoreSource(Source):
     """
 
     def __init__(self, url: str, *, window_bytes: int = _WINDOW_BYTES) -> None:
+        self._url = url
         self._store = Store(url)
         self._files = self._store.listing()
         sizes = {path: file.size for path, file in sorted(self._files.items()) if not is_left_out(path)}
@@ -67,6 +68,11 @@ class StoreSource(Source):
     def is_remote(self) -> bool:
         """Always true."""
         return True
+
+    @property
+    def location(self) -> str:
+        """The URL, with what may be secret in it."""
+        return self._url
 
     def open(self, path: str) -> HubFile:
         """The file at ``path``."""

@@ -29,4 +29,5 @@ def count(*, read: int = 0, written: int = 0, fetched: int = 0) -> None:
 
 def total() -> Traffic:
     """Everything since the process began."""
-    return Traffic(metrics.total("read"), metrics.total("write"))
+    totals = metrics.totals()
+    return Traffic(totals["read"], totals["write"])
