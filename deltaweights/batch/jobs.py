@@ -27,7 +27,6 @@ class _Base(
     frozen=True,
     kw_only=True,
     forbid_unknown_fields=True,
-    omit_defaults=True,
     tag_field="verb",
 ):
     """What every job has: a name for people, of which nothing depends."""
@@ -161,10 +160,16 @@ _encoder = msgspec.json.Encoder(order="sorted")
 
 
 def digest_of(job: Job | BadLine) -> str:
-    """The SHA-256 of what a job says, but for its id: two jobs with the same one do the same."""
+    """The SHA-256 of what a job says, but for its id: two jobs with the same one do the same. What is as by
+    default counts as not said, also if an option is added to jobs later."""
     if isinstance(job, BadLine):
         return hashlib.sha256(job.text).hexdigest()
-    return hashlib.sha256(_encoder.encode(msgspec.structs.replace(job, id=None))).hexdigest()
+    said = {
+        field.name: getattr(job, field.name)
+        for field in msgspec.structs.fields(job)
+        if field.name != "id" and getattr(job, field.name) != field.default
+    }
+    return hashlib.sha256(_encoder.encode([job.__struct_config__.tag, said])).hexdigest()
 
 
 def _output_of(job: Job) -> str | None:

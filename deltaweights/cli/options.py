@@ -68,8 +68,8 @@ Ray = Annotated[
     typer.Option(
         "--ray",
         metavar="ADDRESS",
-        help="Work on the machines of a Ray cluster, a task for each shard, or job of a batch: `auto` for the "
-        "one that runs, `local` to start one here, or an address. --threads is then for each task, 1 by default.",
+        help="Work on the machines of a Ray cluster, a task for each shard or job: `auto` for the one that "
+        "runs, `local` to start one here, or an address. --threads is then for each task, 1 by default.",
     ),
 ]
 Debug = Annotated[
