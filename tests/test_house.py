@@ -152,14 +152,15 @@ RANKS: dict[str, tuple[str, ...]] = {
     "storage": (
         "traffic",
         "hub_errors patience source system",
-        "file_names local read_ahead store_errors",
+        "destination file_names local read_ahead",
         "hub_client output",
-        "hub hub_upload joined store_client",
+        "hub hub_upload",
         "store",
-        "location",
+        "joined location",
         "pinned",
         "__init__",
     ),
+    "storage/store": ("errors", "client", "source upload", "files", "folder", "__init__"),
     "torch": ("boxes tensors wholeness wrappers", "dcp models stream", "__init__"),
     "torch/dcp": ("record", "base", "folder write", "storage", "__init__"),
     "torch/models": (

@@ -1,5 +1,6 @@
 """Where bytes come from and go: folders, the Hub, output folders."""
 
+from .destination import Destination, SharedOutput, WritableFile
 from .file_names import spelling
 from .hub import HubSource, open_hub
 from .joined import join_output
@@ -13,8 +14,8 @@ from .local import (
     output_path,
     store_url,
 )
-from .location import Location, Readable, open_source
-from .output import WORKSPACE, OutputFolder, PartialFile, SharedOutput
+from .location import Location, Readable, open_output, open_source
+from .output import WORKSPACE, OutputFolder, PartialFile
 from .pinned import PinnedSource
 from .source import HubId, ReadableFile, Source, Span, file_blocks, sha256_of
 from .system import flush, flush_folder, is_same, is_within, lock
@@ -23,6 +24,7 @@ from .traffic import total as total_traffic
 
 __all__ = [
     "WORKSPACE",
+    "Destination",
     "HubId",
     "HubSource",
     "LocalFile",
@@ -37,6 +39,7 @@ __all__ = [
     "Source",
     "Span",
     "Traffic",
+    "WritableFile",
     "blocks_at",
     "file_blocks",
     "flush",
@@ -49,6 +52,7 @@ __all__ = [
     "local_path",
     "lock",
     "open_hub",
+    "open_output",
     "open_source",
     "output_path",
     "sha256_of",
