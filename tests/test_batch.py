@@ -324,6 +324,21 @@ def many_jobs(folder: Path, count: int) -> tuple[Path, list[Path]]:
     return write_jobs(folder / "jobs.jsonl", diffs(targets, folder / "base")), targets
 
 
+def test_results_in_a_store(s3: S3Server, tunes: list[Path], tmp_path: Path) -> None:
+    """Base, target, delta and output may each be a URL."""
+    for folder in (tmp_path / "base", tunes[0]):
+        for path, data in contents(folder).items():
+            s3.system.pipe_file(f"bucket/{folder.name}/{path}", data)
+    url = "s3://bucket"
+    made = [DiffJob(base=f"{url}/base", target=f"{url}/tuned-0", delta=f"{url}/delta")]
+    assert [one.error for one in run_batch(made)] == [None]
+    assert [one.error for one in run_batch(made)] == [None]  # as after a kill before the result was written
+    used = [ApplyJob(delta=f"{url}/delta", base=f"{url}/base", out=f"{url}/out")]
+    assert [one.error for one in run_batch(used)] == [None]
+    rebuilt = s3.system.cat_file("bucket/out/model.safetensors")
+    assert rebuilt == (tunes[0] / "model.safetensors").read_bytes()
+
+
 # Copies of bases ----------------------------------------------------------------------------------------
 
 
