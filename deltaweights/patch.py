@@ -8,22 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .delta.chain import Deltas, links, open_recipe
+from .delta.pinned import PinnedTarget
 from .delta.recipes import ShardRecipe, TensorRecipe
 from .delta.target_recipe import TargetRecipe, check_digest
 from .errors import DeltaError, OutputError
+from .executors import Executor, kept, workers_of
 from .license.rules import landing_place, text_records
 from .manifest import Manifest, TargetFile
-from .storage import Location, OutputFolder, Readable, Source, is_within, output_path, sha256_of
+from .storage import (
+    Destination,
+    Location,
+    Readable,
+    SharedOutput,
+    Source,
+    join_output,
+    open_output,
+    sha256_of,
+)
 from .words import counted
 from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches
 
@@ -59,6 +69,7 @@ def apply_delta(
     keep_base: bool = False,
     force: bool = False,
     threads: int | None = None,
+    executor: Executor | None = None,
     progress: ProgressCallback | None = None,
 ) -> ApplyReport:
     """Rebuild the target in the folder ``out``, byte for byte.
@@ -69,7 +80,7 @@ def apply_delta(
         delta: a folder, a Hub id, a URL or an open source (closed at the end); or several, oldest first, each
             made from the target of the one before. An open source stays at the commit found when it was
             opened, even if the branch moves.
-        out: the folder to write; new or empty, or an interrupted run's.
+        out: the folder to write, or the URL of a place in a store; new or empty, or an interrupted run's.
         base: a folder, a file, a Hub id or a URL; if None, the repository that the (first) manifest names, at
             its commit.
         keep_base: download the needed files of a base on the Hub into the local Hub cache and keep them
@@ -77,6 +88,8 @@ def apply_delta(
         force: write even if ``out`` holds other files. They stay, unless the target has a file of the same
             name.
         threads: number of threads; if None, the number of usable cores, at most 8.
+        executor: rebuilds the shards elsewhere, one task each, such as a :class:`RayExecutor`. Its machines
+            read delta and base, and write to ``out``.
         progress: called with a phase, bytes done and total bytes: "check base", "download base",
             "check files there" and "apply".
 
@@ -85,15 +98,18 @@ def apply_delta(
         BaseMismatchError: the base is the wrong one. Nothing was written, or no file got its final name.
         DeltaError: the delta is incomplete or damaged.
         OutputError: ``out`` holds other files, or its disk is too small.
+        ExecutorError: the executor's machines cannot be reached, or do not see the same files.
     """
-    root = output_path(out)
+    folder = open_output(out)
     with open_recipe(delta, base) as target, Workers(threads) as workers:
         workers.at_stop(target.cancel)
-        check_apart(root, target)
-        _log.info("rebuilding %s into %s", ", ".join(link.source.where for link in links(target)), root)
+        workers.at_stop(folder.cancel)
+        check_apart(folder, target)
+        origins = ", ".join(link.source.where for link in links(target))
+        _log.info("rebuilding %s into %s", origins, folder.where)
         check_licenses(target)
         check_base(target, workers, keep=keep_base, progress=progress)
-        with OutputFolder(root) as folder:
+        with folder:
             paths = [file.path for file in target.manifest.target.files]
             folder.require_distinct([*paths, *(place for _, _, place in license_places(target))])
             folder.require_apart(paths, target.sources)
@@ -102,20 +118,20 @@ def apply_delta(
             nbytes = sum(file.size for file in missing)
             folder.require_space(nbytes)
             meter = Meter(progress, "apply", nbytes)
-            _write_all(target, missing, folder, workers, meter)
+            _write_all(target, missing, folder, workers, meter, executor)
             write_licenses(target, folder)
         _log.info("rebuilt %d files, %d bytes; %d files were there", len(missing), nbytes, len(kept))
     rebuilt = tuple(file.path for file in missing)
-    return ApplyReport(str(root), rebuilt, tuple(sorted(kept)), nbytes)
+    return ApplyReport(folder.where, rebuilt, tuple(sorted(kept)), nbytes)
 
 
-def check_apart(root: Path, target: TargetRecipe) -> None:
+def check_apart(folder: Destination, target: TargetRecipe) -> None:
     """The target must not overwrite the files that it is made from."""
-    for place in filter(None, (source.root for source in target.sources)):
-        if place.is_dir() and is_within(root, place):
+    for source in target.sources:
+        if folder.is_inside(source):
             raise OutputError(
-                f"The target cannot be written to {root}",
-                f"That folder is inside {place}, which the target is made from.",
+                f"The target cannot be written to {folder.where}",
+                f"That folder is inside {source.root or source.where}, which the target is made from.",
                 "Choose another folder.",
             )
 
@@ -136,7 +152,7 @@ def _damaged(path: str) -> DeltaError:
 
 def _finished(
     manifest: Manifest,
-    folder: OutputFolder,
+    folder: Destination,
     workers: Workers,
     force: bool,
     progress: ProgressCallback | None,
@@ -148,7 +164,7 @@ def _finished(
             different content.
     """
     files = {file.path: file for file in manifest.target.files}
-    there = [file for file in files.values() if os.path.lexists(folder.root / file.path)]
+    there = [file for file in files.values() if folder.exists(file.path)]
     meter = Meter(progress, "check files there", sum(file.size for file in there)) if there else None
 
     def is_whole(lane: Lane, file: TargetFile) -> bool:
@@ -164,7 +180,7 @@ def _finished(
     if others and not force:
         more = f", nor are {len(others) - 1} more" if others[1:] else ""
         raise OutputError(
-            f"{folder.root} holds other files",
+            f"{folder.where} holds other files",
             f"{others[0]!r} is not the target's{more}.",
             "Choose a new folder, or pass force=True to write there; files of other names stay as they are.",
         )
@@ -290,42 +306,59 @@ def _sample_of(recipe: TensorRecipe, most: int, choice: random.Random) -> list[i
 def _write_all(
     target: TargetRecipe,
     files: Iterable[TargetFile],
-    folder: OutputFolder,
+    folder: Destination,
     workers: Workers,
     meter: Meter,
+    executor: Executor | None,
 ) -> None:
     """Write shards first, then small files, and an index last, since it makes the folder a checkpoint."""
     files = list(files)
     shards = [file for file in files if file.stored == "tensors"]
     others = [file for file in files if file.stored != "tensors"]
-
-    def write_shard(lane: Lane, file: TargetFile) -> None:
-        with folder.create(file.path) as output:
-            check_digest(file, rebuild_shard(target.shard(file.path), lane, meter, output.write_at))
-            output.commit()
-        _log.info("%s: rebuilt, %d bytes, SHA-256 %s", file.path, file.size, file.sha256)
-
-    workers.each(write_shard, shards)
+    if executor and shards:
+        task = partial(_write_elsewhere, PinnedTarget.of(target), folder.share(), executor.cpus_per_task)
+        for index, _ in executor.each(task, shards):
+            meter.add(shards[index].size)
+    else:
+        workers.each(lambda lane, file: _write_shard(target, file, folder, lane, meter), shards)
     for file in sorted(others, key=lambda file: (file.path.endswith(".index.json"), file.path)):
         write_file(target, file, folder, workers, meter)
 
 
-def write_file(
-    target: TargetRecipe, file: TargetFile, folder: OutputFolder, lane: Lane, meter: Meter
+def _write_shard(
+    target: TargetRecipe, file: TargetFile, folder: Destination, lane: Lane, meter: Meter
 ) -> None:
+    with folder.create(file.path, size=file.size, sha256=file.sha256) as output:
+        check_digest(file, rebuild_shard(target.shard(file.path), lane, meter, output.write_at))
+        output.commit()
+    _log.info("%s: rebuilt, %d bytes, SHA-256 %s", file.path, file.size, file.sha256)
+
+
+def _write_elsewhere(pinned: PinnedTarget, shared: SharedOutput, threads: int, file: TargetFile) -> None:
+    """The task of a shard."""
+    with (
+        kept(pinned, pinned.open) as target,
+        join_output(shared) as folder,
+        workers_of(threads, target.cancel) as workers,
+    ):
+        workers.at_stop(folder.cancel)
+        _write_shard(target, file, folder, workers, Meter(None, "", 0))
+
+
+def write_file(target: TargetRecipe, file: TargetFile, folder: Destination, lane: Lane, meter: Meter) -> None:
     """Write a file of the target that is not a shard.
 
     Raises:
         DeltaError: its SHA-256 is not the manifest's; it did not get its name.
     """
-    with folder.create(file.path) as output:
+    with folder.create(file.path, size=file.size, sha256=file.sha256) as output:
         output.write_blocks(lane.watch(target.blocks(file), meter))
         check_digest(file, output.digest()[1])
         output.commit()
     _log.debug("%s: rebuilt, %d bytes, SHA-256 %s", file.path, file.size, file.sha256)
 
 
-def write_licenses(target: TargetRecipe, folder: OutputFolder) -> None:
+def write_licenses(target: TargetRecipe, folder: Destination) -> None:
     """Write license texts and notices of all deltas beside the target."""
     for source, path, place in license_places(target):
         with folder.create(place) as output:

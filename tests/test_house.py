@@ -40,7 +40,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "canonical entries",
         "adapters",
         "codec manifest storage",
-        "checkpoint",
+        "checkpoint executors",
         "payload",
         "license match",
         "card inputs",
@@ -55,7 +55,7 @@ RANKS: dict[str, tuple[str, ...]] = {
     "card": ("front_matter links", "writing", "__init__"),
     "checkpoint": ("header index other_formats", "checkpoint", "gathered oddities", "__init__"),
     "cli": (
-        "layout options",
+        "layout machines options",
         "rendering",
         "streams",
         "logs usage",
@@ -111,7 +111,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "target_recipe",
         "rebuilt",
         "chain",
-        "sampling target writer",
+        "pinned sampling target writer",
         "__init__",
     ),
     "engines": (
@@ -131,6 +131,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "exporting",
         "__init__",
     ),
+    "executors": ("carrying kept", "executor", "ray_executor", "__init__"),
     "license": ("table", "rules", "bom cards", "__init__"),
     "license/bom": ("facts", "cyclonedx spdx", "__init__"),
     "match": (
@@ -148,13 +149,15 @@ RANKS: dict[str, tuple[str, ...]] = {
     "storage": (
         "traffic",
         "hub_errors patience source system",
-        "file_names local read_ahead store_errors",
+        "destination file_names local read_ahead",
         "hub_client output",
-        "hub hub_upload store_client",
+        "hub hub_upload",
         "store",
-        "location",
+        "joined location",
+        "pinned",
         "__init__",
     ),
+    "storage/store": ("errors", "client", "source upload", "files", "folder", "__init__"),
     "torch": ("boxes tensors wholeness wrappers", "dcp models stream", "__init__"),
     "torch/dcp": ("record", "base", "folder write", "storage", "__init__"),
     "torch/models": (

@@ -140,6 +140,16 @@ class Source(ABC):
         """Whether any of it comes over a network."""
         return False
 
+    @property
+    def location(self) -> str | None:
+        """What opens it again, on every machine that reaches it; None if nothing does. May hold secrets."""
+        return None
+
+    def pin(self, path: str) -> str:
+        """A text that is the same on every machine that reads this version of the file, and hardly on one
+        that reads another."""
+        return self.fingerprint(path)
+
     def require_readable(self) -> None:
         """Raise :class:`CheckpointError` where any of it cannot be read."""
         for error in self.unreadable.values():
