@@ -172,19 +172,23 @@ RANKS: dict[str, tuple[str, ...]] = {
         "__init__",
     ),
     "torch/stream": (
-        "gpu_kernels ranks records",
-        "gpu mirror transport",
-        "history state",
-        "cast held kept payloads split",
-        "gpu_replay pieces",
-        "division position",
-        "publisher",
+        "gpu_kernels records",
+        "gpu transport",
+        "state",
+        "cast payloads split",
+        "pieces",
+        "following publishing",
+        "__init__",
+    ),
+    "torch/stream/following": (
+        "gpu_replay held history mirror position",
         "replay",
         "writing",
         "prepared",
         "subscriber",
         "__init__",
     ),
+    "torch/stream/publishing": ("division kept ranks", "publisher", "__init__"),
 }
 
 
