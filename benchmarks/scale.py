@@ -3,9 +3,9 @@
     python benchmarks/scale.py [--mib 256]
 
 Small jobs run for real, against a store with latency and a bandwidth that all of its connections share (in
-memory, as a file system of fsspec). They say how many requests and bytes a job takes, and how long a byte takes
-to code. The rest is calculated from that and from what is assumed of nodes and models; it is printed apart, and
-the calculation is first held against the small jobs. Figure: off by at most a third there.
+memory, as a file system of fsspec). They say how many requests and bytes a job takes, and how long a byte
+takes to code. The rest is calculated from that and from what is assumed of nodes and models; it is printed
+apart. The calculation is first held against the small jobs. Figure: off by at most a third there.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def run(action: Callable[[], object], *, latency: float, bandwidth: float) -> Co
 
 
 def expected(quick: Cost, *, latency: float, bandwidth: float) -> float:
-    """Seconds of a job against a slow store, from those against a quick one: the longest of coding, of the line
-    and of waiting for first bytes, since these go on at once."""
+    """Seconds of a job against a slow store, from those against a quick one: coding goes on while bytes are
+    under way."""
     line = (quick.fetched + quick.sent) / bandwidth
     waits = quick.requests * latency / _CONNECTIONS
     return max(quick.seconds, line + waits)
@@ -152,8 +152,8 @@ def jobs(size: str) -> dict[str, Callable[[str], object]]:
 
 
 def measure(sizes: dict[str, int]) -> tuple[dict[str, Cost], list[str]]:
-    """Run small jobs of two sizes, quick and slow. Returns what a further byte costs, and where the calculation
-    is wrong."""
+    """Run small jobs of two sizes, quick and slow. Returns what a further byte costs, and where the
+    calculation is wrong."""
     costs, missed = {}, []
     rows = [["measured", "quick", "slow", "calculated", "requests", "fetched", "sent"]]
     for verb in ("diff", "apply"):
