@@ -19,6 +19,7 @@ from .license import cards
 from .license.rules import text_records
 from .manifest import BaseRecord, Manifest, TargetRecord
 from .match.names import Match, find_named, match_pair
+from .metrics import timed_operation
 from .patch import check_base, check_licenses
 from .payload import CHUNK_BYTES
 from .storage import Location, Readable, open_output
@@ -27,6 +28,7 @@ from .workers import ProgressCallback, Workers
 _log = logging.getLogger(__name__)
 
 
+@timed_operation("compact")
 def compact_deltas(
     deltas: Sequence[Location],
     delta: Location,

@@ -46,6 +46,7 @@ from .match.duplicates import find_duplicates
 from .match.low_rank import search_bytes, with_low_rank
 from .match.names import Match, RenameRule
 from .match.quantized import find_quantized
+from .metrics import timed_operation, timed_stage
 from .payload import CHUNK_BYTES, ChunkPlan, CodedChunk
 from .storage import Destination, Location, Readable, open_output
 from .workers import Buffers, Lane, MemoryBudget, Meter, ProgressCallback, Workers, batches, result_of
@@ -56,6 +57,7 @@ _log = logging.getLogger(__name__)
 _SEARCHES_BYTES = 576 << 20
 
 
+@timed_operation("diff")
 def make_delta(
     base: Readable,
     target: Readable,
@@ -283,6 +285,7 @@ class _Encoder:
         self._searches = MemoryBudget(_SEARCHES_BYTES)
         self._meter = meter
 
+    @timed_stage("encode")
     def write_files(
         self, matches: Sequence[Match], known: Sequence[FileRecord] = ()
     ) -> tuple[tuple[FileRecord, ...], tuple[TargetFile, ...], list[TensorEntry]]:

@@ -24,6 +24,7 @@ from .errors import DeltaError, OutputError
 from .executors import Executor, kept, workers_of
 from .license.rules import landing_place, text_records
 from .manifest import Manifest, TargetFile
+from .metrics import timed_operation, timed_stage
 from .storage import (
     Destination,
     Location,
@@ -61,6 +62,7 @@ class ApplyReport:
     nbytes: int
 
 
+@timed_operation("apply")
 def apply_delta(
     delta: Deltas,
     out: Location,
@@ -150,6 +152,7 @@ def _damaged(path: str) -> DeltaError:
     )
 
 
+@timed_stage("check files there")
 def _finished(
     manifest: Manifest,
     folder: Destination,
@@ -187,6 +190,7 @@ def _finished(
     return kept
 
 
+@timed_stage("check base")
 def check_base(
     target: TargetRecipe, workers: Workers, *, keep: bool = False, progress: ProgressCallback | None = None
 ) -> None:
@@ -303,6 +307,7 @@ def _sample_of(recipe: TensorRecipe, most: int, choice: random.Random) -> list[i
     return sorted(choice.sample(chunks, min(most, len(chunks))))
 
 
+@timed_stage("rebuild")
 def _write_all(
     target: TargetRecipe,
     files: Iterable[TargetFile],

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import codec
+from .. import codec, metrics
 from ..checkpoint import MAX_HEADER_BYTES, TensorInfo, build_header
 from ..errors import OutputError
 from ..storage import WritableFile
@@ -62,6 +62,7 @@ def encode_row(
         quick: as for :func:`codec.encode_chunk`.
     """
     spans = [slice(start, start + chunk_bytes) for start in range(0, target.size, chunk_bytes)]
+    metrics.add(encode=len(spans))
     if base is None:
         return [_encode_alone(target[span], dtype) for span in spans]
     source = base_dtype or dtype

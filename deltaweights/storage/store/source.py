@@ -139,7 +139,7 @@ class StoreSource(Source):
                 try:
                     for piece in self._attempt(path, start, end):
                         start += len(piece)
-                        count(read=len(piece))
+                        count(fetched=len(piece))
                         attempt = 0
                         yield piece
                 except Exception as error:
