@@ -75,9 +75,10 @@ def strike(s3: S3Server, command: Command, place: str, right: Files, wait: float
         wrong.append(f"{harm.__name__}: half-visible: {half}")
     if "deltaweights.json" in seen and seen != right:
         wrong.append(f"{harm.__name__}: a manifest without its files")
-    again = subprocess.run(command, capture_output=True, check=False)
-    if again.returncode:
-        wrong.append(f"{harm.__name__}: it does not go on: {again.stderr.decode()[-300:]}")
+    if process.returncode:  # else it was done before, or went on by itself
+        again = subprocess.run(command, capture_output=True, check=False)
+        if again.returncode:
+            wrong.append(f"{harm.__name__}: it does not go on: {again.stderr.decode()[-300:]}")
     if digests(s3, place) != right:
         wrong.append(f"{harm.__name__}: the result is another one")
     if s3.system.list_multipart_uploads("bucket"):
@@ -88,7 +89,7 @@ def strike(s3: S3Server, command: Command, place: str, right: Files, wait: float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("kills", type=int, nargs="?", default=100)
-    parser.add_argument("--mib", type=int, default=96, help="size of the target")
+    parser.add_argument("--mib", type=int, default=48, help="size of the target")
     parser.add_argument("--work", type=Path, help="a folder for temporary files")
     options = parser.parse_args()
     logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
@@ -119,10 +120,14 @@ def main() -> None:
         for turn in range(options.kills):
             verb, place = ("diff", "apply")[turn % 2], f"turn-{turn}"
             harm, wait = random.Random(turn).choice(harms), choice.uniform(0.3, 1) * seconds[verb]
-            wrong += strike(s3, command(verb, place), f"bucket/{place}", right[verb], wait, harm)
+            found = strike(s3, command(verb, place), f"bucket/{place}", right[verb], wait, harm)
+            wrong += found
             s3.system.rm(f"bucket/{place}", recursive=True)
             s3.log.clear()
-            print(f"{turn + 1}: {verb}, {harm.__name__} after {wait:.1f} s: {len(wrong)} wrong", flush=True)
+            print(
+                f"{turn + 1}: {verb}, {harm.__name__} after {wait:.1f} s: {'; '.join(found) or 'right'}",
+                flush=True,
+            )
     finish(wrong)
 
 
