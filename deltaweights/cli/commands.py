@@ -135,6 +135,7 @@ def diff(
     effort: EffortOption = EffortLevel.default,
     force: Force = False,
     threads: Threads = None,
+    ray: Ray = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -158,7 +159,7 @@ def diff(
     with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work:
         from ..diff import make_delta
 
-        with work.progress() as shown:
+        with machines(ray, threads) as executor, work.progress() as shown:
             manifest = make_delta(
                 base,
                 target,
@@ -173,6 +174,7 @@ def diff(
                 effort=effort.value,
                 force=force,
                 threads=threads,
+                executor=executor,
                 progress=shown,
             )
     _report_written(work, output, manifest, shown.done("diff"))
@@ -354,6 +356,7 @@ def compact(
     effort: EffortOption = EffortLevel.default,
     force: Force = False,
     threads: Threads = None,
+    ray: Ray = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -366,9 +369,16 @@ def compact(
     with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work:
         from ..compact import compact_deltas
 
-        with work.progress() as shown:
+        with machines(ray, threads) as executor, work.progress() as shown:
             manifest = compact_deltas(
-                deltas, output, base=base, effort=effort.value, force=force, threads=threads, progress=shown
+                deltas,
+                output,
+                base=base,
+                effort=effort.value,
+                force=force,
+                threads=threads,
+                executor=executor,
+                progress=shown,
             )
     _report_written(work, output, manifest, shown.done("diff"))
 
@@ -440,6 +450,7 @@ def verify(
         str | None, typer.Option(metavar="TARGET", help="Compare this checkpoint with the manifest.")
     ] = None,
     threads: Threads = None,
+    ray: Ray = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -453,9 +464,15 @@ def verify(
     with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug) as work:
         from ..verify import verify_delta
 
-        with work.progress() as shown:
+        with machines(ray, threads) as executor, work.progress() as shown:
             found = verify_delta(
-                deltas, base=base, keep_base=keep_base, target=target, threads=threads, progress=shown
+                deltas,
+                base=base,
+                keep_base=keep_base,
+                target=target,
+                threads=threads,
+                executor=executor,
+                progress=shown,
             )
     lines = rendering.verify_lines(found, shown.done(), work.seconds, quiet=quiet)
     work.report({"ok": found.ok, **asdict(found)}, lines, with_costs=True, always=True)
