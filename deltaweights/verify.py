@@ -17,6 +17,7 @@ from .errors import CheckpointError, DeltaWeightsError
 from .executors import Executor, kept, workers_of
 from .license.cards import CARD_NAME
 from .manifest import MANIFEST_NAME, FileRecord, Manifest, TargetFile
+from .metrics import timed_operation, timed_stage
 from .patch import check_base, rebuild_shard, refuse_keeping
 from .storage import HubSource, Location, PinnedSource, Readable, Source, is_clutter, open_source, sha256_of
 from .workers import Lane, Meter, ProgressCallback, Workers
@@ -65,6 +66,7 @@ class VerifyReport:
         return not self.problems
 
 
+@timed_operation("verify")
 def verify_delta(
     delta: Deltas,
     *,
@@ -140,6 +142,7 @@ def _count_published(source: Source, records: Iterable[FileRecord | TargetFile])
     return sum(source.published_sha256(record.path) is not None for record in records)
 
 
+@timed_stage("compare files")
 def _compare(
     place: Literal["delta", "target"],
     source: Source,
@@ -207,6 +210,7 @@ def _digest(pinned: PinnedSource, threads: int, path: str) -> str:
         return sha256_of(workers.watch(source.blocks(path)))
 
 
+@timed_stage("rebuild in memory")
 def _compare_rebuilt(
     view: TargetRecipe, workers: Workers, executor: Executor | None, progress: ProgressCallback | None
 ) -> list[Problem]:

@@ -64,6 +64,12 @@ def subject_at(url: str, system: Any, root: str) -> Iterator[Subject]:
         yield Subject(source, FILES, changed)
 
 
+def stored(s3: S3Server, place: str) -> dict[str, bytes]:
+    """The files of a place in the bucket, by relative path, as :func:`contents` gives those of a folder."""
+    paths = [path for path in s3.system.find(place) if "/.deltaweights/licenses/" not in path]
+    return {path.removeprefix(f"{place}/"): s3.system.cat_file(path) for path in paths}
+
+
 class TestMemory(SourceContract):
     @pytest.fixture
     def subject(self, memory: Any) -> Iterator[Subject]:
@@ -215,6 +221,15 @@ class TestVerbs:
     def test_apply(self, there: str, trio: Trio, tmp_path: Path) -> None:
         apply_delta(f"{there}/delta", tmp_path / "out", base=f"{there}/base")
         assert contents(tmp_path / "out") == contents(trio.target)
+
+    def test_results_go_there_too(self, there: str, trio: Trio, s3: S3Server) -> None:
+        base, out = f"{there}/base", f"{there}/out"
+        make_delta(base, f"{there}/target", out + "/delta", chunk_bytes=CHUNK_BYTES)
+        assert stored(s3, "bucket/out/delta") == contents(trio.delta)
+        report = apply_delta(out + "/delta", out + "/model", base=base)
+        assert report.out == out + "/model"
+        assert stored(s3, "bucket/out/model") == contents(trio.target)
+        assert apply_delta(out + "/delta", out + "/model", base=base).rebuilt == ()
 
     def test_the_rest(self, there: str, trio: Trio, tmp_path: Path) -> None:
         delta, base = f"{there}/delta", f"{there}/base"
