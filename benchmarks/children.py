@@ -22,6 +22,7 @@ class Usage:
     wall: float  #: seconds
     cpu: float  #: seconds, user and system, of all its threads
     peak: int  #: bytes of resident memory at most
+    written: int = 0  #: bytes to disks, as far as the system counts them
 
 
 def run_measured(command: Command, output: IO[bytes] | None = None) -> Usage:
@@ -39,7 +40,8 @@ def run_measured(command: Command, output: IO[bytes] | None = None) -> Usage:
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise SystemExit(f"failed with status {child.returncode}: {' '.join(map(str, command))}")
-    return Usage(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    written = usage.ru_oublock * 512
+    return Usage(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, written)
 
 
 def deltaweights(*arguments: str | os.PathLike[str]) -> Command:

@@ -2,7 +2,8 @@
 
     python benchmarks/stores.py [--mib 2048] [--hidden 2048]
 
-diff and apply run as a user would type them, from folders and from the store, into a folder. Figures: bytes
+diff and apply run as a user would type them, from folders and from the store, into a folder; apply also into
+the store, which may write 64 MiB to disks. Figures: bytes
 fetched at most 1.05 times those needed (for apply, what `plan` counts; for diff, all of base and target),
 requests at most 200 per GB fetched, and peak memory at most 128 MiB above that of folders. One or two small
 requests for each tensor come besides: tensors of 8 MiB, as these are, miss the second figure; those of 32 MiB
@@ -18,6 +19,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from shutil import rmtree
 
 import pairs
 from children import MIB, Command, deltaweights, finish, print_table, run_measured
@@ -27,7 +29,7 @@ from deltaweights import plan_apply
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.s3_server import S3Server
 
-_MOST_FETCHED, _MOST_REQUESTS, _MOST_MEMORY = 1.05, 200, 128 * MIB
+_MOST_FETCHED, _MOST_REQUESTS, _MOST_MEMORY, _MOST_DISK = 1.05, 200, 128 * MIB, 64 * MIB
 
 
 def measure(s3: S3Server, name: str, needed: int, local: Command, far: Command) -> list[str]:
@@ -56,6 +58,39 @@ def measure(s3: S3Server, name: str, needed: int, local: Command, far: Command) 
         missed.append(f"{name} makes {per_gb:.0f} requests per GB")
     if store.peak > folders.peak + _MOST_MEMORY:
         missed.append(f"{name} takes {(store.peak - folders.peak) / MIB:.0f} MiB more than from folders")
+    return missed
+
+
+def measure_both_ways(s3: S3Server, nbytes: int, delta: str, base: str, local: Path) -> list[str]:
+    """Print what apply takes from the store to the store. Returns the figures that do not hold."""
+    rmtree(local)
+    with ProcessPoolExecutor(1, get_context("spawn")) as small:
+        apply = ["apply", delta, "--base", base, "-q", "-o"]
+        folders = small.submit(run_measured, deltaweights(*apply, local)).result()
+        rmtree(local)
+        s3.log.clear()
+        store = small.submit(run_measured, deltaweights(*apply, "s3://bucket/out")).result()
+    sent = s3.system.du("bucket/out")
+    puts = sum(request.method in ("PUT", "POST", "DELETE") for request in s3.log)
+    print_table(
+        [
+            ["apply from the store", "to a folder", "to the store"],
+            ["seconds", f"{folders.wall:.1f}", f"{store.wall:.1f}"],
+            ["peak MiB", f"{folders.peak / MIB:.0f}", f"{store.peak / MIB:.0f}"],
+            ["MiB written to disks", f"{folders.written / MIB:.0f}", f"{store.written / MIB:.0f}"],
+            ["MiB sent", "", f"{sent / MIB:.0f}"],
+            ["requests that write", "", f"{puts}"],
+            ["of them per GB", "", f"{puts / (nbytes / 1e9):.0f}"],
+        ]
+    )
+    missed = []
+    if store.written > _MOST_DISK:
+        missed.append(f"apply to the store writes {store.written / MIB:.0f} MiB to disks")
+    if puts / (nbytes / 1e9) > _MOST_REQUESTS:
+        missed.append(f"apply to the store makes {puts / (nbytes / 1e9):.0f} requests per GB that write")
+    if store.peak > folders.peak + _MOST_MEMORY:
+        more = (store.peak - folders.peak) / MIB
+        missed.append(f"apply to the store takes {more:.0f} MiB more than to a folder")
     return missed
 
 
@@ -101,6 +136,7 @@ def main() -> None:
             deltaweights("apply", places[0], "--base", pair.base, "-o", places[2], "-q"),
             deltaweights("apply", delta, "--base", base, "-o", places[3], "-q"),
         )
+        missed += measure_both_ways(s3, plan.disk[0].needed, delta, base, places[3])
     finish(missed)
 
 

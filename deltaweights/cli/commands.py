@@ -97,7 +97,7 @@ def diff(
     output: Annotated[
         str | None,
         typer.Option(
-            "--output", "-o", metavar="DELTA", help="The folder to write; required, but for --dry-run."
+            "--output", "-o", metavar="DELTA", help="The folder or URL to write; required, but for --dry-run."
         ),
     ] = None,
     dry_run: Annotated[
@@ -258,7 +258,7 @@ def push(
 @app.command(rich_help_panel=_USE)
 def apply(
     deltas: Deltas,
-    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The folder or URL to write.")],
     base: BaseOption = None,
     keep_base: KeepBase = False,
     accept_license: AcceptLicense = None,

@@ -28,7 +28,7 @@ KeepBase = Annotated[
     bool,
     typer.Option("--keep-base", help="Download a base on the Hub into the Hub cache, and leave it there."),
 ]
-DeltaOut = Annotated[str, typer.Option("--output", "-o", metavar="DELTA", help="The folder to write.")]
+DeltaOut = Annotated[str, typer.Option("--output", "-o", metavar="DELTA", help="The folder or URL to write.")]
 Json = Annotated[
     bool,
     typer.Option("--json", help="One JSON object on stdout, errors too.", rich_help_panel=REPORTING),

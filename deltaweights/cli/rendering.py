@@ -96,12 +96,19 @@ def display_name(side: BaseRecord | TargetRecord | SideLicense, fallback: str) -
 def written_lines(place: object, summary: DeltaSummary) -> Iterator[str]:
     """A delta that was just written to ``place``."""
     counts = ", ".join(f"{count} {status}" for status, count in summary.counts.items())
-    yield plain(f"{place}: {_size_line(summary)}; tensors: {counts or 'none'}")
+    yield plain(f"{_shown(place)}: {_size_line(summary)}; tensors: {counts or 'none'}")
     if summary.target.left_out:
         yield plain(f"Left out: {', '.join(summary.target.left_out)}")
     yield from _whole_lines(summary)
     yield from _adapter_lines(summary)
     yield from _conflict_lines(summary.license.conflicts)
+
+
+def _shown(place: object) -> str:
+    """An output's name, without what may be secret in a URL."""
+    from ..storage.store.errors import redacted
+
+    return redacted(str(place)) if "://" in str(place) else str(place)
 
 
 def speed_line(did: str, nbytes: int, seconds: float) -> str:
@@ -145,7 +152,7 @@ def apply_lines(place: object, report: ApplyReport, seconds: float) -> Iterator[
     """What ``apply`` did, and how fast."""
     kept = f", {_were(len(report.kept))} already there" if report.kept else ""
     done = f"{counted(len(report.rebuilt), 'file')} rebuilt and checked{kept}"
-    yield plain(f"{place}: {done}; {speed(report.nbytes, seconds)}")
+    yield plain(f"{_shown(place)}: {done}; {speed(report.nbytes, seconds)}")
 
 
 def serve_lines(place: object, report: ServeReport) -> Iterator[str]:
