@@ -327,7 +327,11 @@ class _Encoder:
         source, digests = self._old.source, {}
         for path, passing in self._passing.items():
             digests[path] = passing.finish(source, self._workers)
-            source.require_sha256(path, digests[path])
+            try:
+                source.require_sha256(path, digests[path])
+            except CheckpointError:
+                self._writer.forget_shards()  # they were coded from these bytes
+                raise
         return digests
 
     def _base_records(

@@ -143,6 +143,11 @@ class DeltaWriter:
         self.files.append(done.file)
         return done
 
+    def forget_shards(self) -> None:
+        """Let no later run go on with the shards that are done."""
+        for file in self.files:
+            self._folder.remember(file.path, b"")
+
     def write_other_files(self, paths: Iterable[str], base_files: Sequence[FileRecord]) -> list[TargetFile]:
         """Store the target's files that are not shards, by reference if the base has the same bytes."""
         in_base = {(record.size, record.sha256): record.path for record in reversed(base_files)}
