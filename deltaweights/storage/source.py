@@ -140,6 +140,11 @@ class Source(ABC):
         """Whether any of it comes over a network."""
         return False
 
+    @property
+    def url(self) -> str | None:
+        """The URL that it was opened at, for one in a store."""
+        return None
+
     def require_readable(self) -> None:
         """Raise :class:`CheckpointError` where any of it cannot be read."""
         for error in self.unreadable.values():
