@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from .. import canonical
 from ..checkpoint import is_weights
 from ..delta.chain import Deltas, links, open_recipe
-from ..delta.pointer import POINTER_NAME, Origin, PointedDelta, Pointer, is_nameable, is_pointer_folder, pointed
+from ..delta.pointer import (
+    POINTER_NAME,
+    Origin,
+    PointedDelta,
+    Pointer,
+    is_nameable,
+    is_pointer_folder,
+    pointed,
+)
 from ..delta.target import Target
 from ..delta.target_recipe import TargetRecipe
 from ..errors import OutputError
@@ -135,8 +143,8 @@ def _origin_of(source: Source) -> Origin:
     if source.hub_id.repo_id is None or source.hub_id.revision is None:
         raise OutputError(
             f"{source.where} has no place that could be named",
-            "A pointer folder names a folder, a repository or the URL of a store, without secrets in it, which "
-            "an engine opens later.",
+            "A pointer folder names what an engine opens later: a folder, a repository, or a store's URL that "
+            "has no secrets in it.",
             "Pass such a place.",
         )
     return Origin(repo_id=source.hub_id.repo_id, revision=source.hub_id.revision)

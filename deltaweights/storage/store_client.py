@@ -32,7 +32,7 @@ _MOST_FILES = 100_000
 
 #: What says that a file is the same one, best first: an id of its content or version, or else its time.
 _PINS = (
-    *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "VersionId"),
+    *("ETag", "etag", "xet_hash", "Content-MD5", "Digest", "md5Hash", "generation", "VersionId"),
     *("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created"),
 )
 
@@ -67,7 +67,9 @@ class Store:
         self.is_web = self.scheme in ("http", "https")
         self.is_s3 = self.scheme in ("s3", "s3a")
         #: Of the file systems that are not made for many threads: one file may be one object for all.
-        self._lock = None if getattr(self.system, "async_impl", False) else _ONE_AT_A_TIME
+        is_for_many = getattr(self.system, "async_impl", False) or self.scheme == "hf"
+        self._lock = None if is_for_many else _ONE_AT_A_TIME
+        self._asking = threading.Lock()
 
     def full_path(self, path: str) -> str:
         """The path in the file system of the file at the relative ``path``."""
@@ -123,7 +125,8 @@ class Store:
         """Raise :class:`ChangedMeanwhile` if the store has another version of the file now."""
         if self.is_s3:
             return  # asked for with each range
-        with self._alone():
+        with self._alone(), self._asking:
+            self.system.invalidate_cache()  # most keep what they listed
             info = self.system.info(file.full_path)
         if info.get("size") != file.size or pin_of(info) != file.pin:
             raise ChangedMeanwhile
@@ -143,8 +146,10 @@ class Store:
         with self._alone():
             opened.seek(start)
             data: bytes = opened.read(end - start)
-        if len(data) != end - start:
+        if len(data) < end - start:
             raise ConnectionError("the answer ended early")
+        if len(data) > end - start:
+            raise Unserved("more came than was asked for: ranges are not served")
         return data
 
     def pieces(self, file: PinnedFile, start: int, end: int) -> Iterator[bytes]:
@@ -214,6 +219,8 @@ def _system_of(url: str, where: str) -> tuple[Any, str]:
     from fsspec.registry import known_implementations  # type: ignore[import-untyped]
 
     scheme = url.partition("://")[0]
+    if scheme == "hf":
+        _require_buckets(where)
     try:
         system, root = fsspec.core.url_to_fs(url)
     except ImportError as error:
@@ -230,3 +237,14 @@ def _system_of(url: str, where: str) -> tuple[Any, str]:
             f"{where} cannot be opened", f"{redacted(str(error)).rstrip('.')}.", "Check the URL."
         ) from None
     return system, root
+
+
+def _require_buckets(where: str) -> None:
+    import huggingface_hub
+
+    if not hasattr(huggingface_hub.HfApi, "bucket_info"):
+        raise CheckpointError(
+            f"{where} cannot be opened",
+            f"huggingface_hub {huggingface_hub.__version__} knows no storage buckets.",
+            "Update it: pip install -U huggingface_hub",
+        )

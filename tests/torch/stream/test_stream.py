@@ -833,7 +833,7 @@ def test_what_passes_at_a_url_is_told_from_what_stays(tmp_path: Path) -> None:
     assert (report.step, attempts) == (1, 7)
     for error in (PermissionError("no"), OSError(errno.EINVAL, "odd"), HttpError(403), ValueError("odd")):
         UnreliableFileSystem.errors.append(error)
-        with pytest.raises(HubError, match="Cannot read .*head") as caught:
+        with pytest.raises(HubError, match=r"Cannot read .*head") as caught:
             sync_patiently(subscriber, engine)
         assert isinstance(caught.value, CheckpointError)
         assert caught.value.__cause__ is error
