@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 QWEN2_LAYERS = 24
 
-_HIDDEN = 2048
+#: The width of a layer: its matrix has 8 MiB.
+HIDDEN = 2048
 _BLOCK_WEIGHTS = 1 << 19
 _WEIGHT_STD = 0.02
 #: Of Qwen2's tensors, by what is in the name.
@@ -72,29 +73,34 @@ class Tensor:
         return math.prod(self.shape)
 
 
-def make_in_child(pair: Pair, nbytes: int, *, shards: int = 1, big: int = 0, update: float = 2e-4) -> None:
+def make_in_child(
+    pair: Pair, nbytes: int, *, shards: int = 1, big: int = 0, update: float = 2e-4, hidden: int = HIDDEN
+) -> None:
     """Make the pair in a process of its own.
 
     A child's peak RSS starts at what its parent had when it forked, so who measures children stays small.
     """
     size = ["--size", str(nbytes / GIB), "--big", str(big / GIB)]
-    more = ["--shards", str(shards), "--update", str(update)]
+    more = ["--shards", str(shards), "--update", str(update), "--hidden", str(hidden)]
     subprocess.run([sys.executable, __file__, str(pair.root), *size, *more], check=True)
 
 
-def make(pair: Pair, nbytes: int, *, shards: int = 1, big: int = 0, update: float = 2e-4) -> None:
+def make(
+    pair: Pair, nbytes: int, *, shards: int = 1, big: int = 0, update: float = 2e-4, hidden: int = HIDDEN
+) -> None:
     """Write base and target of about ``nbytes`` bytes each.
 
     Args:
         shards: how many files each is cut into.
-        big: bytes of one large tensor at the front; the rest is layers of 8 MiB.
+        big: bytes of one large tensor at the front; the rest is layers.
         update: standard deviation of what the target adds to a weight.
+        hidden: width of the layers.
     """
 
     def draw_block(number: int, start: int, weights: int) -> tuple[Bytes, Bytes]:
         return draw((number, start), weights, update)
 
-    _write(pair, list(_tensors(nbytes, big)), shards, draw_block)
+    _write(pair, list(_tensors(nbytes, big, hidden)), shards, draw_block)
 
 
 def make_qwen2_in_child(pair: Pair, *, layers: int, update: float) -> None:
@@ -115,13 +121,13 @@ def make_qwen2(pair: Pair, *, layers: int = QWEN2_LAYERS, update: float = 2e-4) 
     _write(pair, tensors, 1, draw_block)
 
 
-def _tensors(nbytes: int, big: int) -> Iterator[Tensor]:
+def _tensors(nbytes: int, big: int, hidden: int) -> Iterator[Tensor]:
     """A large embedding if asked for, then layers: a square matrix and a norm each."""
     if big:
-        yield Tensor("model.embed_tokens.weight", (big // (2 * _HIDDEN), _HIDDEN))
-    for layer in range((nbytes - big) // (2 * _HIDDEN * (_HIDDEN + 1))):
-        yield Tensor(f"model.layers.{layer}.weight", (_HIDDEN, _HIDDEN))
-        yield Tensor(f"model.layers.{layer}.norm.weight", (_HIDDEN,))
+        yield Tensor("model.embed_tokens.weight", (big // (2 * hidden), hidden))
+    for layer in range((nbytes - big) // (2 * hidden * (hidden + 1))):
+        yield Tensor(f"model.layers.{layer}.weight", (hidden, hidden))
+        yield Tensor(f"model.layers.{layer}.norm.weight", (hidden,))
 
 
 def _qwen2_tensors(layers: int) -> Iterator[Tensor]:
@@ -246,6 +252,7 @@ def main() -> None:
     parser.add_argument("--size", type=float, default=1, metavar="GIB", help="of each, default 1")
     parser.add_argument("--big", type=float, default=0, metavar="GIB", help="of one large tensor, default 0")
     parser.add_argument("--shards", type=int, default=1, help="files of each, default 1")
+    parser.add_argument("--hidden", type=int, default=HIDDEN, help=f"width of layers, default {HIDDEN}")
     parser.add_argument("--qwen2", action="store_true", help="the tensors of Qwen2-0.5B, in one shard")
     parser.add_argument("--layers", type=int, default=QWEN2_LAYERS, help=f"of these, default {QWEN2_LAYERS}")
     parser.add_argument("--update", type=float, default=2e-4, metavar="STD", help="default 2e-4")
@@ -254,7 +261,8 @@ def main() -> None:
         make_qwen2(Pair(options.folder), layers=options.layers, update=options.update)
         return
     size, big = (int(gib * GIB) for gib in (options.size, options.big))
-    make(Pair(options.folder), size, shards=options.shards, big=big, update=options.update)
+    layers = {"update": options.update, "hidden": options.hidden}
+    make(Pair(options.folder), size, shards=options.shards, big=big, **layers)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .errors import DeltaError as DeltaError
     from .errors import DeltaWeightsError as DeltaWeightsError
     from .errors import DiskSpaceError as DiskSpaceError
+    from .errors import ExecutorError as ExecutorError
     from .errors import FormatVersionError as FormatVersionError
     from .errors import HeaderError as HeaderError
     from .errors import HubError as HubError
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from .estimate import DeltaEstimate as DeltaEstimate
     from .estimate import EstimatedTensors as EstimatedTensors
     from .estimate import estimate_delta as estimate_delta
+    from .executors.executor import Executor as Executor
+    from .executors.ray_executor import RayExecutor as RayExecutor
     from .inspect import DeltaSummary as DeltaSummary
     from .inspect import inspect_delta as inspect_delta
     from .inspect import license_of as license_of

@@ -11,6 +11,7 @@
     │   ├── ManifestError       deltaweights.json is missing, damaged or self-contradictory
     │   │   └── FormatVersionError  written in a format that this version does not know
     │   └── PayloadError        encoded bytes that do not decode to what the manifest promises
+    ├── ExecutorError           the machines that tasks were given to
     ├── BaseMismatchError       the base given is not the one that the delta was made from
     ├── LicenseNotAcceptedError  a license that is not an open one, and that nobody accepted
     ├── OutputError             the place to write to cannot be used
@@ -98,6 +99,11 @@ class FormatVersionError(ManifestError):
 
 class PayloadError(DeltaError):
     """Encoded bytes that do not decode to what they should."""
+
+
+class ExecutorError(DeltaWeightsError):
+    """The machines that tasks were given to: a cluster that cannot be reached, a worker that died too often
+    or is unlike this machine. What is done stays done: the same call goes on."""
 
 
 class BaseMismatchError(DeltaWeightsError):

@@ -12,18 +12,31 @@ import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .delta.chain import Deltas, links, open_recipe
+from .delta.pinned import PinnedTarget
 from .delta.recipes import ShardRecipe, TensorRecipe
 from .delta.target_recipe import TargetRecipe, check_digest
 from .errors import DeltaError, OutputError
+from .executors import Executor, kept, workers_of
 from .license.rules import landing_place, text_records
 from .manifest import Manifest, TargetFile
-from .storage import Location, OutputFolder, Readable, Source, is_within, output_path, sha256_of
+from .storage import (
+    Location,
+    OutputFolder,
+    Readable,
+    SharedOutput,
+    Source,
+    is_within,
+    join_output,
+    output_path,
+    sha256_of,
+)
 from .words import counted
 from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches
 
@@ -32,6 +45,10 @@ _log = logging.getLogger(__name__)
 #: Before anything is written, at least _SAMPLED_CHUNKS chunks of the base are compared with the delta, and at
 #: least one of every tensor. A sampled chunk has at least 1/_ENOUGH of the full length.
 _SAMPLED_CHUNKS, _ENOUGH = 128, 16
+
+#: Over a network, where each sampled chunk is fetched once more when it is decoded: at most this share of the
+#: base's chunks, but no fewer than so many.
+_REMOTE_SHARE, _LEAST_CHUNKS = 1 / 50, 16
 
 #: Where a chunk's bytes go: its offset in the shard, the bytes.
 Sink = Callable[[int, memoryview], None]
@@ -55,6 +72,7 @@ def apply_delta(
     keep_base: bool = False,
     force: bool = False,
     threads: int | None = None,
+    executor: Executor | None = None,
     progress: ProgressCallback | None = None,
 ) -> ApplyReport:
     """Rebuild the target in the folder ``out``, byte for byte.
@@ -73,6 +91,8 @@ def apply_delta(
         force: write even if ``out`` holds other files. They stay, unless the target has a file of the same
             name.
         threads: number of threads; if None, the number of usable cores, at most 8.
+        executor: rebuilds the shards elsewhere, one task each, such as a :class:`RayExecutor`. Its machines
+            read delta and base, and write to ``out``.
         progress: called with a phase, bytes done and total bytes: "check base", "download base",
             "check files there" and "apply".
 
@@ -81,6 +101,7 @@ def apply_delta(
         BaseMismatchError: the base is the wrong one. Nothing was written, or no file got its final name.
         DeltaError: the delta is incomplete or damaged.
         OutputError: ``out`` holds other files, or its disk is too small.
+        ExecutorError: the executor's machines cannot be reached, or do not see the same files.
     """
     root = output_path(out)
     with open_recipe(delta, base) as target, Workers(threads) as workers:
@@ -98,7 +119,7 @@ def apply_delta(
             nbytes = sum(file.size for file in missing)
             folder.require_space(nbytes)
             meter = Meter(progress, "apply", nbytes)
-            _write_all(target, missing, folder, workers, meter)
+            _write_all(target, missing, folder, workers, meter, executor)
             write_licenses(target, folder)
         _log.info("rebuilt %d files, %d bytes; %d files were there", len(missing), nbytes, len(kept))
     rebuilt = tuple(file.path for file in missing)
@@ -171,7 +192,7 @@ def check_base(
     target: TargetRecipe, workers: Workers, *, keep: bool = False, progress: ProgressCallback | None = None
 ) -> None:
     """Check quickly that the base is the right one: by the SHA-256 that the Hub publishes for its files, or
-    else by the delta's checksums of a sample of chunks, some of every tensor.
+    else by the delta's checksums of a sample of chunks (:func:`sample_chunks`).
 
     In a chain, only the first delta's base is checked: the SHA-256 in the manifests identify the others.
 
@@ -227,7 +248,7 @@ def _check_chunks(
 ) -> None:
     """Compare a sample of the base's chunks, for these recipes, with the delta's checksums."""
     target.read_tables(recipes)
-    sample = sample_chunks(recipes)
+    sample = sample_chunks(target, recipes)
     meter = Meter(progress, "check base", sum(map(_nbytes, sample)))
     differ = []
     with target.expect_base(sample):
@@ -243,10 +264,11 @@ def _check_chunks(
             if target.faults.is_damaged(source):
                 raise _damaged(source)
         names = sorted({recipe.base.name for recipe in wrong if recipe.base})
-        count = len({recipe.base.name for recipe in recipes if recipe.base})
+        count = len({recipe.base.name for recipe, _ in sample if recipe.base})
         verb = "1 differs:" if len(names) == 1 else f"{len(names)} differ, such as"
         raise target.faults.wrong_base(f"of {counted(count, 'tensor')} sampled, {verb} {names[0]!r}")
-    _log.info("the base is the right one, by %d chunks of %d tensors", len(sample), len(recipes))
+    tensors = {recipe.info.name for recipe, _ in sample}
+    _log.info("the base is the right one, by %d chunks of %d tensors", len(sample), len(tensors))
 
 
 def _nbytes(chunk: tuple[TensorRecipe, int]) -> int:
@@ -255,12 +277,19 @@ def _nbytes(chunk: tuple[TensorRecipe, int]) -> int:
     return end - start
 
 
-def sample_chunks(recipes: list[TensorRecipe]) -> list[tuple[TensorRecipe, int]]:
+def sample_chunks(target: TargetRecipe, recipes: list[TensorRecipe]) -> list[tuple[TensorRecipe, int]]:
     """Chunks of every tensor, chosen at random, the same ones each time. If one is enough, it is the last and
-    shortest, unless that is so short that many checkpoints might share it."""
+    shortest, unless that is so short that many checkpoints might share it. Of a remote base whose tensors are
+    small, some tensors only."""
     per_tensor = max(1, -(-_SAMPLED_CHUNKS // max(1, len(recipes))))
     choice = random.Random(0)  # noqa: S311
-    return [(recipe, index) for recipe in recipes for index in _sample_of(recipe, per_tensor, choice)]
+    sample = [(recipe, index) for recipe in recipes for index in _sample_of(recipe, per_tensor, choice)]
+    if target.base is None or not target.base.source.is_remote:
+        return sample
+    chunks = sum(recipe.plan.shared_count for recipe in recipes)
+    most = max(_LEAST_CHUNKS, int(chunks * _REMOTE_SHARE))
+    chosen = sorted(choice.sample(range(len(sample)), min(most, len(sample))))
+    return [sample[place] for place in chosen]
 
 
 def _sample_of(recipe: TensorRecipe, most: int, choice: random.Random) -> list[int]:
@@ -281,21 +310,39 @@ def _write_all(
     folder: OutputFolder,
     workers: Workers,
     meter: Meter,
+    executor: Executor | None,
 ) -> None:
     """Write shards first, then small files, and an index last, since it makes the folder a checkpoint."""
     files = list(files)
     shards = [file for file in files if file.stored == "tensors"]
     others = [file for file in files if file.stored != "tensors"]
-
-    def write_shard(lane: Lane, file: TargetFile) -> None:
-        with folder.create(file.path) as output:
-            check_digest(file, rebuild_shard(target.shard(file.path), lane, meter, output.write_at))
-            output.commit()
-        _log.info("%s: rebuilt, %d bytes, SHA-256 %s", file.path, file.size, file.sha256)
-
-    workers.each(write_shard, shards)
+    if executor and shards:
+        task = partial(_write_elsewhere, PinnedTarget.of(target), folder.share(), executor.cpus_per_task)
+        for index, _ in executor.each(task, shards):
+            meter.add(shards[index].size)
+    else:
+        workers.each(lambda lane, file: _write_shard(target, file, folder, lane, meter), shards)
     for file in sorted(others, key=lambda file: (file.path.endswith(".index.json"), file.path)):
         write_file(target, file, folder, workers, meter)
+
+
+def _write_shard(
+    target: TargetRecipe, file: TargetFile, folder: OutputFolder, lane: Lane, meter: Meter
+) -> None:
+    with folder.create(file.path) as output:
+        check_digest(file, rebuild_shard(target.shard(file.path), lane, meter, output.write_at))
+        output.commit()
+    _log.info("%s: rebuilt, %d bytes, SHA-256 %s", file.path, file.size, file.sha256)
+
+
+def _write_elsewhere(pinned: PinnedTarget, shared: SharedOutput, threads: int, file: TargetFile) -> None:
+    """The task of a shard."""
+    with (
+        kept(pinned, pinned.open) as target,
+        join_output(shared) as folder,
+        workers_of(threads, target.cancel) as workers,
+    ):
+        _write_shard(target, file, folder, workers, Meter(None, "", 0))
 
 
 def write_file(

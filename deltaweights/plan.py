@@ -318,7 +318,7 @@ def _count_base_checks(target: TargetRecipe, delta: _Reads, base: _Reads) -> Non
         delta.head(recipe.delta_shard)
     delta.tables(recipes)
     target.read_tables(recipes)
-    sample = sample_chunks(recipes)
+    sample = sample_chunks(target, recipes)
     base.spans((span for recipe, index in sample for span in recipe.base_spans(index)), is_check=True)
     for file in target.manifest.target.files:
         if file.stored == "base" and file.source not in proven:

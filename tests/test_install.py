@@ -26,6 +26,7 @@ EXTRAS = {
     "engines/verl.py": ("verl",),
     "delta/target.py": ("torch",),  # TensorView.torch() imports it when it is called
     "engines": ("slime", "torch", "vllm"),
+    "executors/ray_executor.py": ("ray",),
     "license/bom": ("bom",),
     "torch": ("torch", "transformers"),
 }

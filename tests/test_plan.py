@@ -352,7 +352,7 @@ def test_of_many_tensors_the_last_chunk_is_sampled_unless_it_is_short() -> None:
         SimpleNamespace(plan=ChunkPlan(nbytes, nbytes, 4096), needs_base=lambda index: True)
         for nbytes in lengths
     ]
-    found = {id(recipe): index for recipe, index in sample_chunks(recipes)}
+    found = {id(recipe): index for recipe, index in sample_chunks(_with_base(False), recipes)}
     assert len(found) == 150
     for recipe, nbytes in zip(recipes, lengths, strict=True):
         index, last = found.get(id(recipe)), recipe.plan.shared_count - 1
@@ -362,3 +362,25 @@ def test_of_many_tensors_the_last_chunk_is_sampled_unless_it_is_short() -> None:
         found[id(recipe)] for recipe, nbytes in zip(recipes, lengths, strict=True) if nbytes % 4096 == 255
     ]
     assert len(set(short)) > 3
+
+
+def _with_base(is_remote: bool) -> Any:
+    return SimpleNamespace(base=SimpleNamespace(source=SimpleNamespace(is_remote=is_remote)))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "chunks", "sampled"), [(5, 1, 5), (40, 8, 16), (400, 8, 64), (20, 80, 32)]
+)
+def test_of_a_remote_base_a_fiftieth_of_the_chunks_is_sampled(
+    tensors: int, chunks: int, sampled: int
+) -> None:
+    """What is sampled is fetched again when it is decoded."""
+    nbytes = 4096 * chunks
+    recipes: list[Any] = [
+        SimpleNamespace(plan=ChunkPlan(nbytes, nbytes, 4096), needs_base=lambda index: True)
+        for _ in range(tensors)
+    ]
+    found = sample_chunks(_with_base(True), recipes)
+    assert len(found) == sampled
+    assert len({id(recipe) for recipe, _ in found}) > min(tensors, sampled) // 3
+    assert len(sample_chunks(_with_base(False), recipes)) >= max(tensors, min(128, tensors * chunks))

@@ -17,6 +17,7 @@ from .._version import __version__
 from ..errors import OutputError
 from . import rendering
 from .layout import screen_of
+from .machines import machines
 from .options import (
     MATCHING,
     RECORDS,
@@ -34,6 +35,7 @@ from .options import (
     Json,
     KeepBase,
     Quiet,
+    Ray,
     Threads,
     Verbose,
     bits,
@@ -260,6 +262,7 @@ def apply(
     ] = False,
     force: Force = False,
     threads: Threads = None,
+    ray: Ray = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -289,9 +292,17 @@ def apply(
         sources = [opened.enter_context(open_source(delta)) for delta in deltas]
         may_ask = not (quiet or as_json)
         settle_license(deltas, sources, accept_license or [], quiet=quiet, may_ask=may_ask)
+        executor = opened.enter_context(machines(ray, threads))
         shown = opened.enter_context(work.progress())
         done = apply_delta(
-            sources, output, base=base, keep_base=keep_base, force=force, threads=threads, progress=shown
+            sources,
+            output,
+            base=base,
+            keep_base=keep_base,
+            force=force,
+            threads=threads,
+            executor=executor,
+            progress=shown,
         )
     work.report(asdict(done), rendering.apply_lines(output, done, work.seconds), with_costs=True)
 

@@ -63,6 +63,15 @@ AcceptLicense = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="How many threads; all cores, at most 8, by default.")
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Work on the machines of a Ray cluster, a task for each shard: `auto` for the one that runs, "
+        "`local` to start one here, or an address. --threads is then for each task, 1 by default.",
+    ),
+]
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=REPORTING)
 ]

@@ -33,7 +33,7 @@ _MAX_POINTER_BYTES = 1 << 20
 _FORMAT = canonical.Format("deltaweights-pointer", 1, f"The {POINTER_NAME}", _MAX_POINTER_BYTES)
 
 #: Only stores by name, no web servers: a folder from elsewhere must not send requests to any host.
-_STORE_URL = r"(s3a?|gs|gcs|az|abfss?|hf|memory)://[^\0?#@]+"
+_STORE_URL = r"(s3a?://|gs://|gcs://|az://|abfss?://|memory://|hf://buckets/)[^\0?#@]+"
 _Path: TypeAlias = Annotated[str, msgspec.Meta(pattern=rf"^(/[^\0]*|{_STORE_URL})\Z", max_length=4096)]
 _Repo: TypeAlias = Annotated[
     str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?\Z", max_length=256)

@@ -138,13 +138,13 @@ def _pointer_to(target: TargetRecipe, *, named_base: bool) -> Pointer:
 def _origin_of(source: Source) -> Origin:
     if source.root is not None:
         return Origin(path=_utf8(os.path.abspath(source.root)))
-    if is_nameable(source.url):
-        return Origin(path=_utf8(source.url))
+    if is_nameable(source.location):
+        return Origin(path=_utf8(source.location))
     if source.hub_id.repo_id is None or source.hub_id.revision is None:
         raise OutputError(
             f"{source.where} has no place that could be named",
-            "A pointer folder names what an engine opens later: a folder, a repository, or a store's URL that "
-            "has no secrets in it.",
+            "A pointer folder names what an engine opens later: a folder, a repository, or a store's URL "
+            "without secrets in it.",
             "Pass such a place.",
         )
     return Origin(repo_id=source.hub_id.repo_id, revision=source.hub_id.revision)

@@ -2,9 +2,11 @@
 
 from .file_names import spelling
 from .hub import HubSource, open_hub
+from .joined import join_output
 from .local import LocalSource, is_clutter, local_path, output_path
 from .location import Location, Readable, open_source
-from .output import WORKSPACE, OutputFolder, PartialFile
+from .output import WORKSPACE, OutputFolder, PartialFile, SharedOutput
+from .pinned import PinnedSource
 from .source import HubId, ReadableFile, Source, Span, file_blocks, sha256_of
 from .system import flush_folder, is_same, is_within, lock
 from .traffic import Traffic
@@ -18,8 +20,10 @@ __all__ = [
     "Location",
     "OutputFolder",
     "PartialFile",
+    "PinnedSource",
     "Readable",
     "ReadableFile",
+    "SharedOutput",
     "Source",
     "Span",
     "Traffic",
@@ -28,6 +32,7 @@ __all__ = [
     "is_clutter",
     "is_same",
     "is_within",
+    "join_output",
     "local_path",
     "lock",
     "open_hub",

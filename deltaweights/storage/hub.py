@@ -89,6 +89,15 @@ class HubSource(Source):
         """Always true, even if the cache holds files."""
         return True
 
+    @property
+    def location(self) -> str:
+        """The repository at its commit."""
+        return f"hf://{self.hub_id.repo_id}@{self.hub_id.revision}"
+
+    def pin(self, path: str) -> str:
+        """Path and size: the location names the commit."""
+        return f"{path}:{self.sizes[path]}"
+
     def open(self, path: str) -> HubFile | LocalFile:
         """The file at ``path``, from the cache if it is there."""
         file = self._opened.get(path)

@@ -289,9 +289,11 @@ class LocalSource(Source):
                 f"There is no file or folder {root}", "Nothing has that name.", "Check the path."
             )
         self._opened: dict[str, LocalFile] = {}
+        found = {path: (self._folder / path).stat() for path in paths}
+        self._times = {path: info.st_mtime_ns for path, info in found.items()}
         super().__init__(
             str(root) if place == local_path(root) else str(place),
-            {path: (self._folder / path).stat().st_size for path in paths},
+            {path: info.st_size for path, info in found.items()},
             root=place,
             hub_id=_hub_id(place),
             left_out=tuple(sorted(left_out)),
@@ -320,6 +322,17 @@ class LocalSource(Source):
         """Size, change time and inode of the file."""
         info = (self._folder / path).stat()
         return f"{path}:{info.st_size}:{info.st_ctime_ns}:{info.st_ino}"
+
+    @property
+    def location(self) -> str:
+        """Its absolute path."""
+        assert self.root is not None
+        return str(self.root.absolute())
+
+    def pin(self, path: str) -> str:
+        """Size and time of the last change, when it was opened here: other machines may see other inodes in a
+        shared folder."""
+        return f"{path}:{self.sizes[path]}:{self._times[path]}"
 
     def close(self) -> None:
         while self._opened:

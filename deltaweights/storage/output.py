@@ -10,11 +10,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO
@@ -33,6 +35,14 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 #: Whether folders can be held by handles, so that nobody can put a link in a folder's place meanwhile.
 _HAS_HANDLES = {os.open, os.mkdir, os.rename, os.unlink, os.stat} <= os.supports_dir_fd
 _MOST_PARTS = 64  # of one write: some systems take no more than a thousand
+
+
+@dataclass(frozen=True, slots=True)
+class SharedOutput:
+    """An output that a run holds, for those who join it: where it is, and which run."""
+
+    location: str
+    run: str
 
 
 class PartialFile:
@@ -130,6 +140,19 @@ class OutputFolder:
         self._root_handle: int | None = None
         self._handle: int | None = None  # of the workspace
 
+    def share(self) -> SharedOutput:
+        """Let others join: :func:`join_output` with what this returns, until this folder is closed."""
+        run = secrets.token_hex(16)
+        self._write_note("run", run.encode())
+        return SharedOutput(str(self.root.absolute()), run)
+
+    def run_there(self) -> str:
+        """Which run has shared the folder; empty if none."""
+        try:
+            return (self._workspace / "run").read_text(errors="replace")
+        except OSError:
+            return ""
+
     def __enter__(self) -> OutputFolder:
         try:
             with _full_disk_explained(f"to {self.root}"):
@@ -138,9 +161,7 @@ class OutputFolder:
                 for left_over in self._workspace.glob("*.partial"):
                     _remove(left_over)
                 self._check_workspace()
-                if _HAS_HANDLES:
-                    self._root_handle = os.open(self.root, _FOLDER)
-                    self._handle = self._open_folder(Path(WORKSPACE), make=False)
+                self._open_handles()
         except BaseException:
             self._close_handles()
             if self._lock:
@@ -186,6 +207,11 @@ class OutputFolder:
             if path.name not in ("lock", _KEPT):
                 path.unlink()
         (self._workspace / "lock").unlink()
+
+    def _open_handles(self) -> None:
+        if _HAS_HANDLES:
+            self._root_handle = os.open(self.root, _FOLDER)
+            self._handle = self._open_folder(Path(WORKSPACE), make=False)
 
     def _close_handles(self) -> None:
         for handle in (self._root_handle, self._handle):
@@ -326,11 +352,14 @@ class OutputFolder:
 
     def remember(self, name: str, data: bytes) -> None:
         """Keep ``data`` for the next run, in case this one is interrupted."""
-        temporary = self._workspace / f"{name}.partial"
+        self._write_note(f"{name}.memory", data)
+
+    def _write_note(self, name: str, data: bytes) -> None:
+        temporary = self._workspace / self._temporary_name(name)
         try:
             with _full_disk_explained(f"to {self.root}"):
                 temporary.write_bytes(data)
-                temporary.replace(self._workspace / f"{name}.memory")
+                temporary.replace(self._workspace / name)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -348,13 +377,17 @@ class OutputFolder:
             OutputError: a folder of the path is a symbolic link or a file.
         """
         final = self.root / path
-        temporary = hashlib.sha256(path.encode()).hexdigest()[:32] + ".partial"
         with _full_disk_explained(path):
             with self._folder_of(Path(path), make=True):
                 pass
             if final.is_dir() and not final.is_symlink():
                 raise OutputError(f"Cannot write {final}", "A folder has that name.", "Remove it.")
-            return PartialFile(path, self._workspace / temporary, final, self._place, self._handle)
+            return PartialFile(
+                path, self._workspace / self._temporary_name(path), final, self._place, self._handle
+            )
+
+    def _temporary_name(self, path: str) -> str:
+        return hashlib.sha256(path.encode()).hexdigest()[:32] + ".partial"
 
     def _place(self, temporary: Path, final: Path) -> None:
         """Rename, but never over a file that was placed under another name since :meth:`require_distinct`."""

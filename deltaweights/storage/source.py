@@ -141,9 +141,14 @@ class Source(ABC):
         return False
 
     @property
-    def url(self) -> str | None:
-        """The URL that it was opened at, for one in a store."""
+    def location(self) -> str | None:
+        """What opens it again, on every machine that reaches it; None if nothing does. May hold secrets."""
         return None
+
+    def pin(self, path: str) -> str:
+        """A text that is the same on every machine that reads this version of the file, and hardly on one
+        that reads another."""
+        return self.fingerprint(path)
 
     def require_readable(self) -> None:
         """Raise :class:`CheckpointError` where any of it cannot be read."""

@@ -48,7 +48,8 @@ class StoreSource(Source):
     """
 
     def __init__(self, url: str, *, window_bytes: int = _WINDOW_BYTES) -> None:
-        self._url, self._store = url, Store(url)
+        self._url = url
+        self._store = Store(url)
         self._files = self._store.listing()
         sizes = {path: file.size for path, file in sorted(self._files.items()) if not is_left_out(path)}
         left_out = tuple(sorted(set(self._files) - set(sizes)))
@@ -69,8 +70,8 @@ class StoreSource(Source):
         return True
 
     @property
-    def url(self) -> str:
-        """The URL as it was given, with what may be secret in it: not for messages."""
+    def location(self) -> str:
+        """The URL, with what may be secret in it."""
         return self._url
 
     def open(self, path: str) -> HubFile:

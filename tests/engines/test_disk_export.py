@@ -15,6 +15,7 @@ from deltaweights import BaseMismatchError, CheckpointError, OutputError
 from deltaweights.engines import export_stream, import_stream
 from deltaweights.torch import DeltaPublisher, DeltaSubscriber, Part
 
+from ..torch.process_groups import process_group
 from . import independent_disk_updates as independent
 from .test_disk_writer import bits, copy, read_all, runs, save_model, small_state, stepped
 
@@ -96,8 +97,7 @@ def test_a_training_that_went_back_is_exported_as_it_went_on(tmp_path: Path) -> 
 def test_a_stream_of_parts_is_exported_whole_and_continued(tmp_path: Path) -> None:
     """Sharded trainers publish parts; the digests of such states are others than those of whole tensors."""
     store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
+    with process_group(store=store, rank=0, world_size=1):
         group = torch.distributed.group.WORLD
         halves = [Part("weight", torch.randn(2, 3), (4, 3), (row, 0)) for row in (0, 2)]
         base = {"weight": torch.cat([half.tensor for half in halves])}
@@ -107,8 +107,6 @@ def test_a_stream_of_parts_is_exported_whole_and_continued(tmp_path: Path) -> No
                 publisher.publish(step, halves)
                 report = export_stream(tmp_path / "stream", tmp_path / "out")
                 assert [one.version for one in report.written] == [step]
-    finally:
-        torch.distributed.destroy_process_group()
     assert export_stream(tmp_path / "stream", tmp_path / "out").written == ()
     whole = {"weight": torch.cat([half.tensor for half in halves])}
     assert read_all(tmp_path / "out", base)[-1] == bits(whole)

@@ -23,6 +23,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from deltaweights.torch import DeltaStorageReader, DeltaStorageWriter
 
+from ..process_groups import end_rank, process_group
+
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 #: Along which dimension a tensor is sharded by 2 ranks and by 4, if it is.
@@ -184,6 +186,6 @@ def run(task: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    run(sys.argv[1], Path(sys.argv[2]))
-    dist.destroy_process_group()
+    with process_group():
+        run(sys.argv[1], Path(sys.argv[2]))
+    end_rank()

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -70,11 +67,10 @@ from deltaweights.torch.dcp.write import Item, Written, load_value, make_record
 from ...checkpoints import contents
 from ...hub_server import HubServer
 from ...memory import MIB, peak_memory
+from ..process_groups import torchrun
 from .ranks import assert_equal, blank, state
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-ROOT = Path(__file__).parents[3]
 
 
 def nested(step: int) -> dict[str, Any]:
@@ -128,17 +124,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def torchrun(ranks: int, task: str, folder: Path) -> tuple[int, str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "-m", "tests.torch.dcp.ranks", task, str(folder)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-        timeout=300,
-    )  # fmt: skip
-    return done.returncode, done.stdout
-
-
 def test_saved_on_two_ranks_loaded_on_four_and_one_and_back(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,7 +134,7 @@ def test_saved_on_two_ranks_loaded_on_four_and_one_and_back(
     model = torch.nn.Sequential(torch.nn.Linear(40, 31), torch.nn.GELU(), torch.nn.Linear(31, 7))
     save_file(model.state_dict(), base / "fsdp.safetensors")
 
-    code, output = torchrun(2, "save", tmp_path)
+    code, output = torchrun(2, "tests.torch.dcp.ranks", "save", tmp_path)
     assert code == 0, output
     first = DeltaStorageReader(tmp_path / "two", base=base)
     assert_equal(load(tmp_path / "two", base, nested(1)), nested(1))
@@ -162,7 +147,7 @@ def test_saved_on_two_ranks_loaded_on_four_and_one_and_back(
             f"\n  delta {size(tmp_path / 'two'):,} bytes, plain dcp.save {size(tmp_path / 'plain'):,} bytes"
         )
 
-    code, output = torchrun(4, "reshard", tmp_path)
+    code, output = torchrun(4, "tests.torch.dcp.ranks", "reshard", tmp_path)
     assert code == 0, output
     assert_equal(load(tmp_path / "four", first, nested(2)), nested(2))
     weights = {"model": torch.load(tmp_path / "fsdp.pt")}
@@ -172,7 +157,7 @@ def test_saved_on_two_ranks_loaded_on_four_and_one_and_back(
         assert sum(base is not None for base in counterparts) == 4
 
     before = sorted((tmp_path / "four").iterdir())
-    code, output = torchrun(2, "kill", tmp_path)
+    code, output = torchrun(2, "tests.torch.dcp.ranks", "kill", tmp_path)
     assert code != 0
     assert {path.name for path in tmp_path.glob("loaded-*")} == {"loaded-0", "loaded-1"}, output
     assert len(list((tmp_path / "four").iterdir())) > len(before)  # it was on its way

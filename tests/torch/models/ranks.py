@@ -21,6 +21,7 @@ from deltaweights.torch import (
     save_delta,
 )
 
+from ..process_groups import end_rank
 from ..tiny_models import raw_state, tiny_qwen2
 from .test_callback import (
     Interrupter,
@@ -92,9 +93,10 @@ def fsdp(base: Path, folder: Path) -> None:
             refusal = pytest.raises(CheckpointError, match="sharded over several processes")
             with FullyShardedDataParallel.state_dict_type(model, kind), refusal:
                 save_delta(model, base, folder / f"sharded-{rank}")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     {"go_on": go_on, "fsdp": fsdp}[sys.argv[1]](*map(Path, sys.argv[2:]))
+    dist.destroy_process_group()
     print("a process is done")
+    end_rank()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from deltaweights import CheckpointError, OutputError
 from deltaweights.torch import DeltaCallback, DeltaCheckpointer, list_checkpoints
 
 from ...conftest import Trio
+from ..process_groups import torchrun
 from ..tiny_models import raw_state, tiny_qwen2
 
 
@@ -208,17 +206,9 @@ def test_resuming_before_the_last_checkpoint_is_an_error(qwen2: Trio, tmp_path: 
 def test_two_processes(qwen2: Trio, tmp_path: Path, task: str) -> None:
     """Under DDP, training goes on as if it had never stopped, each process with its own dropout; the first
     one writes for both. In FSDP's first version, what can be had whole is saved."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    done = subprocess.run(
-        [*command, "tests.torch.models.ranks", task, str(qwen2.base), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[3],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("is done") == 2
+    code, output = torchrun(2, "tests.torch.models.ranks", task, qwen2.base, tmp_path)
+    assert code == 0, output
+    assert output.count("is done") == 2
 
 
 def interrupted(base: Path, folder: Path, **arguments: Any) -> DeltaCheckpointer:

@@ -40,6 +40,7 @@ from deltaweights.torch import (
 
 from ...checkpoints import Array, contents, write_safetensors
 from ...conftest import Trio
+from ..process_groups import process_group
 from ..tiny_models import (
     WRAPPERS,
     Tied,
@@ -465,13 +466,11 @@ def test_a_model_that_gives_copies_of_its_tensors_is_not_said_to_be_loaded(tmp_p
 
 def test_sharded_tensors_are_refused(qwen2: Trio, tmp_path: Path) -> None:
     """They are distributed checkpoints' business: here, each process has only a part."""
-    from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
     store = (tmp_path / "store").as_uri()
-    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    try:
+    with process_group(init_method=store, rank=0, world_size=1):
         model = tiny_qwen2()
         mesh = init_device_mesh("cpu", (1,))
         sharded = distribute_tensor(model.model.norm.weight.detach(), mesh)
@@ -480,8 +479,6 @@ def test_sharded_tensors_are_refused(qwen2: Trio, tmp_path: Path) -> None:
             load_into(model, qwen2.delta, qwen2.base)
         with pytest.raises(CheckpointError, match="sharded over several processes"):
             save_delta(model, qwen2.base, tmp_path / "delta")
-    finally:
-        distributed.destroy_process_group()
 
 
 def test_other_files_are_checked(qwen2: Trio, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from deltaweights.torch import DeltaPublisher, DeltaSubscriber, Part
 from deltaweights.torch.stream.kept import KeptState
 from deltaweights.torch.tensors import DTYPES
 
+from ..process_groups import end_rank, process_group
 from .test_prepare import apply
 
 State = dict[str, Any]
@@ -397,9 +398,9 @@ TASKS: dict[str, Callable[[Path], None]] = {
 
 if __name__ == "__main__":
     tasks, folder, rank, ranks = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     torch.set_num_threads(1)
-    for task in tasks.split(","):
-        (folder / task).mkdir(exist_ok=True)
-        TASKS[task](folder / task)
-    dist.destroy_process_group()
+    with process_group(init_method=f"file://{folder}/store", rank=rank, world_size=ranks):
+        for task in tasks.split(","):
+            (folder / task).mkdir(exist_ok=True)
+            TASKS[task](folder / task)
+    end_rank()

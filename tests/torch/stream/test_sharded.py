@@ -23,25 +23,24 @@ from deltaweights import CheckpointError, DeltaError, FormatVersionError, Output
 from deltaweights.torch import DeltaPublisher, DeltaSubscriber, Part
 from deltaweights.torch.stream.records import _HEADS, Head
 
+from ..process_groups import ENVIRONMENT, ROOT, SHOWN, process_group
 from .make_fixture import digests, state
 
-ROOT = Path(__file__).parents[3]
 FIXTURES = ROOT / "tests" / "fixtures"
 
 
 def run(ranks: int, tasks: str, folder: Path) -> list[tuple[int, str]]:
-    """Let ``ranks`` processes do the tasks. Returns their exit codes and outputs."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    """Let ``ranks`` processes do the tasks. Returns their exit codes, and the ends of their outputs."""
     module = [sys.executable, "-m", "tests.torch.stream.ranks"]
     processes = [
         subprocess.Popen(
             [*module, tasks, str(folder), str(rank), str(ranks)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(ranks)
     ]  # fmt: skip
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=120)[0][-SHOWN:] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -390,9 +389,8 @@ def test_names_that_look_like_parts_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_repository_takes_one_process_alone(tmp_path: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        with pytest.raises(OutputError, match="Several processes cannot publish to hf://org/name"):
-            DeltaPublisher("hf://org/name", {"w": torch.zeros(1)}, process_group=dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+    with (
+        process_group(init_method=f"file://{tmp_path}/store", rank=0, world_size=1),
+        pytest.raises(OutputError, match="Several processes cannot publish to hf://org/name"),
+    ):
+        DeltaPublisher("hf://org/name", {"w": torch.zeros(1)}, process_group=dist.group.WORLD)
