@@ -8,6 +8,12 @@ from . import _exports
 
 if TYPE_CHECKING:
     from ._version import __version__ as __version__
+    from .batch.jobs import ApplyJob as ApplyJob
+    from .batch.jobs import DiffJob as DiffJob
+    from .batch.jobs import VerifyJob as VerifyJob
+    from .batch.results import JobError as JobError
+    from .batch.results import JobResult as JobResult
+    from .batch.running import run_batch as run_batch
     from .bom import bom_of as bom_of
     from .compact import compact_deltas as compact_deltas
     from .delta.target import Target as Target

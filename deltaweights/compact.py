@@ -19,14 +19,16 @@ from .license import cards
 from .license.rules import text_records
 from .manifest import BaseRecord, Manifest, TargetRecord
 from .match.names import Match, find_named, match_pair
+from .metrics import timed_operation
 from .patch import check_base, check_licenses
 from .payload import CHUNK_BYTES
-from .storage import Location, Readable, output_path
+from .storage import Location, Readable, open_output
 from .workers import ProgressCallback, Workers
 
 _log = logging.getLogger(__name__)
 
 
+@timed_operation("compact")
 def compact_deltas(
     deltas: Sequence[Location],
     delta: Location,
@@ -45,7 +47,7 @@ def compact_deltas(
 
     Args:
         deltas: folders or Hub ids, in the order in which they were made.
-        delta: the folder to write; new or empty, or an interrupted run's.
+        delta: the folder to write, or the URL of a place in a store; new or empty, or an interrupted run's.
         base: the first delta's base; if None, the repository that its manifest names, at its commit.
         chunk_bytes, force, threads: as for :func:`make_delta`.
         progress: called with a phase, bytes done and total bytes: "check base" and "diff".
@@ -62,7 +64,7 @@ def compact_deltas(
         ValueError: ``chunk_bytes`` is out of range.
     """
     check_chunk_bytes(chunk_bytes)
-    output_path(delta)
+    open_output(delta)
     with open_recipe(deltas, base) as target:
         first = links(target)[0]
         old = first.base

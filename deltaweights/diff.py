@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from itertools import islice, tee
-from pathlib import Path
 
 import msgspec
 
@@ -47,16 +46,9 @@ from .match.duplicates import find_duplicates
 from .match.low_rank import search_bytes, with_low_rank
 from .match.names import Match, RenameRule
 from .match.quantized import find_quantized
+from .metrics import timed_operation, timed_stage
 from .payload import CHUNK_BYTES, ChunkPlan, CodedChunk
-from .storage import (
-    LocalSource,
-    Location,
-    OutputFolder,
-    Readable,
-    is_same,
-    is_within,
-    output_path,
-)
+from .storage import Destination, Location, Readable, open_output
 from .workers import Buffers, Lane, MemoryBudget, Meter, ProgressCallback, Workers, batches, result_of
 
 _log = logging.getLogger(__name__)
@@ -65,6 +57,7 @@ _log = logging.getLogger(__name__)
 _SEARCHES_BYTES = 576 << 20
 
 
+@timed_operation("diff")
 def make_delta(
     base: Readable,
     target: Readable,
@@ -88,7 +81,7 @@ def make_delta(
     Args:
         base, target: a folder, one .safetensors file, a Hub id, or a URL of a store. What is far away streams
             through memory.
-        delta: the folder to write; new or empty, or an interrupted run's.
+        delta: the folder to write, or the URL of a place in a store; new or empty, or an interrupted run's.
         rename: pairs (regular expression, replacement) that turn target tensor names into base tensor names,
             where automatic matching finds none.
         base_repo, base_revision: the base's Hub id and commit. If None, they are taken from the Hub or the
@@ -117,7 +110,7 @@ def make_delta(
         ValueError: ``chunk_bytes`` is out of range.
     """
     check_chunk_bytes(chunk_bytes)
-    output_path(delta)
+    open_output(delta)
     with open_base(base) as old, open_target(target, exclude) as new:
         check_place(delta, old, new)
         _check_hub_ids(base_repo, target_repo, base_revision)
@@ -150,7 +143,7 @@ def check_place(delta: Location, old: Checkpoint, new: Checkpoint) -> None:
     """Raise :class:`DeltaWeightsError` if the delta of these two checkpoints cannot be written to
     ``delta``."""
     _check_names(new)
-    _check_apart(output_path(delta), old, new)
+    _check_apart(open_output(delta), old, new)
 
 
 def write_delta(
@@ -177,7 +170,8 @@ def write_delta(
     Raises:
         BaseMismatchError: the base's shards have the names in ``base.files``, but a different SHA-256.
     """
-    with Workers(threads) as workers, OutputFolder(delta) as folder:
+    with Workers(threads) as workers, open_output(delta) as folder:
+        workers.at_stop(folder.cancel)
         for source in (old.source, new.source):
             workers.at_stop(source.cancel)
         meter = Meter(progress, "diff", sum(new.source.sizes.values()))
@@ -208,7 +202,7 @@ def write_delta(
             chunk_bytes=chunk_bytes,
         )
         writer.write_manifest(manifest)
-        _log.info("wrote the delta to %s: %d bytes", folder.root, manifest.delta_bytes)
+        _log.info("wrote the delta to %s: %d bytes", folder.where, manifest.delta_bytes)
         return manifest
 
 
@@ -241,33 +235,30 @@ def _check_names(new: Checkpoint) -> None:
             )
 
 
-def _check_apart(root: Path, old: Checkpoint, new: Checkpoint) -> None:
+def _check_apart(folder: Destination, old: Checkpoint, new: Checkpoint) -> None:
     """The delta must not become part of its base or target."""
     for source in (*old.source.origins, *new.source.origins):
-        if source.root is None:
-            continue
-        place = source.root.resolve()
-        if is_same(root, place.parent) if place.is_file() else is_within(root, place):
+        if folder.is_inside(source) or folder.holds(source):
             raise OutputError(
-                f"The delta cannot be written to {root}",
+                f"The delta cannot be written to {folder.where}",
                 f"That folder is inside {source.where}, which the delta is made from.",
                 "Choose a folder outside the base and the target.",
             )
 
 
-def _check_vacant(folder: OutputFolder, force: bool) -> None:
+def _check_vacant(folder: Destination, force: bool) -> None:
     others = folder.foreign(folder.claims)
     if others and not force:
         raise OutputError(
-            f"{folder.root} is not empty",
+            f"{folder.where} is not empty",
             f"It holds {others[0]}{f' and {len(others) - 1} more' if others[1:] else ''}.",
             "Choose a new folder, or pass force=True to write there; an earlier delta is replaced.",
         )
-    if (folder.root / MANIFEST_NAME).exists():
+    if folder.exists(MANIFEST_NAME):
         folder.claim([MANIFEST_NAME, cards.CARD_NAME])
-        with suppress(DeltaError, CheckpointError), LocalSource(folder.root) as earlier:
+        with suppress(DeltaError, CheckpointError), folder.source() as earlier:
             folder.claim(file.path for file in read_manifest(earlier).files)
-        (folder.root / MANIFEST_NAME).unlink()  # from here on, the delta is incomplete
+        folder.remove(MANIFEST_NAME)  # from here on, the delta is incomplete
 
 
 class _Encoder:
@@ -294,6 +285,7 @@ class _Encoder:
         self._searches = MemoryBudget(_SEARCHES_BYTES)
         self._meter = meter
 
+    @timed_stage("encode")
     def write_files(
         self, matches: Sequence[Match], known: Sequence[FileRecord] = ()
     ) -> tuple[tuple[FileRecord, ...], tuple[TargetFile, ...], list[TensorEntry]]:

@@ -111,7 +111,7 @@ class BaseMismatchError(DeltaWeightsError):
 
 
 class LicenseNotAcceptedError(DeltaWeightsError):
-    """Somebody has to accept a license first. Raised by the command line only."""
+    """Somebody has to accept a license first. Raised by the command line and in batches only."""
 
 
 class OutputError(DeltaWeightsError):

@@ -19,6 +19,7 @@ from .checkpoint.oddities import (
 from .license import cards
 from .manifest import FileRecord
 from .match.names import Match, RenameRule, match_tensors
+from .metrics import timed_stage
 from .storage import Readable, is_clutter, open_source
 
 
@@ -99,6 +100,7 @@ def facts_of(
     return CheckpointFacts(repo_id or found.repo_id, revision or known, texts)
 
 
+@timed_stage("match")
 def match_inputs(
     old: Checkpoint,
     new: Checkpoint,

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,15 +24,15 @@ from .errors import DeltaError, OutputError
 from .executors import Executor, kept, workers_of
 from .license.rules import landing_place, text_records
 from .manifest import Manifest, TargetFile
+from .metrics import timed_operation, timed_stage
 from .storage import (
+    Destination,
     Location,
-    OutputFolder,
     Readable,
     SharedOutput,
     Source,
-    is_within,
     join_output,
-    output_path,
+    open_output,
     sha256_of,
 )
 from .words import counted
@@ -64,6 +62,7 @@ class ApplyReport:
     nbytes: int
 
 
+@timed_operation("apply")
 def apply_delta(
     delta: Deltas,
     out: Location,
@@ -83,7 +82,7 @@ def apply_delta(
         delta: a folder, a Hub id, a URL or an open source (closed at the end); or several, oldest first, each
             made from the target of the one before. An open source stays at the commit found when it was
             opened, even if the branch moves.
-        out: the folder to write; new or empty, or an interrupted run's.
+        out: the folder to write, or the URL of a place in a store; new or empty, or an interrupted run's.
         base: a folder, a file, a Hub id or a URL; if None, the repository that the (first) manifest names, at
             its commit.
         keep_base: download the needed files of a base on the Hub into the local Hub cache and keep them
@@ -103,14 +102,16 @@ def apply_delta(
         OutputError: ``out`` holds other files, or its disk is too small.
         ExecutorError: the executor's machines cannot be reached, or do not see the same files.
     """
-    root = output_path(out)
+    folder = open_output(out)
     with open_recipe(delta, base) as target, Workers(threads) as workers:
         workers.at_stop(target.cancel)
-        check_apart(root, target)
-        _log.info("rebuilding %s into %s", ", ".join(link.source.where for link in links(target)), root)
+        workers.at_stop(folder.cancel)
+        check_apart(folder, target)
+        origins = ", ".join(link.source.where for link in links(target))
+        _log.info("rebuilding %s into %s", origins, folder.where)
         check_licenses(target)
         check_base(target, workers, keep=keep_base, progress=progress)
-        with OutputFolder(root) as folder:
+        with folder:
             paths = [file.path for file in target.manifest.target.files]
             folder.require_distinct([*paths, *(place for _, _, place in license_places(target))])
             folder.require_apart(paths, target.sources)
@@ -123,16 +124,16 @@ def apply_delta(
             write_licenses(target, folder)
         _log.info("rebuilt %d files, %d bytes; %d files were there", len(missing), nbytes, len(kept))
     rebuilt = tuple(file.path for file in missing)
-    return ApplyReport(str(root), rebuilt, tuple(sorted(kept)), nbytes)
+    return ApplyReport(folder.where, rebuilt, tuple(sorted(kept)), nbytes)
 
 
-def check_apart(root: Path, target: TargetRecipe) -> None:
+def check_apart(folder: Destination, target: TargetRecipe) -> None:
     """The target must not overwrite the files that it is made from."""
-    for place in filter(None, (source.root for source in target.sources)):
-        if place.is_dir() and is_within(root, place):
+    for source in target.sources:
+        if folder.is_inside(source):
             raise OutputError(
-                f"The target cannot be written to {root}",
-                f"That folder is inside {place}, which the target is made from.",
+                f"The target cannot be written to {folder.where}",
+                f"That folder is inside {source.root or source.where}, which the target is made from.",
                 "Choose another folder.",
             )
 
@@ -151,9 +152,10 @@ def _damaged(path: str) -> DeltaError:
     )
 
 
+@timed_stage("check files there")
 def _finished(
     manifest: Manifest,
-    folder: OutputFolder,
+    folder: Destination,
     workers: Workers,
     force: bool,
     progress: ProgressCallback | None,
@@ -165,7 +167,7 @@ def _finished(
             different content.
     """
     files = {file.path: file for file in manifest.target.files}
-    there = [file for file in files.values() if os.path.lexists(folder.root / file.path)]
+    there = [file for file in files.values() if folder.exists(file.path)]
     meter = Meter(progress, "check files there", sum(file.size for file in there)) if there else None
 
     def is_whole(lane: Lane, file: TargetFile) -> bool:
@@ -181,13 +183,14 @@ def _finished(
     if others and not force:
         more = f", nor are {len(others) - 1} more" if others[1:] else ""
         raise OutputError(
-            f"{folder.root} holds other files",
+            f"{folder.where} holds other files",
             f"{others[0]!r} is not the target's{more}.",
             "Choose a new folder, or pass force=True to write there; files of other names stay as they are.",
         )
     return kept
 
 
+@timed_stage("check base")
 def check_base(
     target: TargetRecipe, workers: Workers, *, keep: bool = False, progress: ProgressCallback | None = None
 ) -> None:
@@ -304,10 +307,11 @@ def _sample_of(recipe: TensorRecipe, most: int, choice: random.Random) -> list[i
     return sorted(choice.sample(chunks, min(most, len(chunks))))
 
 
+@timed_stage("rebuild")
 def _write_all(
     target: TargetRecipe,
     files: Iterable[TargetFile],
-    folder: OutputFolder,
+    folder: Destination,
     workers: Workers,
     meter: Meter,
     executor: Executor | None,
@@ -327,9 +331,9 @@ def _write_all(
 
 
 def _write_shard(
-    target: TargetRecipe, file: TargetFile, folder: OutputFolder, lane: Lane, meter: Meter
+    target: TargetRecipe, file: TargetFile, folder: Destination, lane: Lane, meter: Meter
 ) -> None:
-    with folder.create(file.path) as output:
+    with folder.create(file.path, size=file.size, sha256=file.sha256) as output:
         check_digest(file, rebuild_shard(target.shard(file.path), lane, meter, output.write_at))
         output.commit()
     _log.info("%s: rebuilt, %d bytes, SHA-256 %s", file.path, file.size, file.sha256)
@@ -342,25 +346,24 @@ def _write_elsewhere(pinned: PinnedTarget, shared: SharedOutput, threads: int, f
         join_output(shared) as folder,
         workers_of(threads, target.cancel) as workers,
     ):
+        workers.at_stop(folder.cancel)
         _write_shard(target, file, folder, workers, Meter(None, "", 0))
 
 
-def write_file(
-    target: TargetRecipe, file: TargetFile, folder: OutputFolder, lane: Lane, meter: Meter
-) -> None:
+def write_file(target: TargetRecipe, file: TargetFile, folder: Destination, lane: Lane, meter: Meter) -> None:
     """Write a file of the target that is not a shard.
 
     Raises:
         DeltaError: its SHA-256 is not the manifest's; it did not get its name.
     """
-    with folder.create(file.path) as output:
+    with folder.create(file.path, size=file.size, sha256=file.sha256) as output:
         output.write_blocks(lane.watch(target.blocks(file), meter))
         check_digest(file, output.digest()[1])
         output.commit()
     _log.debug("%s: rebuilt, %d bytes, SHA-256 %s", file.path, file.size, file.sha256)
 
 
-def write_licenses(target: TargetRecipe, folder: OutputFolder) -> None:
+def write_licenses(target: TargetRecipe, folder: Destination) -> None:
     """Write license texts and notices of all deltas beside the target."""
     for source, path, place in license_places(target):
         with folder.create(place) as output:

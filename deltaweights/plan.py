@@ -23,7 +23,7 @@ from .errors import BaseMismatchError
 from .license.rules import LicenseReport, describe, text_records
 from .manifest import MANIFEST_NAME, Manifest, TargetFile
 from .patch import check_base, sample_chunks
-from .storage import Location, Readable, Source, Span, local_path, open_source, output_path
+from .storage import Location, Readable, Source, Span, open_output, open_source
 from .storage.hub_client import cache_folder
 from .storage.local import free_space
 from .storage.read_ahead import WINDOW_BYTES
@@ -156,7 +156,7 @@ def plan_apply(
         DeltaError: the delta is incomplete or damaged.
     """
     if out is not None:
-        output_path(out)
+        open_output(out)
     with ExitStack() as stack:
         source = stack.enter_context(open_source(delta))
         manifest = read_manifest(source)
@@ -205,7 +205,7 @@ class _Reads:
     def sum(self) -> PlannedReads:
         """The totals so far."""
         id, where = self.source.hub_id, self.source.where
-        if self.source.is_remote:
+        if self.source.is_remote and id.repo_id:
             where = f"{id.repo_id}@{id.revision}"
         return PlannedReads(where, id.repo_id, id.revision, self._needed, self._download)
 
@@ -257,13 +257,8 @@ def _missing(manifest: Manifest, out: Location | None) -> list[TargetFile]:
     """The target's files that the folder ``out`` lacks or holds with a different size."""
     if out is None:
         return list(manifest.target.files)
-    root = local_path(out)
-
-    def is_there(file: TargetFile) -> bool:
-        path = root / file.path
-        return path.is_file() and path.stat().st_size == file.size
-
-    return [file for file in manifest.target.files if not is_there(file)]
+    there = open_output(out).sizes(file.path for file in manifest.target.files)
+    return [file for file in manifest.target.files if there.get(file.path) != file.size]
 
 
 def _check(target: TargetRecipe, workers: Workers) -> BaseCheck | None:
@@ -350,7 +345,8 @@ def _spaces(nbytes: int, out: Location | None, kept: int) -> Iterator[Space]:
     if out is None:
         yield Space("result", None, nbytes, None)
     else:
-        yield Space("result", str(local_path(out)), nbytes, free_space(local_path(out)))
+        folder = open_output(out)
+        yield Space("result", folder.where, nbytes, folder.free_bytes())
     if kept:
         cache = cache_folder()
         yield Space("cache", str(cache), kept, free_space(cache))

@@ -24,6 +24,7 @@ from .errors import (
 from .license.cards import CARD_NAME, LICENSE_FILE
 from .license.rules import describe, recognize, terms_of, text_records
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from .metrics import timed_operation
 from .storage import HubSource, LocalSource, Location, Source
 from .storage.hub_client import Downloader, Repository
 from .storage.hub_upload import Outgoing, find_branch, require_login, require_published, upload
@@ -58,6 +59,7 @@ class PushReport:
     conflicts: tuple[str, ...]
 
 
+@timed_operation("push")
 def push_delta(
     delta: Location | LocalSource,
     repo_id: str,

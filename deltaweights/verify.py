@@ -14,6 +14,7 @@ from .delta.target_recipe import TargetRecipe
 from .errors import CheckpointError, DeltaWeightsError
 from .license.cards import CARD_NAME
 from .manifest import MANIFEST_NAME, FileRecord, Manifest, TargetFile
+from .metrics import timed_operation, timed_stage
 from .patch import check_base, rebuild_shard
 from .storage import HubSource, Location, Readable, Source, is_clutter, open_source, sha256_of
 from .workers import Lane, Meter, ProgressCallback, Workers
@@ -62,6 +63,7 @@ class VerifyReport:
         return not self.problems
 
 
+@timed_operation("verify")
 def verify_delta(
     delta: Deltas,
     *,
@@ -132,6 +134,7 @@ def _count_published(source: Source, records: Iterable[FileRecord | TargetFile])
     return sum(source.published_sha256(record.path) is not None for record in records)
 
 
+@timed_stage("compare files")
 def _compare(
     place: Literal["delta", "target"],
     source: Source,
@@ -172,6 +175,7 @@ def _compare(
     return problems + [found for found in workers.each(compare, expected.values()) if found]
 
 
+@timed_stage("rebuild in memory")
 def _compare_rebuilt(
     view: TargetRecipe, workers: Workers, progress: ProgressCallback | None
 ) -> list[Problem]:

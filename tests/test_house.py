@@ -36,7 +36,9 @@ PUBLIC: list[Any] = [
 #: For each folder, what stands in it, lowest rank first. Each may import from lower ranks only.
 RANKS: dict[str, tuple[str, ...]] = {
     "": (
-        "_exports _version dtypes errors recent words workers",
+        "_exports _version dtypes errors recent words",
+        "metrics",
+        "workers",
         "canonical entries",
         "adapters",
         "codec manifest storage",
@@ -47,11 +49,12 @@ RANKS: dict[str, tuple[str, ...]] = {
         "delta",
         "bom diff inspect patch",
         "compact estimate plan verify",
-        "push torch",
+        "batch push torch",
         "engines",
         "cli",
         "__init__ __main__",
     ),
+    "batch": ("base_cache jobs results", "job", "running", "__init__"),
     "card": ("front_matter links", "writing", "__init__"),
     "checkpoint": ("header index other_formats", "checkpoint", "gathered oddities", "__init__"),
     "cli": (
@@ -61,7 +64,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "logs usage",
         "progress",
         "session",
-        "weight_streams",
+        "batches weight_streams",
         "commands",
         "__init__",
     ),
@@ -149,14 +152,15 @@ RANKS: dict[str, tuple[str, ...]] = {
     "storage": (
         "traffic",
         "hub_errors patience source system",
-        "file_names local read_ahead store_errors",
+        "destination file_names local read_ahead",
         "hub_client output",
-        "hub hub_upload joined store_client",
+        "hub hub_upload",
         "store",
-        "location",
+        "joined location",
         "pinned",
         "__init__",
     ),
+    "storage/store": ("errors", "client", "source upload", "files", "folder", "__init__"),
     "torch": ("boxes tensors wholeness wrappers", "dcp models stream", "__init__"),
     "torch/dcp": ("record", "base", "folder write", "storage", "__init__"),
     "torch/models": (
@@ -168,19 +172,23 @@ RANKS: dict[str, tuple[str, ...]] = {
         "__init__",
     ),
     "torch/stream": (
-        "gpu_kernels ranks records",
-        "gpu mirror transport",
-        "history state",
-        "cast held kept payloads split",
-        "gpu_replay pieces",
-        "division position",
-        "publisher",
+        "gpu_kernels records",
+        "gpu transport",
+        "state",
+        "cast payloads split",
+        "pieces",
+        "following publishing",
+        "__init__",
+    ),
+    "torch/stream/following": (
+        "gpu_replay held history mirror position",
         "replay",
         "writing",
         "prepared",
         "subscriber",
         "__init__",
     ),
+    "torch/stream/publishing": ("division kept ranks", "publisher", "__init__"),
 }
 
 

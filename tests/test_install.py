@@ -28,13 +28,19 @@ EXTRAS = {
     "engines": ("slime", "torch", "vllm"),
     "executors/ray_executor.py": ("ray",),
     "license/bom": ("bom",),
+    "metrics.py": ("metrics",),
     "torch": ("torch", "transformers"),
 }
 #: torch for CUDA brings the Triton that fits it.
 BROUGHT = {"torch": {"triton"}}
 
 #: Names that are not the distribution's.
-DISTRIBUTIONS = {"cyclonedx": "cyclonedx-python-lib", "packageurl": "packageurl-python", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+    "cyclonedx": "cyclonedx-python-lib",
+    "opentelemetry": "opentelemetry-api",
+    "packageurl": "packageurl-python",
+    "yaml": "pyyaml",
+}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TESTS_FOLDER = Path(__file__).parent

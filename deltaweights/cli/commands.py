@@ -16,6 +16,7 @@ import typer
 from .._version import __version__
 from ..errors import OutputError
 from . import rendering
+from .batches import batch
 from .layout import screen_of
 from .machines import machines
 from .options import (
@@ -74,8 +75,10 @@ app = typer.Typer(
 
 #: The panels of the commands in the help.
 _PUBLISH, _USE, _LOOK, _STREAM = "To publish", "To use", "To look into a delta", "To stream"
+_MANY = "To do many"
 
 app.add_typer(stream, rich_help_panel=_STREAM)
+app.command("batch", rich_help_panel=_MANY)(batch)
 
 
 @app.callback(invoke_without_command=True)

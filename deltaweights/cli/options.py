@@ -68,8 +68,8 @@ Ray = Annotated[
     typer.Option(
         "--ray",
         metavar="ADDRESS",
-        help="Work on the machines of a Ray cluster, a task for each shard: `auto` for the one that runs, "
-        "`local` to start one here, or an address. --threads is then for each task, 1 by default.",
+        help="Work on the machines of a Ray cluster, a task for each shard or job: `auto` for the one that "
+        "runs, `local` to start one here, or an address. --threads is then for each task, 1 by default.",
     ),
 ]
 Debug = Annotated[
@@ -116,8 +116,17 @@ def rename_rules(texts: Iterable[str]) -> list[tuple[str, str]]:
 
 def bits(text: str) -> float:
     """Bits a second, as in ``100M``."""
+    return _scaled(text, "--bandwidth", "bits, such as 100M")
+
+
+def number_of_bytes(text: str) -> int:
+    """Bytes, as in ``200G``."""
+    return int(_scaled(text, "--cache-size", "bytes, such as 200G"))
+
+
+def _scaled(text: str, option: str, what: str) -> float:
     match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)([kKMGT]?)", text, re.ASCII)
-    rate = float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ") if match else 0
-    if not rate:
-        raise typer.BadParameter(f"{text!r} is not a number of bits, such as 100M.", param_hint="--bandwidth")
-    return rate
+    number = float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ") if match else 0
+    if not number:
+        raise typer.BadParameter(f"{text!r} is not a number of {what}.", param_hint=option)
+    return number

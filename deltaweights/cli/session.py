@@ -22,7 +22,6 @@ from .rendering import license_panel, plain
 from .streams import note, report, show_error
 
 if TYPE_CHECKING:
-    from ..license.table import Terms
     from ..storage import Source, Traffic
 
 #: What errors tell to do, in Python's words and in the command line's.
@@ -170,7 +169,7 @@ def settle_license(
         LicenseNotAcceptedError: nobody accepted a license that is not an open one.
     """
     from ..delta.opening import license_texts, read_manifest
-    from ..license.rules import describe, unaccepted
+    from ..license.rules import describe, not_accepted, unaccepted
 
     manifests = [read_manifest(source) for source in sources]
     if not quiet:
@@ -185,7 +184,7 @@ def settle_license(
     if not missing:
         return
     if not (may_ask and _confirmed(", ".join(f"{terms.name} ({terms.spdx})" for terms in missing))):
-        raise _not_accepted(missing, next(delta for delta in deltas if asked[delta]))
+        raise not_accepted(missing, next(delta for delta in deltas if asked[delta]))
 
 
 def _confirmed(names: str) -> bool:
@@ -197,14 +196,3 @@ def _confirmed(names: str) -> bool:
         return typer.confirm("Do you accept?", err=True)
     except typer.Abort:
         return False
-
-
-def _not_accepted(missing: Sequence[Terms], delta: str) -> LicenseNotAcceptedError:
-    """The error says exactly what to pass."""
-    options = " ".join(f"--accept-license {terms.spdx}" for terms in missing)
-    return LicenseNotAcceptedError(
-        f"The license was not accepted: {', '.join(terms.name for terms in missing)}",
-        "It is not an open license, or not known to be one. No weights were read, nothing was written.",
-        f"Read it (deltaweights license {delta} --texts), then pass {options} or set "
-        f"DELTAWEIGHTS_ACCEPT_LICENSE={' '.join(terms.spdx for terms in missing)!r}.",
-    )

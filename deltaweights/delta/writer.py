@@ -27,7 +27,7 @@ from ..manifest import (
     is_safe_path,
 )
 from ..payload import ChunkPlan, PayloadWriter
-from ..storage import OutputFolder, PartialFile, Source, sha256_of, spelling
+from ..storage import Destination, Source, WritableFile, sha256_of, spelling
 from ..workers import Meter, Workers
 from .shards import shard_header, shard_metadata
 
@@ -79,7 +79,7 @@ class DeltaWriter:
     """
 
     def __init__(
-        self, folder: OutputFolder, target: Source, inputs: str, workers: Workers, meter: Meter
+        self, folder: Destination, target: Source, inputs: str, workers: Workers, meter: Meter
     ) -> None:
         self.files: list[FileRecord] = []
         self._folder = folder
@@ -123,7 +123,7 @@ class DeltaWriter:
         with self._folder.create(name) as file:
             yield DeltaShardWriter(self, file, shard, plans)
 
-    def finish_shard(self, file: PartialFile, target: TargetFile, entries: Sequence[TensorEntry]) -> None:
+    def finish_shard(self, file: WritableFile, target: TargetFile, entries: Sequence[TensorEntry]) -> None:
         """Give a delta shard its name, and remember that it is done."""
         stored = self._finish(file)
         kinds, rows = to_rows(entries)
@@ -220,7 +220,7 @@ class DeltaWriter:
             self._finish(file)
         return True
 
-    def _finish(self, file: PartialFile) -> FileRecord:
+    def _finish(self, file: WritableFile) -> FileRecord:
         record = FileRecord(file.path, *file.digest())
         self._folder.claim([file.path])
         file.commit()
@@ -232,7 +232,7 @@ class DeltaShardWriter:
     """Writes one delta shard: ``payloads`` in the manifest's order, then the header, into reserved space."""
 
     def __init__(
-        self, delta: DeltaWriter, file: PartialFile, shard: Shard, plans: Iterable[ChunkPlan]
+        self, delta: DeltaWriter, file: WritableFile, shard: Shard, plans: Iterable[ChunkPlan]
     ) -> None:
         self._delta = delta
         self._file = file

@@ -29,7 +29,6 @@ from ..storage import (
     Readable,
     Source,
     local_path,
-    output_path,
     sha256_of,
 )
 from ..workers import Meter, ProgressCallback, Workers
@@ -88,24 +87,24 @@ def serve_folder(
         DeltaError: the delta is incomplete or damaged.
         OutputError: ``out`` holds other files, or cannot be written to.
     """
-    root = output_path(out)
+    folder = OutputFolder(out)
     with open_recipe(delta, base) as target, Workers(threads) as workers:
         workers.at_stop(target.cancel)
         pointer = _pointer_to(target, named_base=base is not None or is_pointer_folder(delta))
-        check_apart(root, target)
+        check_apart(folder, target)
         check_licenses(target)
         check_base(target, workers, keep=keep_base, progress=progress)
         files = [file for file in target.manifest.target.files if _is_wanted(file.path, file.stored)]
         paths = [file.path for file in files]
         nbytes = sum(file.size for file in files)
         meter = Meter(progress, "write", nbytes)
-        with OutputFolder(root) as folder:
+        with folder:
             folder.require_distinct([*paths, POINTER_NAME, *(place for *_, place in license_places(target))])
             folder.require_apart([*paths, POINTER_NAME], target.sources)
             others = folder.foreign([*paths, POINTER_NAME])
             if others and not force:
                 raise OutputError(
-                    f"{folder.root} holds other files",
+                    f"{folder.where} holds other files",
                     f"{others[0]!r} is not the target's, or is weights of it.",
                     "Choose a new folder, or pass force=True to write there; files of other names stay.",
                 )
@@ -118,7 +117,7 @@ def serve_folder(
                 output.commit()
     origins = tuple(one.origin.location() for one in pointer.deltas)
     where = pointer.base.location() if pointer.base else None
-    return ServeReport(str(root), tuple(sorted(paths)), nbytes, origins, where)
+    return ServeReport(folder.where, tuple(sorted(paths)), nbytes, origins, where)
 
 
 def _is_wanted(path: str, stored: str) -> bool:

@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from .. import metrics
 from .._version import __version__
 from ..errors import ExecutorError
-from ..storage.traffic import Traffic, count
-from ..storage.traffic import total as total_traffic
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -32,14 +31,15 @@ class Carried:
         is_error: which of the two.
         trace: the error's traceback, as text.
         records: what it logged.
-        traffic: the bytes that it read and wrote.
+        totals: the bytes that it read and wrote, and the chunks that it coded, as :func:`metrics.add` takes
+            them.
     """
 
     result: bytes
     is_error: bool
     trace: str
     records: tuple[logging.LogRecord, ...]
-    traffic: Traffic
+    totals: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Call:
 
     def __call__(self, item: bytes) -> Carried:
         """Run the task. An error is returned, like a result."""
-        before = total_traffic()
+        before = metrics.totals()
         error, trace, result = None, "", b""
         with _recorded(self.level) as records:
             try:
@@ -70,7 +70,7 @@ class Call:
             except Exception as caught:
                 error, trace = caught, traceback.format_exc()
         packed = _pack(error) if error else result
-        return Carried(packed, error is not None, trace, tuple(records), total_traffic().since(before))
+        return Carried(packed, error is not None, trace, tuple(records), _since(before))
 
 
 def carry(function: Callable[[Item], Result], items: Iterable[Item]) -> tuple[Call, list[bytes]]:
@@ -85,7 +85,7 @@ def settle(carried: Carried) -> Any:
         logger = logging.getLogger(record.name)
         if logger.isEnabledFor(record.levelno):
             logger.handle(record)
-    count(read=carried.traffic.read, written=carried.traffic.written)
+    metrics.add(**carried.totals)
     found = pickle.loads(carried.result)  # noqa: S301
     if carried.is_error:
         found.__cause__ = _FarTraceback(carried.trace)
@@ -97,6 +97,10 @@ class _FarTraceback(Exception):  # noqa: N818
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
+
+
+def _since(before: dict[str, int]) -> dict[str, int]:
+    return {name: amount - before[name] for name, amount in metrics.totals().items()}
 
 
 def _pack(error: Exception) -> bytes:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 
 import msgspec
 
+from ..errors import LicenseNotAcceptedError
 from ..manifest import BaseRecord, DeltaLicense, FileRecord, License, Manifest, TargetRecord
 from .table import KNOWN, LISTED, UNKNOWN, Terms
 
@@ -299,6 +300,17 @@ def unaccepted(
     sides = (manifest.base.license, manifest.target.license)
     both = _once(terms for side in sides for terms in _claimed(side, texts or {}))
     return tuple(terms for terms in both if not terms.is_open and not given & _names(terms))
+
+
+def not_accepted(missing: Sequence[Terms], delta: str) -> LicenseNotAcceptedError:
+    """The error for licenses of the delta that nobody has accepted. It says exactly what to pass."""
+    options = " ".join(f"--accept-license {terms.spdx}" for terms in missing)
+    return LicenseNotAcceptedError(
+        f"The license was not accepted: {', '.join(terms.name for terms in missing)}",
+        "It is not an open license, or not known to be one. No weights were read, nothing was written.",
+        f"Read it (deltaweights license {delta} --texts), then pass {options} or set "
+        f"DELTAWEIGHTS_ACCEPT_LICENSE={' '.join(terms.spdx for terms in missing)!r}.",
+    )
 
 
 def _names(terms: Terms) -> set[str]:

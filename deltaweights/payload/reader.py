@@ -13,7 +13,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import codec
+from .. import codec, metrics
 from ..checkpoint import Tensor
 from ..codec import Predictor
 from ..errors import DeltaError, DeltaWeightsError, PayloadError
@@ -246,6 +246,7 @@ class PayloadReader(StoredPayload):
             BaseMismatchError: the base's bytes differ from those that the payload was made from.
             DeltaError: the payload is damaged.
         """
+        metrics.add(decode=end - first)
         runs = [list(run) for _, run in groupby(range(first, end), self.needs_base)]
         # Bytes read for a different run, or a second time, may pass through the memory of `out`.
         whole, origin = out if len(runs) == 1 else np.empty_like(out), self.plan.span(first)[0]

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import codec
+from .. import codec, metrics
 from ..checkpoint import MAX_HEADER_BYTES, TensorInfo, build_header
 from ..errors import OutputError
-from ..storage import PartialFile
+from ..storage import WritableFile
 from .chunks import ChunkPlan
 
 #: The fewest bytes per write of payloads, since a thread waits for Python's lock at each write.
@@ -62,6 +62,7 @@ def encode_row(
         quick: as for :func:`codec.encode_chunk`.
     """
     spans = [slice(start, start + chunk_bytes) for start in range(0, target.size, chunk_bytes)]
+    metrics.add(encode=len(spans))
     if base is None:
         return [_encode_alone(target[span], dtype) for span in spans]
     source = base_dtype or dtype
@@ -89,7 +90,7 @@ class PayloadWriter:
     """Writes payloads into ``file``, one after the other from byte ``start`` on; :meth:`flush` is the end.
     Small ones are collected, since a checkpoint may have tens of thousands of them."""
 
-    def __init__(self, file: PartialFile, start: int) -> None:
+    def __init__(self, file: WritableFile, start: int) -> None:
         self._file = file
         self._start = self._end = start
         self._pending: list[bytes] = []  # whole payloads, which end where the next one begins
@@ -163,7 +164,7 @@ class PayloadFile:
         OutputError: the header may become longer than safetensors allows.
     """
 
-    def __init__(self, file: PartialFile, largest: Mapping[str, int], metadata: dict[str, str]) -> None:
+    def __init__(self, file: WritableFile, largest: Mapping[str, int], metadata: dict[str, str]) -> None:
         infos, position = [], 0
         for name, nbytes in largest.items():
             length = nbytes + ChunkPlan(nbytes, 0).count * codec.RECORD.itemsize

@@ -1,21 +1,33 @@
 """Where bytes come from and go: folders, the Hub, output folders."""
 
+from .destination import Destination, SharedOutput, WritableFile
 from .file_names import spelling
 from .hub import HubSource, open_hub
 from .joined import join_output
-from .local import LocalSource, is_clutter, local_path, output_path
-from .location import Location, Readable, open_source
-from .output import WORKSPACE, OutputFolder, PartialFile, SharedOutput
+from .local import (
+    LocalFile,
+    LocalSource,
+    blocks_at,
+    free_space,
+    is_clutter,
+    local_path,
+    output_path,
+    store_url,
+)
+from .location import Location, Readable, open_output, open_source
+from .output import WORKSPACE, OutputFolder, PartialFile
 from .pinned import PinnedSource
 from .source import HubId, ReadableFile, Source, Span, file_blocks, sha256_of
-from .system import flush_folder, is_same, is_within, lock
+from .system import flush, flush_folder, is_same, is_within, lock
 from .traffic import Traffic
 from .traffic import total as total_traffic
 
 __all__ = [
     "WORKSPACE",
+    "Destination",
     "HubId",
     "HubSource",
+    "LocalFile",
     "LocalSource",
     "Location",
     "OutputFolder",
@@ -27,8 +39,12 @@ __all__ = [
     "Source",
     "Span",
     "Traffic",
+    "WritableFile",
+    "blocks_at",
     "file_blocks",
+    "flush",
     "flush_folder",
+    "free_space",
     "is_clutter",
     "is_same",
     "is_within",
@@ -36,9 +52,11 @@ __all__ = [
     "local_path",
     "lock",
     "open_hub",
+    "open_output",
     "open_source",
     "output_path",
     "sha256_of",
     "spelling",
+    "store_url",
     "total_traffic",
 ]

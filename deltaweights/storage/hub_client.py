@@ -152,7 +152,7 @@ def _whole_answer(url: str) -> bytes:
             body += piece
             if len(body) > _MOST_LISTING:
                 raise _too_much(_MOST_LISTING)
-        count(read=len(body))
+        count(fetched=len(body))
         return bytes(body)
 
 
@@ -254,7 +254,7 @@ class Downloader:
                 try:
                     for piece in pace.watch(self._attempt(path, start, end)):
                         start += len(piece)
-                        count(read=len(piece))
+                        count(fetched=len(piece))
                         attempt = 0
                         yield piece
                     if start < end:
@@ -403,7 +403,7 @@ def download(repository: Repository, path: str) -> Path:
         get = partial(hf_hub_download, repository.repo_id, path, revision=repository.commit, **WE)
         found = Path(within(_STILL_SECONDS, get, what=f"The download of {path} from", progress=arrived))
     size = repository.files[path].size
-    count(read=size, written=size)
+    count(fetched=size, written=size)
     return found
 
 

@@ -10,7 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import OutputError
-from .output import OutputFolder, SharedOutput
+from .destination import Destination, SharedOutput
+from .local import store_url
+from .output import OutputFolder
+from .store import JoinedPlace
 
 #: Seconds until a file that one machine wrote to a shared folder is seen by the others.
 _SOON, _LOOK = 5.0, 0.2
@@ -70,6 +73,6 @@ class JoinedFolder(OutputFolder):
         )
 
 
-def join_output(shared: SharedOutput) -> JoinedFolder:
+def join_output(shared: SharedOutput) -> Destination:
     """The output that another process shares."""
-    return JoinedFolder(shared)
+    return JoinedPlace(shared) if store_url(shared.location) else JoinedFolder(shared)

@@ -7,11 +7,13 @@ import re
 from typing import TypeAlias
 
 from ..errors import CheckpointError, HubReadError
+from .destination import Destination
 from .hub import open_hub
 from .hub_errors import why_absent
 from .local import LocalSource, local_path, store_url, url_scheme
+from .output import OutputFolder
 from .source import Source
-from .store import StoreSource
+from .store import StoreFolder, StoreSource
 
 #: The argument of every verb: a folder, one .safetensors file, a Hub id ``[hf://]org/name[@revision]``, or a
 #: URL of a folder or file in a store or on a web server, such as ``s3://bucket/folder`` or
@@ -49,6 +51,17 @@ def open_source(location: Readable) -> Source:
             "Check the path or the name.",
         )
     return LocalSource(location)
+
+
+def open_output(location: Location) -> Destination:
+    """The folder or the place in a store at ``location``, to be written in a ``with`` block.
+
+    Raises:
+        OutputError: nothing can be written there.
+        CheckpointError: the URL is none that fsspec knows, or its package is missing.
+    """
+    url = store_url(location)
+    return StoreFolder(url) if url else OutputFolder(location)
 
 
 def _open_named(location: str, repo_id: str, revision: str | None) -> Source:

@@ -16,20 +16,21 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO
 
 from ..errors import DiskSpaceError, OutputError
+from .destination import Destination, SharedOutput, WritableFile
 from .file_names import alike, same_names, spelling
-from .local import blocks_at, free_space, is_clutter, output_path
+from .local import LocalSource, blocks_at, free_space, is_clutter, output_path
 from .source import Source, sha256_of
-from .system import UNSUPPORTED, flush, flush_folder, is_same, lock, read_bytes_at, write_at
+from .system import UNSUPPORTED, flush, flush_folder, is_same, is_within, lock, read_bytes_at, write_at
 
 #: The folder inside an output folder, for files that are not complete.
 WORKSPACE = ".deltaweights"
-_KEPT = "licenses"  # in the workspace: license texts beside the target
+#: In the workspace: license texts beside the target.
+KEPT = "licenses"
 _BLOCK_BYTES = 1 << 20
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 #: Whether folders can be held by handles, so that nobody can put a link in a folder's place meanwhile.
@@ -37,17 +38,46 @@ _HAS_HANDLES = {os.open, os.mkdir, os.rename, os.unlink, os.stat} <= os.supports
 _MOST_PARTS = 64  # of one write: some systems take no more than a thousand
 
 
-@dataclass(frozen=True, slots=True)
-class SharedOutput:
-    """An output that a run holds, for those who join it: where it is, and which run."""
+class DiskFile(WritableFile):
+    """A file whose bytes are on a disk of this machine until it is committed.
 
-    location: str
-    run: str
+    Args:
+        path: its name in messages.
+        fd: its descriptor, closed in the end.
+    """
+
+    def __init__(self, path: str, fd: int) -> None:
+        super().__init__(path)
+        self._fd = fd
+
+    def write_at(self, offset: int, *data: bytes | memoryview) -> None:
+        """Write the parts ``data``, one after the other, beginning at byte ``offset``."""
+        views = deque(memoryview(part) for part in data if len(part))
+        with full_disk_explained(self.path):
+            while views:
+                done = write_at(self._fd, offset, list(islice(views, _MOST_PARTS)))
+                offset += done
+                while views and done >= len(views[0]):
+                    done -= len(views.popleft())
+                if done:
+                    views[0] = views[0][done:]
+
+    def digest(self) -> tuple[int, str]:
+        """The size in bytes and the SHA-256 (hex) of the file."""
+        size = os.fstat(self._fd).st_size
+        return size, sha256_of(self._blocks(size))
+
+    def _blocks(self, size: int) -> Iterator[bytes]:
+        return (read_bytes_at(self._fd, start, _BLOCK_BYTES) for start in range(0, size, _BLOCK_BYTES))
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
-class PartialFile:
-    """A file under a temporary name, deleted at the end of its ``with`` block unless committed. Threads may
-    write at different positions at once.
+class PartialFile(DiskFile):
+    """A file under a temporary name, deleted at the end of its ``with`` block unless committed.
 
     Args:
         path: its name in messages.
@@ -65,56 +95,22 @@ class PartialFile:
         place: Callable[[Path, Path], None] | None = None,
         handle: int | None = None,
     ) -> None:
-        self.path = path
         self._temporary = temporary
         self._final = final
         self._place = place
         self._is_placed = False
         self._handle = handle
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._fd = os.open(_name(temporary, handle), flags, 0o666, dir_fd=handle)
-
-    def write_at(self, offset: int, *data: bytes | memoryview) -> None:
-        """Write the parts ``data``, one after the other, beginning at byte ``offset``."""
-        views = deque(memoryview(part) for part in data if len(part))
-        with _full_disk_explained(self.path):
-            while views:
-                done = write_at(self._fd, offset, list(islice(views, _MOST_PARTS)))
-                offset += done
-                while views and done >= len(views[0]):
-                    done -= len(views.popleft())
-                if done:
-                    views[0] = views[0][done:]
-
-    def write_blocks(self, blocks: Iterable[bytes]) -> None:
-        """Write the blocks one after the other, from the start of the file."""
-        position = 0
-        for block in blocks:
-            self.write_at(position, block)
-            position += len(block)
-
-    def digest(self) -> tuple[int, str]:
-        """The size in bytes and the SHA-256 (hex) of the file."""
-        size = os.fstat(self._fd).st_size
-        starts = range(0, size, _BLOCK_BYTES)
-        return size, sha256_of(read_bytes_at(self._fd, start, _BLOCK_BYTES) for start in starts)
+        super().__init__(path, os.open(_name(temporary, handle), flags, 0o666, dir_fd=handle))
 
     def commit(self) -> None:
         """Flush to the device and give the file its final name, replacing any file there."""
-        with _full_disk_explained(self.path):
+        with full_disk_explained(self.path):
             flush(self._fd)
             self._close()  # some file systems cannot rename open files
             (self._place or os.replace)(self._temporary, self._final)
             self._is_placed = True
             flush_folder(self._final.parent)
-
-    def _close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def __enter__(self) -> PartialFile:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self._close()
@@ -123,7 +119,7 @@ class PartialFile:
                 os.unlink(_name(self._temporary, self._handle), dir_fd=self._handle)
 
 
-class OutputFolder:
+class OutputFolder(Destination):
     """The folder ``root``, created if missing and locked against a second writer; a context manager.
 
     Raises:
@@ -132,6 +128,7 @@ class OutputFolder:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = output_path(root)
+        self.where = str(self.root)
         self._made: list[Path] = []
         self._workspace = self.root / WORKSPACE
         self._lock: IO[bytes] | None = None
@@ -155,7 +152,7 @@ class OutputFolder:
 
     def __enter__(self) -> OutputFolder:
         try:
-            with _full_disk_explained(f"to {self.root}"):
+            with full_disk_explained(f"to {self.root}"):
                 while not self._locked():
                     pass  # another process just removed the workspace: make it again
                 for left_over in self._workspace.glob("*.partial"):
@@ -204,7 +201,7 @@ class OutputFolder:
     def _clear_workspace(self) -> None:
         """Remove the workspace's files, the lock last: after that, another process may enter."""
         for path in self._workspace.iterdir():
-            if path.name not in ("lock", _KEPT):
+            if path.name not in ("lock", KEPT):
                 path.unlink()
         (self._workspace / "lock").unlink()
 
@@ -305,7 +302,7 @@ class OutputFolder:
 
     def _check_workspace(self) -> None:
         """Refuse links in the workspace, which may have come with a download."""
-        kept = self._workspace / _KEPT
+        kept = self._workspace / KEPT
         entries = [self._workspace, *self._workspace.iterdir()]
         odd = [
             entry
@@ -335,7 +332,7 @@ class OutputFolder:
     def claim(self, paths: Iterable[str]) -> None:
         """Note that the files belong to this program, which may replace or remove them."""
         with (
-            _full_disk_explained(f"to {self.root}"),
+            full_disk_explained(f"to {self.root}"),
             open(self._workspace / "claims", "a", encoding="utf-8") as file,
         ):
             file.writelines(f"{path}\n" for path in paths)
@@ -344,8 +341,7 @@ class OutputFolder:
         """Delete the claimed files of earlier runs that are not in ``keep``."""
         for path in self.claims - set(keep):
             if self.is_regular(path):
-                with self._folder_of(Path(path)) as handle:
-                    os.unlink(_name(self.root / path, handle), dir_fd=handle)
+                self.remove(path)
                 with suppress(OSError):  # a folder that is not empty stays
                     for parent in list(Path(path).parents)[:-1]:
                         (self.root / parent).rmdir()
@@ -357,7 +353,7 @@ class OutputFolder:
     def _write_note(self, name: str, data: bytes) -> None:
         temporary = self._workspace / self._temporary_name(name)
         try:
-            with _full_disk_explained(f"to {self.root}"):
+            with full_disk_explained(f"to {self.root}"):
                 temporary.write_bytes(data)
                 temporary.replace(self._workspace / name)
         finally:
@@ -370,14 +366,14 @@ class OutputFolder:
         except FileNotFoundError:
             return b""
 
-    def create(self, path: str) -> PartialFile:
+    def create(self, path: str, *, size: int | None = None, sha256: str | None = None) -> PartialFile:
         """A new file that :meth:`PartialFile.commit` will place at the relative ``path``.
 
         Raises:
             OutputError: a folder of the path is a symbolic link or a file.
         """
         final = self.root / path
-        with _full_disk_explained(path):
+        with full_disk_explained(path):
             with self._folder_of(Path(path), make=True):
                 pass
             if final.is_dir() and not final.is_symlink():
@@ -403,6 +399,19 @@ class OutputFolder:
                 info = os.stat(name, dir_fd=handle, follow_symlinks=False)
                 self._placed[info.st_dev, info.st_ino] = final
 
+    def exists(self, path: str) -> bool:
+        """Whether anything has that path, if only a link."""
+        return os.path.lexists(self.root / path)
+
+    def source(self) -> Source:
+        """The files that are there, to be read."""
+        return LocalSource(self.root)
+
+    def remove(self, path: str) -> None:
+        """Remove the file at ``path``."""
+        with self._folder_of(Path(path)) as handle:
+            os.unlink(_name(self.root / path, handle), dir_fd=handle)
+
     def is_regular(self, path: str) -> bool:
         """Whether ``path`` is a real file, reached without symbolic links."""
         full = self.root / path
@@ -421,6 +430,18 @@ class OutputFolder:
         """The files that stand in the folder though ``expected`` does not name them, sorted; but not what an
         operating system left there."""
         return sorted(path for path in _all_files(self.root) if path not in expected and not is_clutter(path))
+
+    def is_inside(self, source: Source) -> bool:
+        """Whether it is the folder of ``source``, or in it."""
+        return source.root is not None and source.root.is_dir() and is_within(self.root, source.root)
+
+    def holds(self, source: Source) -> bool:
+        """Whether ``source`` is a single file, directly in this folder."""
+        return (
+            source.root is not None
+            and source.root.is_file()
+            and is_same(self.root, source.root.resolve().parent)
+        )
 
     def require_apart(self, paths: Iterable[str], sources: Iterable[Source]) -> None:
         """Raise :class:`OutputError` if writing ``paths`` would replace a file of ``sources``."""
@@ -463,22 +484,20 @@ class OutputFolder:
 
     def _same_names(self, names: Iterable[str]) -> tuple[str, str] | None:
         folder = self._workspace / "names.partial"
-        with _full_disk_explained(f"to {self.root}"):
+        with full_disk_explained(f"to {self.root}"):
             folder.mkdir()
             try:
                 return same_names(folder, names)
             finally:
                 shutil.rmtree(folder)
 
-    def require_space(self, nbytes: int) -> None:
-        """Raise :class:`DiskSpaceError` if fewer than ``nbytes`` bytes are free."""
-        free = free_space(self.root)
-        if nbytes > free:
-            raise DiskSpaceError(
-                f"Not enough free space for {self.root}",
-                f"{nbytes:,} bytes are needed, {free:,} are free.",
-                "Free some space, or choose a folder on another disk.",
-            )
+    def free_bytes(self) -> int:
+        """How many bytes are free."""
+        return free_space(self.root)
+
+    def sizes(self, paths: Iterable[str]) -> dict[str, int]:
+        """The sizes of those of the files that are there now."""
+        return {path: self.size(path) for path in paths if (self.root / path).is_file()}
 
 
 def _name(path: Path, handle: int | None) -> str | Path:
@@ -533,7 +552,8 @@ def _spot(path: Path) -> tuple[int, int, str] | None:
 
 
 @contextmanager
-def _full_disk_explained(path: str) -> Iterator[None]:
+def full_disk_explained(path: str) -> Iterator[None]:
+    """Explain errors of the disk within the block, which writes ``path``."""
     try:
         yield
     except OSError as error:

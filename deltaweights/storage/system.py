@@ -28,14 +28,17 @@ _NO_FLUSH = UNSUPPORTED | {errno.EINVAL, errno.ENOTTY, errno.EBADF}
 _MOST_BYTES = 1 << 30  # per read or write: macOS refuses 2 GiB
 
 
-def lock(file: IO[bytes]) -> None:
+def lock(file: IO[bytes], *, shared: bool = False) -> None:
     """Lock a file against other processes until it is closed. Does nothing on a file system without locks.
+
+    Args:
+        shared: others may lock it so, too.
 
     Raises:
         BlockingIOError: another process has locked it.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise

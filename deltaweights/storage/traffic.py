@@ -6,8 +6,9 @@ or more at a time, so that counting costs nothing.
 
 from __future__ import annotations
 
-import threading
 from typing import NamedTuple
+
+from .. import metrics
 
 
 class Traffic(NamedTuple):
@@ -21,17 +22,12 @@ class Traffic(NamedTuple):
         return Traffic(self.read - earlier.read, self.written - earlier.written)
 
 
-_lock = threading.Lock()
-_total = Traffic(0, 0)
-
-
-def count(*, read: int = 0, written: int = 0) -> None:
-    """Add to the totals, from any thread."""
-    global _total  # noqa: PLW0603
-    with _lock:
-        _total = Traffic(_total.read + read, _total.written + written)
+def count(*, read: int = 0, written: int = 0, fetched: int = 0) -> None:
+    """Add to the totals, from any thread. What was fetched over a network counts as read, too."""
+    metrics.add(read=read + fetched, write=written, receive=fetched)
 
 
 def total() -> Traffic:
     """Everything since the process began."""
-    return _total
+    totals = metrics.totals()
+    return Traffic(totals["read"], totals["write"])

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from .models.load import load_state_dict as load_state_dict
     from .models.load import write_files as write_files
     from .models.save import save_delta as save_delta
+    from .stream.following.prepared import Change as Change
+    from .stream.following.prepared import Prepared as Prepared
+    from .stream.following.prepared import StreamState as StreamState
+    from .stream.following.prepared import SyncReport as SyncReport
+    from .stream.following.subscriber import DeltaSubscriber as DeltaSubscriber
     from .stream.pieces import Part as Part
-    from .stream.prepared import Change as Change
-    from .stream.prepared import Prepared as Prepared
-    from .stream.prepared import StreamState as StreamState
-    from .stream.prepared import SyncReport as SyncReport
-    from .stream.publisher import DeltaPublisher as DeltaPublisher
-    from .stream.publisher import PublishReport as PublishReport
-    from .stream.subscriber import DeltaSubscriber as DeltaSubscriber
+    from .stream.publishing.publisher import DeltaPublisher as DeltaPublisher
+    from .stream.publishing.publisher import PublishReport as PublishReport
 else:
     __getattr__, __dir__, __all__ = _exports.exports(__name__)

@@ -12,6 +12,7 @@ import pytest
 
 from deltaweights import (
     CheckpointError,
+    OutputError,
     apply_delta,
     compact_deltas,
     inspect_delta,
@@ -22,7 +23,7 @@ from deltaweights import (
     verify_delta,
 )
 from deltaweights.errors import HubReadError
-from deltaweights.storage import Source, Span, open_source
+from deltaweights.storage import Source, Span, open_output, open_source
 from deltaweights.storage.store import StoreSource
 
 from ..checkpoints import contents
@@ -73,6 +74,12 @@ def subject_at(url: str, system: Any, root: str) -> Iterator[Subject]:
 
     with StoreSource(url, window_bytes=3 << 20) as source:
         yield Subject(source, FILES, changed)
+
+
+def stored(s3: S3Server, place: str) -> dict[str, bytes]:
+    """The files of a place in the bucket, by relative path, as :func:`contents` gives those of a folder."""
+    paths = [path for path in s3.system.find(place) if "/.deltaweights/licenses/" not in path]
+    return {path.removeprefix(f"{place}/"): s3.system.cat_file(path) for path in paths}
 
 
 class TestMemory(SourceContract):
@@ -233,6 +240,15 @@ class TestLocations:
             open_source(f"{scheme}://bucket/x")
         assert caught.value.fix == f"Install what {scheme}:// needs: pip install {package}"
 
+    @pytest.mark.parametrize(
+        ("place", "way"),
+        [("hf://buckets/org/bucket/out", "hf buckets sync"), ("https://host/out", "Choose a folder")],
+    )
+    def test_what_is_only_read_is_refused_as_an_output(self, place: str, way: str) -> None:
+        with pytest.raises(OutputError, match="cannot be written to") as caught:
+            open_output(place)
+        assert way in caught.value.fix
+
     @pytest.mark.parametrize("place", ["hf://buckets/org/nothing", "hf://buckets/org/bucket/nothing"])
     def test_nothing_there_on_the_hub(self, buckets: HubServer, place: str) -> None:
         buckets.fill_bucket("org/bucket", {"a.bin": b"a"})
@@ -279,6 +295,15 @@ class TestVerbs:
     def test_apply(self, there: str, trio: Trio, tmp_path: Path) -> None:
         apply_delta(f"{there}/delta", tmp_path / "out", base=f"{there}/base")
         assert contents(tmp_path / "out") == contents(trio.target)
+
+    def test_results_go_there_too(self, there: str, trio: Trio, s3: S3Server) -> None:
+        base, out = f"{there}/base", f"{there}/out"
+        make_delta(base, f"{there}/target", out + "/delta", chunk_bytes=CHUNK_BYTES)
+        assert stored(s3, "bucket/out/delta") == contents(trio.delta)
+        report = apply_delta(out + "/delta", out + "/model", base=base)
+        assert report.out == out + "/model"
+        assert stored(s3, "bucket/out/model") == contents(trio.target)
+        assert apply_delta(out + "/delta", out + "/model", base=base).rebuilt == ()
 
     def test_the_rest(self, there: str, trio: Trio, tmp_path: Path) -> None:
         delta, base = f"{there}/delta", f"{there}/base"

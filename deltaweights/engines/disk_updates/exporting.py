@@ -10,8 +10,8 @@ from torch import Tensor
 from ...checkpoint import open_checkpoint
 from ...errors import CheckpointError
 from ...storage import Location
-from ...torch.stream.prepared import StreamState
-from ...torch.stream.subscriber import DeltaSubscriber
+from ...torch.stream.following.prepared import StreamState
+from ...torch.stream.following.subscriber import DeltaSubscriber
 from ...workers import ProgressCallback, Workers
 from .chain import DiskUpdateReport, Version, newest_version
 from .checksums import ChecksumFormat

@@ -12,8 +12,8 @@ from torch import Tensor
 from ...checkpoint import open_checkpoint
 from ...errors import CheckpointError, DeltaError
 from ...storage import Location, local_path
-from ...torch.stream.publisher import DeltaPublisher
-from ...torch.stream.subscriber import DeltaSubscriber
+from ...torch.stream.following.subscriber import DeltaSubscriber
+from ...torch.stream.publishing.publisher import DeltaPublisher
 from ...torch.stream.transport import open_transport
 from ...torch.tensors import byte_view, code_of, stored_shape
 from ...workers import ProgressCallback, Workers

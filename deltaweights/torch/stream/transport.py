@@ -30,11 +30,12 @@ from ...storage import (
     PartialFile,
     file_blocks,
     local_path,
+    store_url,
 )
 from ...storage.hub_upload import Outgoing, find_branch, require_login, upload
 from ...storage.local import LocalFile
-from ...storage.store_client import Store
-from ...storage.store_errors import is_conflict, reading, writing
+from ...storage.store.client import Store
+from ...storage.store.errors import is_conflict, reading, writing
 from .records import HEAD_NAME, MAX_HEAD_BYTES, StreamFile, damaged, number_of
 
 
@@ -119,7 +120,7 @@ class Transport(Protocol):
 def open_transport(location: Location, *, public: bool = False) -> Transport:
     """The transport for a folder, an fsspec URL (``s3://…``), or a repository on the Hub (``hf://org/name``)."""
     place = os.fspath(location)
-    if place.startswith("hf://"):
+    if place.startswith("hf://") and not store_url(place):
         return HubTransport(place.removeprefix("hf://"), public)
     return UrlTransport(place) if "://" in place else FolderTransport(place)
 
@@ -280,7 +281,7 @@ class UrlTransport:
     def __init__(self, url: str) -> None:
         from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 
-        store = Store(url)
+        self._store = store = Store(url)
         self.where = store.where
         self._system = store.system
         self._root = store.root.rstrip("/")
@@ -346,9 +347,11 @@ class UrlTransport:
         return sorted(name for name in names if number_of(name) is not None)
 
     def writing(self) -> AbstractContextManager[OutputFolder]:
+        self._store.require_writable()
         return _temporary_folder()
 
     def joining(self) -> AbstractContextManager[PayloadFolder]:
+        self._store.require_writable()
         return _temporary_folder()
 
     def send(self, folder: PayloadFolder, payloads: Mapping[str, StreamFile]) -> None:

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from deltaweights import CheckpointError, DeltaWeightsError, OutputError
 from deltaweights.torch import DeltaPublisher, DeltaSubscriber, Part
-from deltaweights.torch.stream.kept import KeptState
+from deltaweights.torch.stream.publishing.kept import KeptState
 from deltaweights.torch.tensors import DTYPES
 
 from ..process_groups import end_rank, process_group

@@ -32,7 +32,7 @@ from deltaweights import (
     codec,
 )
 from deltaweights.torch import Change, DeltaPublisher, DeltaSubscriber
-from deltaweights.torch.stream import prepared as prepared_module
+from deltaweights.torch.stream.following import prepared as prepared_module
 from deltaweights.torch.stream.records import CHUNK_BYTES
 from deltaweights.torch.stream.state import StateTensor
 from deltaweights.torch.tensors import DTYPES
@@ -704,7 +704,7 @@ def test_a_mirror_in_shared_memory_is_one_for_all_processes(tmp_path: Path) -> N
 
 
 def test_a_mirror_of_a_huge_state_is_refused() -> None:
-    from deltaweights.torch.stream.mirror import empty_tensors
+    from deltaweights.torch.stream.following.mirror import empty_tensors
     from deltaweights.torch.stream.records import StateRecord, StreamTensor
 
     tensor = StreamTensor("w", "F32", (1 << 30, 1 << 30), "0" * 64)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...workers import Workers
-from .state import StateTensor
+from ....workers import Workers
+from ..state import StateTensor
 
 #: The number of chunks that a thread takes at once, since handing over one takes as long as its work.
 BATCH = 8

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...dtypes import DTYPES
-from ...errors import CheckpointError
-from ..tensors import dtype_of, torch_shape
-from .records import StateRecord, StreamTensor
+from ....dtypes import DTYPES
+from ....errors import CheckpointError
+from ...tensors import dtype_of, torch_shape
+from ..records import StateRecord, StreamTensor
 
 #: Where each tensor begins, so that kernels can read whole words, and processors whole lines.
 _ALIGNMENT = 64

@@ -9,20 +9,20 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from ...errors import BaseMismatchError, CheckpointError, DeltaError
-from ...storage import Location
-from ...workers import Workers
+from ....errors import BaseMismatchError, CheckpointError, DeltaError
+from ....storage import Location
+from ....workers import Workers
+from ..payloads import StreamStep
+from ..pieces import Published
+from ..records import Head, StateRecord, StreamTensor, damaged
+from ..split import cuts_of, has_cuts
+from ..transport import Gone, open_transport
 from .held import HeldChanges
 from .history import History, Way
 from .mirror import empty_tensors
-from .payloads import StreamStep
-from .pieces import Published
 from .position import Known, Model, Position
 from .prepared import Prepared, StreamState, SyncReport
-from .records import Head, StateRecord, StreamTensor, damaged
 from .replay import Replay
-from .split import cuts_of, has_cuts
-from .transport import Gone, open_transport
 from .writing import Writing
 
 #: The number of attempts to find a way, since files may be removed meanwhile.

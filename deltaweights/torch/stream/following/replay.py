@@ -10,14 +10,14 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ... import codec
-from ...errors import CheckpointError, PayloadError
-from ...workers import Workers
+from .... import codec
+from ....errors import CheckpointError, PayloadError
+from ....workers import Workers
+from ..payloads import Chunk, StreamPayload, StreamStep, read_payloads
+from ..records import CHUNK_BYTES, damaged, tensor_digest
+from ..state import StateTensor, owners, plan_of
 from .gpu_replay import GpuPatches
 from .held import HeldChanges, HeldChunk, in_batches
-from .payloads import Chunk, StreamPayload, StreamStep, read_payloads
-from .records import CHUNK_BYTES, damaged, tensor_digest
-from .state import StateTensor, owners, plan_of
 
 Bytes = NDArray[np.uint8]
 _Result = TypeVar("_Result")

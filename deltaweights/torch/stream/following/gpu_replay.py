@@ -8,13 +8,13 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ... import codec
-from ...errors import PayloadError
-from ...workers import Workers
-from ..tensors import settle
-from . import gpu
-from .payloads import Chunk, StreamPayload
-from .state import StateTensor, plan_of
+from .... import codec
+from ....errors import PayloadError
+from ....workers import Workers
+from ...tensors import settle
+from .. import gpu
+from ..payloads import Chunk, StreamPayload
+from ..state import StateTensor, plan_of
 
 #: The number of adjacent chunks to patch at once.
 _AT_ONCE = 64

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from ...errors import CheckpointError, NotPublishedError
-from .records import (
+from ....errors import CheckpointError, NotPublishedError
+from ..records import (
     MAX_RECORD_BYTES,
     Head,
     Kind,
@@ -15,7 +15,7 @@ from .records import (
     read_head,
     read_record,
 )
-from .transport import Gone, Transport
+from ..transport import Gone, Transport
 
 #: The most records that are read to find a step.
 _MOST_BACK = 10_000

@@ -6,22 +6,34 @@ roles. Nothing is passed to it here.
 
 from __future__ import annotations
 
+import logging
+import random
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from ..errors import CheckpointError
-from . import hub_client
-from .store_errors import ChangedMeanwhile, Unserved, may_pass, reading, redacted
+from ...errors import CheckpointError, OutputError
+from .. import hub_client
+from .errors import ChangedMeanwhile, Unserved, may_pass, reading, redacted
+
+_log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 #: A file's SHA-256 in its metadata, where the store keeps such.
 SHA256_KEY = "deltaweights-sha256"
+
+#: The run that wrote a file, in the same place.
+RUN_KEY = "deltaweights-run"
+
+#: Schemes that mean the same.
+_SAME_SCHEMES = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}
 
 _QUESTIONS_AT_ONCE = 8
 
@@ -44,6 +56,14 @@ class PinnedFile:
     full_path: str
     size: int
     pin: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnfinishedUpload:
+    """An upload to a path in a store that was begun, and not ended."""
+
+    full_path: str
+    id: str
 
 
 class Store:
@@ -71,6 +91,21 @@ class Store:
         self._lock = None if is_for_many else _ONE_AT_A_TIME
         self._asking = threading.Lock()
 
+    def require_writable(self) -> None:
+        """Raise :class:`OutputError` where files are only read."""
+        if self.is_web:
+            raise OutputError(
+                f"{self.where} cannot be written to",
+                "A web server is only read.",
+                "Choose a folder or a store.",
+            )
+        if self.scheme == "hf":
+            raise OutputError(
+                f"{self.where} cannot be written to",
+                "Storage buckets of the Hub are only read: their client refuses no second writer.",
+                f"Write to a folder, then copy it: hf buckets sync FOLDER {self.where}",
+            )
+
     def full_path(self, path: str) -> str:
         """The path in the file system of the file at the relative ``path``."""
         return f"{self.root.rstrip('/')}/{path}"
@@ -82,13 +117,69 @@ class Store:
             HubReadError: it cannot be listed, or there is nothing.
         """
         with reading(self.where):
-            infos = patiently(self._infos)
+            infos = patiently(self._infos, attempts=3)
             if len(infos) > _MOST_FILES:
                 raise Unserved(f"it has more than {_MOST_FILES:,} files")
             files = dict(self._files(infos))
             if not files:
                 raise FileNotFoundError(self.where)
             return files
+
+    def find(self) -> dict[str, PinnedFile]:
+        """The files under the place by relative path, if it is no web server's; empty if there are none."""
+        root = self.root.rstrip("/") + "/"
+        with self.alone():
+            self.system.invalidate_cache()
+            infos = self.system.find(self.root, detail=True)
+        return dict(self._files({name: info for name, info in infos.items() if name.startswith(root)}))
+
+    def address(self, path: str = "") -> str:
+        """A text that is the same for two URLs of the same file, or of the place."""
+        scheme = _SAME_SCHEMES.get(self.scheme, self.scheme)
+        return f"{scheme}://{self.full_path(path).strip('/')}"
+
+    def is_within(self, other: Store) -> bool:
+        """Whether the place is ``other``, or in it."""
+        return f"{self.address()}/".startswith(f"{other.address()}/")
+
+    @property
+    def has_uploads(self) -> bool:
+        """Whether a new file is an upload, which is not visible before its end: so are those of the stores'
+        own packages."""
+        return self._lock is None
+
+    def metadata(self, metadata: Mapping[str, str]) -> dict[str, Any]:
+        """The arguments that let a new file have metadata, where that is known."""
+        if self.is_s3:
+            return {"Metadata": dict(metadata)}
+        return {"metadata": dict(metadata)} if self.scheme in ("gs", "gcs") else {}
+
+    def told(self, full_path: str) -> dict[str, str]:
+        """What a file's metadata says now."""
+        if self.is_s3:
+            found = self.system.metadata(full_path, refresh=True)
+        else:
+            with self.alone():
+                found = self.system.info(full_path).get("metadata") or {}
+        return {str(key).lower().replace("_", "-"): str(value) for key, value in found.items()}
+
+    def uploads(self) -> Iterator[UnfinishedUpload]:
+        """The uploads under the place that were begun and not ended, on S3."""
+        bucket, _, prefix = self.root.partition("/")
+        asked = {"Bucket": bucket, "Prefix": f"{prefix.rstrip('/')}/".lstrip("/")}
+        while asked and self.is_s3:
+            answer = self.system.call_s3("list_multipart_uploads", **asked)
+            for one in answer.get("Uploads") or []:
+                yield UnfinishedUpload(f"{bucket}/{one['Key']}", one["UploadId"])
+            if not answer.get("IsTruncated"):
+                break
+            asked["KeyMarker"] = answer["NextKeyMarker"]
+            asked["UploadIdMarker"] = answer["NextUploadIdMarker"]
+
+    def end_upload(self, upload: UnfinishedUpload) -> None:
+        """End an upload, so that its parts take no space."""
+        bucket, _, key = upload.full_path.partition("/")
+        self.system.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload.id)
 
     def _infos(self) -> dict[str, Mapping[str, Any]]:
         self.system.invalidate_cache()
@@ -125,7 +216,7 @@ class Store:
         """Raise :class:`ChangedMeanwhile` if the store has another version of the file now."""
         if self.is_s3:
             return  # asked for with each range
-        with self._alone(), self._asking:
+        with self.alone(), self._asking:
             self.system.invalidate_cache()  # most keep what they listed
             info = self.system.info(file.full_path)
         if info.get("size") != file.size or pin_of(info) != file.pin:
@@ -138,12 +229,12 @@ class Store:
         if self.is_web:
             etag = file.pin if file.pin.startswith('"') else None  # weak ones match nothing
             extra = {"size": file.size, "headers": {"If-Match": etag} if etag else {}}
-        with self._alone():
+        with self.alone():
             return self.system.open(file.full_path, "rb", cache_type="none", **extra)
 
     def read(self, opened: Any, start: int, end: int) -> bytes:
         """Bytes of a file that :meth:`open` returned."""
-        with self._alone():
+        with self.alone():
             opened.seek(start)
             data: bytes = opened.read(end - start)
         if len(data) < end - start:
@@ -171,17 +262,14 @@ class Store:
 
     def told_sha256(self, file: PinnedFile) -> str | None:
         """The SHA-256 in the file's metadata, as :class:`StoreFolder` writes it; None if there is none."""
-        metadata: Mapping[str, Any] = {}
+        found = None
         with suppress(Exception):  # it is a help and no more
-            if self.is_s3:
-                metadata = self.system.metadata(file.full_path)
-            elif not self.is_web:
-                with self._alone():
-                    metadata = self.system.info(file.full_path).get("metadata") or {}
-        found = {str(key).lower().replace("_", "-"): value for key, value in metadata.items()}.get(SHA256_KEY)
-        return found if isinstance(found, str) and re.fullmatch(r"[0-9a-f]{64}", found) else None
+            if not self.is_web:
+                found = self.told(file.full_path).get(SHA256_KEY)
+        return found if found and re.fullmatch(r"[0-9a-f]{64}", found) else None
 
-    def _alone(self) -> Any:
+    def alone(self) -> Any:
+        """A context manager: one call at a time, of file systems that are not made for many threads."""
         return self._lock or _FREE
 
 
@@ -196,15 +284,33 @@ _FREE = _Free()
 _ONE_AT_A_TIME = threading.RLock()
 
 
-def patiently(action: Any) -> Any:
-    """Run ``action``, with a few retries after temporary errors."""
-    for delay in hub_client.RETRY_DELAYS[:3]:
+def patiently(
+    action: Callable[[], Result],
+    *,
+    failed: Exception | None = None,
+    cancelled: threading.Event | None = None,
+    attempts: int | None = None,
+) -> Result:
+    """Run ``action``, with retries after temporary errors.
+
+    Args:
+        failed: what came of the first attempt, which was made already.
+        cancelled: ends the wait before a retry, with CancelledError.
+        attempts: how often it is retried; by default, for about a minute and a half.
+    """
+    for delay in hub_client.RETRY_DELAYS[:attempts]:
         try:
+            if failed:
+                raise failed
             return action()
         except Exception as error:
+            failed = None
             if not may_pass(error):
                 raise
-        threading.Event().wait(delay)
+            wait = delay * random.uniform(1, 1.5)  # noqa: S311
+            _log.info("the store is asked again in %.1f s: %s", wait, type(error).__name__)
+        if (cancelled or threading.Event()).wait(wait):
+            raise CancelledError
     return action()
 
 

@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...errors import BaseMismatchError, DeltaWeightsError
-from ..boxes import Box
-from ..tensors import dtype_of, torch_shape
+from ....errors import BaseMismatchError, DeltaWeightsError
+from ...boxes import Box
+from ...tensors import dtype_of, torch_shape
+from ..records import StateRecord
+from ..split import whole_indices
+from ..state import owners
 from .held import joined
 from .position import Position
-from .records import StateRecord
-from .split import whole_indices
-from .state import owners
 from .writing import Writing
 
 

@@ -13,14 +13,11 @@ from typing import NamedTuple, TypeAlias
 import torch
 import torch.distributed as dist
 
-from ...errors import DeltaError, DeltaWeightsError, OutputError
-from ...storage import Location
-from ...workers import Workers
-from .division import Task, plan
-from .kept import KeptState
-from .pieces import Offer, Pieces, Published, pieces_of
-from .ranks import RankLostError, Ranks
-from .records import (
+from ....errors import DeltaError, DeltaWeightsError, OutputError
+from ....storage import Location
+from ....workers import Workers
+from ..pieces import Offer, Pieces, Published, pieces_of
+from ..records import (
     MAX_RECORD_BYTES,
     PARTS_VERSION,
     WHOLE_VERSION,
@@ -38,8 +35,11 @@ from .records import (
     state_digest,
     write_json,
 )
-from .state import StateTensor
-from .transport import Gone, Publication, open_transport, other_writer
+from ..state import StateTensor
+from ..transport import Gone, Publication, open_transport, other_writer
+from .division import Task, plan
+from .kept import KeptState
+from .ranks import RankLostError, Ranks
 
 _KINDS: tuple[Kind, ...] = ("update", "anchor")
 

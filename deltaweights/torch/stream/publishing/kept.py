@@ -9,12 +9,12 @@ from itertools import chain, islice
 import numpy as np
 import torch
 
-from ... import codec
-from ...payload import CodedChunk, PayloadFile, encode_row
-from ...storage import PartialFile
-from ...workers import Workers
-from .records import CHUNK_BYTES
-from .state import StateTensor, plan_of
+from .... import codec
+from ....payload import CodedChunk, PayloadFile, encode_row
+from ....storage import PartialFile
+from ....workers import Workers
+from ..records import CHUNK_BYTES
+from ..state import StateTensor, plan_of
 
 _METADATA = {"format": "deltaweights-stream"}
 

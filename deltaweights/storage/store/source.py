@@ -15,14 +15,14 @@ from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
-from . import hub_client
-from .hub import HubFile
-from .local import is_left_out
-from .read_ahead import Window, ranges_of
-from .source import Source, Span, file_blocks
-from .store_client import PinnedFile, Store
-from .store_errors import may_pass, reading
-from .traffic import count
+from .. import hub_client
+from ..hub import HubFile
+from ..local import is_left_out
+from ..read_ahead import Window, ranges_of
+from ..source import Source, Span, file_blocks
+from ..traffic import count
+from .client import PinnedFile, Store
+from .errors import may_pass, reading
 
 _log = logging.getLogger(__name__)
 
@@ -49,11 +49,11 @@ class StoreSource(Source):
 
     def __init__(self, url: str, *, window_bytes: int = _WINDOW_BYTES) -> None:
         self._url = url
-        self._store = Store(url)
-        self._files = self._store.listing()
+        self.store = Store(url)
+        self._files = self.store.listing()
         sizes = {path: file.size for path, file in sorted(self._files.items()) if not is_left_out(path)}
         left_out = tuple(sorted(set(self._files) - set(sizes)))
-        super().__init__(self._store.where, sizes, left_out=left_out)
+        super().__init__(self.store.where, sizes, left_out=left_out)
         self.window = Window(self._fetch, nbytes=window_bytes, connections=_CONNECTIONS)
         self._is_single = len(sizes) == 1 and self.where.endswith(f"/{next(iter(sizes))}")
         self._opened: dict[str, HubFile] = {}
@@ -80,6 +80,12 @@ class StoreSource(Source):
             self._opened[path] = HubFile(path, self.sizes[path], self.window)
         return self._opened[path]
 
+    def addresses(self) -> list[str]:
+        """Of each file, :meth:`Store.address`."""
+        if self._is_single:
+            return [self.store.address()]
+        return [self.store.address(path) for path in self.sizes]
+
     def name(self, path: str) -> str:
         """The file's URL, without what may be secret."""
         return self.where if self._is_single else f"{self.where}/{path}"
@@ -104,7 +110,7 @@ class StoreSource(Source):
         if path not in self._files:
             return None
         if path not in self._digests:
-            self._digests[path] = self._store.told_sha256(self._files[path])
+            self._digests[path] = self.store.told_sha256(self._files[path])
         return self._digests[path]
 
     def fingerprint(self, path: str) -> str:
@@ -133,7 +139,7 @@ class StoreSource(Source):
                 try:
                     for piece in self._attempt(path, start, end):
                         start += len(piece)
-                        count(read=len(piece))
+                        count(fetched=len(piece))
                         attempt = 0
                         yield piece
                 except Exception as error:
@@ -144,8 +150,8 @@ class StoreSource(Source):
     def _attempt(self, path: str, start: int, end: int) -> Iterator[bytes]:
         """The bytes from one request, piece by piece where the store's package can."""
         file = self._files[path]
-        if self._store.is_s3:
-            return self._store.pieces(file, start, end)
+        if self.store.is_s3:
+            return self.store.pieces(file, start, end)
         return iter([self._whole(path, file, start, end)])
 
     def _whole(self, path: str, file: PinnedFile, start: int, end: int) -> bytes:
@@ -153,12 +159,12 @@ class StoreSource(Source):
             idle = self._handles[path]
             opened = idle.pop() if idle else None
             look, self._looks[path] = self._looks[path], self._looks[path] + 1
-        opened = opened or self._store.open(file)
-        data = self._store.read(opened, start, end)
+        opened = opened or self.store.open(file)
+        data = self.store.read(opened, start, end)
         with self._lock:
             self._handles[path].append(opened)
         if end == file.size or look % _RANGES_PER_LOOK == 0:
-            self._store.require_same(file)
+            self.store.require_same(file)
         return data
 
     def cancel(self) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from ...workers import Workers
-from ..tensors import settle
+from ....workers import Workers
+from ...tensors import settle
 from .held import HeldChanges
 from .position import Model
 from .replay import Replay

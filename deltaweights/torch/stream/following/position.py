@@ -9,15 +9,15 @@ from typing import cast
 
 from torch import nn
 
-from ...errors import CheckpointError
-from ...workers import Workers
-from ..boxes import Box
-from ..wholeness import require_own
-from ..wrappers import plain_state
-from .pieces import Published, is_sharded, local_tensors, pieces_of
-from .records import StreamTensor, state_digest, tensor_digest
-from .split import Cuts, split
-from .state import State, StateTensor, mark_of, marks_of, require_writable, state_of, sums_of
+from ....errors import CheckpointError
+from ....workers import Workers
+from ...boxes import Box
+from ...wholeness import require_own
+from ...wrappers import plain_state
+from ..pieces import Published, is_sharded, local_tensors, pieces_of
+from ..records import StreamTensor, state_digest, tensor_digest
+from ..split import Cuts, split
+from ..state import State, StateTensor, mark_of, marks_of, require_writable, state_of, sums_of
 
 
 @dataclass(frozen=True, slots=True)

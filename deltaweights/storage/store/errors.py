@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 
-from ..errors import DeltaWeightsError, HubReadError, HubWriteError
-from .hub_errors import is_passing_status
+from ...errors import DeltaWeightsError, HubReadError, HubWriteError
+from ..hub_errors import is_passing_status
 
 #: The error numbers of remote file systems if the server is busy or unreachable.
 _PASSING_NUMBERS = {

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ...errors import DeltaWeightsError, OutputError
-from ...workers import MOST_THREADS, usable_cores
-from ..tensors import first_line
+from ....errors import DeltaWeightsError, OutputError
+from ....workers import MOST_THREADS, usable_cores
+from ...tensors import first_line
 
 Result = TypeVar("Result")
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from msgspec import UNSET
 
-from ...errors import CheckpointError
-from ..boxes import Box, fill
-from ..wholeness import some
-from .pieces import Offer
-from .records import MOST_FILES, StreamPart, StreamTensor, part_key, tensor_digest
+from ....errors import CheckpointError
+from ...boxes import Box, fill
+from ...wholeness import some
+from ..pieces import Offer
+from ..records import MOST_FILES, StreamPart, StreamTensor, part_key, tensor_digest
 
 
 class Task(NamedTuple):

@@ -1,0 +1,6 @@
+"""Object stores, through fsspec: read from and written to."""
+
+from .folder import JoinedPlace, StoreFolder
+from .source import StoreSource
+
+__all__ = ["JoinedPlace", "StoreFolder", "StoreSource"]
