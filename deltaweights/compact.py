@@ -14,6 +14,7 @@ from .delta.rebuilt import RebuiltSource
 from .delta.target_recipe import TargetRecipe
 from .diff import check_chunk_bytes, check_place, write_delta
 from .errors import CheckpointError
+from .executors import Executor
 from .inputs import CheckpointFacts
 from .license import cards
 from .license.rules import text_records
@@ -38,6 +39,7 @@ def compact_deltas(
     effort: Effort = "default",
     force: bool = False,
     threads: int | None = None,
+    executor: Executor | None = None,
     progress: ProgressCallback | None = None,
 ) -> Manifest:
     """Write one delta, from the first one's base to the last one's target, to the folder ``delta``.
@@ -49,7 +51,7 @@ def compact_deltas(
         deltas: folders or Hub ids, in the order in which they were made.
         delta: the folder to write, or the URL of a place in a store; new or empty, or an interrupted run's.
         base: the first delta's base; if None, the repository that its manifest names, at its commit.
-        chunk_bytes, force, threads: as for :func:`make_delta`.
+        chunk_bytes, effort, force, threads, executor: as for :func:`make_delta`.
         progress: called with a phase, bytes done and total bytes: "check base" and "diff".
 
     Returns:
@@ -96,6 +98,7 @@ def compact_deltas(
             effort=effort,
             force=force,
             threads=threads,
+            executor=executor,
             progress=progress,
         )
 

@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import suppress
 from functools import partial
-from itertools import islice, tee
+from typing import NamedTuple
 
 import msgspec
 
 from ._version import __version__
 from .checkpoint import Checkpoint, Tensor
 from .codec import Effort
-from .delta.digests import PassingDigest, ShardDigests, base_spans, is_far, passing_shards
-from .delta.encoding import ChunkRow, encode_rows
-from .delta.entry import entry_of, removed_entries
+from .delta.digests import PassingDigest, digested_along, digested_apart, is_far, passing_shards
+from .delta.encoder import ShardEncoder
+from .delta.encoding_tasks import DiffSetting, DigestJob, JobDone, PinnedPair, ShardJob, do_job
+from .delta.entry import removed_entries
 from .delta.opening import read_manifest
 from .delta.writer import DeltaWriter
 from .entries import TensorEntry
 from .errors import BaseMismatchError, CheckpointError, DeltaError, DeltaWeightsError, OutputError
+from .executors import Executor
 from .inputs import CheckpointFacts, facts_of, match_inputs, open_base, open_target
 from .license import cards, rules
 from .manifest import (
@@ -43,18 +44,17 @@ from .manifest import (
     is_safe_path,
 )
 from .match.duplicates import find_duplicates
-from .match.low_rank import search_bytes, with_low_rank
 from .match.names import Match, RenameRule
 from .match.quantized import find_quantized
 from .metrics import timed_operation, timed_stage
-from .payload import CHUNK_BYTES, ChunkPlan, CodedChunk
+from .payload import CHUNK_BYTES
 from .storage import Destination, Location, Readable, open_output
-from .workers import Buffers, Lane, MemoryBudget, Meter, ProgressCallback, Workers, batches, result_of
+from .workers import Meter, ProgressCallback, Workers, result_of
 
 _log = logging.getLogger(__name__)
 
-#: Memory for searches in several tensors at once: two of the largest.
-_SEARCHES_BYTES = 576 << 20
+#: The matches of each of the target's shards, by its path.
+_ByShard = Mapping[str, list[Match]]
 
 
 @timed_operation("diff")
@@ -74,6 +74,7 @@ def make_delta(
     effort: Effort = "default",
     force: bool = False,
     threads: int | None = None,
+    executor: Executor | None = None,
     progress: ProgressCallback | None = None,
 ) -> Manifest:
     """Write the delta from ``base`` to ``target`` to the folder ``delta``.
@@ -95,6 +96,8 @@ def make_delta(
             "max". The result is the same for one machine and effort.
         force: write even if ``delta`` holds other files; the delta's own files are replaced.
         threads: number of threads; if None, the number of usable cores, at most 8.
+        executor: encodes the shards elsewhere, one task each, such as a :class:`RayExecutor`. Its machines
+            read base and target, and write to ``delta``. The result is the same.
         progress: called with a phase ("diff"), bytes done and total bytes.
 
     Returns:
@@ -107,6 +110,7 @@ def make_delta(
     Raises:
         CheckpointError: a checkpoint cannot be found, read or downloaded.
         OutputError: the folder cannot be used, or its disk is full.
+        ExecutorError: the executor's machines cannot be reached, or do not see the same files.
         ValueError: ``chunk_bytes`` is out of range.
     """
     check_chunk_bytes(chunk_bytes)
@@ -129,6 +133,7 @@ def make_delta(
             effort=effort,
             force=force,
             threads=threads,
+            executor=executor,
             progress=progress,
         )
 
@@ -160,6 +165,7 @@ def write_delta(
     effort: Effort,
     force: bool,
     threads: int | None,
+    executor: Executor | None,
     progress: ProgressCallback | None,
 ) -> Manifest:
     """:func:`make_delta` for open checkpoints with known facts, whose tensors are matched already.
@@ -175,9 +181,8 @@ def write_delta(
         for source in (old.source, new.source):
             workers.at_stop(source.cancel)
         meter = Meter(progress, "diff", sum(new.source.sizes.values()))
-        writer = DeltaWriter(
-            folder, new.source, _inputs(old, new, chunk_bytes, effort, rename), workers, meter
-        )
+        inputs = _inputs(old, new, chunk_bytes, effort, rename)
+        writer = DeltaWriter(folder, new.source, inputs, workers, meter)
         texts = [*base.license.texts, *target.license.texts, rules.NOTICE_NAME]
         folder.require_distinct([cards.CARD_NAME, MANIFEST_NAME, *texts, *writer.names(new.other_files)])
         _check_vacant(folder, force)
@@ -186,7 +191,12 @@ def write_delta(
         for side, checkpoint in (("base", old), ("target", new)):
             facts = checkpoint.source.where, len(checkpoint.shards), len(checkpoint.tensors)
             _log.info("the %s is %s: %d shards, %d tensors", side, *facts)
-        encoder = _Encoder(old, new, writer, workers, chunk_bytes, effort, meter)
+        tasks = None
+        if executor:
+            threads = executor.cpus_per_task
+            pair, output = PinnedPair.of(old, new), folder.share()
+            tasks = _Tasks(executor, DiffSetting(pair, output, inputs, chunk_bytes, effort, threads))
+        encoder = _Encoder(old, new, writer, workers, chunk_bytes, effort, meter, tasks)
         base_files, target_files, entries = encoder.write_files(matches, base.files)
         base_record = BaseRecord(base.repo_id, base.revision, base.license.license, base_files)
         target_record = TargetRecord(
@@ -261,6 +271,13 @@ def _check_vacant(folder: Destination, force: bool) -> None:
         folder.remove(MANIFEST_NAME)  # from here on, the delta is incomplete
 
 
+class _Tasks(NamedTuple):
+    """Where a diff's tasks run, and what they have in common."""
+
+    executor: Executor
+    setting: DiffSetting
+
+
 class _Encoder:
     """Encodes a target's shards into a delta's, and hashes both sides on the way."""
 
@@ -273,6 +290,7 @@ class _Encoder:
         chunk_bytes: int,
         effort: Effort,
         meter: Meter,
+        tasks: _Tasks | None,
     ) -> None:
         #: Those of the base's shards that are hashed as they are coded.
         self._passing: dict[str, PassingDigest] = {}
@@ -282,8 +300,8 @@ class _Encoder:
         self._workers = workers
         self._chunk_bytes = chunk_bytes
         self._effort = effort
-        self._searches = MemoryBudget(_SEARCHES_BYTES)
         self._meter = meter
+        self._tasks = tasks
 
     @timed_stage("encode")
     def write_files(
@@ -298,26 +316,62 @@ class _Encoder:
         by_shard: dict[str, list[Match]] = {path: [] for path in self._new.shards}
         for match in matches:
             by_shard[match.target.path].append(match)
-        self._passing = {shard.path: PassingDigest(shard) for shard in passing_shards(by_shard, self._old)}
-        with ThreadPoolExecutor(1) as aside:
-            try:
-                digesting = aside.submit(self._digest_base)
-                shards, entries = self._write_shards(by_shard)
-                digests = result_of(digesting)
-                base_files = self._base_records(digests, known)
-                others = self._writer.write_other_files(self._new.other_files, base_files)
-            except BaseException:
-                self._workers.stop()
-                raise
+        try:
+            if self._tasks:
+                shards, entries, digests = self._write_elsewhere(by_shard, self._tasks)
+            else:
+                shards, entries, digests = self._write_here(by_shard)
+            base_files = self._base_records(digests, known)
+            others = self._writer.write_other_files(self._new.other_files, base_files)
+        except BaseException:
+            self._workers.stop()
+            raise
         files = sorted([*shards, *others], key=lambda file: file.path)
         return base_files, tuple(files), entries
 
-    def _digest_base(self) -> dict[str, str]:
-        """The SHA-256 of the base's files, except for shards that are hashed as they are coded. Of a file on
-        the Hub that is not read for the delta, the published one."""
+    def _write_here(self, by_shard: _ByShard) -> tuple[list[TargetFile], list[TensorEntry], dict[str, str]]:
+        """Write the shards, and hash the base at the same time."""
+        self._passing = {shard.path: PassingDigest(shard) for shard in passing_shards(by_shard, self._old)}
+        with ThreadPoolExecutor(1) as aside:
+            try:
+                digesting = aside.submit(self._digest_base, self._passing.keys())
+                shards, entries = self._write_shards(by_shard)
+                return shards, entries, result_of(digesting) | self._digest_passed()
+            except BaseException:
+                self._workers.stop()
+                raise
+
+    def _write_elsewhere(
+        self, by_shard: _ByShard, tasks: _Tasks
+    ) -> tuple[list[TargetFile], list[TensorEntry], dict[str, str]]:
+        """The same by tasks. The base's shards are hashed by them, too: along with one of the target, or by a
+        task of their own."""
+        along, names = digested_along(by_shard, self._old), _names(len(by_shard))
+        jobs: list[ShardJob | DigestJob] = [
+            ShardJob.of(path, name, matches, along.get(path))
+            for (path, matches), name in zip(by_shard.items(), names, strict=True)
+        ]
+        apart = digested_apart(by_shard, self._old) - set(along.values())
+        jobs += map(DigestJob, sorted(apart))
+        self._writer.claim(names)
+        digests, done = dict[str, str](), dict[int, JobDone]()
+        for index, found in tasks.executor.each(partial(do_job, tasks.setting), jobs):
+            digests |= found.digests
+            if found.file and found.target:
+                done[index] = found
+                self._writer.files.append(found.file)
+                (self._meter.skip if found.is_kept else self._meter.add)(found.target.size)
+        digests |= self._digest_base({*along.values(), *apart})
+        shards = [done[index].target for index in range(len(by_shard))]
+        entries = [entry for index in range(len(by_shard)) for entry in done[index].entries]
+        return [shard for shard in shards if shard], entries, digests
+
+    def _digest_base(self, others: Collection[str]) -> dict[str, str]:
+        """The SHA-256 of the base's files, except for ``others``. Of a file on the Hub that is not read for
+        the delta, the published one."""
         source, digests = self._old.source, {}
         for path in source.sizes:
-            if path not in self._passing:
+            if path not in others:
                 published = source.published_sha256(path) if is_far(source, path) else None
                 digests[path] = published or self._writer.digest(source, path)
         return digests
@@ -335,7 +389,6 @@ class _Encoder:
     ) -> tuple[FileRecord, ...]:
         """The base's files as they are, or the ``known`` ones if the base is sharded in the same way."""
         source = self._old.source
-        digests = {**digests, **self._digest_passed()}
         found = tuple(FileRecord(path, size, digests[path]) for path, size in source.sizes.items())
         told = {file.path: file for file in known if file.path.endswith(".safetensors")}
         if not told or set(told) != self._old.shards.keys() | self._old.broken.keys():
@@ -349,87 +402,20 @@ class _Encoder:
             )
         return tuple(known)
 
-    def _write_shards(
-        self, by_shard: Mapping[str, list[Match]]
-    ) -> tuple[list[TargetFile], list[TensorEntry]]:
+    def _write_shards(self, by_shard: _ByShard) -> tuple[list[TargetFile], list[TensorEntry]]:
         """One delta shard for each shard of the target."""
-        count = len(by_shard)
-        names = (f"delta-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count))
-        written = self._workers.each(self._write_shard, zip(by_shard.items(), names, strict=True))
+        names = _names(len(by_shard))
+        encoder = ShardEncoder(
+            self._old, self._new, self._writer, self._chunk_bytes, self._effort, self._meter, self._passing
+        )
+
+        written = self._workers.each(
+            lambda lane, job: encoder.write_shard(lane, *job),
+            [(path, matches, name) for (path, matches), name in zip(by_shard.items(), names, strict=True)],
+        )
         return [file for file, _ in written], [entry for _, entries in written for entry in entries]
 
-    def _write_shard(
-        self, lane: Lane, job: tuple[tuple[str, list[Match]], str]
-    ) -> tuple[TargetFile, list[TensorEntry]]:
-        (path, matches), name = job
-        if done := self._writer.finished_before(name):
-            self._meter.skip(done.target.size)
-            _log.info("%s: kept from an earlier run", path)
-            return done.target, list(done.entries)
-        shard, plans, entries = self._new.shards[path], self._plans(matches), list[TensorEntry]()
-        digests = ShardDigests(shard, self._passing, lane)
-        with self._writer.shard(name, shard, plans) as output:
-            # Predictions are looked for while the tensors before are coded.
-            for_entries, for_chunks = tee(lane.map(self._with_prediction, matches))
-            planned = zip(for_chunks, plans, strict=True)
-            with self._expect(matches), closing(self._encode_all(lane, planned, digests)) as chunks:
-                for match, plan in zip(for_entries, plans, strict=True):
-                    coded, written = islice(chunks, plan.count), None
-                    if match.like:
-                        deque(coded, 0)  # a duplicate's bytes are only hashed
-                    else:
-                        stored = match.prediction.stored if match.prediction else b""
-                        written = output.payloads.write(plan, coded, prediction=stored)
-                    entries.append(entry_of(match, written, self._old))
-                    _log_tensor(entries[-1], plan)
-            digests.finish()
-            self._new.source.require_sha256(path, digests.target)
-            target = output.finish(digests.target, entries)
-        self._meter.add(shard.header.data_start)
-        payloads = sum(entry.payload_bytes for entry in entries)
-        sizes = len(entries), shard.file.size, payloads
-        _log.info("%s: %d tensors, %d bytes, written as %d bytes of payloads to %s", path, *sizes, name)
-        return target, entries
 
-    @contextmanager
-    def _expect(self, matches: Sequence[Match]) -> Iterator[None]:
-        """Within the block, the matches' tensors will be read, about in order."""
-        targets = (m.target.span(0, m.target.info.nbytes) for m in matches)
-        with self._old.source.expect(base_spans(matches)), self._new.source.expect(targets):
-            yield
-
-    def _plans(self, matches: Sequence[Match]) -> list[ChunkPlan]:
-        return [ChunkPlan(m.target.info.nbytes, m.shared_bytes, self._chunk_bytes) for m in matches]
-
-    def _with_prediction(self, match: Match) -> Match:
-        """The match, with a low-rank prediction where one pays. That takes several reads of both tensors, so
-        none is looked for over a network."""
-        if self._old.source.is_remote or self._new.source.is_remote:
-            return match
-        with self._searches.taking(search_bytes(match)):
-            return with_low_rank(match, self._effort)
-
-    def _encode_all(
-        self, lane: Lane, planned: Iterable[tuple[Match, ChunkPlan]], digests: ShardDigests
-    ) -> Generator[CodedChunk, None, None]:
-        """The chunks of all tensors, in order. While one tensor is written, the next ones are encoded and
-        their input is hashed."""
-        at_once = lane.batch_bytes
-        buffers = Buffers(at_once)
-        rows = (
-            ChunkRow(match, plan, first, end) for match, plan in planned for first, end in plan.rows(at_once)
-        )
-        encode = partial(encode_rows, buffers=buffers)
-        for batch in lane.map(encode, batches(rows, at_once, lambda row: row.nbytes)):
-            digests.update(batch, buffers)
-            self._meter.add(batch.target.nbytes)
-            yield from batch.chunks
-
-
-def _log_tensor(entry: TensorEntry, plan: ChunkPlan) -> None:
-    other = entry.base or entry.like
-    counts = entry.changed, plan.count, plan.shared_count, entry.payload_bytes
-    _log.debug(
-        "%s: %s, %s %s, compared with %s: %d elements changed; %d chunks, %d with a base; payload: %d bytes",
-        entry.name, entry.status, entry.dtype, list(entry.shape), other.name if other else "nothing", *counts,
-    )  # fmt: skip
+def _names(count: int) -> list[str]:
+    """The names of so many delta shards."""
+    return [f"delta-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]

@@ -20,7 +20,7 @@ from .delta.chain import Deltas, links, open_recipe
 from .delta.pinned import PinnedTarget
 from .delta.recipes import ShardRecipe, TensorRecipe
 from .delta.target_recipe import TargetRecipe, check_digest
-from .errors import DeltaError, OutputError
+from .errors import DeltaError, ExecutorError, OutputError
 from .executors import Executor, kept, workers_of
 from .license.rules import landing_place, text_records
 from .manifest import Manifest, TargetFile
@@ -102,6 +102,8 @@ def apply_delta(
         OutputError: ``out`` holds other files, or its disk is too small.
         ExecutorError: the executor's machines cannot be reached, or do not see the same files.
     """
+    if executor:
+        refuse_keeping(keep_base)
     folder = open_output(out)
     with open_recipe(delta, base) as target, Workers(threads) as workers:
         workers.at_stop(target.cancel)
@@ -125,6 +127,16 @@ def apply_delta(
         _log.info("rebuilt %d files, %d bytes; %d files were there", len(missing), nbytes, len(kept))
     rebuilt = tuple(file.path for file in missing)
     return ApplyReport(folder.where, rebuilt, tuple(sorted(kept)), nbytes)
+
+
+def refuse_keeping(keep_base: bool) -> None:
+    """Raise :class:`ExecutorError` if the base is to be kept: other machines do not see this one's cache."""
+    if keep_base:
+        raise ExecutorError(
+            "The base cannot be kept for an executor",
+            "It would be downloaded to this machine, whose cache the executor's machines do not read.",
+            "Leave out keep_base=True, or download the base to a shared folder first.",
+        )
 
 
 def check_apart(folder: Destination, target: TargetRecipe) -> None:

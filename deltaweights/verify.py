@@ -6,17 +6,20 @@ import logging
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from .delta.chain import Deltas, check_continuity, connect, listed
 from .delta.opening import read_manifest
+from .delta.pinned import PinnedTarget
 from .delta.target_recipe import TargetRecipe
 from .errors import CheckpointError, DeltaWeightsError
+from .executors import Executor, kept, workers_of
 from .license.cards import CARD_NAME
 from .manifest import MANIFEST_NAME, FileRecord, Manifest, TargetFile
 from .metrics import timed_operation, timed_stage
-from .patch import check_base, rebuild_shard
-from .storage import HubSource, Location, Readable, Source, is_clutter, open_source, sha256_of
+from .patch import check_base, rebuild_shard, refuse_keeping
+from .storage import HubSource, Location, PinnedSource, Readable, Source, is_clutter, open_source, sha256_of
 from .workers import Lane, Meter, ProgressCallback, Workers
 
 _log = logging.getLogger(__name__)
@@ -71,6 +74,7 @@ def verify_delta(
     keep_base: bool = False,
     target: Location | None = None,
     threads: int | None = None,
+    executor: Executor | None = None,
     progress: ProgressCallback | None = None,
 ) -> VerifyReport:
     """Check a delta against its manifest. Writes nothing.
@@ -85,6 +89,7 @@ def verify_delta(
         keep_base: as for :func:`apply_delta`.
         target: if given, a folder, file or Hub id whose files are compared with the target's.
         threads: number of threads; if None, the number of usable cores, at most 8.
+        executor: reads and rebuilds elsewhere, one task a file, such as a :class:`RayExecutor`.
         progress: called with a phase, bytes done and total bytes: "verify delta", "verify target", "check
             base", "download base", "rebuild".
 
@@ -95,7 +100,10 @@ def verify_delta(
         CheckpointError: base, target or delta cannot be found, read or downloaded.
         ManifestError: the manifest itself is damaged.
         BaseMismatchError: ``base`` is the wrong one, or a delta does not follow the one before it.
+        ExecutorError: the executor's machines cannot be reached, or do not see the same files.
     """
+    if executor:
+        refuse_keeping(keep_base)
     with ExitStack() as opened, Workers(threads) as workers:
         sources = [opened.enter_context(open_source(one)) for one in listed(delta)]
         manifests = [read_manifest(source) for source in sources]
@@ -104,7 +112,7 @@ def verify_delta(
         for source, manifest in zip(sources, manifests, strict=True):
             _log.info("checking %s: %d files", source.where, len(manifest.files))
             workers.at_stop(source.cancel)
-            found = _compare("delta", source, manifest.files, workers, progress)
+            found = _compare("delta", source, manifest.files, workers, executor, progress)
             # With several deltas, a name must say which one it belongs to.
             problems += [replace(p, path=source.name(p.path)) if sources[1:] else p for p in found]
             checked += len(manifest.files)
@@ -114,7 +122,7 @@ def verify_delta(
             with open_source(target) as other:
                 _log.info("checking the target %s: %d files", other.where, len(manifest.target.files))
                 workers.at_stop(other.cancel)
-                problems += _compare("target", other, manifest.target.files, workers, progress)
+                problems += _compare("target", other, manifest.target.files, workers, executor, progress)
                 published += _count_published(other, manifest.target.files)
             checked += len(manifest.target.files)
         if base is not None and (are_whole or not sources[1:]):
@@ -122,7 +130,7 @@ def verify_delta(
                 workers.at_stop(view.cancel)
                 if are_whole:
                     check_base(view, workers, keep=keep_base, progress=progress)
-                problems += _compare_rebuilt(view, workers, progress)
+                problems += _compare_rebuilt(view, workers, executor, progress)
                 if view.is_remote:
                     target_repo = _compare_published(manifest, problems)
             checked += len(manifest.target.files)
@@ -140,6 +148,7 @@ def _compare(
     source: Source,
     records: Iterable[FileRecord | TargetFile],
     workers: Workers,
+    executor: Executor | None,
     progress: ProgressCallback | None,
 ) -> list[Problem]:
     """Compare the files of ``source`` with their records."""
@@ -153,6 +162,8 @@ def _compare(
     extra = {path for path in extra if not is_clutter(path)}
     problems = [Problem(place, path, "extra", "is not in the manifest") for path in extra]
 
+    digests = _digests_elsewhere(source, expected.values(), meter, executor) if executor else {}
+
     def compare(lane: Lane, record: FileRecord | TargetFile) -> Problem | None:
         size = source.sizes.get(record.path)
         if size != record.size:
@@ -164,6 +175,8 @@ def _compare(
         digest = source.published_sha256(record.path)
         if digest:
             meter.add(size)
+        elif record.path in digests:
+            digest = digests[record.path]
         else:
             digest = sha256_of(lane.watch(source.blocks(record.path), meter))
         _log.debug("%s of the %s: SHA-256 %s", record.path, place, digest)
@@ -175,30 +188,65 @@ def _compare(
     return problems + [found for found in workers.each(compare, expected.values()) if found]
 
 
+def _digests_elsewhere(
+    source: Source, records: Iterable[FileRecord | TargetFile], meter: Meter, executor: Executor
+) -> dict[str, str]:
+    """The SHA-256 of those files that have the size of their records, and no published SHA-256."""
+    paths = [
+        record.path
+        for record in records
+        if source.sizes.get(record.path) == record.size and not source.published_sha256(record.path)
+    ]
+    task, digests = partial(_digest, PinnedSource.of(source), executor.cpus_per_task), dict[str, str]()
+    for index, digest in executor.each(task, paths):
+        digests[paths[index]] = digest
+        meter.add(source.sizes[paths[index]])
+    return digests
+
+
+def _digest(pinned: PinnedSource, threads: int, path: str) -> str:
+    """The task of a file that is there."""
+    with kept(pinned, pinned.open) as source, workers_of(threads, source.cancel) as workers:
+        return sha256_of(workers.watch(source.blocks(path)))
+
+
 @timed_stage("rebuild in memory")
 def _compare_rebuilt(
-    view: TargetRecipe, workers: Workers, progress: ProgressCallback | None
+    view: TargetRecipe, workers: Workers, executor: Executor | None, progress: ProgressCallback | None
 ) -> list[Problem]:
     """Rebuild every file of the target in memory, and compare it with its record."""
-    meter = Meter(progress, "rebuild", view.manifest.target_bytes)
+    meter, files = Meter(progress, "rebuild", view.manifest.target_bytes), view.manifest.target.files
+    if not executor:
+        found = workers.each(lambda lane, file: _compare_file(view, file, lane, meter), files)
+        return [problem for problem in found if problem]
+    problems, task = [], partial(_compare_elsewhere, PinnedTarget.of(view), executor.cpus_per_task)
+    for index, problem in executor.each(task, files):
+        meter.add(files[index].size)
+        problems += [problem] if problem else []
+    return problems
 
-    def compare(lane: Lane, file: TargetFile) -> Problem | None:
-        try:
-            if file.stored == "tensors":
-                digest = rebuild_shard(view.shard(file.path), lane, meter)
-            else:
-                digest = sha256_of(lane.watch(view.blocks(file), meter))
-        except DeltaWeightsError as error:
-            if view.is_remote and isinstance(error, CheckpointError):
-                raise  # it says nothing about the delta
-            return Problem("rebuilt", file.path, "different", " ".join(filter(None, (error.what, error.why))))
-        level = logging.INFO if file.stored == "tensors" else logging.DEBUG
-        _log.log(level, "%s: rebuilt in memory, SHA-256 %s", file.path, digest)
-        if digest != file.sha256:
-            return Problem("rebuilt", file.path, "different", f"SHA-256 is {digest}, not {file.sha256}")
-        return None
 
-    return [found for found in workers.each(compare, view.manifest.target.files) if found]
+def _compare_elsewhere(pinned: PinnedTarget, threads: int, file: TargetFile) -> Problem | None:
+    """The task of a file that is rebuilt."""
+    with kept(pinned, pinned.open) as view, workers_of(threads, view.cancel) as workers:
+        return _compare_file(view, file, workers, Meter(None, "", 0))
+
+
+def _compare_file(view: TargetRecipe, file: TargetFile, lane: Lane, meter: Meter) -> Problem | None:
+    try:
+        if file.stored == "tensors":
+            digest = rebuild_shard(view.shard(file.path), lane, meter)
+        else:
+            digest = sha256_of(lane.watch(view.blocks(file), meter))
+    except DeltaWeightsError as error:
+        if view.is_remote and isinstance(error, CheckpointError):
+            raise  # it says nothing about the delta
+        return Problem("rebuilt", file.path, "different", " ".join(filter(None, (error.what, error.why))))
+    level = logging.INFO if file.stored == "tensors" else logging.DEBUG
+    _log.log(level, "%s: rebuilt in memory, SHA-256 %s", file.path, digest)
+    if digest != file.sha256:
+        return Problem("rebuilt", file.path, "different", f"SHA-256 is {digest}, not {file.sha256}")
+    return None
 
 
 def _compare_published(manifest: Manifest, problems: list[Problem]) -> str | None:

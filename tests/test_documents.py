@@ -19,6 +19,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import typer.main
+import yaml  # type: ignore[import-untyped]
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.core import TyperGroup
@@ -144,6 +145,27 @@ def write_small_model(folder: Path) -> None:
     nudge(model)
     model.save_pretrained(folder / "small-tuned")
     make_delta(folder / "small-base", folder / "small-tuned", folder / "small-delta")
+
+
+def test_the_manifest_for_kuberay_has_fields_of_its_api() -> None:
+    """Those of ray.io/v1, as KubeRay's API reference lists them; and the command takes its options."""
+    ((_, text),) = [block for block in blocks("docs/platform.md") if block[0] == "yaml"]
+    manifest = yaml.safe_load(text)
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayJob")
+    job, cluster = manifest["spec"], manifest["spec"]["rayClusterSpec"]
+    deadlines = {"shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "activeDeadlineSeconds"}
+    assert set(job) <= {"entrypoint", "backoffLimit", "rayClusterSpec", "runtimeEnvYAML"} | deadlines
+    assert set(cluster) <= {"rayVersion", "headGroupSpec", "workerGroupSpecs", "enableInTreeAutoscaling"}
+    assert set(cluster["headGroupSpec"]) <= {"rayStartParams", "template", "serviceType"}
+    for group in cluster["workerGroupSpecs"]:
+        counts = {"replicas", "minReplicas", "maxReplicas", "numOfHosts"}
+        assert set(group) <= {"groupName", "rayStartParams", "template"} | counts
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+    name, verb, *arguments = job["entrypoint"].split()
+    assert (name, verb) == ("deltaweights", "batch")
+    command = typer.main.get_command(app)
+    assert isinstance(command, TyperGroup)
+    command.commands["batch"].make_context("batch", arguments)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

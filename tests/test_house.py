@@ -115,6 +115,8 @@ RANKS: dict[str, tuple[str, ...]] = {
         "rebuilt",
         "chain",
         "pinned sampling target writer",
+        "encoder",
+        "encoding_tasks",
         "__init__",
     ),
     "engines": (
@@ -145,7 +147,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "runs",
         "advice parts",
         "names",
-        "duplicates low_rank quantized",
+        "duplicates low_rank quantized references",
         "__init__",
     ),
     "payload": ("chunks faults", "reader writer", "whole", "__init__"),

@@ -138,6 +138,7 @@ def diff(
     effort: EffortOption = EffortLevel.default,
     force: Force = False,
     threads: Threads = None,
+    ray: Ray = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -161,7 +162,7 @@ def diff(
     with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work:
         from ..diff import make_delta
 
-        with work.progress() as shown:
+        with machines(ray, threads) as executor, work.progress() as shown:
             manifest = make_delta(
                 base,
                 target,
@@ -176,6 +177,7 @@ def diff(
                 effort=effort.value,
                 force=force,
                 threads=threads,
+                executor=executor,
                 progress=shown,
             )
     _report_written(work, output, manifest, shown.done("diff"))
@@ -357,6 +359,7 @@ def compact(
     effort: EffortOption = EffortLevel.default,
     force: Force = False,
     threads: Threads = None,
+    ray: Ray = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -369,9 +372,16 @@ def compact(
     with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work:
         from ..compact import compact_deltas
 
-        with work.progress() as shown:
+        with machines(ray, threads) as executor, work.progress() as shown:
             manifest = compact_deltas(
-                deltas, output, base=base, effort=effort.value, force=force, threads=threads, progress=shown
+                deltas,
+                output,
+                base=base,
+                effort=effort.value,
+                force=force,
+                threads=threads,
+                executor=executor,
+                progress=shown,
             )
     _report_written(work, output, manifest, shown.done("diff"))
 
@@ -443,6 +453,7 @@ def verify(
         str | None, typer.Option(metavar="TARGET", help="Compare this checkpoint with the manifest.")
     ] = None,
     threads: Threads = None,
+    ray: Ray = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -456,9 +467,15 @@ def verify(
     with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug) as work:
         from ..verify import verify_delta
 
-        with work.progress() as shown:
+        with machines(ray, threads) as executor, work.progress() as shown:
             found = verify_delta(
-                deltas, base=base, keep_base=keep_base, target=target, threads=threads, progress=shown
+                deltas,
+                base=base,
+                keep_base=keep_base,
+                target=target,
+                threads=threads,
+                executor=executor,
+                progress=shown,
             )
     lines = rendering.verify_lines(found, shown.done(), work.seconds, quiet=quiet)
     work.report({"ok": found.ok, **asdict(found)}, lines, with_costs=True, always=True)

@@ -104,11 +104,41 @@ def passing_shards(by_shard: Mapping[str, Sequence[Match]], old: Checkpoint) -> 
     for matches in by_shard.values():
         spans = base_spans([match for match in matches if isinstance(match.base, Tensor)])
         for shard in {span.path: old.shards[span.path] for span in spans}.values():
-            ends = [Span(shard.path, 0, shard.header.data_start), *spans]
-            in_order = all(a.path == b.path and a.end == b.start for a, b in pairwise(ends))
-            if is_far(old.source, shard.path) or (in_order and spans[-1].end == shard.file.size):
+            if is_far(old.source, shard.path) or _reads_in_order(shard, matches):
                 found[shard.path] = shard
     return [shard for shard in found.values() if old.source.checked_sha256(shard.path) is None]
+
+
+def digested_along(by_shard: Mapping[str, Sequence[Match]], old: Checkpoint) -> dict[str, str]:
+    """For shards of the target that are coded apart from each other: which shard of the base each of them
+    reads from the first byte to the last, so that it is hashed there. Each shard of the base occurs once."""
+    found: dict[str, str] = {}
+    for path, matches in by_shard.items():
+        for shard in passing_shards({path: matches}, old):
+            is_whole = _reads_in_order(shard, matches)
+            if is_whole and path not in found and shard.path not in found.values():
+                found[path] = shard.path
+    return found
+
+
+def digested_apart(by_shard: Mapping[str, Sequence[Match]], old: Checkpoint) -> set[str]:
+    """The base's shards whose bytes have to be hashed: on the Hub, those only that are read for the delta."""
+    source = old.source
+    read = {span.path for matches in by_shard.values() for span in base_spans(matches)}
+    return {
+        path
+        for path in source.sizes
+        if path.endswith(".safetensors")
+        and source.checked_sha256(path) is None
+        and not (is_far(source, path) and source.published_sha256(path) and path not in read)
+    }
+
+
+def _reads_in_order(shard: Shard, matches: Iterable[Match]) -> bool:
+    spans = base_spans([match for match in matches if isinstance(match.base, Tensor)])
+    ends = [Span(shard.path, 0, shard.header.data_start), *spans]
+    in_order = all(a.path == b.path and a.end == b.start for a, b in pairwise(ends))
+    return in_order and spans[-1].end == shard.file.size
 
 
 def is_far(source: Source, path: str) -> bool:

@@ -6,7 +6,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from ..storage import PinnedSource
-from .chain import links, open_recipe
+from .chain import connect, links
+from .opening import read_manifest
 from .target_recipe import TargetRecipe
 
 
@@ -32,10 +33,11 @@ class PinnedTarget:
         )
 
     def open(self) -> TargetRecipe:
-        """The recipe of the same target; raises like :func:`open_recipe` and :meth:`PinnedSource.open`."""
+        """The recipe of the same target; raises like :func:`connect` and :meth:`PinnedSource.open`."""
         with ExitStack() as on_error:
             sources = [on_error.enter_context(delta.open()) for delta in self.deltas]
             base = on_error.enter_context(self.base.open()) if self.base else None
-            target = open_recipe(sources, base)
+            # That they are whole, and follow each other, was checked where they were pinned.
+            target = connect(sources, [read_manifest(source) for source in sources], base)
             on_error.pop_all()
             return target

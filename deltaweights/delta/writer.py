@@ -82,6 +82,7 @@ class DeltaWriter:
         self, folder: Destination, target: Source, inputs: str, workers: Workers, meter: Meter
     ) -> None:
         self.files: list[FileRecord] = []
+        self.kept_any = False  # of an earlier run's shards
         self._folder = folder
         self._target = target
         self._inputs = inputs
@@ -141,7 +142,12 @@ class DeltaWriter:
         if sha256_of(self._folder.blocks(name)) != done.file.sha256:
             return None
         self.files.append(done.file)
+        self.kept_any = True
         return done
+
+    def claim(self, names: Iterable[str]) -> None:
+        """Note that these files of the delta are ours: others write them."""
+        self._folder.claim(names)
 
     def write_other_files(self, paths: Iterable[str], base_files: Sequence[FileRecord]) -> list[TargetFile]:
         """Store the target's files that are not shards, by reference if the base has the same bytes."""
