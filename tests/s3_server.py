@@ -117,7 +117,7 @@ class S3Server:
         self._faults.append(Fault(path, method, times, **what))
 
     def heal(self) -> None:
-        """Let nothing go wrong any more."""
+        """Forget all faults."""
         self._faults.clear()
 
     def bytes_sent(self, path: str = "") -> int:
