@@ -34,8 +34,8 @@ class RayExecutor(Executor):
 
     Args:
         address: ``"auto"`` for the cluster that runs on this machine or that ``RAY_ADDRESS`` names;
-            ``"local"`` to start one on this machine, which ends with the executor; ``"host:port"`` or
-            ``"ray://host:port"`` for others.
+            ``"local"`` to start one on this machine, which ends with the executor; ``"host:port"`` of a
+            cluster that this machine is a part of; ``"ray://host:port"`` of any.
         cpus_per_task: the cores that each task takes, and its threads.
         retries: how often a task is run again whose worker or node died.
     """

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ray._private.services
+from ray._private import services
 
 from deltaweights.__main__ import main
 
 if __name__ == "__main__":
-    ray._private.services.node_ip_address_from_perspective = lambda *_: "127.0.0.1"
+    setattr(services, "node_ip_address_from_perspective", lambda *_: "127.0.0.1")  # noqa: B010
     main()
