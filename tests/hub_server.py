@@ -30,6 +30,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
+from . import hub_buckets as _buckets  # noqa: F401 - its routes
 from .hub_protocol import CDN_ROUTES, HUB_ROUTES, Call, Kind, Refused, Reply, Route, to_json
 from .hub_repos import Blob, Commit, Content, Gate, Repo, Stored, User
 
@@ -152,6 +153,8 @@ class HubServer:
         #: The environment for a child process, where a fixture has made one.
         self.env: dict[str, str] = {}
         self.repos: dict[str, Repo] = {}
+        #: The storage buckets by id, and their files by path.
+        self.buckets: dict[str, dict[str, Blob]] = {}
         self.renamed: dict[str, str] = {}
         self.users: dict[str, User] = {}
         self.lock = threading.RLock()
@@ -218,6 +221,12 @@ class HubServer:
             assert repo_id not in self.repos, repo_id
             self.repos[repo_id] = Repo(repo_id, private=private, gated=gated)
             return self.commit(repo_id, files, title="initial commit")
+
+    def fill_bucket(self, bucket_id: str, files: Mapping[str, bytes]) -> None:
+        """Put files into a storage bucket, which is made if need be."""
+        with self.lock:
+            bucket = self.buckets.setdefault(bucket_id, {})
+            bucket |= {path: Blob(Stored(data), lfs=True) for path, data in files.items()}
 
     def commit(
         self,

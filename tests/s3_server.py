@@ -113,6 +113,10 @@ class S3Server:
         """Let something go wrong with requests for paths that end so."""
         self._faults.append(Fault(path, method, times, **what))
 
+    def heal(self) -> None:
+        """Forget all faults."""
+        self._faults.clear()
+
     def bytes_sent(self, path: str = "") -> int:
         """The bytes in answers to GETs of files whose path ends so."""
         return sum(r.nbytes for r in self.log if r.method == "GET" and r.path.endswith(path))

@@ -7,6 +7,7 @@ a small document instead of the shards that names delta and base.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,7 +32,9 @@ POINTER_NAME = "deltaweights-pointer.json"
 _MAX_POINTER_BYTES = 1 << 20
 _FORMAT = canonical.Format("deltaweights-pointer", 1, f"The {POINTER_NAME}", _MAX_POINTER_BYTES)
 
-_Path: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*\Z", max_length=4096)]
+#: Only stores by name, no web servers: a folder from elsewhere must not send requests to any host.
+_STORE_URL = r"(s3a?://|gs://|gcs://|az://|abfss?://|memory://|hf://buckets/)[^\0?#@]+"
+_Path: TypeAlias = Annotated[str, msgspec.Meta(pattern=rf"^(/[^\0]*|{_STORE_URL})\Z", max_length=4096)]
 _Repo: TypeAlias = Annotated[
     str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?\Z", max_length=256)
 ]
@@ -40,7 +43,8 @@ _Commit: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^\w[\w./-]*\Z", max_l
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a delta or a base lies: a path of this machine, or a repository on the Hub at a commit."""
+    """Where a delta or a base lies: a path of this machine or a URL of a store, or a repository on the Hub at
+    a commit."""
 
     path: _Path | None = None
     repo_id: _Repo | None = None
@@ -51,6 +55,11 @@ class Origin:
         if self.path is not None:
             return self.path
         return f"hf://{self.repo_id}@{self.revision}"
+
+
+def is_nameable(url: str | None) -> TypeGuard[str]:
+    """Whether a pointer folder may name this URL: one of a store, without anything that may be secret."""
+    return url is not None and re.fullmatch(_STORE_URL, url) is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from .. import canonical
 from ..checkpoint import is_weights
 from ..delta.chain import Deltas, links, open_recipe
-from ..delta.pointer import POINTER_NAME, Origin, PointedDelta, Pointer, is_pointer_folder, pointed
+from ..delta.pointer import (
+    POINTER_NAME,
+    Origin,
+    PointedDelta,
+    Pointer,
+    is_nameable,
+    is_pointer_folder,
+    pointed,
+)
 from ..delta.target import Target
 from ..delta.target_recipe import TargetRecipe
 from ..errors import OutputError
@@ -59,7 +67,7 @@ def serve_folder(
 
     It gets the target's config, tokenizer and all its other files that are not weights, each with the SHA-256
     that the manifest has, the license texts, and a document that names delta and base: paths as absolute
-    ones, repositories at the commit found now. Engines decode the weights from there.
+    ones, repositories at the commit found now, stores by URL. Engines decode the weights from there.
 
     Args:
         delta: a folder or a Hub id; or several, oldest first, each made from the target of the one before.
@@ -129,11 +137,14 @@ def _pointer_to(target: TargetRecipe, *, named_base: bool) -> Pointer:
 def _origin_of(source: Source) -> Origin:
     if source.root is not None:
         return Origin(path=_utf8(os.path.abspath(source.root)))
+    if is_nameable(source.location):
+        return Origin(path=_utf8(source.location))
     if source.hub_id.repo_id is None or source.hub_id.revision is None:
         raise OutputError(
             f"{source.where} has no place that could be named",
-            "A pointer folder names a folder or a repository, which an engine opens later.",
-            "Pass a path or a Hub id.",
+            "A pointer folder names what an engine opens later: a folder, a repository, or a store's URL "
+            "without secrets in it.",
+            "Pass such a place.",
         )
     return Origin(repo_id=source.hub_id.repo_id, revision=source.hub_id.revision)
 

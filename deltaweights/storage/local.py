@@ -40,6 +40,8 @@ _SCHEMES = re.compile(
     "s3a?|gc?s|hf|az|abfss?|adl|wasbs?|hdfs|https?|s?ftp|ssh|file|r2|oss|dbfs", re.IGNORECASE
 )
 
+#: A storage bucket of the Hub.
+_BUCKET = re.compile(r"hf://buckets/[^/]+/[^/]")
 
 _HUB_PAGE = re.compile(
     r"https?:/+(?:huggingface\.co|hf\.co)/(?:models/)?([^/]+/[^/?#]+)(?:/(?:tree|resolve|blob)/([^/?#]+))?"
@@ -187,9 +189,11 @@ def url_scheme(location: str | os.PathLike[str]) -> str | None:
 
 
 def store_url(location: str | os.PathLike[str]) -> str | None:
-    """The location, if it is the URL of a store or a web server: not of a path, a repository or a page of the
-    Hub. A :class:`Path` is none: it has lost a slash."""
+    """The location, if it is the URL of a store, a storage bucket of the Hub, or a web server: not of a path,
+    a repository or a page of the Hub. A :class:`Path` is none: it has lost a slash."""
     text = os.fspath(location)
+    if _BUCKET.match(text):
+        return text
     is_ours = url_scheme(text) in (None, "hf", "file", "local") or _HUB_PAGE.match(text)
     return None if is_ours or "://" not in text else text
 

@@ -16,7 +16,8 @@ from .source import Source
 from .store import StoreFolder, StoreSource
 
 #: The argument of every verb: a folder, one .safetensors file, a Hub id ``[hf://]org/name[@revision]``, or a
-#: URL of a folder or file in a store or on a web server, such as ``s3://bucket/folder``. Without ``hf://``, a
+#: URL of a folder or file in a store or on a web server, such as ``s3://bucket/folder`` or
+#: ``hf://buckets/org/bucket/folder``. Without ``hf://``, a
 #: file or folder of that name takes precedence.
 Location: TypeAlias = "str | os.PathLike[str]"
 

@@ -12,6 +12,7 @@ import pytest
 
 from deltaweights import (
     CheckpointError,
+    OutputError,
     apply_delta,
     compact_deltas,
     inspect_delta,
@@ -22,11 +23,12 @@ from deltaweights import (
     verify_delta,
 )
 from deltaweights.errors import HubReadError
-from deltaweights.storage import Source, Span, open_source
+from deltaweights.storage import Source, Span, open_output, open_source
 from deltaweights.storage.store import StoreSource
 
 from ..checkpoints import contents
 from ..conftest import CHUNK_BYTES, Trio
+from ..hub_server import HubServer
 from ..s3_server import S3Server
 from ..web_server import WebServer
 from .contract import FILES, SourceContract, Subject, flipped
@@ -50,6 +52,16 @@ def web(tmp_path: Path) -> Iterator[WebServer]:
     pytest.importorskip("aiohttp")
     with WebServer(tmp_path) as server:
         yield server
+
+
+@pytest.fixture
+def buckets(hub: HubServer) -> Iterator[HubServer]:
+    """A Hub with storage buckets. The client's file system is made once for all otherwise."""
+    from huggingface_hub import HfFileSystem
+
+    HfFileSystem.clear_instance_cache()
+    yield hub
+    HfFileSystem.clear_instance_cache()
 
 
 def subject_at(url: str, system: Any, root: str) -> Iterator[Subject]:
@@ -106,6 +118,21 @@ class TestWeb(SourceContract):
             yield Subject(source, FILES, changed)
 
 
+class TestBuckets(SourceContract):
+    """Of the Hub."""
+
+    @pytest.fixture
+    def subject(self, buckets: HubServer) -> Iterator[Subject]:
+        buckets.fill_bucket("org/bucket", {f"model/{path}": data for path, data in FILES.items()})
+
+        def changed(path: str) -> Source:
+            buckets.fill_bucket("org/bucket", {f"model/{path}": flipped(FILES[path])})
+            return open_source("hf://buckets/org/bucket/model")
+
+        with StoreSource("hf://buckets/org/bucket/model", window_bytes=3 << 20) as source:
+            yield Subject(source, FILES, changed)
+
+
 class TestPins:
     def test_another_version_in_mid_run_is_an_error_on_s3(self, s3: S3Server) -> None:
         s3.system.pipe_file("bucket/model/a.bin", bytes(5000))
@@ -123,6 +150,14 @@ class TestPins:
             (tmp_path / "a.safetensors").write_bytes(bytes(4999) + b"1")
             with pytest.raises(HubReadError, match="changed while it was read"):
                 source.open("a.safetensors").read(2000, 1000)
+
+    def test_in_a_bucket_of_the_hub(self, buckets: HubServer) -> None:
+        """Whose client keeps what it listed."""
+        buckets.fill_bucket("org/bucket", {"model/a.bin": bytes(5000), "model/b.bin": b"b"})
+        with StoreSource("hf://buckets/org/bucket/model/") as source:
+            buckets.fill_bucket("org/bucket", {"model/a.bin": bytes(4999) + b"1"})
+            with pytest.raises(HubReadError, match="changed while it was read"):
+                source.open("a.bin").read(2000, 1000)
 
     def test_and_in_memory(self, memory: Any) -> None:
         memory.pipe_file("/model/a.bin", bytes(5000))
@@ -169,17 +204,56 @@ class TestFaults:
         with StoreSource(f"{web.url}/a.safetensors") as source, pytest.raises(HubReadError):
             source.open("a.safetensors").read(2000, 1000)
 
+    def test_what_breaks_in_a_bucket_of_the_hub_is_read_again(
+        self, buckets: HubServer, no_waiting: list[float]
+    ) -> None:
+        data = bytes(range(250)) * 400
+        buckets.fill_bucket("org/bucket", {"a.bin": data})
+        buckets.fail("org/bucket", "a.bin", cut_after=1000, times=2)
+        buckets.fail("org/bucket", "a.bin", status=500, times=2)
+        with StoreSource("hf://buckets/org/bucket") as source:
+            assert b"".join(source.blocks("a.bin")) == data
+
+    def test_a_proxy_that_ignores_ranges_is_named(self, buckets: HubServer) -> None:
+        buckets.fill_bucket("org/bucket", {"a.bin": bytes(5000)})
+        buckets.fail("org/bucket", "a.bin", ignore_range=True, times=None)
+        with StoreSource("hf://buckets/org/bucket") as source, pytest.raises(HubReadError) as caught:
+            source.open("a.bin").read(100, 1000)
+        assert "ranges are not served" in caught.value.why
+        assert not caught.value.retryable
+
 
 class TestLocations:
     def test_nothing_there(self, s3: S3Server) -> None:
         with pytest.raises(HubReadError, match="There is no s3://bucket/nothing"):
             open_source("s3://bucket/nothing")
 
-    def test_a_missing_package_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(sys.modules, "gcsfs", None)
+    @pytest.mark.parametrize(
+        ("scheme", "package"),
+        [("gs", "gcsfs"), ("gcs", "gcsfs"), ("az", "adlfs"), ("abfs", "adlfs")],
+    )
+    def test_a_missing_package_is_named(
+        self, monkeypatch: pytest.MonkeyPatch, scheme: str, package: str
+    ) -> None:
+        monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(CheckpointError) as caught:
-            open_source("gs://bucket/x")
-        assert caught.value.fix == "Install what gs:// needs: pip install gcsfs"
+            open_source(f"{scheme}://bucket/x")
+        assert caught.value.fix == f"Install what {scheme}:// needs: pip install {package}"
+
+    @pytest.mark.parametrize(
+        ("place", "way"),
+        [("hf://buckets/org/bucket/out", "hf buckets sync"), ("https://host/out", "Choose a folder")],
+    )
+    def test_what_is_only_read_is_refused_as_an_output(self, place: str, way: str) -> None:
+        with pytest.raises(OutputError, match="cannot be written to") as caught:
+            open_output(place)
+        assert way in caught.value.fix
+
+    @pytest.mark.parametrize("place", ["hf://buckets/org/nothing", "hf://buckets/org/bucket/nothing"])
+    def test_nothing_there_on_the_hub(self, buckets: HubServer, place: str) -> None:
+        buckets.fill_bucket("org/bucket", {"a.bin": b"a"})
+        with pytest.raises(HubReadError, match=f"There is no {place}"):
+            open_source(place)
 
     def test_a_scheme_that_nobody_knows(self) -> None:
         with pytest.raises(CheckpointError, match="weird://bucket/x cannot be opened"):

@@ -18,7 +18,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, OutputError
 from .. import hub_client
 from .errors import ChangedMeanwhile, Unserved, may_pass, reading, redacted
 
@@ -44,7 +44,7 @@ _MOST_FILES = 100_000
 
 #: What says that a file is the same one, best first: an id of its content or version, or else its time.
 _PINS = (
-    *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "VersionId"),
+    *("ETag", "etag", "xet_hash", "Content-MD5", "Digest", "md5Hash", "generation", "VersionId"),
     *("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created"),
 )
 
@@ -87,7 +87,24 @@ class Store:
         self.is_web = self.scheme in ("http", "https")
         self.is_s3 = self.scheme in ("s3", "s3a")
         #: Of the file systems that are not made for many threads: one file may be one object for all.
-        self._lock = None if getattr(self.system, "async_impl", False) else _ONE_AT_A_TIME
+        is_for_many = getattr(self.system, "async_impl", False) or self.scheme == "hf"
+        self._lock = None if is_for_many else _ONE_AT_A_TIME
+        self._asking = threading.Lock()
+
+    def require_writable(self) -> None:
+        """Raise :class:`OutputError` where files are only read."""
+        if self.is_web:
+            raise OutputError(
+                f"{self.where} cannot be written to",
+                "A web server is only read.",
+                "Choose a folder or a store.",
+            )
+        if self.scheme == "hf":
+            raise OutputError(
+                f"{self.where} cannot be written to",
+                "Storage buckets of the Hub are only read: their client refuses no second writer.",
+                f"Write to a folder, then copy it: hf buckets sync FOLDER {self.where}",
+            )
 
     def full_path(self, path: str) -> str:
         """The path in the file system of the file at the relative ``path``."""
@@ -199,7 +216,8 @@ class Store:
         """Raise :class:`ChangedMeanwhile` if the store has another version of the file now."""
         if self.is_s3:
             return  # asked for with each range
-        with self.alone():
+        with self.alone(), self._asking:
+            self.system.invalidate_cache()  # most keep what they listed
             info = self.system.info(file.full_path)
         if info.get("size") != file.size or pin_of(info) != file.pin:
             raise ChangedMeanwhile
@@ -219,8 +237,10 @@ class Store:
         with self.alone():
             opened.seek(start)
             data: bytes = opened.read(end - start)
-        if len(data) != end - start:
+        if len(data) < end - start:
             raise ConnectionError("the answer ended early")
+        if len(data) > end - start:
+            raise Unserved("more came than was asked for: ranges are not served")
         return data
 
     def pieces(self, file: PinnedFile, start: int, end: int) -> Iterator[bytes]:
@@ -305,6 +325,8 @@ def _system_of(url: str, where: str) -> tuple[Any, str]:
     from fsspec.registry import known_implementations  # type: ignore[import-untyped]
 
     scheme = url.partition("://")[0]
+    if scheme == "hf":
+        _require_buckets(where)
     try:
         system, root = fsspec.core.url_to_fs(url)
     except ImportError as error:
@@ -321,3 +343,14 @@ def _system_of(url: str, where: str) -> tuple[Any, str]:
             f"{where} cannot be opened", f"{redacted(str(error)).rstrip('.')}.", "Check the URL."
         ) from None
     return system, root
+
+
+def _require_buckets(where: str) -> None:
+    import huggingface_hub
+
+    if not hasattr(huggingface_hub.HfApi, "bucket_info"):
+        raise CheckpointError(
+            f"{where} cannot be opened",
+            f"huggingface_hub {huggingface_hub.__version__} knows no storage buckets.",
+            "Update it: pip install -U huggingface_hub",
+        )

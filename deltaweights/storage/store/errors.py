@@ -25,7 +25,7 @@ _PASSING_NUMBERS = {
     errno.EHOSTUNREACH,
 }
 
-#: The names of other such errors, in Python, aiohttp and botocore: not all are OSErrors.
+#: The names of other such errors, in Python, aiohttp, botocore, httpx and Azure: not all are OSErrors.
 _PASSING_NAMES = {
     "ClientConnectionError",
     "ClientPayloadError",
@@ -33,7 +33,10 @@ _PASSING_NAMES = {
     "HTTPClientError",
     "IncompleteReadError",
     "ResponseParserError",
+    "ServiceRequestError",
+    "ServiceResponseError",
     "TimeoutError",
+    "TransportError",
 }
 
 #: The names of errors for credentials that are missing, wrong or expired.
@@ -67,10 +70,8 @@ def redacted(text: str) -> str:
 
 def may_pass(error: BaseException) -> bool:
     """Whether a retry may succeed: no connection, no answer, a busy or broken server."""
-    status = getattr(error, "status", None)  # aiohttp's
-    if status is None:
-        status = getattr(error, "code", None)  # gcsfs's; aiohttp warns of its own
-    if isinstance(status, int):
+    status = _status(error)
+    if status is not None:
         return is_passing_status(status)
     return bool(_names(error) & _PASSING_NAMES) or getattr(error, "errno", None) in _PASSING_NUMBERS
 
@@ -121,7 +122,7 @@ def other_writer(where: str, why: str) -> HubWriteError:
 
 def is_changed(error: BaseException) -> bool:
     """Whether a store says that a file is not the one that was pinned: answer 412."""
-    return "FileExpired" in _names(error) or getattr(error, "status", None) == 412 or _is_precondition(error)
+    return "FileExpired" in _names(error) or _status(error) == 412 or _is_precondition(error)
 
 
 def is_conflict(error: BaseException) -> bool:
@@ -148,7 +149,7 @@ def _said(error: BaseException) -> str:
 
 
 def _fix(error: BaseException, doing: str) -> str:
-    if getattr(error, "status", None) in (401, 403) or _names(error) & _REFUSED_NAMES:
+    if _status(error) in (401, 403) or _names(error) & _REFUSED_NAMES:
         return (
             f"Check that your credentials for the store allow {doing}, and that they have not expired; "
             "then run the same command again."
@@ -156,6 +157,16 @@ def _fix(error: BaseException, doing: str) -> str:
     if may_pass(error):
         return "Run the same command again: finished files are kept."
     return "Check the URL."
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status, if the error has one: aiohttp's, gcsfs's, Azure's, or that of the answer which
+    huggingface_hub keeps."""
+    for name in ("status", "code", "status_code"):
+        if isinstance(found := getattr(error, name, None), int):
+            return found
+    found = getattr(getattr(error, "response", None), "status_code", None)
+    return found if isinstance(found, int) else None
 
 
 def _names(error: BaseException) -> set[str]:

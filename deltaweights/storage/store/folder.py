@@ -43,12 +43,7 @@ class StoreFolder(Destination):
         self._url = url
         self._store = Store(url)
         self.where = self._store.where
-        if self._store.is_web:
-            raise OutputError(
-                f"{self.where} cannot be written to",
-                "A web server is only read.",
-                "Choose a folder or a store.",
-            )
+        self._store.require_writable()
         self._run = secrets.token_hex(8)
         self._files: dict[str, PinnedFile] = {}
         self._own: set[str] = set()  # files whose uploads are this program's

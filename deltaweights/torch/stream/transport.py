@@ -12,7 +12,6 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,7 @@ from typing import Protocol
 
 from ...errors import (
     CheckpointError,
-    DeltaWeightsError,
     DiskSpaceError,
-    HubReadError,
-    HubWriteError,
     OutputError,
 )
 from ...storage import (
@@ -34,10 +30,12 @@ from ...storage import (
     PartialFile,
     file_blocks,
     local_path,
+    store_url,
 )
-from ...storage.hub_errors import is_passing_status
 from ...storage.hub_upload import Outgoing, find_branch, require_login, upload
 from ...storage.local import LocalFile
+from ...storage.store.client import Store
+from ...storage.store.errors import is_conflict, reading, writing
 from .records import HEAD_NAME, MAX_HEAD_BYTES, StreamFile, damaged, number_of
 
 
@@ -122,7 +120,7 @@ class Transport(Protocol):
 def open_transport(location: Location, *, public: bool = False) -> Transport:
     """The transport for a folder, an fsspec URL (``s3://…``), or a repository on the Hub (``hf://org/name``)."""
     place = os.fspath(location)
-    if place.startswith("hf://"):
+    if place.startswith("hf://") and not store_url(place):
         return HubTransport(place.removeprefix("hf://"), public)
     return UrlTransport(place) if "://" in place else FolderTransport(place)
 
@@ -277,48 +275,16 @@ def _no_room(what: str, error: OSError) -> DiskSpaceError:
     )
 
 
-#: The error numbers of remote file systems if the server is busy or unreachable.
-_PASSING_NUMBERS = {
-    errno.EAGAIN,
-    errno.EBUSY,
-    errno.EIO,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-    errno.EHOSTUNREACH,
-}
-
-#: The names of other such errors, in Python, aiohttp and botocore: not all are OSErrors.
-_PASSING_NAMES = {
-    "ClientConnectionError",
-    "ClientPayloadError",
-    "ConnectionError",
-    "HTTPClientError",
-    "TimeoutError",
-}
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether a retry may succeed: no connection, no answer, a busy or broken server."""
-    status = getattr(error, "status", getattr(error, "code", None))  # aiohttp's, or gcsfs's
-    if isinstance(status, int):
-        return is_passing_status(status)
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & _PASSING_NAMES) or getattr(error, "errno", None) in _PASSING_NUMBERS
-
-
 class UrlTransport:
     """A stream at any URL that fsspec reads and writes."""
 
     def __init__(self, url: str) -> None:
-        import fsspec.core  # type: ignore[import-untyped]
         from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 
-        self.where = url
-        try:
-            self._system, root = fsspec.core.url_to_fs(url)
-        except (ValueError, ImportError) as error:
-            raise CheckpointError(f"{url!r} cannot be opened", f"{error}.", "Check the URL.") from error
-        self._root = root.rstrip("/")
+        self._store = store = Store(url)
+        self.where = store.where
+        self._system = store.system
+        self._root = store.root.rstrip("/")
         self._is_local = isinstance(self._system, LocalFileSystem)
 
     def _path(self, name: str) -> str:
@@ -326,19 +292,15 @@ class UrlTransport:
 
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:
-        """Explain errors within the block. fsspec has none of its own: its file systems raise those of their
-        libraries."""
-        try:
-            yield
-        except (DeltaWeightsError, CancelledError):
-            raise
-        except FileNotFoundError as error:
-            raise Gone from error
-        except Exception as error:
-            retryable = _may_pass(error)
-            raise HubReadError(
-                f"Cannot reach {name} in {self.where}", f"{error}.", retryable=retryable
-            ) from error
+        """Explain errors within the block; what does not exist is :class:`Gone`."""
+        gone = None
+        with reading(self.where, name):
+            try:
+                yield
+            except FileNotFoundError as error:
+                gone = error
+        if gone:
+            raise Gone from gone
 
     def head(self) -> bytes | None:
         self._system.invalidate_cache()
@@ -385,9 +347,11 @@ class UrlTransport:
         return sorted(name for name in names if number_of(name) is not None)
 
     def writing(self) -> AbstractContextManager[OutputFolder]:
+        self._store.require_writable()
         return _temporary_folder()
 
     def joining(self) -> AbstractContextManager[PayloadFolder]:
+        self._store.require_writable()
         return _temporary_folder()
 
     def send(self, folder: PayloadFolder, payloads: Mapping[str, StreamFile]) -> None:
@@ -408,13 +372,13 @@ class UrlTransport:
 
     @contextmanager
     def _writes_explained(self) -> Iterator[None]:
-        try:
-            yield
-        except FileExistsError as error:
-            raise other_writer(self.where) from error
-        except Exception as error:
-            retryable = _may_pass(error)
-            raise HubWriteError(f"Cannot write to {self.where}", f"{error}.", retryable=retryable) from error
+        with writing(self.where):
+            try:
+                yield
+            except Exception as error:
+                if is_conflict(error):
+                    raise other_writer(self.where) from error
+                raise
 
     def publish(self, folder: PayloadFolder, new: Publication) -> None:
         if self.head() != new.expected:

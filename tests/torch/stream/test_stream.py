@@ -45,6 +45,7 @@ from deltaweights.torch import DeltaPublisher, DeltaSubscriber, SyncReport
 from deltaweights.torch.stream.records import CHUNK_BYTES, HEAD_NAME, read_head, read_record
 
 from ...hub_server import HubServer
+from ...s3_server import S3Server
 from .streams import Net, State, bits, flip, rewrite, streamed, train
 
 
@@ -833,10 +834,38 @@ def test_what_passes_at_a_url_is_told_from_what_stays(tmp_path: Path) -> None:
     assert (report.step, attempts) == (1, 7)
     for error in (PermissionError("no"), OSError(errno.EINVAL, "odd"), HttpError(403), ValueError("odd")):
         UnreliableFileSystem.errors.append(error)
-        with pytest.raises(HubError, match="Cannot reach head") as caught:
+        with pytest.raises(HubError, match=r"Cannot read .*head") as caught:
             sync_patiently(subscriber, engine)
         assert isinstance(caught.value, CheckpointError)
         assert caught.value.__cause__ is error
+
+
+def test_a_stream_in_a_bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 itself refuses a second publisher's record; what cannot be reached is told as of any store."""
+    monkeypatch.setattr(hub_client, "RETRY_DELAYS", ())
+    place, model, engine = "s3://bucket/run/7", Net(), Net()
+    with DeltaPublisher(place, model) as publisher, DeltaPublisher(place, model) as second:
+        subscriber = DeltaSubscriber(place)
+        train(model, 1)
+        publisher.publish(1, model)
+        subscriber.sync(engine)
+        assert bits(engine) == bits(model)
+        with pytest.raises(OutputError, match="Another publisher"):
+            second.publish(1, model)
+        train(model, 2)
+        publisher.publish(2, model)
+    s3.fail(HEAD_NAME, status=403, times=None)
+    with pytest.raises(HubError, match=r"Cannot read s3://bucket/run/7/head") as caught:
+        subscriber.sync(engine)
+    assert "credentials" in caught.value.fix
+    s3.heal()
+    assert subscriber.sync(engine).step == 2
+    assert bits(engine) == bits(model)
+
+
+def test_a_url_that_nothing_opens() -> None:
+    with pytest.raises(CheckpointError, match="weird://bucket/run cannot be opened"):
+        DeltaSubscriber("weird://bucket/run")
 
 
 _PUBLISH_FOR_EVER = """
