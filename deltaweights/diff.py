@@ -381,7 +381,7 @@ class _Encoder:
         source, digests = self._old.source, {}
         for path, passing in self._passing.items():
             digests[path] = passing.finish(source, self._workers)
-            source.require_sha256(path, digests[path])
+            self._writer.require_base(source, path, digests[path])
         return digests
 
     def _base_records(

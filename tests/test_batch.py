@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -342,25 +343,28 @@ def test_results_in_a_store(s3: S3Server, tunes: list[Path], tmp_path: Path) -> 
 # Copies of bases ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.parametrize("where", ["one by one", "threads", "processes"])
 def test_a_base_in_a_store_is_fetched_once(
-    s3: S3Server, tunes: list[Path], tmp_path: Path, at_once: int
+    s3: S3Server, tunes: list[Path], tmp_path: Path, where: str
 ) -> None:
     for path, data in contents(tmp_path / "base").items():
         s3.system.pipe_file(f"bucket/base/{path}", data)
     size = (tmp_path / "base" / "model.safetensors").stat().st_size
     jobs = write_jobs(tmp_path / "jobs.jsonl", diffs(tunes, "s3://bucket/base"))
     s3.log.clear()
-    options: Any = {"at_once": at_once, "cache": tmp_path / "cache"}
-    assert [one.error for one in run_batch(jobs, **options)] == [None] * 5
-    assert s3.bytes_sent("model.safetensors") == size
-    made = make_delta(tmp_path / "base", tunes[0], tmp_path / "one")
-    assert made.to_json() == (tmp_path / "tuned-0-delta" / "deltaweights.json").read_bytes()
-    later = [
-        ApplyJob(delta=f"{one}-delta", base="s3://bucket/base", out=str(tmp_path / f"out-{one.name}"))
-        for one in tunes
-    ]
-    assert [one.error for one in run_batch(later, **options)] == [None] * 5
+    with ExitStack() as opened:
+        options: Any = {"cache": tmp_path / "cache", "at_once": 3 if where == "threads" else 1}
+        if where == "processes":
+            options["executor"] = opened.enter_context(PoolExecutor(2))
+        assert [one.error for one in run_batch(jobs, **options)] == [None] * 5
+        assert s3.bytes_sent("model.safetensors") == size
+        made = make_delta(tmp_path / "base", tunes[0], tmp_path / "one")
+        assert made.to_json() == (tmp_path / "tuned-0-delta" / "deltaweights.json").read_bytes()
+        later = [
+            ApplyJob(delta=f"{one}-delta", base="s3://bucket/base", out=str(tmp_path / f"out-{one.name}"))
+            for one in tunes
+        ]
+        assert [one.error for one in run_batch(later, **options)] == [None] * 5
     assert s3.bytes_sent("model.safetensors") == size
     assert contents(tmp_path / "out-tuned-3") == contents(tunes[3])
 

@@ -141,6 +141,6 @@ def _encode(
     target, entries = encoder.write_shard(workers, job.path, matches, job.name)
     digests = {path: one.finish(old.source, workers) for path, one in passing.items()}
     for path, digest in digests.items():
-        old.source.require_sha256(path, digest)
+        writer.require_base(old.source, path, digest)
     (file,) = writer.files
     return JobDone(digests, file, target, tuple(entries), writer.kept_any)

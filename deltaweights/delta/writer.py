@@ -145,6 +145,19 @@ class DeltaWriter:
         self.kept_any = True
         return done
 
+    def require_base(self, source: Source, path: str, sha256: str) -> None:
+        """Compare the SHA-256 of a base's shard, from which delta shards were coded, with the published one.
+
+        Raises:
+            CheckpointError: they differ. No later run goes on with the delta shards that are done.
+        """
+        try:
+            source.require_sha256(path, sha256)
+        except CheckpointError:
+            for file in self.files:
+                self._folder.remember(file.path, b"")
+            raise
+
     def claim(self, names: Iterable[str]) -> None:
         """Note that these files of the delta are ours: others write them."""
         self._folder.claim(names)

@@ -504,6 +504,19 @@ def test_bytes_that_are_wrong_each_time_are_never_taken(shelf: HubServer, tmp_pa
     assert not list((tmp_path / "out").glob("*-00001-*"))
 
 
+def test_what_a_base_damaged_in_transit_led_to_is_not_gone_on_with(
+    shelf: HubServer, large: Trio, tmp_path: Path
+) -> None:
+    path = "model-00001-of-00003.safetensors"
+    shelf.fail("org/base", path, on="content", times=None, flip_byte=300_000)
+    with pytest.raises(CheckpointError, match="was damaged in transit"):
+        make_delta("org/base", large.target, tmp_path / "delta", chunk_bytes=CHUNK_BYTES)
+    shelf._faults.clear()
+    make_delta("org/base", large.target, tmp_path / "delta", chunk_bytes=CHUNK_BYTES)
+    apply_delta(tmp_path / "delta", tmp_path / "out", base=large.base)
+    assert contents(tmp_path / "out") == contents(large.target)
+
+
 @pytest.mark.parametrize("file", ["model-00001-of-00002.safetensors", "tokenizer.bin"])
 def test_diff_finds_bytes_of_the_target_that_are_wrong(shelf: HubServer, tmp_path: Path, file: str) -> None:
     """Nothing else could: they would become part of the delta."""
