@@ -20,7 +20,7 @@ from .delta.chain import Deltas, links, open_recipe
 from .delta.pinned import PinnedTarget
 from .delta.recipes import ShardRecipe, TensorRecipe
 from .delta.target_recipe import TargetRecipe, check_digest
-from .errors import DeltaError, ExecutorError, OutputError
+from .errors import CheckpointError, DeltaError, ExecutorError, OutputError
 from .executors import Executor, kept, workers_of
 from .license.rules import landing_place, text_records
 from .manifest import Manifest, TargetFile
@@ -34,6 +34,7 @@ from .storage import (
     join_output,
     open_output,
     sha256_of,
+    store_url,
 )
 from .words import counted
 from .workers import Buffers, Lane, Meter, ProgressCallback, Workers, batches
@@ -139,6 +140,16 @@ def refuse_keeping(keep_base: bool) -> None:
         )
 
 
+def require_keepable(source: Source) -> None:
+    """Raise :class:`CheckpointError` if the base lies in a store: the Hub cache has no place for it."""
+    if store_url(source.location or ""):
+        raise CheckpointError(
+            f"{source.where} cannot be kept",
+            "The local cache is for repositories on the Hub.",
+            "Leave out keep_base=True, or copy the base to a folder first.",
+        )
+
+
 def check_apart(folder: Destination, target: TargetRecipe) -> None:
     """The target must not overwrite the files that it is made from."""
     for source in target.sources:
@@ -221,6 +232,8 @@ def check_base(
     if target.base is None:
         return
     source = target.base.source
+    if keep:
+        require_keepable(source)
     _log.info("the base is %s: %d shards", source.where, len(target.base.shards))
     proven = target.check_published()
     _log.debug(

@@ -22,7 +22,7 @@ from .delta.target_recipe import TargetRecipe
 from .errors import BaseMismatchError
 from .license.rules import LicenseReport, describe, text_records
 from .manifest import MANIFEST_NAME, Manifest, TargetFile
-from .patch import check_base, sample_chunks
+from .patch import check_base, require_keepable, sample_chunks
 from .storage import Location, Readable, Source, Span, open_output, open_source
 from .storage.hub_client import cache_folder
 from .storage.local import free_space
@@ -291,7 +291,9 @@ def _count(
     kept = 0
     if target.base and base:
         _count_base_checks(target, delta, base)
-        kept = base.keep(target.base_files()) if keep else 0
+        if keep:
+            require_keepable(target.base.source)
+            kept = base.keep(target.base_files())
     for file in missing:
         if file.stored == "tensors":
             _count_shard(target.shard(file.path), delta, base)

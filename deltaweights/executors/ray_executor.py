@@ -29,13 +29,13 @@ class RayExecutor(Executor):
     """Runs tasks on a Ray cluster. Needs the extra ``ray``, and deltaweights in the same version on each
     machine.
 
-    It connects when it is first used. If this process uses Ray already, it works there, and leaves that
-    connection open.
+    It connects at the beginning of its ``with`` block, or else when it is first used. If this process uses
+    Ray already, it works there, and leaves that connection open.
 
     Args:
         address: ``"auto"`` for the cluster that runs on this machine or that ``RAY_ADDRESS`` names;
-            ``"local"`` to start one on this machine, which ends with the executor; ``"host:port"`` or
-            ``"ray://host:port"`` for others.
+            ``"local"`` to start one on this machine, which ends with the executor; ``"host:port"`` of a
+            cluster that this machine is a part of; ``"ray://host:port"`` of any.
         cpus_per_task: the cores that each task takes, and its threads.
         retries: how often a task is run again whose worker or node died.
     """
@@ -46,6 +46,11 @@ class RayExecutor(Executor):
         self._retries = retries
         self._ray: ModuleType | None = None
         self._is_ours = False
+
+    def __enter__(self) -> RayExecutor:
+        """Connect at once: an error then comes before any work."""
+        self._connected()
+        return self
 
     def close(self) -> None:
         """Disconnect; end the cluster that was started for this executor."""
@@ -109,7 +114,9 @@ class RayExecutor(Executor):
                 raise ExecutorError(
                     f"The Ray cluster {self._address!r} cannot be reached",
                     f"{_first_line(error)}.",
-                    "Check its address, or start one: ray start --head",
+                    "Free some of this machine's cores, and try again."
+                    if is_local
+                    else "Check its address, or start one: ray start --head",
                 ) from error
             self._is_ours = True
         self._tell(ray)

@@ -305,6 +305,13 @@ class TestVerbs:
         assert stored(s3, "bucket/out/model") == contents(trio.target)
         assert apply_delta(out + "/delta", out + "/model", base=base).rebuilt == ()
 
+    def test_a_base_there_is_not_kept(self, there: str, trio: Trio, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="s3://bucket/base cannot be kept"):
+            apply_delta(trio.delta, tmp_path / "out", base=f"{there}/base", keep_base=True)
+        assert not (tmp_path / "out").exists()
+        with pytest.raises(CheckpointError, match="cannot be kept"):
+            plan_apply(trio.delta, base=f"{there}/base", keep_base=True)
+
     def test_the_rest(self, there: str, trio: Trio, tmp_path: Path) -> None:
         delta, base = f"{there}/delta", f"{there}/base"
         assert verify_delta(delta, base=base).ok
