@@ -75,7 +75,7 @@ def strike(s3: S3Server, command: Command, place: str, right: Files, wait: float
         wrong.append(f"{harm.__name__}: half-visible: {half}")
     if "deltaweights.json" in seen and seen != right:
         wrong.append(f"{harm.__name__}: a manifest without its files")
-    if process.returncode:  # else it was done before, or went on by itself
+    if process.returncode and seen != right:  # else it was done, or went on by itself
         again = subprocess.run(command, capture_output=True, check=False)
         if again.returncode:
             wrong.append(f"{harm.__name__}: it does not go on: {again.stderr.decode()[-300:]}")
