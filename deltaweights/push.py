@@ -1,4 +1,4 @@
-"""Publishes a delta from a folder on the Hub: checked first, then in one commit."""
+"""Publishes a delta on the Hub: checked first, then in one commit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 
 from .card import address_card
 from .checkpoint import Checkpoint
@@ -25,7 +27,7 @@ from .license.cards import CARD_NAME, LICENSE_FILE
 from .license.rules import describe, recognize, terms_of, text_records
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from .metrics import timed_operation
-from .storage import HubSource, LocalSource, Location, Source
+from .storage import HubSource, LocalSource, Location, Source, open_output, open_source, store_url
 from .storage.hub_client import Downloader, Repository
 from .storage.hub_upload import Outgoing, find_branch, require_login, require_published, upload
 from .verify import verify_delta
@@ -78,7 +80,7 @@ def push_delta(
 
     Args:
         delta: a folder, or an open one (closed at the end). Its files are checked against its manifest before
-            and during the upload.
+            and during the upload. Or the URL of a store: they are copied to a temporary folder first.
         repo_id: ``org/name``. The repository is created if there is none; an existing one stays private or
             public.
         private: create a private repository, and refuse a public one.
@@ -90,12 +92,13 @@ def push_delta(
 
     Raises:
         CheckpointError: there is no such folder.
+        DiskSpaceError: the temporary folder has no room for a delta from a store.
         DeltaError: the delta is incomplete or damaged, names another base than it was made from, holds
             copies of files of its base, or lacks the text of its base's license; or there are conflicts.
         OutputError: the repository cannot be written to as asked, or a file was changed meanwhile.
     """
     _check_place(repo_id, revision, create_pr)
-    with delta if isinstance(delta, LocalSource) else LocalSource(delta) as source:
+    with _at_hand(delta) as source:
         manifest = read_manifest(source)
         require_login()
         _check_whole(source, progress)
@@ -123,6 +126,27 @@ def push_delta(
             require_published(repository.repo_id, made.revision or commit, files)
     uploaded = tuple(file.path for file in new)
     return PushReport(repository.repo_id, commit, url, branch.is_private, uploaded, old, nbytes, conflicts)
+
+
+@contextmanager
+def _at_hand(delta: Location | LocalSource) -> Iterator[LocalSource]:
+    """The delta on a disk of this machine, where an upload can read it again after an error."""
+    if isinstance(delta, LocalSource) or not store_url(delta):
+        with delta if isinstance(delta, LocalSource) else LocalSource(delta) as source:
+            yield source
+        return
+    with TemporaryDirectory(prefix="deltaweights-") as folder:
+        with open_source(delta) as far, open_output(folder) as here:
+            paths = [*(file.path for file in read_manifest(far).files), CARD_NAME, MANIFEST_NAME]
+            there = [path for path in dict.fromkeys(paths) if path in far.sizes]
+            here.require_space(sum(far.sizes[path] for path in there))
+            for path in there:
+                with here.create(path) as file:
+                    file.write_blocks(far.blocks(path))
+                    file.commit()
+        with LocalSource(folder) as source:
+            source.where = far.where
+            yield source
 
 
 def _check_place(repo_id: str, revision: str | None, create_pr: bool) -> None:

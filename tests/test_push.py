@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
@@ -41,6 +42,7 @@ from deltaweights.manifest import FileRecord, Manifest
 from .checkpoints import Array, bf16, contents, weights, write_safetensors
 from .conftest import Trio
 from .hub_server import HubServer
+from .s3_server import S3Server
 
 pytestmark = pytest.mark.usefixtures("no_pauses", "no_waiting")
 
@@ -188,6 +190,24 @@ def test_what_was_pushed_gives_the_target_back(writer: HubServer, release: Relea
     assert verify_delta(REPO, base="org/base").ok
     apply_delta(REPO, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(release.target)
+
+
+def test_a_delta_in_a_store_is_published_as_from_a_folder(
+    writer: HubServer, release: Release, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing stays on the disk; what is damaged is refused by the store's name."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    s3.system.put(str(release.delta), "bucket/delta", recursive=True)
+    s3.system.pipe_file("bucket/delta/notes.txt", b"no part of it")
+    push_delta("s3://bucket/delta", REPO)
+    assert published(writer) == as_published(release.delta)
+    assert not list(tmp_path.iterdir())
+    data = bytearray((release.delta / SHARDS[0]).read_bytes())
+    data[-1] ^= 1
+    s3.system.pipe_file(f"bucket/delta/{SHARDS[0]}", bytes(data))
+    with pytest.raises(DeltaError, match="s3://bucket/delta is not a whole delta"):
+        push_delta("s3://bucket/delta", "org/other")
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_that_are_no_part_of_the_delta_stay_here(

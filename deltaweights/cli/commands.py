@@ -211,7 +211,7 @@ def _report_written(work: Work, output: str, manifest: Manifest, nbytes: int) ->
 
 @app.command(rich_help_panel=_PUBLISH)
 def push(
-    delta: Annotated[str, typer.Argument(metavar="DELTA", help="The delta, a folder.")],
+    delta: Annotated[str, typer.Argument(metavar="DELTA", help="The delta, a folder or a URL of a store.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="The repository on the Hub, org/name.")],
     public: Annotated[bool, typer.Option("--public", help="Make the repository public.")] = False,
     revision: Annotated[
