@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import socket
 import sys
 import time
@@ -61,6 +62,11 @@ LINUX_ONLY = (
     "splice", "sync", "timerfd_create", "unshare", "getxattr", "setxattr", "listxattr",
     "O_DIRECT", "O_LARGEFILE", "O_NOATIME", "O_PATH", "O_RSYNC", "O_TMPFILE",
 )  # fmt: skip
+
+
+#: A run in the background ignores Ctrl-C, and would hand that down to what tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Trio(NamedTuple):

@@ -116,7 +116,9 @@ def open_results(location: str | os.PathLike[str]) -> Iterator[ResultsFile]:
                 lock(file)
             except BlockingIOError:
                 raise OutputError(
-                    f"Another batch writes to {path}", "", "Wait for it, or name another file with -o."
+                    f"Another batch writes to {path}",
+                    "",
+                    "Wait for it, or name another file for the results.",
                 ) from None
             yield ResultsFile(file, _done_in(file, path))
     except OSError as error:
