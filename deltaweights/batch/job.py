@@ -235,4 +235,7 @@ def _require_accepted(
     """Raise :class:`LicenseNotAcceptedError` where somebody would have to be asked: nobody is there."""
     for source, manifest in zip(sources, manifests, strict=True):
         if missing := unaccepted(manifest, accepted, license_texts(source, manifest)):
-            raise not_accepted(missing, source.where)
+            ids = ", ".join(terms.spdx for terms in missing)
+            raise not_accepted(
+                missing, f"Read its text in {source.where}, then name {ids} in accept_license."
+            )

@@ -146,7 +146,7 @@ def _done_in(file: IO[bytes], path: os.PathLike[str]) -> dict[str, JobResult]:
             raise OutputError(
                 f"{os.fspath(path)} is not the results of a batch",
                 f"Line {number}: {error}.",
-                "Name another file with -o.",
+                "Name another file for the results.",
             ) from None
         place += len(line)
         if result.status == "ok":

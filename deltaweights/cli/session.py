@@ -22,6 +22,7 @@ from .rendering import license_panel, plain
 from .streams import note, report, show_error
 
 if TYPE_CHECKING:
+    from ..license.table import Terms
     from ..storage import Source, Traffic
 
 #: What errors tell to do, in Python's words and in the command line's.
@@ -184,7 +185,16 @@ def settle_license(
     if not missing:
         return
     if not (may_ask and _confirmed(", ".join(f"{terms.name} ({terms.spdx})" for terms in missing))):
-        raise not_accepted(missing, next(delta for delta in deltas if asked[delta]))
+        raise not_accepted(missing, _how_to_accept(missing, next(delta for delta in deltas if asked[delta])))
+
+
+def _how_to_accept(missing: Sequence[Terms], delta: str) -> str:
+    options = " ".join(f"--accept-license {terms.spdx}" for terms in missing)
+    ids = " ".join(terms.spdx for terms in missing)
+    return (
+        f"Read it (deltaweights license {delta} --texts), then pass {options} or set "
+        f"DELTAWEIGHTS_ACCEPT_LICENSE={ids!r}."
+    )
 
 
 def _confirmed(names: str) -> bool:

@@ -302,14 +302,12 @@ def unaccepted(
     return tuple(terms for terms in both if not terms.is_open and not given & _names(terms))
 
 
-def not_accepted(missing: Sequence[Terms], delta: str) -> LicenseNotAcceptedError:
-    """The error for licenses of the delta that nobody has accepted. It says exactly what to pass."""
-    options = " ".join(f"--accept-license {terms.spdx}" for terms in missing)
+def not_accepted(missing: Sequence[Terms], fix: str) -> LicenseNotAcceptedError:
+    """The error for licenses that nobody has accepted. ``fix`` says how to."""
     return LicenseNotAcceptedError(
         f"The license was not accepted: {', '.join(terms.name for terms in missing)}",
         "It is not an open license, or not known to be one. No weights were read, nothing was written.",
-        f"Read it (deltaweights license {delta} --texts), then pass {options} or set "
-        f"DELTAWEIGHTS_ACCEPT_LICENSE={' '.join(terms.spdx for terms in missing)!r}.",
+        fix,
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Any]:
     """A ``ray.cluster_utils.Cluster``."""
-    pytest.importorskip("ray")
+    ray = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         # Ray asks which of this machine's addresses the internet would see; here, all is on loopback.
@@ -31,6 +31,7 @@ def cluster() -> Iterator[Any]:
                 if is_last:
                     raise
         yield found
+        ray.shutdown()  # what a failed test left open
         found.shutdown()  # type: ignore[no-untyped-call]
 
 
