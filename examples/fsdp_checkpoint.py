@@ -133,7 +133,10 @@ def main() -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
         {"fine-tune": fine_tune, "go-on": go_on}[sys.argv[1]](Path(sys.argv[2]), device)
         dist.destroy_process_group()
-        return
+        # gloo's threads may outlive the group, and abort a process that ends in the ordinary way
+        # (pytorch/pytorch#190489).
+        sys.stdout.flush()
+        os._exit(0)
     with tempfile.TemporaryDirectory() as name:
         make_base(Path(name) / "base")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -80,7 +80,10 @@ def main() -> None:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         train(Path(sys.argv[1]), device)
         dist.destroy_process_group()
-        return
+        # gloo's threads may outlive the group, and abort a process that ends in the ordinary way
+        # (pytorch/pytorch#190489).
+        sys.stdout.flush()
+        os._exit(0)
     with tempfile.TemporaryDirectory() as name:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
