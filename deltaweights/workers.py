@@ -7,8 +7,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -259,10 +260,21 @@ def _cancel(futures: Iterable[Future[Result]]) -> None:
     _wait_for([future for future in futures if not future.cancel()])
 
 
+#: Seconds after which a wait restarts: see :func:`_wait_for`.
+_LOOK = 0.5
+
+
 def result_of(future: Future[Result]) -> Result:
     """Wait for the future's result, without a time limit, but open to Ctrl-C."""
     _wait_for([future])
     return future.result()
+
+
+def next_of(queue: SimpleQueue[Item]) -> Item:
+    """Wait for the next item of a queue, without a time limit, but open to Ctrl-C, as :func:`_wait_for`."""
+    while True:
+        with suppress(Empty):
+            return queue.get(timeout=_LOOK)
 
 
 def _wait_for(futures: list[Future[Result]]) -> None:
@@ -272,7 +284,7 @@ def _wait_for(futures: list[Future[Result]]) -> None:
     a second.
     """
     while unfinished := [future for future in futures if not future.done()]:
-        wait(unfinished, timeout=0.5)
+        wait(unfinished, timeout=_LOOK)
 
 
 def _raise_first(futures: list[Future[Result]]) -> None:

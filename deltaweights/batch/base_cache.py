@@ -213,11 +213,7 @@ class CachedSource(Source):
         if not copy:
             yield from self._source.blocks(path)
             return
-        sha256 = hashlib.sha256()
-        for block in file_blocks(copy.file):
-            sha256.update(block)
-            yield block
-        self.require_sha256(path, sha256.hexdigest())
+        yield from self.compared(path, file_blocks(copy.file))
 
     def published_sha256(self, path: str) -> str | None:
         """The source's own."""

@@ -13,7 +13,7 @@ from functools import partial
 from ..executors import Executor
 from ..metrics import count_jobs
 from ..storage import output_path
-from ..workers import MOST_THREADS, Stopped, usable_cores
+from ..workers import MOST_THREADS, Stopped, next_of, usable_cores
 from .job import Planned, Settings, run_job
 from .jobs import Job, digest_of, read_jobs, settled
 from .results import JobResult, error_of, open_results
@@ -140,14 +140,6 @@ def _in_threads(
             for _ in range(min(at_once, len(planned))):
                 pool.submit(work)
             for _ in planned:
-                yield _next(done)
+                yield next_of(done)
         finally:
             stopped.set()
-
-
-def _next(done: queue.SimpleQueue[tuple[int, JobResult | Exception]]) -> tuple[int, JobResult | Exception]:
-    """The next result. Python misses a signal that arrives just before its main thread begins to wait, so the
-    wait restarts twice a second."""
-    while True:
-        with suppress(queue.Empty):
-            return done.get(timeout=0.5)

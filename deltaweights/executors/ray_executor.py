@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import ExecutorError
+from ..workers import next_of
 from .carrying import Call, Carried
 from .executor import Executor
 
@@ -20,9 +21,6 @@ _log = logging.getLogger(__name__)
 
 #: Seconds that a cancelled task has to clean up; then its worker is ended.
 _GRACE = 10.0
-
-#: Python misses a signal that arrives just before its main thread begins to wait.
-_LOOK = 0.5
 
 
 class RayExecutor(Executor):
@@ -75,12 +73,11 @@ class RayExecutor(Executor):
                 futures[index] = refs[index].future()
                 futures[index].add_done_callback(partial(_report, done, index))
             while futures:
-                with suppress(queue.Empty):
-                    index = done.get(timeout=_LOOK)
-                    future = futures.pop(index)
-                    del refs[index]
-                    error = future.exception()
-                    yield index, _explained(error) if error else future.result()
+                index = next_of(done)
+                future = futures.pop(index)
+                del refs[index]
+                error = future.exception()
+                yield index, _explained(error) if error else future.result()
         finally:
             _end(ray, list(refs.values()), list(futures.values()))
 

@@ -5,19 +5,15 @@ Files that are complete in the local Hub cache are read from there.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import HubReadError
 from .hub_client import Downloader, download, find_cached, find_repository, find_snapshot, require_cache_space
 from .local import LocalFile, LocalSource, is_left_out
-from .read_ahead import WINDOW_BYTES, Window, ranges_of
-from .source import HEAD_BYTES, HubId, ReadableFile, Source, Span, file_blocks
+from .read_ahead import WINDOW_BYTES, Window
+from .remote import FetchedFile, RemoteSource
+from .source import HubId, Source
 
 
 def open_hub(repo_id: str, revision: str | None = None) -> Source:
@@ -35,29 +31,7 @@ def open_hub(repo_id: str, revision: str | None = None) -> Source:
         return LocalSource(snapshot)
 
 
-class HubFile(ReadableFile):
-    """A file on the Hub. Its first bytes stay in memory once read: a header, or a whole small file. After a
-    download, ``local`` is read instead."""
-
-    def __init__(self, path: str, size: int, window: Window) -> None:
-        super().__init__(path, size)
-        self.head = b""
-        self.local: LocalFile | None = None
-        self._window = window
-
-    def _read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
-        if self.local:
-            self.local.read_into(offset, out)
-            return
-        known = self.head[offset : offset + len(out)]
-        out[: len(known)] = np.frombuffer(known, np.uint8)
-        if len(known) < len(out):
-            self._window.read_into(self.path, offset + len(known), out[len(known) :])
-        if offset == 0 and len(self.head) < len(out) <= HEAD_BYTES:
-            self.head = out.tobytes()
-
-
-class HubSource(Source):
+class HubSource(RemoteSource):
     """The files of one repository at one commit.
 
     Args:
@@ -82,12 +56,7 @@ class HubSource(Source):
         )
         self._downloader = Downloader(repository)
         self.window = Window(self._downloader.fetch, nbytes=window_bytes)
-        self._opened: dict[str, HubFile | LocalFile] = {}
-
-    @property
-    def is_remote(self) -> bool:
-        """Always true, even if the cache holds files."""
-        return True
+        self._opened: dict[str, FetchedFile | LocalFile] = {}
 
     @property
     def location(self) -> str:
@@ -98,7 +67,7 @@ class HubSource(Source):
         """Path and size: the location names the commit."""
         return f"{path}:{self.sizes[path]}"
 
-    def open(self, path: str) -> HubFile | LocalFile:
+    def open(self, path: str) -> FetchedFile | LocalFile:
         """The file at ``path``, from the cache if it is there."""
         file = self._opened.get(path)
         if file is None:
@@ -106,7 +75,7 @@ class HubSource(Source):
             file = (
                 LocalFile(path, cached, pooled=True)
                 if cached
-                else HubFile(path, self.sizes[path], self.window)
+                else FetchedFile(path, self.sizes[path], self.window)
             )
             self._opened[path] = file
         return file
@@ -120,20 +89,6 @@ class HubSource(Source):
         found = find_cached(self._repository, path)
         return found.resolve() if found else None
 
-    def blocks(self, path: str) -> Iterator[bytes]:
-        """The file's bytes in order, in blocks of at most 1 MiB.
-
-        Raises:
-            CheckpointError: at the end, if their SHA-256 differs from the one that the Hub publishes.
-        """
-        file = self.open(path)
-        sha256 = hashlib.sha256()
-        with self.expect([Span(path, 0, file.size)]):
-            for block in file_blocks(file):
-                sha256.update(block)
-                yield block
-        self.require_sha256(path, sha256.hexdigest())
-
     def published_sha256(self, path: str) -> str | None:
         """The SHA-256 that the Hub publishes for the file; None except for LFS files."""
         file = self._repository.files.get(path)
@@ -142,21 +97,6 @@ class HubSource(Source):
     def fingerprint(self, path: str) -> str:
         """Repository, commit and git's id of the file."""
         return f"{path}:{self.hub_id.repo_id}:{self.hub_id.revision}:{self._repository.files[path].blob}"
-
-    def expect(self, spans: Iterable[Span]) -> AbstractContextManager[None]:
-        """Fetch these spans ahead of their readers, as far as memory allows."""
-        return self.window.expect(self._remote(spans))
-
-    def ranges(self, spans: Iterable[Span]) -> list[Span]:
-        """The ranges that come over the network for these spans."""
-        return ranges_of(self._remote(spans))
-
-    def _remote(self, spans: Iterable[Span]) -> Iterator[Span]:
-        """The parts of the spans that are neither in the cache nor in memory."""
-        for path, start, end in spans:
-            file = self.open(path)
-            if isinstance(file, HubFile) and not file.local:
-                yield Span(path, max(start, len(file.head)), end)
 
     def keep(self, paths: Iterable[str]) -> Iterator[int]:
         """Download files into the local Hub cache, and read them from there from now on.
@@ -168,7 +108,7 @@ class HubSource(Source):
             HubReadError: a file cannot be downloaded, or the cache's disk is too small.
         """
         files = [self.open(path) for path in paths]
-        missing = [file for file in files if isinstance(file, HubFile) and not file.local]
+        missing = [file for file in files if isinstance(file, FetchedFile) and not file.local]
         require_cache_space(sum(file.size for file in missing))
         for file in missing:
             file.local = LocalFile(file.path, download(self._repository, file.path))
@@ -185,6 +125,6 @@ class HubSource(Source):
         self.window.close()
         while self._opened:
             file = self._opened.popitem()[1]
-            local = file.local if isinstance(file, HubFile) else file
+            local = file.local if isinstance(file, FetchedFile) else file
             if local:
                 local.close()

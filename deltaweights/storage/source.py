@@ -219,6 +219,14 @@ class Source(ABC):
             f"{self.name(path)} was damaged in transit", why, "Run the same command again.", retryable=True
         )
 
+    def compared(self, path: str, blocks: Iterable[bytes]) -> Iterator[bytes]:
+        """The blocks of a whole file. At the end, their SHA-256 is compared: :meth:`require_sha256`."""
+        sha256 = hashlib.sha256()
+        for block in blocks:
+            sha256.update(block)
+            yield block
+        self.require_sha256(path, sha256.hexdigest())
+
     def expect(self, spans: Iterable[Span]) -> AbstractContextManager[None]:
         """Announce that ``spans`` will be read within the block, each byte once, in about this order, so that
         remote bytes are fetched ahead. This only affects speed: any bytes may be read at any time."""

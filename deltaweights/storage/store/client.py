@@ -10,11 +10,12 @@ import logging
 import random
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import count
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -298,20 +299,26 @@ def patiently(
         cancelled: ends the wait before a retry, with CancelledError.
         attempts: how often it is retried; by default, for about a minute and a half.
     """
-    for delay in hub_client.RETRY_DELAYS[:attempts]:
+    for attempt in count():
         try:
             if failed:
                 raise failed
             return action()
         except Exception as error:
             failed = None
-            if not may_pass(error):
-                raise
-            wait = delay * random.uniform(1, 1.5)  # noqa: S311
-            _log.info("the store is asked again in %.1f s: %s", wait, type(error).__name__)
+            wait = pause_after(error, attempt, hub_client.RETRY_DELAYS[:attempts])
         if (cancelled or threading.Event()).wait(wait):
             raise CancelledError
-    return action()
+    raise AssertionError  # the loop ends by one of these
+
+
+def pause_after(error: Exception, attempt: int, delays: Sequence[float]) -> float:
+    """Seconds to wait before the next attempt. Raises ``error`` if it will not pass, or none is left."""
+    if not may_pass(error) or attempt >= len(delays):
+        raise error
+    wait = delays[attempt] * random.uniform(1, 1.5)  # noqa: S311
+    _log.info("the store is asked again in %.1f s: %s", wait, type(error).__name__)
+    return wait
 
 
 def pin_of(info: Mapping[str, Any]) -> str:

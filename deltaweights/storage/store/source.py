@@ -6,23 +6,20 @@ change in mid-run is an error.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import random
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import CancelledError
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from typing import Any
 
 from .. import hub_client
-from ..hub import HubFile
 from ..local import is_left_out
-from ..read_ahead import Window, ranges_of
-from ..source import Source, Span, file_blocks
+from ..read_ahead import Window
+from ..remote import FetchedFile, RemoteSource
 from ..traffic import count
-from .client import PinnedFile, Store
-from .errors import may_pass, reading
+from .client import PinnedFile, Store, pause_after
+from .errors import reading
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +32,7 @@ _WINDOW_BYTES, _CONNECTIONS = 32 << 20, 4
 _RANGES_PER_LOOK = 16
 
 
-class StoreSource(Source):
+class StoreSource(RemoteSource):
     """The files at one URL: a folder with all its files, or one file.
 
     Args:
@@ -56,7 +53,7 @@ class StoreSource(Source):
         super().__init__(self.store.where, sizes, left_out=left_out)
         self.window = Window(self._fetch, nbytes=window_bytes, connections=_CONNECTIONS)
         self._is_single = len(sizes) == 1 and self.where.endswith(f"/{next(iter(sizes))}")
-        self._opened: dict[str, HubFile] = {}
+        self._opened: dict[str, FetchedFile] = {}
         self._handles: dict[str, list[Any]] = {path: [] for path in self._files}
         self._looks = dict.fromkeys(self._files, 0)
         self._digests: dict[str, str | None] = {}
@@ -65,19 +62,14 @@ class StoreSource(Source):
         _log.debug("%s holds %d files", self.where, len(sizes))
 
     @property
-    def is_remote(self) -> bool:
-        """Always true."""
-        return True
-
-    @property
     def location(self) -> str:
         """The URL, with what may be secret in it."""
         return self._url
 
-    def open(self, path: str) -> HubFile:
+    def open(self, path: str) -> FetchedFile:
         """The file at ``path``."""
         if path not in self._opened:
-            self._opened[path] = HubFile(path, self.sizes[path], self.window)
+            self._opened[path] = FetchedFile(path, self.sizes[path], self.window)
         return self._opened[path]
 
     def addresses(self) -> list[str]:
@@ -89,20 +81,6 @@ class StoreSource(Source):
     def name(self, path: str) -> str:
         """The file's URL, without what may be secret."""
         return self.where if self._is_single else f"{self.where}/{path}"
-
-    def blocks(self, path: str) -> Iterator[bytes]:
-        """The file's bytes in order, in blocks of at most 1 MiB.
-
-        Raises:
-            CheckpointError: at the end, if their SHA-256 differs from the one that the store keeps with it.
-        """
-        file = self.open(path)
-        sha256 = hashlib.sha256()
-        with self.expect([Span(path, 0, file.size)]):
-            for block in file_blocks(file):
-                sha256.update(block)
-                yield block
-        self.require_sha256(path, sha256.hexdigest())
 
     def told_sha256(self, path: str) -> str | None:
         """The SHA-256 in the file's metadata, where it was written there; else None. The store has not
@@ -118,19 +96,6 @@ class StoreSource(Source):
         file = self._files[path]
         return f"{path}:{self.where}:{file.size}:{file.pin}"
 
-    def expect(self, spans: Iterable[Span]) -> AbstractContextManager[None]:
-        """Fetch these spans ahead of their readers, as far as memory allows."""
-        return self.window.expect(self._remote(spans))
-
-    def ranges(self, spans: Iterable[Span]) -> list[Span]:
-        """The ranges that come over the network for these spans."""
-        return ranges_of(self._remote(spans))
-
-    def _remote(self, spans: Iterable[Span]) -> Iterator[Span]:
-        """The parts of the spans that are not in memory."""
-        for path, start, end in spans:
-            yield Span(path, max(start, len(self.open(path).head)), end)
-
     def _fetch(self, path: str, start: int, end: int) -> Generator[bytes, None, None]:
         """The bytes of the file from ``start`` to ``end``, with retries after temporary errors."""
         attempt = 0
@@ -143,7 +108,7 @@ class StoreSource(Source):
                         attempt = 0
                         yield piece
                 except Exception as error:
-                    if self._cancelled.wait(_pause(error, attempt, hub_client.RETRY_DELAYS)):
+                    if self._cancelled.wait(pause_after(error, attempt, hub_client.RETRY_DELAYS)):
                         raise CancelledError from None
                     attempt += 1
 
@@ -182,12 +147,3 @@ class StoreSource(Source):
         for handle in handles:
             with suppress(Exception):
                 handle.close()
-
-
-def _pause(error: Exception, attempt: int, delays: tuple[float, ...]) -> float:
-    """Seconds to wait before the next attempt. Raises ``error`` if no attempt is left."""
-    if not may_pass(error) or attempt >= len(delays):
-        raise error
-    wait = delays[attempt] * random.uniform(1, 1.5)  # noqa: S311
-    _log.info("the store is asked again in %.1f s: %s", wait, type(error).__name__)
-    return wait
