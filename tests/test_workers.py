@@ -319,15 +319,6 @@ def test_ctrl_c_wakes_what_the_other_threads_wait_for() -> None:
 # Ctrl-C ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def handled() -> Iterator[None]:
-    """Ctrl-C does what it does in a program of its own: a test run in the background ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("handled")
 @pytest.mark.parametrize("way", ["each", "map", "aside"])
 def test_ctrl_c_that_comes_just_before_the_main_thread_waits_is_seen_soon(way: str) -> None:
     """Python takes note of it and does not wake the thread, just as when another thread gets the signal."""
@@ -383,7 +374,6 @@ def test_ctrl_c_before_all_items_are_handed_out_stops_the_others(monkeypatch: py
     assert woken == [True]
 
 
-@pytest.mark.usefixtures("handled")
 def test_ctrl_c_leaves_no_work_in_progress() -> None:
     """The files that it uses are closed next."""
     begun, stopped, ended = threading.Event(), threading.Event(), threading.Event()

@@ -709,8 +709,7 @@ def test_what_the_message_says_to_pass_is_enough(
 
 #: The program, with stdin as its terminal, so that Ctrl-C there reaches it.
 _AT_TERMINAL = """
-import fcntl, runpy, signal, termios
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs aside
+import fcntl, runpy, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 runpy.run_module("deltaweights", run_name="__main__")
 """

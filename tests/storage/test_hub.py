@@ -950,8 +950,6 @@ def stalled(shelf: HubServer, large: Trio, tmp_path: Path) -> Iterator[Callable[
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            # A test run in the background ignores SIGINT, and would hand that down.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,  # noqa: PLW1509
         )
         started.append(process)
         waiting = threading.Event()

@@ -37,17 +37,6 @@ pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
 @pytest.fixture
-def memory() -> Iterator[Any]:
-    """fsspec's file system in memory, empty."""
-    import fsspec  # type: ignore[import-untyped]
-
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    yield system
-    system.store.clear()
-
-
-@pytest.fixture
 def web(tmp_path: Path) -> Iterator[WebServer]:
     pytest.importorskip("aiohttp")
     with WebServer(tmp_path) as server:

@@ -31,16 +31,6 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upload, "_PART_BYTES", _PART)
 
 
-@pytest.fixture
-def memory() -> Iterator[Any]:
-    import fsspec  # type: ignore[import-untyped]
-
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    yield system
-    system.store.clear()
-
-
 def there(system: Any, root: str) -> dict[str, bytes]:
     """All that lies at a place, but for license texts beside a target."""
     paths = [path for path in system.find(root) if "/.deltaweights/licenses/" not in path]
