@@ -31,7 +31,6 @@ MAX_INDEX_BYTES = 1 << 25
 MAX_VERSION = 10**9
 
 _FOLDER = re.compile(r"weight_v(\d{6,9})", re.ASCII)
-_SHARD = re.compile(r"model-(\d{5,9})-of-(\d{5,9})\.safetensors", re.ASCII)
 
 _Version = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,9}\Z")]
 
@@ -167,10 +166,7 @@ def _is_plain(name: str) -> bool:
 
 def _require_shards(names: set[str], where: str) -> None:
     """Shards are counted from 0, and all of them are there."""
-    found = [_SHARD.fullmatch(name) for name in names]
-    if {(int(match[1]), int(match[2])) for match in found if match} != {
-        (index, len(names)) for index in range(len(names))
-    } or not all(found):
+    if names != {shard_name(index, len(names)) for index in range(len(names))}:
         raise damaged(where, f"Its files are not shards 0 to {len(names) - 1} of {len(names)}")
 
 
