@@ -1,6 +1,6 @@
 """Where bytes come from and go: folders, the Hub, output folders."""
 
-from .destination import Destination, SharedOutput, WritableFile
+from .destination import Destination, SharedOutput, UnlockedPlace, WritableFile
 from .file_names import spelling
 from .hub import HubSource, open_hub
 from .joined import join_output
@@ -21,6 +21,7 @@ from .source import HubId, ReadableFile, Source, Span, file_blocks, sha256_of
 from .system import flush, flush_folder, is_same, is_within, lock
 from .traffic import Traffic
 from .traffic import total as total_traffic
+from .unlocked import open_unlocked, write_document
 
 __all__ = [
     "WORKSPACE",
@@ -39,6 +40,7 @@ __all__ = [
     "Source",
     "Span",
     "Traffic",
+    "UnlockedPlace",
     "WritableFile",
     "blocks_at",
     "file_blocks",
@@ -54,9 +56,11 @@ __all__ = [
     "open_hub",
     "open_output",
     "open_source",
+    "open_unlocked",
     "output_path",
     "sha256_of",
     "spelling",
     "store_url",
     "total_traffic",
+    "write_document",
 ]

@@ -134,6 +134,25 @@ class Store:
             infos = self.system.find(self.root, detail=True)
         return dict(self._files({name: info for name, info in infos.items() if name.startswith(root)}))
 
+    def pin_now(self, path: str) -> str | None:
+        """The pin of the file at the relative ``path``; None if there is none."""
+        with self.alone(), suppress(FileNotFoundError):
+            self.system.invalidate_cache()
+            return pin_of(self.system.info(self.full_path(path)))
+        return None
+
+    def get(self, path: str) -> bytes:
+        """The bytes of a small file at the relative ``path``; none if it is not there."""
+        with self.alone(), suppress(FileNotFoundError):
+            data: bytes = self.system.cat_file(self.full_path(path))
+            return data
+        return b""
+
+    def remove(self, path: str) -> None:
+        """Remove the file at the relative ``path``, if it is there."""
+        with self.alone(), suppress(FileNotFoundError):
+            self.system.rm_file(self.full_path(path))
+
     def address(self, path: str = "") -> str:
         """A text that is the same for two URLs of the same file, or of the place."""
         scheme = _SAME_SCHEMES.get(self.scheme, self.scheme)
