@@ -17,7 +17,7 @@ from .local import (
 from .location import Location, Readable, open_output, open_source
 from .output import WORKSPACE, OutputFolder, PartialFile
 from .pinned import PinnedSource
-from .source import HubId, ReadableFile, Source, Span, file_blocks, sha256_of
+from .source import Announce, HubId, ReadableFile, Source, Span, file_blocks, sha256_of
 from .system import flush, flush_folder, is_same, is_within, lock
 from .traffic import Traffic
 from .traffic import total as total_traffic
@@ -25,6 +25,7 @@ from .unlocked import open_unlocked, write_document
 
 __all__ = [
     "WORKSPACE",
+    "Announce",
     "Destination",
     "HubId",
     "HubSource",

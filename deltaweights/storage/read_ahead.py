@@ -100,6 +100,16 @@ class _Schedule:
     announced: list[Span]
     requests: list[_Request] = field(default_factory=list)
 
+    def add(self, runs: Iterable[_Run]) -> None:
+        """Announce more. What is next to the last run that has not begun shares its requests."""
+        for run in runs:
+            self.announced.append(Span(run.path, run.start, run.end))
+            last = self.runs[-1] if self.runs else None
+            if last and last.path == run.path and 0 <= run.start - last.end <= _GAP_BYTES:
+                last.spans += run.spans
+            else:
+                self.runs.append(run)
+
 
 class Window:
     """Serves the bytes from ``fetch`` to any number of readers.
@@ -134,13 +144,25 @@ class Window:
     def expect(self, spans: Iterable[Span]) -> Iterator[None]:
         """Announce that ``spans`` will be read within the block, each byte once, in about this order. Bytes
         announced in several blocks are fetched for each."""
-        runs = _merge(spans)
-        schedule = _Schedule(deque(runs), [Span(run.path, run.start, run.end) for run in runs])
+        with self.announcing() as announce:
+            announce(spans)
+            yield
+
+    @contextmanager
+    def announcing(self) -> Iterator[Callable[[Iterable[Span]], None]]:
+        """:meth:`expect` for spans that become known within the block: call what this gives with them."""
+        schedule = _Schedule(deque(), [])
+
+        def announce(spans: Iterable[Span]) -> None:
+            runs = _merge(spans)
+            with self._lock:
+                schedule.add(runs)
+                self._begin()
+
         with self._lock:
             self._schedules.append(schedule)
-            self._begin()
         try:
-            yield
+            yield announce
         except BaseException:
             with self._lock:
                 self._end_schedule(schedule, [])
