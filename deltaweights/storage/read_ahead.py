@@ -11,6 +11,7 @@ request for each waiting reader, who is about to take it.
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -242,10 +243,10 @@ class Window:
 
     def _pull(self, schedule: _Schedule, index: int, position: int, end: int) -> _Request:
         """Begin a request at ``position`` of a run immediately, out of turn. If there is no room, limit it to
-        the bytes that the reader wants, which frees it at once."""
+        the bytes that the reader wants, and some more: a request for each few bytes would cost more."""
         length = self._request_bytes
         if self.held + length > self._nbytes:
-            length = min(length, end - position)
+            length = min(length, max(end - position, self._longest // 8))
         *before, rest = schedule.runs[index].cut(position)
         wanted, *after = rest.cut(position + length)
         del schedule.runs[index]
@@ -390,7 +391,8 @@ class Window:
                 return self._spare.pop(index)
         while self._spare and self.held + sum(map(len, self._spare)) > self._nbytes:
             self._spare.pop()
-        return np.empty(nbytes, np.uint8)
+        # Memory of its own, which goes back to the system: freed in a heap, it would stay with the process.
+        return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
 
     def _give_back(self, request: _Request) -> None:
         buffer, request.buffer = request.buffer, None
