@@ -230,7 +230,7 @@ def test_public_names_are_documented(package: ModuleType) -> None:
     for module, name in _re_exports(package):
         path = PACKAGE.joinpath(*f"{package.__name__}{module}".split(".")[1:]).with_suffix(".py")
         source = path.read_text()
-        (node,) = (node for node in ast.parse(source).body if name in _names_of(node))
+        (*_, node) = (node for node in ast.parse(source).body if name in _names_of(node))  # after overloads
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             members = [node, *(node.body if isinstance(node, ast.ClassDef) else [])]
             functions = [one for one in members if isinstance(one, (ast.ClassDef, ast.FunctionDef))]

@@ -219,7 +219,7 @@ class Store:
         Raises:
             Unserved: too much for a model, such as a whole bucket.
         """
-        root, found = self.root.rstrip("/") + "/", dict[str, Mapping[str, Any]]()
+        root, found = self._plain(self.root).rstrip("/") + "/", dict[str, Mapping[str, Any]]()
         for page in self._pages(root):
             found |= {name: info for name, info in page.items() if name.startswith(root)}
             if len(found) > _MOST_FILES:
