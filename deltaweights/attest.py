@@ -10,7 +10,7 @@ from .delta.opening import read_manifest
 from .errors import DeltaError
 from .metrics import timed_operation
 from .sign import require_sound, write_beside
-from .signing import ATTESTATION_NAME, Signer, sign_statement
+from .signing import ATTESTATION_NAME, Signer, signing_by
 from .signing.attestation import as_statement, provenance
 from .storage import Location, Readable, open_source, output_path
 from .verify import verify_delta
@@ -82,6 +82,7 @@ def attest_delta(
         SigningError: there is no such key, it does not fit, or a library is missing.
     """
     folder = output_path(delta)
+    sign = signing_by(signer)
     manifest = require_sound(folder, threads, progress)
     if base is not None:
         wrong = verify_delta(folder, base=base, threads=threads, progress=progress).problems
@@ -93,6 +94,6 @@ def attest_delta(
             )
     document = provenance(manifest, is_rebuilt=base is not None)
     _log.info("attesting %s: %d files of the target", folder, len(document["subject"]))
-    write_beside(folder, ATTESTATION_NAME, sign_statement(as_statement(document), signer))
+    write_beside(folder, ATTESTATION_NAME, sign(as_statement(document)))
     materials = len(document["predicate"]["buildDefinition"]["resolvedDependencies"])
     return AttestReport(str(folder / ATTESTATION_NAME), len(document["subject"]), materials, base is not None)

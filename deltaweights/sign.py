@@ -14,7 +14,7 @@ from .errors import DeltaError, OutputError, SigningError
 from .license.cards import CARD_NAME
 from .manifest import MANIFEST_NAME, Manifest
 from .metrics import timed_operation
-from .signing import SIGNATURE_NAME, UNSIGNED_NAMES, Signer, manifest_sha256, sign_statement
+from .signing import SIGNATURE_NAME, UNSIGNED_NAMES, Signer, manifest_sha256, signing_by
 from .signing.statement import folder_statement
 from .storage import LocalSource, Location, OutputFolder, is_clutter, output_path, sha256_of
 from .storage.hub_upload import require_repo_id
@@ -71,6 +71,7 @@ def sign_delta(
     """
     folder = output_path(delta)
     _refuse_links(folder)
+    sign = signing_by(signer)
     if repo_id is not None:
         _address(folder, repo_id)
     manifest = require_sound(folder, threads, progress)
@@ -82,7 +83,7 @@ def sign_delta(
         ignored = {*_NEVER_SIGNED, *(path.rstrip("/") for path in source.left_out), *_clutter(source)}
     _log.info("signing %s: %d files", folder, len(digests))
     statement = folder_statement(folder.absolute().name, digests, ignored)
-    write_beside(folder, SIGNATURE_NAME, sign_statement(statement, signer))
+    write_beside(folder, SIGNATURE_NAME, sign(statement))
     return SignReport(str(folder / SIGNATURE_NAME), len(digests))
 
 

@@ -10,7 +10,7 @@ from .signature import (
     require_signed,
     signed_files,
 )
-from .signers import Signer, sign_statement
+from .signers import Signer, signing_by
 from .trust import SignatureRequirement, check_signer
 
 __all__ = [
@@ -24,6 +24,6 @@ __all__ = [
     "manifest_sha256",
     "open_bundle",
     "require_signed",
-    "sign_statement",
     "signed_files",
+    "signing_by",
 ]

@@ -5,8 +5,9 @@ OpenSSF's model-signing makes the signatures, each a Sigstore bundle.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeAlias
@@ -72,6 +73,8 @@ class Pkcs11Signer:
 
     def configure(self, config: Any) -> None:
         """Let model-signing sign so."""
+        if not self.uri.startswith("pkcs11:"):  # the library's message would show it, with its PIN
+            raise SigningError("The token's URI is none", "It does not begin with pkcs11:.", "See RFC 7512.")
         try:
             config.use_pkcs11_signer(pkcs11_uri=self.uri)
         except RuntimeError as error:
@@ -114,7 +117,10 @@ class SigstoreSigner:
 #: Who signs.
 Signer: TypeAlias = KeySigner | CertificateSigner | Pkcs11Signer | SigstoreSigner
 
-_FIX = "Check key, certificates and password; keyless signing needs Sigstore's servers."
+_WHAT, _FIX = (
+    "The signature could not be made",
+    "Check key, certificates and password; keyless signing needs Sigstore's servers.",
+)
 
 
 def _required(paths: Sequence[KeyFile]) -> list[Path]:
@@ -127,23 +133,23 @@ def _required(paths: Sequence[KeyFile]) -> list[Path]:
     return [Path(path).expanduser() for path in paths]
 
 
-def sign_statement(statement: Any, signer: Signer) -> bytes:
-    """Sign an in-toto statement.
-
-    Args:
-        statement: one of ``in_toto_attestation``.
-
-    Returns:
-        A Sigstore bundle, as JSON.
+def signing_by(signer: Signer) -> Callable[[Any], bytes]:
+    """What signs in-toto statements, each one of ``in_toto_attestation``: it gives a Sigstore bundle, as JSON.
+    Keys are read and servers are reached now, so that whoever cannot sign knows it before hashing files.
 
     Raises:
-        SigningError: it cannot be signed so, or a library is missing.
+        SigningError: the signer cannot sign, or a library is missing. So does what is returned.
     """
-    with failures_explained("The signature could not be made", _FIX):
+    with failures_explained(_WHAT, _FIX):
         from model_signing import signing
 
         config: Any = signing.Config()  # type: ignore[no-untyped-call]
         signer.configure(config)
+    return partial(_sign, config)
+
+
+def _sign(config: Any, statement: Any) -> bytes:
+    with failures_explained(_WHAT, _FIX):
         # Its own way takes what it hashed itself, and signs what is in this attribute.
         bundle: str = config._signer.sign(SimpleNamespace(statement=statement)).bundle.to_json()
     return bundle.encode()

@@ -237,14 +237,14 @@ def test_a_manifest_that_names_another_file_than_the_signed_one_is_refused(
     signed: Signed, copy: Path, tmp_path: Path
 ) -> None:
     """By a signer who signed a manifest and other files than it says."""
-    from deltaweights.signing import sign_statement
+    from deltaweights.signing import signing_by
     from deltaweights.signing.statement import folder_statement
 
     with LocalSource(copy) as source:
         digests = dict(signed_files(source, signed.keys.public).digests)
     for wrong in ({SHARD: "0" * 64}, {}):
         chosen = {path: wrong.get(path, sha256) for path, sha256 in digests.items() if wrong or path != SHARD}
-        bundle = sign_statement(folder_statement("delta", chosen, ()), KeySigner(signed.keys.private))
+        bundle = signing_by(KeySigner(signed.keys.private))(folder_statement("delta", chosen, ()))
         (copy / SIGNATURE_NAME).write_bytes(bundle)
         refuses(copy, signed.base, signed.keys.public, tmp_path / "out", "is not of this delta")
 
@@ -550,3 +550,37 @@ def test_without_the_extra(copy: Path, signed: Signed, monkeypatch: pytest.Monke
         sign_delta(copy, KeySigner(signed.keys.private))
     with pytest.raises(SigningError, match=r"deltaweights\[sign\]"):
         verify_delta(copy, require_signature=signed.keys.public)
+
+
+def test_keys_in_tokens(signed: Signed, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token in software, where there is one."""
+    pytest.importorskip("PyKCS11")
+    modules = [path for path in map(Path, _MODULES) if path.exists()]
+    if not (modules and shutil.which("softhsm2-util")):
+        pytest.skip("needs softhsm2")
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "softhsm2.conf").write_text(f"directories.tokendir = {tmp_path / 'tokens'}\n")
+    monkeypatch.setenv("SOFTHSM2_CONF", str(tmp_path / "softhsm2.conf"))
+    token = ["softhsm2-util", "--token", "token", "--pin", "1234"]
+    subprocess.run(
+        [*token[:1], "--init-token", "--free", "--label", "token", "--pin", "1234", "--so-pin", "5678"],
+        check=True,
+    )
+    subprocess.run([*token, "--import", str(signed.keys.private), "--label", "key", "--id", "01"], check=True)
+    uri = f"pkcs11:token=token;object={{}}?module-path={modules[0]}&pin-value={{}}"
+    for name, pin in (("key", "9999"), ("other", "1234")):
+        with pytest.raises(SigningError, match="could not be made") as error:
+            sign_delta(copy, Pkcs11Signer(uri.format(name, pin)))
+        assert "9999" not in str(error.value)
+    sign_delta(copy, Pkcs11Signer(uri.format("key", "1234")))
+    assert verify_delta(copy, require_signature=signed.keys.public).ok
+    with pytest.raises(SigningError, match="URI is none") as error:
+        sign_delta(copy, Pkcs11Signer("token?pin-value=1234"))
+    assert "1234" not in f"{error.value}{Pkcs11Signer('pin-value=1234')}"
+
+
+_MODULES = (
+    "/usr/lib/softhsm/libsofthsm2.so",
+    "/usr/lib64/pkcs11/libsofthsm2.so",
+    "/opt/homebrew/lib/softhsm/libsofthsm2.so",
+)
