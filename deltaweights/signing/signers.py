@@ -134,7 +134,7 @@ def _required(paths: Sequence[KeyFile]) -> list[Path]:
 
 
 def signing_by(signer: Signer) -> Callable[[Any], bytes]:
-    """What signs in-toto statements, each one of ``in_toto_attestation``: it gives a Sigstore bundle, as JSON.
+    """What signs in-toto statements, each of ``in_toto_attestation``: it gives a Sigstore bundle, as JSON.
     Keys are read and servers are reached now, so that whoever cannot sign knows it before hashing files.
 
     Raises:

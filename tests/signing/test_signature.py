@@ -20,6 +20,7 @@ from deltaweights import (
     DeltaError,
     DeltaWeightsError,
     KeySigner,
+    Pkcs11Signer,
     SignatureError,
     SigningError,
     SigstoreSigner,
@@ -568,15 +569,16 @@ def test_keys_in_tokens(signed: Signed, copy: Path, tmp_path: Path, monkeypatch:
     )
     subprocess.run([*token, "--import", str(signed.keys.private), "--label", "key", "--id", "01"], check=True)
     uri = f"pkcs11:token=token;object={{}}?module-path={modules[0]}&pin-value={{}}"
-    for name, pin in (("key", "9999"), ("other", "1234")):
-        with pytest.raises(SigningError, match="could not be made") as error:
-            sign_delta(copy, Pkcs11Signer(uri.format(name, pin)))
-        assert "9999" not in str(error.value)
+    with pytest.raises(SigningError, match="could not be made") as error:
+        sign_delta(copy, Pkcs11Signer(uri.format("key", "9999")))
+    assert "9999" not in str(error.value)
     sign_delta(copy, Pkcs11Signer(uri.format("key", "1234")))
     assert verify_delta(copy, require_signature=signed.keys.public).ok
     with pytest.raises(SigningError, match="URI is none") as error:
         sign_delta(copy, Pkcs11Signer("token?pin-value=1234"))
     assert "1234" not in f"{error.value}{Pkcs11Signer('pin-value=1234')}"
+    with pytest.raises(SigningError, match="could not be made"):
+        sign_delta(copy, Pkcs11Signer(uri.format("other", "1234")))
 
 
 _MODULES = (
