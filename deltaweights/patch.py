@@ -25,6 +25,7 @@ from .executors import Executor, kept, workers_of
 from .license.rules import landing_place, text_records
 from .manifest import Manifest, TargetFile
 from .metrics import timed_operation, timed_stage
+from .signing import SignatureRequirement
 from .storage import (
     Destination,
     Location,
@@ -71,6 +72,7 @@ def apply_delta(
     base: Readable | None = None,
     keep_base: bool = False,
     force: bool = False,
+    require_signature: SignatureRequirement | None = None,
     threads: int | None = None,
     executor: Executor | None = None,
     progress: ProgressCallback | None = None,
@@ -90,6 +92,9 @@ def apply_delta(
             there. If False, the base streams through memory.
         force: write even if ``out`` holds other files. They stay, unless the target has a file of the same
             name.
+        require_signature: who must have signed the delta, or each of several: the path of a public key, a
+            :class:`TrustedKey`, :class:`TrustedCertificates` or :class:`TrustedIdentity`, or several of
+            these, of which one suffices. None: nobody.
         threads: number of threads; if None, the number of usable cores, at most 8.
         executor: rebuilds the shards elsewhere, one task each, such as a :class:`RayExecutor`. Its machines
             read delta and base, and write to ``out``.
@@ -99,6 +104,7 @@ def apply_delta(
     Raises:
         CheckpointError: the base or the delta cannot be found, read or downloaded.
         BaseMismatchError: the base is the wrong one. Nothing was written, or no file got its final name.
+        SignatureError: the delta is not signed as required. Nothing was written.
         DeltaError: the delta is incomplete or damaged.
         OutputError: ``out`` holds other files, or its disk is too small.
         ExecutorError: the executor's machines cannot be reached, or do not see the same files.
@@ -106,7 +112,10 @@ def apply_delta(
     if executor:
         refuse_keeping(keep_base)
     folder = open_output(out)
-    with open_recipe(delta, base) as target, Workers(threads) as workers:
+    with (
+        open_recipe(delta, base, require_signature=require_signature) as target,
+        Workers(threads) as workers,
+    ):
         workers.at_stop(target.cancel)
         workers.at_stop(folder.cancel)
         check_apart(folder, target)

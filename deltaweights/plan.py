@@ -23,6 +23,7 @@ from .errors import BaseMismatchError
 from .license.rules import LicenseReport, describe, text_records
 from .manifest import MANIFEST_NAME, Manifest, TargetFile
 from .patch import check_base, require_keepable, sample_chunks
+from .signing import SignatureRequirement, require_signed
 from .storage import Location, Readable, Source, Span, open_output, open_source
 from .storage.hub_client import cache_folder
 from .storage.local import free_space
@@ -135,6 +136,7 @@ def plan_apply(
     keep_base: bool = False,
     out: Location | None = None,
     bandwidth: Sequence[float] = BANDWIDTHS,
+    require_signature: SignatureRequirement | None = None,
     threads: int | None = None,
 ) -> Plan:
     """Plan what :func:`apply_delta` would do with the same arguments. Writes nothing.
@@ -149,10 +151,12 @@ def plan_apply(
         out: the output folder. The target's files that it already holds, with the right size, count as done
             (apply compares their SHA-256).
         bandwidth: bits per second for which to estimate the download time.
+        require_signature: who must have signed the delta, as for :func:`apply_delta`.
         threads: as for :func:`apply_delta`.
 
     Raises:
         CheckpointError: the base or the delta cannot be found or read.
+        SignatureError: the delta is not signed as required.
         DeltaError: the delta is incomplete or damaged.
     """
     if out is not None:
@@ -161,6 +165,8 @@ def plan_apply(
         source = stack.enter_context(open_source(delta))
         manifest = read_manifest(source)
         require_whole(source, manifest)
+        if require_signature is not None:
+            require_signed(source, manifest, require_signature)
         opened = open_base(manifest, base)
         if opened:
             stack.enter_context(opened)

@@ -28,6 +28,8 @@ from .s3_server import S3Server
 MISSING = [name for name in ("accelerate", "torch", "transformers") if not importlib.util.find_spec(name)]
 if MISSING:
     collect_ignore = ["torch", *(["engines"] if "torch" in MISSING else [])]
+if not importlib.util.find_spec("model_signing"):
+    collect_ignore = [*globals().get("collect_ignore", ()), "signing"]
 
 settings.register_profile(
     "deltaweights",

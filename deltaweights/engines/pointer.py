@@ -23,6 +23,7 @@ from ..delta.target_recipe import TargetRecipe
 from ..errors import OutputError
 from ..manifest import MANIFEST_NAME
 from ..patch import check_apart, check_base, check_licenses, license_places, write_file, write_licenses
+from ..signing import SignatureRequirement
 from ..storage import (
     Location,
     Readable,
@@ -60,6 +61,7 @@ def serve_folder(
     base: Readable | None = None,
     keep_base: bool = False,
     force: bool = False,
+    require_signature: SignatureRequirement | None = None,
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> ServeReport:
@@ -79,17 +81,21 @@ def serve_folder(
             start often or have several ranks.
         force: write even if ``out`` holds other files. They stay, unless the target has a file of the same
             name.
+        require_signature: who must have signed the delta, as for :func:`deltaweights.apply_delta`. The folder
+            has the SHA-256 of its manifest, so that engines take the signed one and no other.
         threads: number of threads; if None, the number of usable cores, at most 8.
         progress: called with a phase, bytes done and total bytes.
 
     Raises:
         CheckpointError: base or delta cannot be found, read or downloaded.
         BaseMismatchError: the base is the wrong one; nothing was written.
+        SignatureError: the delta is not signed as required; nothing was written.
         DeltaError: the delta is incomplete or damaged.
         OutputError: ``out`` holds other files, or cannot be written to.
     """
     folder = open_output(out)
-    with open_recipe(delta, base) as target, Workers(threads) as workers:
+    opened = open_recipe(delta, base, require_signature=require_signature)
+    with opened as target, Workers(threads) as workers:
         workers.at_stop(target.cancel)
         workers.at_stop(folder.cancel)
         pointer = _pointer_to(target, named_base=base is not None or is_pointer_folder(delta))
@@ -174,13 +180,24 @@ def read_pointer(folder: Location, *, base: Readable | None = None) -> Target:
     return Target(open_pointed(folder, base=base))
 
 
-def open_pointed(folder: Location, *, base: Readable | None = None) -> TargetRecipe:
-    """:func:`read_pointer`, as the recipe that the rest of the package works with."""
+def open_pointed(
+    folder: Location,
+    *,
+    base: Readable | None = None,
+    require_signature: SignatureRequirement | None = None,
+) -> TargetRecipe:
+    """:func:`read_pointer`, as the recipe that the rest of the package works with; of signed deltas only, if
+    ``require_signature`` is given, as for :func:`deltaweights.open_target`."""
     with ExitStack() as on_error:
         with open_source(folder) as opened:
             sources, named = pointed(opened)
         for source in sources:
             on_error.enter_context(source)
-        recipe = open_recipe(sources, named if base is None else base)
+        recipe = open_recipe(
+            sources,
+            named if base is None else base,
+            require_signature=require_signature,
+            into_memory=True,
+        )
         on_error.pop_all()
         return recipe
