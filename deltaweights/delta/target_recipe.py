@@ -27,7 +27,7 @@ _PREDICTORS_BYTES = 64 << 20
 
 #: How many bytes of payloads may lie between the tensor that is decoded and the chunk records that are read:
 #: fewer than are fetched ahead, and enough to fetch the base ahead, too.
-_AHEAD_BYTES = 8 << 20
+_AHEAD_BYTES = 4 << 20
 
 
 class TargetRecipe:
