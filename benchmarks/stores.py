@@ -5,8 +5,8 @@
 diff and apply run as a user would type them, from folders and from the store, into a folder; apply also into
 the store, which may write 64 MiB to disks. Figures: bytes fetched at most 1.05 times those needed (for apply,
 what `plan` counts; for diff, all of base and target), requests at most 200 per GB fetched or sent, and peak
-memory at most 128 MiB above that of folders. The smaller a model's tensors are, the more requests `diff` makes:
-one small one for each, to find tensors that are equal. Here they have 8 MiB.
+memory at most 128 MiB above that of folders. The smaller a model's tensors are, the more requests `diff`
+makes: one small one for each, to find tensors that are equal. Here they have 8 MiB.
 """
 
 from __future__ import annotations
