@@ -46,6 +46,8 @@ class TargetRecipe:
         for entry in manifest.tensors:
             if entry.file is not None:
                 self._entries[entry.file][entry.name] = entry
+        if base and base.source.is_remote and 2 * manifest.delta_bytes < manifest.target_bytes:
+            source.hold_less()
         self._predictors = Recent[codec.Predictor](_PREDICTORS_BYTES)
         self._bases = find_bases(manifest, base, self.faults, HeldExtents())
 

@@ -78,6 +78,7 @@ class _Request:
         self.awaited = self.end  # the nearest byte that a reader waits for
         self.error: BaseException | None = None
         self.users = 0  # threads that fill or read the buffer
+        self.readers = 0  # those of them that read it
         self.is_dropped = False
 
     @property
@@ -204,10 +205,11 @@ class Window:
                 request = self._find(path, position, end) or self._ask(path, position, end)
                 stop = request.claim(position, end)
                 request.users += 1
+                request.readers += 1
                 try:
                     is_there = self._wait(request, stop)
                 except BaseException:
-                    self._leave(request)
+                    self._leave(request, is_reader=True)
                     raise
             if is_there:
                 assert request.buffer is not None
@@ -215,7 +217,12 @@ class Window:
                 out[position - offset : stop - offset] = source
                 position = stop
             with self._lock:
-                self._leave(request)
+                self._leave(request, is_reader=True)
+
+    def halve(self) -> None:
+        """Take half the memory from now on."""
+        with self._lock:
+            self._nbytes //= 2
 
     def cancel(self) -> None:
         """End all waiting and later reads, and all connections at their next byte."""
@@ -266,7 +273,7 @@ class Window:
         bytes would cost more."""
         length = self._request_bytes
         if self.held + length > self._nbytes and schedule.held:
-            more = min(self._longest // 8, self._nbytes + self._longest - self.held)
+            more = min(self._longest // 4, self._nbytes + self._longest - self.held)
             length = min(length, max(end - position, more))
         *before, rest = schedule.runs[index].cut(position)
         wanted, *after = rest.cut(position + length)
@@ -293,7 +300,7 @@ class Window:
     def _request_bytes(self) -> int:
         """The length of a request, shorter if many readers share the window, so that each has room for two,
         one of them half read."""
-        share = 2 * self._nbytes // (3 * max(1, len(self._schedules)))
+        share = 4 * self._nbytes // (5 * max(1, len(self._schedules)))
         return max(self._longest // 8, min(self._longest, share))
 
     def _begin(self) -> None:
@@ -385,16 +392,17 @@ class Window:
             raise CancelledError
         return True
 
-    def _leave(self, request: _Request) -> None:
-        """Note that a thread no longer uses the request. The last one frees its memory, or what of it was
-        read."""
+    def _leave(self, request: _Request, *, is_reader: bool = False) -> None:
+        """Note that a thread no longer uses the request. The last reader frees what was read, and the last
+        user all of it."""
         request.users -= 1
-        if request.users:
-            return
+        request.readers -= is_reader
         if request.unread and not request.is_dropped:
-            if request.memory:
+            if request.memory and not request.readers:
                 self.held -= request.release()
                 self._begin()
+            return
+        if request.users:
             return
         request.is_dropped = True
         for schedule in self._schedules:

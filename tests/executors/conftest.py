@@ -11,6 +11,10 @@ import pytest
 from ..s3_server import S3Server
 
 
+#: What lets the nodes reach the S3 of the tests.
+_store_env: dict[str, str] = {}
+
+
 @pytest.fixture(scope="session")
 def cluster(_s3_server: S3Server) -> Iterator[Any]:
     """A ``ray.cluster_utils.Cluster``. Its nodes reach the S3 of the tests."""
@@ -23,7 +27,7 @@ def cluster(_s3_server: S3Server) -> Iterator[Any]:
 
         for is_last in (False, False, True):  # a node gives up if its helpers are not there after 15 seconds
             found = Cluster()
-            found.store_env = _s3_server.env
+            _store_env.update(_s3_server.env)
             try:
                 found.add_node(num_cpus=0, include_dashboard=False, node_ip_address="127.0.0.1")
                 for _ in range(2):
@@ -40,5 +44,5 @@ def cluster(_s3_server: S3Server) -> Iterator[Any]:
 
 def add_node(cluster: Any) -> Any:
     """Another node of one core."""
-    env = os.environ | cluster.store_env
+    env = os.environ | _store_env
     return cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1", env_vars=env)

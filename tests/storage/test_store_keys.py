@@ -147,7 +147,7 @@ def test_an_older_version_of_a_file_can_be_named(versioned: S3Server) -> None:
 
 def fill(s3: S3Server, count: int) -> None:
     """Objects, put where moto keeps them: by requests, it would take minutes."""
-    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.core.models import DEFAULT_ACCOUNT_ID
     from moto.s3.models import s3_backends
 
     backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
@@ -169,10 +169,10 @@ def test_of_a_whole_bucket_no_more_is_listed_than_a_place_may_have(
     """However many there are."""
     monkeypatch.setattr(client, "_MOST_FILES", 1500)
     fill(s3, 2001)
-    for opened in (lambda: open_source(URL), lambda: open_output(URL).__enter__()):
+    for opened in (open_source, lambda url: open_output(url).__enter__()):
         s3.log.clear()
         with pytest.raises((HubReadError, HubWriteError), match="s3://bucket/model") as caught:
-            opened()
+            opened(URL)
         assert caught.value.why == "it has more than 1,500 files."
         assert len([request for request in s3.log if "list-type=2" in request.query]) == 2
 
