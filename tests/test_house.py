@@ -65,7 +65,8 @@ RANKS: dict[str, tuple[str, ...]] = {
         "logs usage",
         "progress",
         "session",
-        "batches signatures weight_streams",
+        "batches signatures",
+        "weight_streams",
         "commands",
         "__init__",
     ),
@@ -183,7 +184,7 @@ RANKS: dict[str, tuple[str, ...]] = {
     ),
     "torch/stream": (
         "gpu_kernels records",
-        "gpu transport",
+        "gpu heads transport",
         "state",
         "cast payloads split",
         "pieces",

@@ -71,6 +71,15 @@ TrustConfig = Annotated[
 ]
 Staging = Annotated[bool, typer.Option("--staging", help="Use Sigstore's servers for tests.")]
 
+StreamName = Annotated[
+    str | None,
+    typer.Option(
+        "--stream-name",
+        metavar="NAME",
+        help="The stream's name, which is signed, too.",
+    ),
+]
+
 SignerKey = Annotated[
     str | None,
     typer.Option("--private-key", metavar="PEM", help="The private key.", rich_help_panel=SIGNER),

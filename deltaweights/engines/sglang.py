@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import os
 import pickle
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,10 @@ LOADER = "deltaweights.engines.sglang.load_weights"
 
 _HOOKED_LOADER = "sglang.srt.model_loader.loader.DefaultModelLoader"
 _HOOKED_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+
+#: On the engine's side: paths of public keys, as in PATH, one of which must have signed what a pointer folder
+#: names and what a stream publishes. Whoever sends requests has no say in it.
+KEYS_VARIABLE = "DELTAWEIGHTS_PUBLIC_KEYS"
 
 #: Far above any location.
 _MAX_REQUEST_BYTES = 1 << 16
@@ -80,8 +85,13 @@ def read_pointer_folder(
     if not is_pointer_folder(folder):
         found: Iterator[tuple[str, Tensor]] = original(self, source, **options)
         return found
-    open_pointed(folder).close()  # what is wrong with it is said at once
+    open_pointed(folder, require_signature=_keys()).close()  # what is wrong with it is said at once
     return ((source.prefix + name, tensor) for name, tensor in _decoded(folder))
+
+
+def _keys() -> list[str] | None:
+    """The keys that this engine requires; None: none."""
+    return [path for path in os.environ.get(KEYS_VARIABLE, "").split(os.pathsep) if path] or None
 
 
 def _decoded(folder: str) -> Iterator[tuple[str, Tensor]]:
@@ -90,7 +100,7 @@ def _decoded(folder: str) -> Iterator[tuple[str, Tensor]]:
     from .decoding import decoded, shards_to_load
     from .pointer import open_pointed
 
-    with open_pointed(folder) as target, Workers() as workers:
+    with open_pointed(folder, require_signature=_keys()) as target, Workers() as workers:
         workers.at_stop(target.cancel)
         check_base(target, workers)  # before the first tensor, so that a wrong base is told in seconds
         yield from decoded(target, workers, shards=shards_to_load(target))
@@ -243,7 +253,9 @@ def _follow(model: nn.Module, request: _Request, key: str) -> Follower:
     from .host_mirror import HostMirror
 
     def subscribe(number: int) -> DeltaSubscriber:
-        return DeltaSubscriber(request.location, threads=request.threads, last_number=number)
+        return DeltaSubscriber(
+            request.location, threads=request.threads, last_number=number, require_signature=_keys()
+        )
 
     layout = subscribe(0).newest().tensors
     mirror = HostMirror(layout, key=key, base=request.base, threads=request.threads)
