@@ -122,7 +122,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "__init__",
     ),
     "engines": (
-        "decoding disk_updates placement pointer verl",
+        "decoding disk_updates placement pointer required_keys verl",
         "host_mirror vllm_loader",
         "follower",
         "sglang vllm_transfer",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import logging
-import os
 import pickle
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import msgspec
 
 from ..errors import CheckpointError, DeltaWeightsError
+from .required_keys import required_keys
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,10 +30,6 @@ LOADER = "deltaweights.engines.sglang.load_weights"
 
 _HOOKED_LOADER = "sglang.srt.model_loader.loader.DefaultModelLoader"
 _HOOKED_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
-
-#: On the engine's side: paths of public keys, as in PATH, one of which must have signed what a pointer folder
-#: names and what a stream publishes. Whoever sends requests has no say in it.
-KEYS_VARIABLE = "DELTAWEIGHTS_PUBLIC_KEYS"
 
 #: Far above any location.
 _MAX_REQUEST_BYTES = 1 << 16
@@ -85,13 +81,8 @@ def read_pointer_folder(
     if not is_pointer_folder(folder):
         found: Iterator[tuple[str, Tensor]] = original(self, source, **options)
         return found
-    open_pointed(folder, require_signature=_keys()).close()  # what is wrong with it is said at once
+    open_pointed(folder, require_signature=required_keys()).close()  # what is wrong with it is said at once
     return ((source.prefix + name, tensor) for name, tensor in _decoded(folder))
-
-
-def _keys() -> list[str] | None:
-    """The keys that this engine requires; None: none."""
-    return [path for path in os.environ.get(KEYS_VARIABLE, "").split(os.pathsep) if path] or None
 
 
 def _decoded(folder: str) -> Iterator[tuple[str, Tensor]]:
@@ -100,7 +91,7 @@ def _decoded(folder: str) -> Iterator[tuple[str, Tensor]]:
     from .decoding import decoded, shards_to_load
     from .pointer import open_pointed
 
-    with open_pointed(folder, require_signature=_keys()) as target, Workers() as workers:
+    with open_pointed(folder, require_signature=required_keys()) as target, Workers() as workers:
         workers.at_stop(target.cancel)
         check_base(target, workers)  # before the first tensor, so that a wrong base is told in seconds
         yield from decoded(target, workers, shards=shards_to_load(target))
@@ -254,7 +245,7 @@ def _follow(model: nn.Module, request: _Request, key: str) -> Follower:
 
     def subscribe(number: int) -> DeltaSubscriber:
         return DeltaSubscriber(
-            request.location, threads=request.threads, last_number=number, require_signature=_keys()
+            request.location, threads=request.threads, last_number=number, require_signature=required_keys()
         )
 
     layout = subscribe(0).newest().tensors

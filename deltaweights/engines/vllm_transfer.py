@@ -34,7 +34,7 @@ class DeltaInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
         mirror: the folder for the mirror; None: shared memory.
         allow_rollback: take steps that were published earlier than the last one.
         public_keys: paths of the public keys by one of which the stream's heads must be signed; None: no
-            signature is required.
+            signature is required. Those in the engine's environment, DELTAWEIGHTS_PUBLIC_KEYS, come first.
         stream_name: the name that the publisher gave to the stream; None: any.
     """
 
@@ -125,6 +125,7 @@ class DeltaTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         from ..torch import DeltaSubscriber
         from .follower import Follower
         from .host_mirror import HostMirror
+        from .required_keys import required_keys
 
         def subscribe(number: int) -> DeltaSubscriber:
             return DeltaSubscriber(
@@ -132,7 +133,7 @@ class DeltaTransferEngine(WeightTransferEngine):  # type: ignore[misc]
                 threads=init_info.threads,
                 allow_rollback=init_info.allow_rollback,
                 last_number=number,
-                require_signature=init_info.public_keys,
+                require_signature=required_keys() or init_info.public_keys,
                 stream_name=init_info.stream_name,
             )
 

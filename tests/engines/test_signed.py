@@ -13,6 +13,7 @@ from deltaweights import DeltaError, KeySigner, SignatureError, make_delta, sign
 from deltaweights.cli.commands import app
 from deltaweights.engines import serve_folder, sglang
 from deltaweights.engines.pointer import open_pointed
+from deltaweights.engines.required_keys import KEYS_VARIABLE
 from deltaweights.torch import DeltaSubscriber, from_pretrained, load_into, load_state_dict, write_files
 
 if not importlib.util.find_spec("model_signing"):
@@ -87,10 +88,10 @@ def test_pointer_folders(
     open_pointed(served, require_signature=keys.public).close()
     with pytest.raises(SignatureError):
         open_pointed(served, require_signature=others.public)
-    monkeypatch.setenv(sglang.KEYS_VARIABLE, str(others.public))
+    monkeypatch.setenv(KEYS_VARIABLE, str(others.public))
     with pytest.raises(SignatureError):
         next(sglang._decoded(str(served)))
-    monkeypatch.setenv(sglang.KEYS_VARIABLE, f"{others.public}:{keys.public}")
+    monkeypatch.setenv(KEYS_VARIABLE, f"{others.public}:{keys.public}")
     assert [name for name, _ in sglang._decoded(str(served))] == ["w"]
     shard = next((tmp_path / "delta").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
