@@ -408,6 +408,13 @@ def compact(
     base: BaseOption = None,
     effort: EffortOption = EffortLevel.default,
     force: Force = False,
+    require_signature: RequireSignature = False,
+    public_key: PublicKey = None,
+    root_certificate: RootCertificate = None,
+    identity: Identity = None,
+    identity_provider: IdentityProvider = None,
+    trust_config: TrustConfig = None,
+    staging: Staging = False,
     threads: Threads = None,
     ray: Ray = None,
     as_json: Json = False,
@@ -419,6 +426,10 @@ def compact(
 
     deltaweights compact delta-1 delta-2 delta-3 -o one --base ./base
     """
+    signed_by = requirement_of(
+        public_key, root_certificate, identity, identity_provider, trust_config, staging,
+        is_required=require_signature,
+    )  # fmt: skip
     with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work:
         from ..compact import compact_deltas
 
@@ -429,6 +440,7 @@ def compact(
                 base=base,
                 effort=effort.value,
                 force=force,
+                require_signature=signed_by,
                 threads=threads,
                 executor=executor,
                 progress=shown,
@@ -453,6 +465,13 @@ def plan(
             "May be given several times.",
         ),
     ] = None,
+    require_signature: RequireSignature = False,
+    public_key: PublicKey = None,
+    root_certificate: RootCertificate = None,
+    identity: Identity = None,
+    identity_provider: IdentityProvider = None,
+    trust_config: TrustConfig = None,
+    staging: Staging = False,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -464,8 +483,12 @@ def plan(
     deltaweights plan org/model-delta
     deltaweights plan org/model-delta --base ./base -o model --bandwidth 250M
     """
+    signed_by = requirement_of(
+        public_key, root_certificate, identity, identity_provider, trust_config, staging,
+        is_required=require_signature,
+    )  # fmt: skip
     at_work = working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
-    _plan(at_work, delta, base, keep_base, output, bandwidth, threads)
+    _plan(at_work, delta, base, keep_base, output, bandwidth, threads, signed_by)
 
 
 def _plan(

@@ -52,10 +52,27 @@ def test_sign_apply_verify(signed: Signed, copy: Path, tmp_path: Path) -> None:
         ("apply", copy, "-o", tmp_path / "no", "--base", signed.base, *other, "--dry-run"),
         ("serve-folder", copy, "-o", tmp_path / "no", "--base", signed.base, *other),
         ("verify", copy, *other),
+        ("plan", copy, "--base", signed.base, *other),
+        ("compact", copy, "-o", tmp_path / "no", "--base", signed.base, *other),
     ):
         done = run(*command)
         assert (done.exit_code, "not signed as it must be" in done.output) == (1, True), done.output
     assert run("verify", copy, *other, *key).exit_code == 0  # one of them suffices
+    assert not (tmp_path / "no").exists()
+
+
+def test_jobs_of_a_batch(signed: Signed, copy: Path, tmp_path: Path) -> None:
+    job = {"verb": "apply", "delta": str(copy), "base": str(signed.base)}
+    jobs = [
+        job | {"out": str(tmp_path / "yes"), "require_signature": str(signed.keys.public)},
+        job | {"out": str(tmp_path / "no"), "require_signature": [str(signed.others.public)]},
+        {"verb": "verify", "delta": str(copy), "require_signature": str(signed.others.public)},
+    ]
+    (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in jobs))
+    assert run("batch", tmp_path / "jobs.jsonl").exit_code == 1
+    results = (tmp_path / "jobs.results.jsonl").read_text().splitlines()
+    assert sorted("not signed as it must be" in line for line in results) == [False, True, True]
+    assert contents(tmp_path / "yes") == contents(signed.delta.parent / "tuned")
     assert not (tmp_path / "no").exists()
 
 
