@@ -284,7 +284,6 @@ def _check_chunks(
     target: TargetRecipe, recipes: list[TensorRecipe], workers: Workers, progress: ProgressCallback | None
 ) -> None:
     """Compare a sample of the base's chunks, for these recipes, with the delta's checksums."""
-    target.read_tables(recipes)
     sample = sample_chunks(target, recipes)
     meter = Meter(progress, "check base", sum(map(_nbytes, sample)))
     differ = []
@@ -317,16 +316,21 @@ def _nbytes(chunk: tuple[TensorRecipe, int]) -> int:
 def sample_chunks(target: TargetRecipe, recipes: list[TensorRecipe]) -> list[tuple[TensorRecipe, int]]:
     """Chunks of every tensor, chosen at random, the same ones each time. If one is enough, it is the last and
     shortest, unless that is so short that many checkpoints might share it. Of a remote base whose tensors are
-    small, some tensors only."""
-    per_tensor = max(1, -(-_SAMPLED_CHUNKS // max(1, len(recipes))))
+    small, some tensors only. Reads the chunk records of the tensors that it looks at."""
     choice = random.Random(0)  # noqa: S311
-    sample = [(recipe, index) for recipe in recipes for index in _sample_of(recipe, per_tensor, choice)]
     if target.base is None or not target.base.source.is_remote:
-        return sample
-    chunks = sum(recipe.plan.shared_count for recipe in recipes)
-    most = max(_LEAST_CHUNKS, int(chunks * _REMOTE_SHARE))
-    chosen = sorted(choice.sample(range(len(sample)), min(most, len(sample))))
-    return [sample[place] for place in chosen]
+        target.read_tables(recipes)
+        per_tensor = max(1, -(-_SAMPLED_CHUNKS // max(1, len(recipes))))
+        return [(recipe, index) for recipe in recipes for index in _sample_of(recipe, per_tensor, choice)]
+    most = max(_LEAST_CHUNKS, int(sum(recipe.plan.shared_count for recipe in recipes) * _REMOTE_SHARE))
+    per_tensor = max(1, -(-most // max(1, len(recipes))))
+    left, sample = choice.sample(range(len(recipes)), len(recipes)), list[tuple[int, int]]()
+    while left and len(sample) < most:
+        looked_at, left = sorted(left[: most - len(sample)]), left[most - len(sample) :]
+        target.read_tables(recipes[place] for place in looked_at)
+        sample += ((place, i) for place in looked_at for i in _sample_of(recipes[place], per_tensor, choice))
+    chosen = sorted(choice.sample(sample, min(most, len(sample))))
+    return [(recipes[place], index) for place, index in chosen]
 
 
 def _sample_of(recipe: TensorRecipe, most: int, choice: random.Random) -> list[int]:
@@ -440,13 +444,10 @@ def rebuild_shard(recipe: ShardRecipe, lane: Lane, meter: Meter, sink: Sink | No
             sink(recipe.header.data_start + origin, data.data)
         return data
 
-    recipe.target.read_tables(recipe.tensors.values())
     for tensor in recipe.tensors.values():
         _log_tensor(tensor)
-    with recipe.target.expect(recipe.chunks()):
-        for data in lane.map(
-            decode, batches(recipe.rows(at_once), at_once, lambda row: row[0].plan.length(*row[1:]))
-        ):
+    with recipe.rows(at_once) as rows:
+        for data in lane.map(decode, batches(rows, at_once, lambda row: row[0].plan.length(*row[1:]))):
             sha256.update(data.data)
             meter.add(data.size)
             buffers.give(data)

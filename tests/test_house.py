@@ -168,15 +168,15 @@ RANKS: dict[str, tuple[str, ...]] = {
         "hub_client output remote",
         "hub hub_upload store",
         "joined location",
-        "pinned",
+        "pinned unlocked",
         "__init__",
     ),
-    "storage/store": ("errors", "client", "source upload", "files", "folder", "__init__"),
+    "storage/store": ("errors", "client", "source upload", "files", "folder unlocked", "__init__"),
     "torch": ("boxes tensors wholeness wrappers", "dcp models stream", "__init__"),
     "torch/dcp": ("record", "base", "folder write", "storage", "__init__"),
     "torch/models": (
         "memory pretrained training_state",
-        "conversion layout",
+        "conversion layout run_folder",
         "load",
         "checkpoints from_pretrained save",
         "callback",
@@ -240,7 +240,7 @@ def test_public_names_are_documented(package: ModuleType) -> None:
     for module, name in _re_exports(package):
         path = PACKAGE.joinpath(*f"{package.__name__}{module}".split(".")[1:]).with_suffix(".py")
         source = path.read_text()
-        (node,) = (node for node in ast.parse(source).body if name in _names_of(node))
+        (*_, node) = (node for node in ast.parse(source).body if name in _names_of(node))  # after overloads
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             members = [node, *(node.body if isinstance(node, ast.ClassDef) else [])]
             functions = [one for one in members if isinstance(one, (ast.ClassDef, ast.FunctionDef))]

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .._version import __version__
-from ..errors import OutputError
 from . import rendering
 from .batches import batch
 from .layout import screen_of
@@ -346,7 +345,7 @@ def apply(
 @app.command(rich_help_panel=_USE)
 def serve_folder(
     deltas: Deltas,
-    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The folder or URL to write.")],
     base: BaseOption = None,
     keep_base: KeepBase = False,
     accept_license: AcceptLicense = None,
@@ -621,7 +620,7 @@ def bom(
     ] = BomFormat.cyclonedx,
     output: Annotated[
         str | None,
-        typer.Option("--output", "-o", metavar="FILE", help="The file to write; stdout by default."),
+        typer.Option("--output", "-o", metavar="FILE", help="The file or URL to write; stdout by default."),
     ] = None,
     created: Annotated[
         int,
@@ -643,17 +642,14 @@ def bom(
     """
     with working(verbose=verbose, debug=debug):
         from ..bom import bom_of
-        from ..storage import output_path
+        from ..storage import write_document
 
         time = datetime.fromtimestamp(created, timezone.utc)
         document = bom_of(delta, format.value, created=time)
         if output is None:
             typer.echo(document, nl=False)
             return
-        try:
-            output_path(output).write_bytes(document)
-        except OSError as error:
-            raise OutputError(f"Cannot write {output}", f"{error.strerror}.") from error
+        write_document(output, document)
 
 
 @app.command("license", rich_help_panel=_LOOK)

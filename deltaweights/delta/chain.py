@@ -13,7 +13,7 @@ from ..signing import SignatureRequirement
 from ..storage import Readable, Source, open_source
 from ..words import counted
 from .opening import open_base, read_manifest, require_whole
-from .pointer import MAX_DELTAS, is_pointer_folder, pointed
+from .pointer import MAX_DELTAS, has_pointer, pointed
 from .rebuilt import RebuiltSource
 from .signed import require_signatures
 from .target_recipe import TargetRecipe
@@ -33,7 +33,7 @@ def open_recipe(
 
     Args:
         deltas: a folder, a Hub id, a URL or an open source; or several, oldest first, each made from the
-            target of the one before; or a pointer folder, which names deltas and base.
+            target of the one before; or a pointer folder, here or in a store, which names deltas and base.
         base: the (first) delta's base: a folder, a file, a Hub id or an open source; if None, the repository
             that the manifest names, at its commit.
         require_signature: who must have signed each of them; None: nobody.
@@ -49,10 +49,13 @@ def open_recipe(
         CheckpointError: the base cannot be found or read.
     """
     with ExitStack() as on_error:
-        if is_pointer_folder(deltas):
-            deltas, named = pointed(deltas)
-            base = named if base is None else base
         sources = [on_error.enter_context(open_source(delta)) for delta in listed(deltas)]
+        if len(sources) == 1 and has_pointer(sources[0]):
+            with sources[0] as pointer:
+                sources, named = pointed(pointer)
+            for source in sources:
+                on_error.enter_context(source)
+            base = named if base is None else base
         manifests = [read_manifest(source) for source in sources]
         for source, manifest in zip(sources, manifests, strict=True):
             require_whole(source, manifest)

@@ -26,10 +26,10 @@ from ..patch import check_apart, check_base, check_licenses, license_places, wri
 from ..signing import SignatureRequirement
 from ..storage import (
     Location,
-    OutputFolder,
     Readable,
     Source,
-    local_path,
+    open_output,
+    open_source,
     sha256_of,
 )
 from ..workers import Meter, ProgressCallback, Workers
@@ -73,7 +73,8 @@ def serve_folder(
 
     Args:
         delta: a folder or a Hub id; or several, oldest first, each made from the target of the one before.
-        out: the folder to write; new, empty, or written by this before.
+        out: the folder to write, or the URL of a place in a store, from which each machine copies it; new,
+            empty, or written by this before.
         base: a folder, a file or a Hub id; if None, the repository that the (first) manifest names, at its
             commit.
         keep_base: download the needed files of a base on the Hub into the local Hub cache, for engines that
@@ -92,10 +93,11 @@ def serve_folder(
         DeltaError: the delta is incomplete or damaged.
         OutputError: ``out`` holds other files, or cannot be written to.
     """
-    folder = OutputFolder(out)
+    folder = open_output(out)
     opened = open_recipe(delta, base, require_signature=require_signature)
     with opened as target, Workers(threads) as workers:
         workers.at_stop(target.cancel)
+        workers.at_stop(folder.cancel)
         pointer = _pointer_to(target, named_base=base is not None or is_pointer_folder(delta))
         check_apart(folder, target)
         check_licenses(target)
@@ -167,7 +169,7 @@ def read_pointer(folder: Location, *, base: Readable | None = None) -> Target:
     """Open the target that a pointer folder stands for.
 
     Args:
-        folder: what :func:`serve_folder` wrote.
+        folder: what :func:`serve_folder` wrote, here or in a store.
         base: where the base lies now, if it is not where the folder says.
 
     Raises:
@@ -186,8 +188,9 @@ def open_pointed(
 ) -> TargetRecipe:
     """:func:`read_pointer`, as the recipe that the rest of the package works with; of signed deltas only, if
     ``require_signature`` is given, as for :func:`deltaweights.open_target`."""
-    sources, named = pointed(local_path(folder))
     with ExitStack() as on_error:
+        with open_source(folder) as opened:
+            sources, named = pointed(opened)
         for source in sources:
             on_error.enter_context(source)
         recipe = open_recipe(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import os
 import pickle
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -78,7 +79,7 @@ def read_pointer_folder(
     from .pointer import open_pointed
 
     folder: str = source.model_or_path
-    if not is_pointer_folder(folder):
+    if not (os.path.isdir(folder) and is_pointer_folder(folder)):
         found: Iterator[tuple[str, Tensor]] = original(self, source, **options)
         return found
     open_pointed(folder, require_signature=required_keys()).close()  # what is wrong with it is said at once
