@@ -650,8 +650,8 @@ def report(
         from ..report import report_delta
         from ..storage import require_place, write_document
 
-        for output in filter(None, (page, svg)):
-            require_place(output)
+        for file in filter(None, (page, svg)):
+            require_place(file)
         with work.progress() as shown:
             found = report_delta(delta, base=base, threads=threads, progress=shown)
         written = {}
