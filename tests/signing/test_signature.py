@@ -42,6 +42,7 @@ from ..checkpoints import bf16, contents, weights, write_safetensors
 from ..hub_server import HubServer
 from ..s3_server import S3Server
 from .keys import Authority, KeyPair, write_pair
+from .sigstore_server import ISSUER, SigstoreServer
 
 SHARD = "delta-00001-of-00001.safetensors"
 
@@ -65,6 +66,12 @@ def signed(tmp_path_factory: pytest.TempPathFactory) -> Signed:
     keys, others = write_pair(folder, "signer"), write_pair(folder, "other")
     sign_delta(folder / "delta", KeySigner(keys.private))
     return Signed(folder / "base", folder / "delta", keys, others)
+
+
+@pytest.fixture
+def sigstore() -> Iterator[SigstoreServer]:
+    with SigstoreServer() as server:
+        yield server
 
 
 @pytest.fixture
@@ -534,6 +541,45 @@ def test_deltas_in_stores(s3: S3Server, signed: Signed, copy: Path, tmp_path: Pa
     s3.system.pipe_file("bucket/delta/" + SHARD, contents(copy)[SHARD][:-1] + b"\1")
     with pytest.raises(DeltaError, match="not the file that was signed"):
         open_target(url, signed.base, require_signature=key)
+
+
+def test_keyless_signatures(sigstore: SigstoreServer, signed: Signed, copy: Path, tmp_path: Path) -> None:
+    """Through a Sigstore on loopback: its servers are asked to sign, and its keys are what is checked with."""
+    config = sigstore.write_trust(tmp_path / "trust.json")
+    sign_delta(copy, SigstoreSigner(sigstore.token("maker@example.org"), trust_config=config))
+    trusted = TrustedIdentity("maker@example.org", ISSUER, trust_config=config)
+    assert verify_delta(copy, require_signature=trusted).signed_by == (f"maker@example.org, by {ISSUER}",)
+    apply_delta(copy, tmp_path / "out", base=signed.base, require_signature=trusted)
+    own = ("--identity", "maker@example.org", "--identity_provider", ISSUER, "--trust_config", config)
+    found = model_signing("verify", "sigstore", copy, *own, "--signature", copy / SIGNATURE_NAME)
+    assert "succeeded" in found.stdout, found
+    with SigstoreServer() as another:
+        elsewhere = another.write_trust(tmp_path / "other.json")
+    for wrong in (
+        TrustedIdentity("other@example.org", ISSUER, trust_config=config),
+        TrustedIdentity("maker@example.org", "https://other.test", trust_config=config),
+        TrustedIdentity("maker@example.org", ISSUER, trust_config=elsewhere),
+    ):
+        refuses(copy, signed.base, wrong, tmp_path / "out2", "not signed as it must be")
+    refuses(copy, signed.base, signed.keys.public, tmp_path / "out2", "no key alone")
+
+
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")  # where a bit of a certificate's flipped
+def test_flipped_bits_of_a_keyless_signature_are_found(
+    sigstore: SigstoreServer, copy: Path, tmp_path: Path
+) -> None:
+    """Every bit of the log's checkpoint, which is text; of the rest, which takes minutes, one in 41."""
+    config = sigstore.write_trust(tmp_path / "trust.json")
+    sign_delta(copy, SigstoreSigner(sigstore.token("maker@example.org"), trust_config=config))
+    trusted = TrustedIdentity("maker@example.org", ISSUER, trust_config=config)
+    data = (copy / SIGNATURE_NAME).read_bytes()
+    trusted.check(read_bundle(data, "model.sig"))
+    start = data.index(b'"checkpoint"')
+    end = data.index(b"}", start)
+    for place, changed in enumerate(flips(data)):
+        if start <= place // 8 < end or place % 41 == 0:
+            with pytest.raises(SignatureError):
+                trusted.check(read_bundle(changed, "model.sig"))
 
 
 def test_keyless_signing_says_that_it_cannot_reach_its_servers(copy: Path) -> None:
