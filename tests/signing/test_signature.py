@@ -544,7 +544,7 @@ def test_deltas_in_stores(s3: S3Server, signed: Signed, copy: Path, tmp_path: Pa
 
 
 def test_keyless_signatures(sigstore: SigstoreServer, signed: Signed, copy: Path, tmp_path: Path) -> None:
-    """Through a Sigstore on loopback: its servers are asked to sign, and its keys are what is checked with."""
+    """Through a Sigstore on loopback: its servers are asked to sign, and its keys are checked with."""
     config = sigstore.write_trust(tmp_path / "trust.json")
     sign_delta(copy, SigstoreSigner(sigstore.token("maker@example.org"), trust_config=config))
     trusted = TrustedIdentity("maker@example.org", ISSUER, trust_config=config)
