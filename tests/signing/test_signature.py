@@ -34,6 +34,9 @@ from deltaweights import (
     sign_delta,
     verify_delta,
 )
+from deltaweights.delta.opening import read_manifest
+from deltaweights.delta.signed import require_same_files
+from deltaweights.manifest import MANIFEST_NAME, Manifest
 from deltaweights.signing import SIGNATURE_NAME, signed_files
 from deltaweights.signing.bundle import MAX_BUNDLE_BYTES, read_bundle
 from deltaweights.storage import LocalSource
@@ -187,19 +190,28 @@ def test_every_flipped_bit_of_a_statement_is_found(signed: Signed) -> None:
 
 
 def test_every_flipped_bit_of_a_signed_delta_is_found(signed: Signed, copy: Path, tmp_path: Path) -> None:
-    """By `verify` in every file, by what reads the target in all that it reads. Nothing is written."""
-    with LocalSource(signed.delta) as source:
-        says = signed_files(source, signed.keys.public)
-    files = {path for path in contents(copy) if path not in ("README.md", SIGNATURE_NAME)}
-    assert files <= set(says.digests)
+    """Each bit by the check that is made for its file; and, of each 97th, that all who read ask for it."""
     key = signed.keys.public
+    with LocalSource(signed.delta) as source:
+        says = signed_files(source, key)
+        manifest = read_manifest(source)
+    files = {path for path in contents(copy) if path not in ("README.md", SIGNATURE_NAME)}
+    own = {MANIFEST_NAME, *(one.path for one in manifest.files)}
+    assert files == set(says.digests) - {"README.md"} == own
     for path in sorted(files):
         data = (copy / path).read_bytes()
         for number, changed in enumerate(flips(data)):
-            (copy / path).write_bytes(changed)
-            with pytest.raises(DeltaError):
-                open_target(copy, signed.base, require_signature=key)
-            if number % 97 == 0:  # the same check comes first there
+            if path == MANIFEST_NAME:
+                with pytest.raises(DeltaError):
+                    says.require(Manifest.from_json(changed))
+            else:
+                (copy / path).write_bytes(changed)
+                with LocalSource(copy) as source, pytest.raises(DeltaError, match="not the file that was"):
+                    require_same_files(source, manifest)
+            if number % 97 == 0:
+                (copy / path).write_bytes(changed)
+                with pytest.raises(DeltaError):
+                    open_target(copy, signed.base, require_signature=key)
                 with pytest.raises(DeltaError):
                     apply_delta(copy, tmp_path / "out", base=signed.base, require_signature=key)
         (copy / path).write_bytes(data)
