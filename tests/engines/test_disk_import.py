@@ -210,7 +210,10 @@ _CHANGES = {
     "a file of another kind": ("model-00000-of-00002.safetensors", "model.bin"),
     "shards from 1": ("model-00000-of-00002.safetensors", "model-00002-of-00002.safetensors"),
     "shards of several counts": ("model-00000-of-00002.safetensors", "model-00000-of-00003.safetensors"),
-    "a shard in more digits than its name has": ("model-00000-of-00002.safetensors", "model-000000-of-00002.safetensors"),
+    "a shard in more digits than its name has": (
+        "model-00000-of-00002.safetensors",
+        "model-000000-of-00002.safetensors",
+    ),
     "a tensor in another file": ('"steps": "model-00000', '"steps": "model-00001'),
     "a tensor that no file has": ('"steps": "model', '"stops": "model'),
     "another version": ('"version": "000001"', '"version": "000002"'),
