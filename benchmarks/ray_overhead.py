@@ -65,7 +65,7 @@ def _write_pair(folder: Path, matrices: int, shards: int) -> None:
 
 
 def _seconds(folder: Path, name: str, executor: Executor | None, threads: int) -> dict[str, float]:
-    """The best of two runs of each verb; the results are compared with those of one process."""
+    """The best of four runs of each verb; the results are compared with those of one process."""
     base, target, delta, out = folder / "base", folder / "target", folder / name, folder / "out"
     found = {
         "diff": _best(
@@ -85,8 +85,9 @@ def _seconds(folder: Path, name: str, executor: Executor | None, threads: int) -
 
 def _best(run: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
     times = []
-    for _ in range(2):
+    for _ in range(4):
         before()
+        os.sync()  # what was written before is not paid for here
         began = time.monotonic()
         run()
         times.append(time.monotonic() - began)

@@ -8,6 +8,9 @@ from . import _exports
 
 if TYPE_CHECKING:
     from ._version import __version__ as __version__
+    from .attest import AttestReport as AttestReport
+    from .attest import attest_delta as attest_delta
+    from .attest import statement_of as statement_of
     from .batch.jobs import ApplyJob as ApplyJob
     from .batch.jobs import DiffJob as DiffJob
     from .batch.jobs import VerifyJob as VerifyJob
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
     from .errors import NotPublishedError as NotPublishedError
     from .errors import OutputError as OutputError
     from .errors import PayloadError as PayloadError
+    from .errors import SignatureError as SignatureError
+    from .errors import SigningError as SigningError
     from .estimate import DeltaEstimate as DeltaEstimate
     from .estimate import EstimatedTensors as EstimatedTensors
     from .estimate import estimate_delta as estimate_delta
@@ -59,6 +64,15 @@ if TYPE_CHECKING:
     from .plan import plan_apply as plan_apply
     from .push import PushReport as PushReport
     from .push import push_delta as push_delta
+    from .sign import SignReport as SignReport
+    from .sign import sign_delta as sign_delta
+    from .signing.signers import CertificateSigner as CertificateSigner
+    from .signing.signers import KeySigner as KeySigner
+    from .signing.signers import Pkcs11Signer as Pkcs11Signer
+    from .signing.signers import SigstoreSigner as SigstoreSigner
+    from .signing.trust import TrustedCertificates as TrustedCertificates
+    from .signing.trust import TrustedIdentity as TrustedIdentity
+    from .signing.trust import TrustedKey as TrustedKey
     from .storage.location import Location as Location
     from .verify import Problem as Problem
     from .verify import VerifyReport as VerifyReport

@@ -10,7 +10,9 @@
     ├── DeltaError              the delta itself
     │   ├── ManifestError       deltaweights.json is missing, damaged or self-contradictory
     │   │   └── FormatVersionError  written in a format that this version does not know
-    │   └── PayloadError        encoded bytes that do not decode to what the manifest promises
+    │   ├── PayloadError        encoded bytes that do not decode to what the manifest promises
+    │   └── SignatureError      a delta or a stream's head that is not signed by whom it must be
+    ├── SigningError            a signature that cannot be made, or a key that cannot be read
     ├── ExecutorError           the machines that tasks were given to
     ├── BaseMismatchError       the base given is not the one that the delta was made from
     ├── LicenseNotAcceptedError  a license that is not an open one, and that nobody accepted
@@ -99,6 +101,15 @@ class FormatVersionError(ManifestError):
 
 class PayloadError(DeltaError):
     """Encoded bytes that do not decode to what they should."""
+
+
+class SignatureError(DeltaError):
+    """A delta, or the head of a weight stream, that is not signed by whom it must be, or a signature of
+    something else."""
+
+
+class SigningError(DeltaWeightsError):
+    """A signature that cannot be made, or a key or certificate that cannot be used."""
 
 
 class ExecutorError(DeltaWeightsError):

@@ -25,6 +25,7 @@ from .executors import Executor, kept, workers_of
 from .license.rules import landing_place, text_records
 from .manifest import Manifest, TargetFile
 from .metrics import timed_operation, timed_stage
+from .signing import SignatureRequirement
 from .storage import (
     Destination,
     Location,
@@ -71,6 +72,7 @@ def apply_delta(
     base: Readable | None = None,
     keep_base: bool = False,
     force: bool = False,
+    require_signature: SignatureRequirement | None = None,
     threads: int | None = None,
     executor: Executor | None = None,
     progress: ProgressCallback | None = None,
@@ -90,6 +92,9 @@ def apply_delta(
             there. If False, the base streams through memory.
         force: write even if ``out`` holds other files. They stay, unless the target has a file of the same
             name.
+        require_signature: who must have signed the delta, or each of several: the path of a public key, a
+            :class:`TrustedKey`, :class:`TrustedCertificates` or :class:`TrustedIdentity`, or several of
+            these, of which one suffices. None: nobody.
         threads: number of threads; if None, the number of usable cores, at most 8.
         executor: rebuilds the shards elsewhere, one task each, such as a :class:`RayExecutor`. Its machines
             read delta and base, and write to ``out``.
@@ -99,6 +104,7 @@ def apply_delta(
     Raises:
         CheckpointError: the base or the delta cannot be found, read or downloaded.
         BaseMismatchError: the base is the wrong one. Nothing was written, or no file got its final name.
+        SignatureError: the delta is not signed as required. Nothing was written.
         DeltaError: the delta is incomplete or damaged.
         OutputError: ``out`` holds other files, or its disk is too small.
         ExecutorError: the executor's machines cannot be reached, or do not see the same files.
@@ -106,7 +112,10 @@ def apply_delta(
     if executor:
         refuse_keeping(keep_base)
     folder = open_output(out)
-    with open_recipe(delta, base) as target, Workers(threads) as workers:
+    with (
+        open_recipe(delta, base, require_signature=require_signature) as target,
+        Workers(threads) as workers,
+    ):
         workers.at_stop(target.cancel)
         workers.at_stop(folder.cancel)
         check_apart(folder, target)
@@ -275,7 +284,6 @@ def _check_chunks(
     target: TargetRecipe, recipes: list[TensorRecipe], workers: Workers, progress: ProgressCallback | None
 ) -> None:
     """Compare a sample of the base's chunks, for these recipes, with the delta's checksums."""
-    target.read_tables(recipes)
     sample = sample_chunks(target, recipes)
     meter = Meter(progress, "check base", sum(map(_nbytes, sample)))
     differ = []
@@ -308,16 +316,21 @@ def _nbytes(chunk: tuple[TensorRecipe, int]) -> int:
 def sample_chunks(target: TargetRecipe, recipes: list[TensorRecipe]) -> list[tuple[TensorRecipe, int]]:
     """Chunks of every tensor, chosen at random, the same ones each time. If one is enough, it is the last and
     shortest, unless that is so short that many checkpoints might share it. Of a remote base whose tensors are
-    small, some tensors only."""
-    per_tensor = max(1, -(-_SAMPLED_CHUNKS // max(1, len(recipes))))
+    small, some tensors only. Reads the chunk records of the tensors that it looks at."""
     choice = random.Random(0)  # noqa: S311
-    sample = [(recipe, index) for recipe in recipes for index in _sample_of(recipe, per_tensor, choice)]
     if target.base is None or not target.base.source.is_remote:
-        return sample
-    chunks = sum(recipe.plan.shared_count for recipe in recipes)
-    most = max(_LEAST_CHUNKS, int(chunks * _REMOTE_SHARE))
-    chosen = sorted(choice.sample(range(len(sample)), min(most, len(sample))))
-    return [sample[place] for place in chosen]
+        target.read_tables(recipes)
+        per_tensor = max(1, -(-_SAMPLED_CHUNKS // max(1, len(recipes))))
+        return [(recipe, index) for recipe in recipes for index in _sample_of(recipe, per_tensor, choice)]
+    most = max(_LEAST_CHUNKS, int(sum(recipe.plan.shared_count for recipe in recipes) * _REMOTE_SHARE))
+    per_tensor = max(1, -(-most // max(1, len(recipes))))
+    left, sample = choice.sample(range(len(recipes)), len(recipes)), list[tuple[int, int]]()
+    while left and len(sample) < most:
+        looked_at, left = sorted(left[: most - len(sample)]), left[most - len(sample) :]
+        target.read_tables(recipes[place] for place in looked_at)
+        sample += ((place, i) for place in looked_at for i in _sample_of(recipes[place], per_tensor, choice))
+    chosen = sorted(choice.sample(sample, min(most, len(sample))))
+    return [(recipes[place], index) for place, index in chosen]
 
 
 def _sample_of(recipe: TensorRecipe, most: int, choice: random.Random) -> list[int]:
@@ -431,13 +444,10 @@ def rebuild_shard(recipe: ShardRecipe, lane: Lane, meter: Meter, sink: Sink | No
             sink(recipe.header.data_start + origin, data.data)
         return data
 
-    recipe.target.read_tables(recipe.tensors.values())
     for tensor in recipe.tensors.values():
         _log_tensor(tensor)
-    with recipe.target.expect(recipe.chunks()):
-        for data in lane.map(
-            decode, batches(recipe.rows(at_once), at_once, lambda row: row[0].plan.length(*row[1:]))
-        ):
+    with recipe.rows(at_once) as rows:
+        for data in lane.map(decode, batches(rows, at_once, lambda row: row[0].plan.length(*row[1:]))):
             sha256.update(data.data)
             meter.add(data.size)
             buffers.give(data)

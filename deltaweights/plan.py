@@ -23,6 +23,7 @@ from .errors import BaseMismatchError
 from .license.rules import LicenseReport, describe, text_records
 from .manifest import MANIFEST_NAME, Manifest, TargetFile
 from .patch import check_base, require_keepable, sample_chunks
+from .signing import SignatureRequirement, require_signed
 from .storage import Location, Readable, Source, Span, open_output, open_source
 from .storage.hub_client import cache_folder
 from .storage.local import free_space
@@ -135,6 +136,7 @@ def plan_apply(
     keep_base: bool = False,
     out: Location | None = None,
     bandwidth: Sequence[float] = BANDWIDTHS,
+    require_signature: SignatureRequirement | None = None,
     threads: int | None = None,
 ) -> Plan:
     """Plan what :func:`apply_delta` would do with the same arguments. Writes nothing.
@@ -149,10 +151,12 @@ def plan_apply(
         out: the output folder. The target's files that it already holds, with the right size, count as done
             (apply compares their SHA-256).
         bandwidth: bits per second for which to estimate the download time.
+        require_signature: who must have signed the delta, as for :func:`apply_delta`.
         threads: as for :func:`apply_delta`.
 
     Raises:
         CheckpointError: the base or the delta cannot be found or read.
+        SignatureError: the delta is not signed as required.
         DeltaError: the delta is incomplete or damaged.
     """
     if out is not None:
@@ -161,6 +165,8 @@ def plan_apply(
         source = stack.enter_context(open_source(delta))
         manifest = read_manifest(source)
         require_whole(source, manifest)
+        if require_signature is not None:
+            require_signed(source, manifest, require_signature)
         opened = open_base(manifest, base)
         if opened:
             stack.enter_context(opened)
@@ -223,10 +229,14 @@ class _Reads:
         self._download += 0 if self._is_here else _length(self.source.ranges(spans))
 
     def tables(self, recipes: Iterable[TensorRecipe]) -> None:
-        """Count the chunk records of tensors, except those read before."""
-        new = [recipe for recipe in recipes if recipe not in self._tables]
+        """Count the chunk records of tensors."""
+        new = list(recipes)
         self._tables.update(new)
         self.spans(recipe.table_span for recipe in new)
+
+    def payloads(self, recipes: Iterable[TensorRecipe]) -> None:
+        """Count the payloads of tensors, without the chunk records that were read before."""
+        self.spans(span for recipe in recipes for span in recipe.spans(with_table=recipe not in self._tables))
 
     def whole(self, path: str, *, is_check: bool = False) -> None:
         """Count a whole file."""
@@ -313,9 +323,8 @@ def _count_base_checks(target: TargetRecipe, delta: _Reads, base: _Reads) -> Non
     recipes = target.with_base(proven)
     for recipe in recipes:
         delta.head(recipe.delta_shard)
-    delta.tables(recipes)
-    target.read_tables(recipes)
     sample = sample_chunks(target, recipes)
+    delta.tables(recipe for recipe in recipes if recipe.is_read)
     base.spans((span for recipe, index in sample for span in recipe.base_spans(index)), is_check=True)
     for file in target.manifest.target.files:
         if file.stored == "base" and file.source not in proven:
@@ -327,9 +336,8 @@ def _count_shard(shard: ShardRecipe, delta: _Reads, base: _Reads | None) -> None
     delta.head(shard.delta_shard)
     for recipe in shard.tensors.values():
         delta.head(recipe.delta_shard)  # a different shard, for duplicates of its tensors
-    delta.tables(shard.tensors.values())
+    delta.payloads(shard.tensors.values())
     shard.target.read_tables(shard.tensors.values())
-    delta.spans(recipe.data_span(index) for recipe, index in shard.chunks())
     if base:
         needed = (recipe.base_spans(index) for recipe, index in shard.chunks() if recipe.needs_base(index))
         base.spans(span for spans in needed for span in spans)

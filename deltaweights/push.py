@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,14 +21,24 @@ from .errors import (
     HubReadError,
     ManifestError,
     OutputError,
+    SignatureError,
 )
 from .license.cards import CARD_NAME, LICENSE_FILE
 from .license.rules import describe, recognize, terms_of, text_records
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from .metrics import timed_operation
-from .storage import HubSource, LocalSource, Location, Source, open_output, open_source, store_url
+from .signing import SIGNATURE_NAME, UNSIGNED_NAMES, SignedFiles, open_bundle
+from .signing.statement import signed_digests
+from .storage import HubSource, LocalSource, Location, Source, open_output, open_source, sha256_of, store_url
 from .storage.hub_client import Downloader, Repository
-from .storage.hub_upload import Outgoing, find_branch, require_login, require_published, upload
+from .storage.hub_upload import (
+    Outgoing,
+    find_branch,
+    require_login,
+    require_published,
+    require_repo_id,
+    upload,
+)
 from .verify import verify_delta
 from .workers import Meter, ProgressCallback
 
@@ -73,7 +82,8 @@ def push_delta(
     accept_conflicts: bool = False,
     progress: ProgressCallback | None = None,
 ) -> PushReport:
-    """Publish a delta on the Hub: the files that its manifest lists, the manifest and the model card.
+    """Publish a delta on the Hub: the files that its manifest lists, the manifest, the model card, and its
+    signature and attestation, if it has them. A signed card stays as it is.
 
     They become visible together, in one commit. After an interruption, run it again: it resumes with the
     missing files. Files that only an earlier delta has are removed; all others stay.
@@ -95,6 +105,7 @@ def push_delta(
         DiskSpaceError: the temporary folder has no room for a delta from a store.
         DeltaError: the delta is incomplete or damaged, names another base than it was made from, holds
             copies of files of its base, or lacks the text of its base's license; or there are conflicts.
+        SignatureError: its signature is of another delta.
         OutputError: the repository cannot be written to as asked, or a file was changed meanwhile.
     """
     _check_place(repo_id, revision, create_pr)
@@ -105,13 +116,14 @@ def push_delta(
         _check_copies(manifest)
         _check_license_text(source, manifest)
         _check_base(source, manifest)
+        signatures = _signatures(source, manifest)
         conflicts = describe(manifest).conflicts
         if conflicts and not private and not accept_conflicts:
             raise _unsettled(conflicts)
         branch = find_branch(repo_id, revision, private=private)
         repository = branch.repository
         place = f"{repository.repo_id}@{branch.name}" if branch.name else repository.repo_id
-        files = list(_files(source, manifest, place))
+        files = list(_files(source, manifest, place, signatures))
         new = [file for file in files if not file.is_in(repository)]
         nbytes = sum(file.size for file in new)
         old = _left_over(repository, files)
@@ -138,6 +150,7 @@ def _at_hand(delta: Location | LocalSource) -> Iterator[LocalSource]:
     with TemporaryDirectory(prefix="deltaweights-") as folder:
         with open_source(delta) as far, open_output(folder) as here:
             paths = [*(file.path for file in read_manifest(far).files), CARD_NAME, MANIFEST_NAME]
+            paths += UNSIGNED_NAMES
             there = [path for path in dict.fromkeys(paths) if path in far.sizes]
             here.require_space(sum(far.sizes[path] for path in there))
             for path in there:
@@ -150,8 +163,7 @@ def _at_hand(delta: Location | LocalSource) -> Iterator[LocalSource]:
 
 
 def _check_place(repo_id: str, revision: str | None, create_pr: bool) -> None:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, re.ASCII):
-        raise OutputError(f"{repo_id!r} is not a Hub id", "", "Hub ids look like org/name.")
+    require_repo_id(repo_id)
     if revision and create_pr:
         raise OutputError(
             "A pull request goes to the main branch", "A branch was given too.", "Leave out one of the two."
@@ -248,15 +260,36 @@ def _unsettled(conflicts: tuple[str, ...]) -> DeltaError:
     )
 
 
-def _files(source: LocalSource, manifest: Manifest, place: str) -> Iterator[Outgoing]:
-    """The files to publish: those that the manifest lists, the model card, the manifest.
+def _files(
+    source: LocalSource, manifest: Manifest, place: str, signatures: dict[str, bytes]
+) -> Iterator[Outgoing]:
+    """The files to publish: those that the manifest lists, the model card, the signatures, the manifest.
 
-    The card says how to use the delta at ``place``, where it will be."""
+    The card says how to use the delta at ``place``, where it will be, unless it is signed as it is."""
     for record in manifest.files:
         yield Outgoing(record.path, source.full_path(record.path), record.size, record.sha256)
-    card = address_card(b"".join(source.blocks(CARD_NAME)), place)
-    for path, content in ((CARD_NAME, card), (MANIFEST_NAME, manifest.to_json())):
+    card = b"".join(source.blocks(CARD_NAME))
+    own = {CARD_NAME: card if SIGNATURE_NAME in signatures else address_card(card, place)}
+    for path, content in (own | signatures | {MANIFEST_NAME: manifest.to_json()}).items():
         yield Outgoing(path, content, len(content), hashlib.sha256(content).hexdigest())
+
+
+def _signatures(source: Source, manifest: Manifest) -> dict[str, bytes]:
+    """The signature and the attestation, if there are any. Who signed is not asked, but what.
+
+    Raises:
+        SignatureError: a signature is of another delta, or of another page.
+    """
+    there = sorted(UNSIGNED_NAMES & source.sizes.keys())
+    bundles = {name: open_bundle(source, name) for name in there}
+    if (bundle := bundles.get(SIGNATURE_NAME)) is not None:
+        signed = SignedFiles(bundle.where, "", signed_digests(bundle.payload, bundle.where))
+        signed.require(manifest)
+        if signed.digests.get(CARD_NAME) != sha256_of(source.blocks(CARD_NAME)):
+            raise SignatureError(
+                f"{bundle.where} is not of this delta's page", f"{CARD_NAME} was changed.", "Sign it again."
+            )
+    return {name: b"".join(source.blocks(name)) for name in there}
 
 
 def _left_over(repository: Repository, files: list[Outgoing]) -> tuple[str, ...]:
@@ -267,7 +300,7 @@ def _left_over(repository: Repository, files: list[Outgoing]) -> tuple[str, ...]
         return ()
     try:
         data = b"".join(Downloader(repository).fetch(MANIFEST_NAME, 0, there.size))
-        earlier = {record.path for record in Manifest.from_json(data).files}
+        earlier = {record.path for record in Manifest.from_json(data).files} | UNSIGNED_NAMES
     except (ManifestError, CheckpointError):  # no readable delta
         return ()
     return tuple(sorted((earlier & set(repository.files)) - {file.path for file in files}))

@@ -19,6 +19,8 @@ from .license.cards import CARD_NAME
 from .manifest import MANIFEST_NAME, FileRecord, Manifest, TargetFile
 from .metrics import timed_operation, timed_stage
 from .patch import check_base, rebuild_shard, refuse_keeping
+from .signing import UNSIGNED_NAMES, SignatureRequirement, SignedFiles, signed_files
+from .signing.attestation import Attested, require_attested
 from .storage import HubSource, Location, PinnedSource, Readable, Source, is_clutter, open_source, sha256_of
 from .workers import Lane, Meter, ProgressCallback, Workers
 
@@ -28,7 +30,7 @@ _log = logging.getLogger(__name__)
 _HUBS_OWN = ".gitattributes"
 
 #: Files of a delta that are not listed in its manifest.
-_UNLISTED = frozenset({MANIFEST_NAME, CARD_NAME, _HUBS_OWN})
+_UNLISTED = frozenset({MANIFEST_NAME, CARD_NAME, _HUBS_OWN, *UNSIGNED_NAMES})
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -53,12 +55,18 @@ class VerifyReport:
         published: number of files of a delta or target on the Hub of which only the published SHA-256 was
             compared, not the bytes.
         target_repo: the target's own repository at its commit, if its published SHA-256 were compared too.
+        signed_by: who signed each delta, in words, if a signature was required.
+        attested_by: who attested each delta, in words, if an attestation was required.
+        attested_rebuilt: whether all of them had rebuilt the target before.
     """
 
     checked: int
     problems: tuple[Problem, ...]
     published: int = 0
     target_repo: str | None = None
+    signed_by: tuple[str, ...] = ()
+    attested_by: tuple[str, ...] = ()
+    attested_rebuilt: bool = False
 
     @property
     def ok(self) -> bool:
@@ -73,6 +81,8 @@ def verify_delta(
     base: Readable | None = None,
     keep_base: bool = False,
     target: Location | None = None,
+    require_signature: SignatureRequirement | None = None,
+    require_attestation: SignatureRequirement | None = None,
     threads: int | None = None,
     executor: Executor | None = None,
     progress: ProgressCallback | None = None,
@@ -88,6 +98,10 @@ def verify_delta(
             are compared too.
         keep_base: as for :func:`apply_delta`.
         target: if given, a folder, file or Hub id whose files are compared with the target's.
+        require_signature: who must have signed the delta, as for :func:`apply_delta`. Every file is compared
+            with what was signed, also those that the manifest does not list, such as its page.
+        require_attestation: who must have attested the delta, likewise. The statement is made again from the
+            manifest, and compared; with ``base``, so is the target.
         threads: number of threads; if None, the number of usable cores, at most 8.
         executor: reads and rebuilds elsewhere, one task a file, such as a :class:`RayExecutor`.
         progress: called with a phase, bytes done and total bytes: "verify delta", "verify target", "check
@@ -99,6 +113,7 @@ def verify_delta(
     Raises:
         CheckpointError: base, target or delta cannot be found, read or downloaded.
         ManifestError: the manifest itself is damaged.
+        SignatureError: a delta is not signed or attested as required.
         BaseMismatchError: ``base`` is the wrong one, or a delta does not follow the one before it.
         ExecutorError: the executor's machines cannot be reached, or do not see the same files.
     """
@@ -108,11 +123,14 @@ def verify_delta(
         sources = [opened.enter_context(open_source(one)) for one in listed(delta)]
         manifests = [read_manifest(source) for source in sources]
         check_continuity(sources, manifests)
+        signed = _signed(sources, manifests, require_signature)
+        attested = _attested(sources, manifests, require_attestation)
         problems, checked, published = [], 0, 0
-        for source, manifest in zip(sources, manifests, strict=True):
+        for k, (source, manifest) in enumerate(zip(sources, manifests, strict=True)):
             _log.info("checking %s: %d files", source.where, len(manifest.files))
             workers.at_stop(source.cancel)
             found = _compare("delta", source, manifest.files, workers, executor, progress)
+            found += _compare_signed(source, manifest, signed[k], workers) if signed else []
             # With several deltas, a name must say which one it belongs to.
             problems += [replace(p, path=source.name(p.path)) if sources[1:] else p for p in found]
             checked += len(manifest.files)
@@ -135,7 +153,53 @@ def verify_delta(
                     target_repo = _compare_published(manifest, problems)
             checked += len(manifest.target.files)
     _log.info("checked %d files: %d problems", checked, len(problems))
-    return VerifyReport(checked, tuple(sorted(problems)), published, target_repo)
+    return VerifyReport(
+        checked,
+        tuple(sorted(problems)),
+        published,
+        target_repo,
+        tuple(one.by for one in signed),
+        tuple(one.by for one in attested),
+        bool(attested) and all(one.is_rebuilt for one in attested),
+    )
+
+
+def _signed(
+    sources: list[Source], manifests: list[Manifest], requirement: SignatureRequirement | None
+) -> list[SignedFiles]:
+    """What each delta's signature says, if one is required."""
+    found = [] if requirement is None else [signed_files(source, requirement) for source in sources]
+    for signed, manifest in zip(found, manifests, strict=False):
+        signed.require(manifest)
+    return found
+
+
+def _attested(
+    sources: list[Source], manifests: list[Manifest], requirement: SignatureRequirement | None
+) -> list[Attested]:
+    """What each delta's attestation says, if one is required."""
+    if requirement is None:
+        return []
+    pairs = zip(sources, manifests, strict=True)
+    return [require_attested(source, manifest, requirement) for source, manifest in pairs]
+
+
+def _compare_signed(
+    source: Source, manifest: Manifest, signed: SignedFiles, workers: Workers
+) -> list[Problem]:
+    """Compare what the manifest does not list, such as the page, with what was signed."""
+    listed = {MANIFEST_NAME, *(record.path for record in manifest.files)}
+    problems = []
+    for path, sha256 in sorted(signed.digests.items()):
+        if path in listed:
+            continue
+        if path not in source.sizes:
+            problems.append(Problem("delta", path, "missing", "it was signed"))
+        elif sha256_of(workers.watch(source.blocks(path))) != sha256:
+            problems.append(Problem("delta", path, "different", "is not the file that was signed"))
+    if CARD_NAME in source.sizes and CARD_NAME not in signed.digests:
+        problems.append(Problem("delta", CARD_NAME, "extra", "was not signed"))
+    return problems
 
 
 def _count_published(source: Source, records: Iterable[FileRecord | TargetFile]) -> int:

@@ -63,20 +63,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         base = draw(0, 0.02)
         first, second = add(base, draw(1, 0.001)), add(base, draw(2, 0.001))
-        folders = {
-            name: save(Path(place, name), model)
-            for name, model in {
-                "base": base,
-                "first": first,
-                "second": second,
-                "mixed": {name: (first[name] + second[name]) / 2 for name in base},
-                "stranger": draw(3, 0.02),
-            }.items()
+        models: dict[str, Model] = {
+            "base": base,
+            "first": first,
+            "second": second,
+            "mixed": {name: (first[name] + second[name]) / 2 for name in base},
+            "stranger": draw(3, 0.02),
         }
+        folders = {name: save(Path(place, name), model) for name, model in models.items()}
         show(compare_models(folders["first"], [folders[name] for name in ("base", "second", "stranger")]))
-        mixed = compare_models(folders["mixed"], [folders["first"], folders["second"]])
-        show(mixed)
-        assert {one.verdict for one in mixed.candidates} == {"merge"}
+        show(compare_models(folders["mixed"], [folders["first"], folders["second"]]))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +27,11 @@ from deltaweights.delta.pointer import Origin, PointedDelta, Pointer, parse_poin
 from deltaweights.dtypes import DTYPE_BITS
 from deltaweights.engines.disk_updates.encodings import ENCODINGS, apply, encode
 from deltaweights.engines.disk_updates.layout import read_index, shard_name
-from deltaweights.errors import DeltaError, HeaderError, ManifestError, PayloadError
+from deltaweights.errors import CheckpointError, DeltaError, HeaderError, ManifestError, PayloadError
 from deltaweights.manifest import FileRecord, Manifest, Tool
 from deltaweights.payload import ChunkPlan, check_records
 from deltaweights.torch.dcp.record import CheckpointRecord, ShardedTensor, TensorPart, parse_record
+from deltaweights.torch.models.run_folder import TrainingRecord, parse_training_record
 from deltaweights.torch.stream.records import (
     Head,
     StateRecord,
@@ -125,7 +127,9 @@ def stream_seeds() -> Iterator[bytes]:
     tensors = (StreamTensor("a", "BF16", (4, 2), "0" * 64), StreamTensor("b", "BF16", (4, 2), "0" * 64, "a"))
     state = state_digest(tensors)
     yield write_json(StateRecord(1, 1, state, tensors, None, None, None, None, "0" * 16))
-    yield write_json(Head(StateReference(1, state, "1" * 64), 7))
+    head = Head(StateReference(1, state, "1" * 64), 7)
+    yield write_json(head)
+    yield write_json(replace(head, format_version=3, stream="run", keys=("2" * 64,), signatures=("00" * 64,)))
 
 
 def pointer(data: bytes) -> None:
@@ -138,6 +142,18 @@ def pointer_seeds() -> Iterator[bytes]:
     delta = PointedDelta(Origin(path="/delta"), "0" * 64)
     yield canonical.encode(Pointer((delta,), Origin(repo_id="org/base", revision="1" * 40)))
     yield canonical.encode(Pointer((delta, delta)))
+
+
+def training_record(data: bytes) -> None:
+    for text in (data, _canonical(data)):
+        with suppress(CheckpointError, DeltaError):
+            assert canonical.encode(parse_training_record(text, "record")) == text
+
+
+def training_record_seeds() -> Iterator[bytes]:
+    files = (FileRecord("optimizer.pt", 100, "0" * 64), FileRecord("scheduler.pt", 9, "1" * 64))
+    yield canonical.encode(TrainingRecord(files))
+    yield canonical.encode(TrainingRecord(()))
 
 
 def _fields(data: bytes) -> dict[str, Any]:
@@ -312,4 +328,5 @@ TARGETS = {
     "disk_update": Target(disk_update, disk_update_seeds),
     "disk_index": Target(disk_index, disk_index_seeds),
     "pointer": Target(pointer, pointer_seeds),
+    "training_record": Target(training_record, training_record_seeds),
 }

@@ -28,6 +28,8 @@ from .s3_server import S3Server
 MISSING = [name for name in ("accelerate", "torch", "transformers") if not importlib.util.find_spec(name)]
 if MISSING:
     collect_ignore = ["torch", *(["engines"] if "torch" in MISSING else [])]
+if not importlib.util.find_spec("model_signing"):
+    collect_ignore = [*globals().get("collect_ignore", ()), "signing"]
 
 settings.register_profile(
     "deltaweights",
@@ -253,3 +255,14 @@ def s3(_s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
         monkeypatch.setenv(name, value)
     _s3_server.empty()
     return _s3_server
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    """fsspec's file system in memory, empty."""
+    import fsspec  # type: ignore[import-untyped]
+
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    yield system
+    system.store.clear()

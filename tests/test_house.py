@@ -42,7 +42,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "canonical entries",
         "adapters",
         "codec manifest storage",
-        "checkpoint executors",
+        "checkpoint executors signing",
         "payload",
         "license match",
         "lineage",
@@ -50,7 +50,8 @@ RANKS: dict[str, tuple[str, ...]] = {
         "delta",
         "bom compare diff inspect patch",
         "compact estimate plan verify",
-        "batch push torch",
+        "batch push sign torch",
+        "attest",
         "engines",
         "cli",
         "__init__ __main__",
@@ -65,7 +66,8 @@ RANKS: dict[str, tuple[str, ...]] = {
         "logs usage",
         "progress",
         "session",
-        "batches lineage weight_streams",
+        "batches lineage signatures",
+        "weight_streams",
         "commands",
         "__init__",
     ),
@@ -109,7 +111,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "__init__",
     ),
     "delta": (
-        "digests entry opening pointer shards faults",
+        "digests entry opening pointer shards signed faults",
         "bases encoding",
         "recipes",
         "target_recipe",
@@ -121,7 +123,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "__init__",
     ),
     "engines": (
-        "decoding disk_updates placement pointer verl",
+        "decoding disk_updates placement pointer required_keys verl",
         "host_mirror vllm_loader",
         "follower",
         "sglang vllm_transfer",
@@ -161,6 +163,14 @@ RANKS: dict[str, tuple[str, ...]] = {
         "__init__",
     ),
     "payload": ("chunks faults", "reader writer", "whole", "__init__"),
+    "signing": (
+        "bundle extra",
+        "keys statement",
+        "signers trust",
+        "signature",
+        "attestation",
+        "__init__",
+    ),
     "storage": (
         "traffic",
         "hub_errors patience source system",
@@ -168,15 +178,15 @@ RANKS: dict[str, tuple[str, ...]] = {
         "hub_client output remote",
         "hub hub_upload store",
         "joined location",
-        "pinned",
+        "pinned unlocked",
         "__init__",
     ),
-    "storage/store": ("errors", "client", "source upload", "files", "folder", "__init__"),
+    "storage/store": ("errors", "client", "source upload", "files", "folder unlocked", "__init__"),
     "torch": ("boxes tensors wholeness wrappers", "dcp models stream", "__init__"),
     "torch/dcp": ("record", "base", "folder write", "storage", "__init__"),
     "torch/models": (
         "memory pretrained training_state",
-        "conversion layout",
+        "conversion layout run_folder",
         "load",
         "checkpoints from_pretrained save",
         "callback",
@@ -184,7 +194,7 @@ RANKS: dict[str, tuple[str, ...]] = {
     ),
     "torch/stream": (
         "gpu_kernels records",
-        "gpu transport",
+        "gpu heads transport",
         "state",
         "cast payloads split",
         "pieces",
@@ -240,7 +250,7 @@ def test_public_names_are_documented(package: ModuleType) -> None:
     for module, name in _re_exports(package):
         path = PACKAGE.joinpath(*f"{package.__name__}{module}".split(".")[1:]).with_suffix(".py")
         source = path.read_text()
-        (node,) = (node for node in ast.parse(source).body if name in _names_of(node))
+        (*_, node) = (node for node in ast.parse(source).body if name in _names_of(node))  # after overloads
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             members = [node, *(node.body if isinstance(node, ast.ClassDef) else [])]
             functions = [one for one in members if isinstance(one, (ast.ClassDef, ast.FunctionDef))]

@@ -29,6 +29,7 @@ EXTRAS = {
     "executors/ray_executor.py": ("ray",),
     "license/bom": ("bom",),
     "metrics.py": ("metrics",),
+    "signing": ("sign",),
     "torch": ("torch", "transformers"),
 }
 #: torch for CUDA brings the Triton that fits it.
@@ -38,6 +39,7 @@ BROUGHT = {"torch": {"triton"}}
 DISTRIBUTIONS = {
     "cyclonedx": "cyclonedx-python-lib",
     "opentelemetry": "opentelemetry-api",
+    "OpenSSL": "pyopenssl",
     "packageurl": "packageurl-python",
     "yaml": "pyyaml",
 }

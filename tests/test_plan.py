@@ -365,7 +365,8 @@ def test_of_many_tensors_the_last_chunk_is_sampled_unless_it_is_short() -> None:
 
 
 def _with_base(is_remote: bool) -> Any:
-    return SimpleNamespace(base=SimpleNamespace(source=SimpleNamespace(is_remote=is_remote)))
+    source = SimpleNamespace(is_remote=is_remote)
+    return SimpleNamespace(base=SimpleNamespace(source=source), read_tables=list)
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from ..errors import CheckpointError, OutputError
 from ..storage import (
+    Announce,
     LocalFile,
     Readable,
     ReadableFile,
@@ -248,9 +249,11 @@ class CachedSource(Source):
             _log.warning("the copy %s was damaged, and is fetched again", path)
         return bool(damaged)
 
-    def expect(self, spans: Iterable[Span]) -> AbstractContextManager[None]:
+    @contextmanager
+    def announcing(self) -> Iterator[Announce]:
         """Fetch ahead what has no copy."""
-        return self._source.expect(span for span in spans if not self._copy(span.path))
+        with self._source.announcing() as announce:
+            yield lambda spans: announce(span for span in spans if not self._copy(span.path))
 
     def ranges(self, spans: Iterable[Span]) -> list[Span]:
         """The ranges of what has no copy."""

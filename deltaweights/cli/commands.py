@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .._version import __version__
-from ..errors import OutputError
 from . import rendering
 from .batches import batch
 from .layout import screen_of
@@ -44,6 +43,20 @@ from .options import (
     rename_rules,
 )
 from .session import Work, in_flags, settle_license, working
+from .signatures import (
+    SIGNED,
+    Identity,
+    IdentityProvider,
+    PublicKey,
+    RequireSignature,
+    RootCertificate,
+    Staging,
+    TrustConfig,
+    attest,
+    check_signatures,
+    requirement_of,
+    sign,
+)
 from .streams import leave_stderr, open_streams, show_error, stdout_failed
 from .usage import Commands, UsageError
 from .weight_streams import stream
@@ -51,6 +64,7 @@ from .weight_streams import stream
 if TYPE_CHECKING:
     from ..manifest import Manifest
     from ..match.names import RenameRule
+    from ..signing.trust import SignatureRequirement
 
 app = typer.Typer(
     name="deltaweights",
@@ -81,6 +95,8 @@ _MANY, _COME = "To do many", "To see where a model comes from"
 app.add_typer(stream, rich_help_panel=_STREAM)
 app.command("batch", rich_help_panel=_MANY)(batch)
 app.command("compare", rich_help_panel=_COME)(compare)
+app.command("sign", rich_help_panel=_PUBLISH)(sign)
+app.command("attest", rich_help_panel=_PUBLISH)(attest)
 
 
 @app.callback(invoke_without_command=True)
@@ -268,6 +284,13 @@ def apply(
         bool, typer.Option("--dry-run", help="Say what would be done, as `plan` does, and do nothing.")
     ] = False,
     force: Force = False,
+    require_signature: RequireSignature = False,
+    public_key: PublicKey = None,
+    root_certificate: RootCertificate = None,
+    identity: Identity = None,
+    identity_provider: IdentityProvider = None,
+    trust_config: TrustConfig = None,
+    staging: Staging = False,
     threads: Threads = None,
     ray: Ray = None,
     as_json: Json = False,
@@ -281,12 +304,17 @@ def apply(
 
     deltaweights apply org/model-delta -o model
     deltaweights apply ./delta -o model --base ./base
+    deltaweights apply org/model-delta -o model --require-signature --public-key maker.pem
     """
+    signed_by = requirement_of(
+        public_key, root_certificate, identity, identity_provider, trust_config, staging,
+        is_required=require_signature,
+    )  # fmt: skip
     if dry_run:
         if len(deltas) > 1:
             raise typer.BadParameter("It takes one delta.", param_hint="--dry-run")
         at_work = working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
-        _plan(at_work, deltas[0], base, keep_base, output, None, threads)
+        _plan(at_work, deltas[0], base, keep_base, output, None, threads, signed_by)
         return
     with (
         working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work,
@@ -297,6 +325,7 @@ def apply(
 
         # Opened once: what is accepted is what is applied, though a branch on the Hub may move meanwhile.
         sources = [opened.enter_context(open_source(delta)) for delta in deltas]
+        check_signatures(sources, signed_by)
         may_ask = not (quiet or as_json)
         settle_license(deltas, sources, accept_license or [], quiet=quiet, may_ask=may_ask)
         executor = opened.enter_context(machines(ray, threads))
@@ -307,6 +336,7 @@ def apply(
             base=base,
             keep_base=keep_base,
             force=force,
+            require_signature=signed_by,
             threads=threads,
             executor=executor,
             progress=shown,
@@ -317,11 +347,18 @@ def apply(
 @app.command(rich_help_panel=_USE)
 def serve_folder(
     deltas: Deltas,
-    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The folder to write.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="The folder or URL to write.")],
     base: BaseOption = None,
     keep_base: KeepBase = False,
     accept_license: AcceptLicense = None,
     force: Force = False,
+    require_signature: RequireSignature = False,
+    public_key: PublicKey = None,
+    root_certificate: RootCertificate = None,
+    identity: Identity = None,
+    identity_provider: IdentityProvider = None,
+    trust_config: TrustConfig = None,
+    staging: Staging = False,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -335,6 +372,10 @@ def serve_folder(
     deltaweights serve-folder org/model-delta -o model
     vllm serve model --load-format deltaweights
     """
+    signed_by = requirement_of(
+        public_key, root_certificate, identity, identity_provider, trust_config, staging,
+        is_required=require_signature,
+    )  # fmt: skip
     with (
         working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work,
         ExitStack() as opened,
@@ -344,11 +385,19 @@ def serve_folder(
 
         # Opened once, as for `apply`.
         sources = [opened.enter_context(open_source(delta)) for delta in deltas]
+        check_signatures(sources, signed_by)
         may_ask = not (quiet or as_json)
         settle_license(deltas, sources, accept_license or [], quiet=quiet, may_ask=may_ask)
         shown = opened.enter_context(work.progress())
         done = pointer.serve_folder(
-            sources, output, base=base, keep_base=keep_base, force=force, threads=threads, progress=shown
+            sources,
+            output,
+            base=base,
+            keep_base=keep_base,
+            force=force,
+            require_signature=signed_by,
+            threads=threads,
+            progress=shown,
         )
     work.report(asdict(done), rendering.serve_lines(output, done), with_costs=True)
 
@@ -360,6 +409,13 @@ def compact(
     base: BaseOption = None,
     effort: EffortOption = EffortLevel.default,
     force: Force = False,
+    require_signature: RequireSignature = False,
+    public_key: PublicKey = None,
+    root_certificate: RootCertificate = None,
+    identity: Identity = None,
+    identity_provider: IdentityProvider = None,
+    trust_config: TrustConfig = None,
+    staging: Staging = False,
     threads: Threads = None,
     ray: Ray = None,
     as_json: Json = False,
@@ -371,6 +427,10 @@ def compact(
 
     deltaweights compact delta-1 delta-2 delta-3 -o one --base ./base
     """
+    signed_by = requirement_of(
+        public_key, root_certificate, identity, identity_provider, trust_config, staging,
+        is_required=require_signature,
+    )  # fmt: skip
     with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work:
         from ..compact import compact_deltas
 
@@ -381,6 +441,7 @@ def compact(
                 base=base,
                 effort=effort.value,
                 force=force,
+                require_signature=signed_by,
                 threads=threads,
                 executor=executor,
                 progress=shown,
@@ -405,6 +466,13 @@ def plan(
             "May be given several times.",
         ),
     ] = None,
+    require_signature: RequireSignature = False,
+    public_key: PublicKey = None,
+    root_certificate: RootCertificate = None,
+    identity: Identity = None,
+    identity_provider: IdentityProvider = None,
+    trust_config: TrustConfig = None,
+    staging: Staging = False,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -416,8 +484,12 @@ def plan(
     deltaweights plan org/model-delta
     deltaweights plan org/model-delta --base ./base -o model --bandwidth 250M
     """
+    signed_by = requirement_of(
+        public_key, root_certificate, identity, identity_provider, trust_config, staging,
+        is_required=require_signature,
+    )  # fmt: skip
     at_work = working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
-    _plan(at_work, delta, base, keep_base, output, bandwidth, threads)
+    _plan(at_work, delta, base, keep_base, output, bandwidth, threads, signed_by)
 
 
 def _plan(
@@ -428,6 +500,7 @@ def _plan(
     output: str | None,
     bandwidth: list[str] | None,
     threads: int | None,
+    require_signature: SignatureRequirement | None = None,
 ) -> None:
     """``plan`` and ``apply --dry-run``."""
     rates = [bits(text) for text in bandwidth or ("100M", "1G", "10G")]
@@ -435,7 +508,13 @@ def _plan(
         from ..plan import plan_apply
 
         found = plan_apply(
-            delta, base=base, keep_base=keep_base, out=output, bandwidth=rates, threads=threads
+            delta,
+            base=base,
+            keep_base=keep_base,
+            out=output,
+            bandwidth=rates,
+            require_signature=require_signature,
+            threads=threads,
         )
     if found.mismatch is not None:
         found = replace(found, mismatch=in_flags(found.mismatch))
@@ -454,6 +533,24 @@ def verify(
     target: Annotated[
         str | None, typer.Option(metavar="TARGET", help="Compare this checkpoint with the manifest.")
     ] = None,
+    signature: Annotated[
+        bool,
+        typer.Option("--signature", help="Check who signed it, and what.", rich_help_panel=SIGNED),
+    ] = False,
+    attestation: Annotated[
+        bool,
+        typer.Option(
+            "--attestation",
+            help="Check who attested it, and make the statement again.",
+            rich_help_panel=SIGNED,
+        ),
+    ] = False,
+    public_key: PublicKey = None,
+    root_certificate: RootCertificate = None,
+    identity: Identity = None,
+    identity_provider: IdentityProvider = None,
+    trust_config: TrustConfig = None,
+    staging: Staging = False,
     threads: Threads = None,
     ray: Ray = None,
     as_json: Json = False,
@@ -465,7 +562,13 @@ def verify(
 
     deltaweights verify delta
     deltaweights verify delta --base ./base --target ./model
+    deltaweights verify delta --signature --public-key maker.pem
+    deltaweights verify delta --attestation --base ./base --public-key maker.pem
     """
+    trusted = requirement_of(
+        public_key, root_certificate, identity, identity_provider, trust_config, staging,
+        is_required=signature or attestation,
+    )  # fmt: skip
     with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug) as work:
         from ..verify import verify_delta
 
@@ -475,6 +578,8 @@ def verify(
                 base=base,
                 keep_base=keep_base,
                 target=target,
+                require_signature=trusted if signature or not attestation else None,
+                require_attestation=trusted if attestation else None,
                 threads=threads,
                 executor=executor,
                 progress=shown,
@@ -517,7 +622,7 @@ def bom(
     ] = BomFormat.cyclonedx,
     output: Annotated[
         str | None,
-        typer.Option("--output", "-o", metavar="FILE", help="The file to write; stdout by default."),
+        typer.Option("--output", "-o", metavar="FILE", help="The file or URL to write; stdout by default."),
     ] = None,
     created: Annotated[
         int,
@@ -539,17 +644,14 @@ def bom(
     """
     with working(verbose=verbose, debug=debug):
         from ..bom import bom_of
-        from ..storage import output_path
+        from ..storage import write_document
 
         time = datetime.fromtimestamp(created, timezone.utc)
         document = bom_of(delta, format.value, created=time)
         if output is None:
             typer.echo(document, nl=False)
             return
-        try:
-            output_path(output).write_bytes(document)
-        except OSError as error:
-            raise OutputError(f"Cannot write {output}", f"{error.strerror}.") from error
+        write_document(output, document)
 
 
 @app.command("license", rich_help_panel=_LOOK)

@@ -176,6 +176,9 @@ def verify_lines(report: VerifyReport, nbytes: int, seconds: float, *, quiet: bo
         verdict += f" ({report.published} of them by the SHA-256 that the Hub publishes, not read)"
     if report.target_repo:
         verdict += f"; compared with {plain(report.target_repo)} too"
+    yield from (plain(f"Signed by {one}") for one in dict.fromkeys(report.signed_by))
+    rebuilt = ", who had rebuilt the target" if report.attested_rebuilt else ""
+    yield from (plain(f"Attested by {one}{rebuilt}") for one in dict.fromkeys(report.attested_by))
     yield f"{counted(report.checked, 'file')} checked: {verdict}; {speed(nbytes, seconds)}"
 
 

@@ -9,43 +9,61 @@ from typing import TypeAlias
 
 from ..errors import BaseMismatchError, DeltaError
 from ..manifest import Manifest
+from ..signing import SignatureRequirement
 from ..storage import Readable, Source, open_source
 from ..words import counted
 from .opening import open_base, read_manifest, require_whole
-from .pointer import MAX_DELTAS, is_pointer_folder, pointed
+from .pointer import MAX_DELTAS, has_pointer, pointed
 from .rebuilt import RebuiltSource
+from .signed import require_signatures
 from .target_recipe import TargetRecipe
 
 #: One delta, or several, oldest first.
 Deltas: TypeAlias = "Readable | Sequence[Readable]"
 
 
-def open_recipe(deltas: Deltas, base: Readable | None = None) -> TargetRecipe:
+def open_recipe(
+    deltas: Deltas,
+    base: Readable | None = None,
+    *,
+    require_signature: SignatureRequirement | None = None,
+    into_memory: bool = False,
+) -> TargetRecipe:
     """Open a delta, or a chain of several, and its base.
 
     Args:
         deltas: a folder, a Hub id, a URL or an open source; or several, oldest first, each made from the
-            target of the one before; or a pointer folder, which names deltas and base.
+            target of the one before; or a pointer folder, here or in a store, which names deltas and base.
         base: the (first) delta's base: a folder, a file, a Hub id or an open source; if None, the repository
             that the manifest names, at its commit.
+        require_signature: who must have signed each of them; None: nobody.
+        into_memory: the target will stay in memory, so that signed files are compared before they are used.
 
     Returns:
         The recipe for the last delta's target. Closing it closes all its sources.
 
     Raises:
         BaseMismatchError: a delta does not follow the one before it, or ``base`` is the wrong one.
+        SignatureError: a delta is not signed as required; the base was not looked for yet.
         DeltaError: a delta is incomplete or damaged, or there are too many.
         CheckpointError: the base cannot be found or read.
     """
     with ExitStack() as on_error:
-        if is_pointer_folder(deltas):
-            deltas, named = pointed(deltas)
-            base = named if base is None else base
         sources = [on_error.enter_context(open_source(delta)) for delta in listed(deltas)]
+        if len(sources) == 1 and has_pointer(sources[0]):
+            with sources[0] as pointer:
+                sources, named = pointed(pointer)
+            for source in sources:
+                on_error.enter_context(source)
+            base = named if base is None else base
         manifests = [read_manifest(source) for source in sources]
         for source, manifest in zip(sources, manifests, strict=True):
             require_whole(source, manifest)
         check_continuity(sources, manifests)
+        if require_signature is not None:
+            sources = require_signatures(sources, manifests, require_signature, into_memory=into_memory)
+            for source in sources:
+                on_error.callback(source.close)
         recipe = connect(sources, manifests, base)
         on_error.pop_all()
         return recipe

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Literal, TypeAlias, TypeGuard
 
 import msgspec
@@ -20,7 +19,7 @@ import msgspec
 from .. import canonical
 from ..errors import CheckpointError, DeltaError
 from ..manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Sha256
-from ..storage import Location, Source, open_source, sha256_of
+from ..storage import Location, Source, open_source, sha256_of, store_url
 
 #: Somewhat below the limit of Python's stack, since each delta adds a few calls to the reading of a chunk.
 MAX_DELTAS = 100
@@ -82,11 +81,23 @@ class Pointer:
 
 
 def is_pointer_folder(folder: object) -> TypeGuard[Location]:
-    """Whether this is the location of a pointer folder."""
-    return isinstance(folder, (str, os.PathLike)) and os.path.isfile(os.path.join(folder, POINTER_NAME))
+    """Whether this is the location of a pointer folder, here or in a store."""
+    if not isinstance(folder, (str, os.PathLike)):
+        return False
+    if store_url(folder):
+        with open_source(folder) as source:
+            return has_pointer(source)
+    return os.path.isfile(os.path.join(folder, POINTER_NAME))
 
 
-def pointed(folder: Location) -> tuple[list[Source], str | None]:
+def has_pointer(source: Source) -> bool:
+    """Whether this is a pointer folder. A repository on the Hub is none: what others publish must not name
+    places that are opened with the rights of who reads it."""
+    is_ours = source.root is not None or store_url(source.location or "")
+    return bool(is_ours) and POINTER_NAME in source.sizes
+
+
+def pointed(folder: Source) -> tuple[list[Source], str | None]:
     """What a pointer folder names, open: its deltas, oldest first; and where the first one's base lies (None:
     where its manifest says).
 
@@ -94,16 +105,16 @@ def pointed(folder: Location) -> tuple[list[Source], str | None]:
         CheckpointError: the folder is no pointer folder, or a delta cannot be found.
         DeltaError: its document is damaged, or the delta is another one by now.
     """
-    pointer = _read(Path(folder))
+    pointer = _read(folder)
     with ExitStack() as on_error:
         sources = [on_error.enter_context(open_source(one.origin.location())) for one in pointer.deltas]
         for one, source in zip(pointer.deltas, sources, strict=True):
-            _check_manifest(one, source, folder)
+            _check_manifest(one, source, folder.where)
         on_error.pop_all()
     return sources, pointer.base.location() if pointer.base else None
 
 
-def _check_manifest(pointed: PointedDelta, source: Source, folder: Location) -> None:
+def _check_manifest(pointed: PointedDelta, source: Source, folder: str) -> None:
     if source.sizes.get(MANIFEST_NAME, 0) > MAX_MANIFEST_BYTES:
         return  # refused when it is read
     found = sha256_of(source.blocks(MANIFEST_NAME)) if MANIFEST_NAME in source.sizes else "missing"
@@ -115,18 +126,15 @@ def _check_manifest(pointed: PointedDelta, source: Source, folder: Location) -> 
         )
 
 
-def _read(folder: Path) -> Pointer:
-    path = folder / POINTER_NAME
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_POINTER_BYTES + 1)
-    except OSError as error:
+def _read(folder: Source) -> Pointer:
+    if not has_pointer(folder):
         raise CheckpointError(
-            f"{folder} is not a pointer folder",
-            f"{POINTER_NAME} cannot be read: {error.strerror}.",
+            f"{folder.where} is not a pointer folder",
+            f"It has no {POINTER_NAME}.",
             "Write one by serve_folder.",
-        ) from error
-    return parse_pointer(data, str(path))
+        )
+    nbytes = min(folder.sizes[POINTER_NAME], _MAX_POINTER_BYTES + 1)
+    return parse_pointer(folder.open(POINTER_NAME).read(0, nbytes), folder.name(POINTER_NAME))
 
 
 def parse_pointer(data: bytes, where: str) -> Pointer:

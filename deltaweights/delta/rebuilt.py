@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..manifest import TargetFile
 from ..recent import Recent
-from ..storage import HubId, ReadableFile, Source, Span, file_blocks
+from ..storage import Announce, HubId, ReadableFile, Source, Span, file_blocks
 from .recipes import ShardRecipe, TensorRecipe
 from .target_recipe import TargetRecipe, check_digest
 
@@ -96,15 +96,19 @@ class RebuiltSource(Source):
         return f"{path}:{self._files[path].sha256}"
 
     @contextmanager
-    def expect(self, spans: Iterable[Span]) -> Iterator[None]:
-        """Fetch ahead the bytes of delta and base from which ``spans`` are decoded."""
-        with ExitStack() as expected:
-            if self.target.is_remote:
-                payloads, bases = self._needed(spans)
-                expected.enter_context(self.target.source.expect(payloads))
-                if self.target.base:
-                    expected.enter_context(self.target.base.source.expect(bases))
-            yield
+    def announcing(self) -> Iterator[Announce]:
+        """Fetch ahead the bytes of delta and base from which spans are decoded."""
+        if not self.target.is_remote:
+            yield lambda spans: None
+            return
+        with self.target.source.announcing() as payloads, self.target.announcing_base() as bases:
+
+            def announce(spans: Iterable[Span]) -> None:
+                needed, below = self._needed(spans)
+                payloads(needed)
+                bases(below)
+
+            yield announce
 
     def ranges(self, spans: Iterable[Span]) -> list[Span]:
         """The ranges of delta and base to fetch over a network for these spans."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -129,8 +130,9 @@ class ShardRecipe:
             for index in range(recipe.plan.count):
                 yield recipe, index
 
-    def rows(self, nbytes: int) -> Iterator[tuple[TensorRecipe, int, int]]:
-        """All chunks in order, in rows of at most ``nbytes``: the tensor, its first chunk, the end."""
-        for recipe in self.tensors.values():
-            for first, end in recipe.plan.rows(nbytes):
-                yield recipe, first, end
+    @contextmanager
+    def rows(self, nbytes: int) -> Iterator[Iterator[tuple[TensorRecipe, int, int]]]:
+        """All chunks in order, fetched ahead within the block, in rows of at most ``nbytes``: the tensor, its
+        first chunk, the end."""
+        with self.target.decoding(self.tensors.values()) as recipes:
+            yield ((recipe, *row) for recipe in recipes for row in recipe.plan.rows(nbytes))

@@ -13,6 +13,7 @@ from ..dtypes import DTYPE_BITS, DTYPES
 from ..entries import TensorEntry
 from ..errors import CheckpointError
 from ..manifest import Manifest
+from ..signing import SignatureRequirement
 from ..storage import Readable
 from .chain import Deltas, open_recipe
 from .recipes import TensorRecipe
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
     import torch
 
 
-def open_target(delta: Deltas, base: Readable | None = None) -> Target:
+def open_target(
+    delta: Deltas,
+    base: Readable | None = None,
+    *,
+    require_signature: SignatureRequirement | None = None,
+) -> Target:
     """Open the target of ``delta`` and ``base`` without writing files.
 
     Args:
@@ -30,17 +36,22 @@ def open_target(delta: Deltas, base: Readable | None = None) -> Target:
             a pointer folder (:func:`deltaweights.engines.serve_folder`), which names them and the base.
         base: the (first) delta's base: a folder, one file or a Hub id; if None, the one that the pointer
             folder names, or the repository that the manifest names, at its commit.
+        require_signature: who must have signed the delta, or each of several: the path of a public key, a
+            :class:`TrustedKey`, :class:`TrustedCertificates` or :class:`TrustedIdentity`, or several of
+            these, of which one suffices. None: nobody. Then the delta's files are compared by SHA-256 before
+            any is used; a delta that is far away is copied to a temporary folder for that.
 
     Returns:
         A lazy, read-only view; use it in a ``with`` block.
 
     Raises:
+        SignatureError: a delta is not signed as required.
         DeltaError: a delta is incomplete or damaged, or there are too many.
         CheckpointError: the base cannot be found or read.
         BaseMismatchError: the base's tensors differ in name, dtype or shape from those that the delta needs,
             or a delta does not follow the one before it.
     """
-    return Target(open_recipe(delta, base))
+    return Target(open_recipe(delta, base, require_signature=require_signature, into_memory=True))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -15,7 +16,7 @@ from ..entries import TargetTensor, TensorEntry
 from ..errors import DeltaError, PayloadError
 from ..manifest import Manifest, TargetFile
 from ..recent import Recent
-from ..storage import Source
+from ..storage import Announce, Source
 from .bases import find_bases
 from .faults import DeltaFaults
 from .recipes import ShardRecipe, TensorRecipe
@@ -23,6 +24,10 @@ from .shards import DeltaShard, contradicts, read_delta_shard
 
 #: Memory for what predicts the tensors that are rebuilt at the same time.
 _PREDICTORS_BYTES = 64 << 20
+
+#: How many bytes of payloads may lie between the tensor that is decoded and the chunk records that are read:
+#: fewer than are fetched ahead, and enough to fetch the base ahead, too.
+_AHEAD_BYTES = 8 << 20
 
 
 class TargetRecipe:
@@ -149,6 +154,34 @@ class TargetRecipe:
         with self.source.expect(recipe.table_span for recipe in recipes):
             for recipe in recipes:
                 recipe.read_table()
+
+    @contextmanager
+    def decoding(self, recipes: Iterable[TensorRecipe]) -> Iterator[Iterator[TensorRecipe]]:
+        """Announce that these tensors will be decoded whole within the block, one after the other: iterate
+        over what this gives. Their chunk records come with the payloads, a little ahead, and tell which bytes
+        of the base are needed."""
+        recipes = list(recipes)
+        with self.source.announcing() as payloads, self.announcing_base() as bases:
+            payloads(span for recipe in recipes for span in recipe.spans(with_table=not recipe.is_read))
+            yield self._with_tables(recipes, bases)
+
+    def _with_tables(self, recipes: Iterable[TensorRecipe], bases: Announce) -> Iterator[TensorRecipe]:
+        ahead, nbytes = deque[TensorRecipe](), 0
+        for recipe in recipes:
+            recipe.read_table()
+            if self.is_remote:
+                chunks = filter(recipe.needs_base, range(recipe.plan.count))
+                bases(span for index in chunks for span in recipe.base_spans(index))
+            ahead.append(recipe)
+            nbytes += recipe.stored.nbytes
+            while ahead and nbytes > _AHEAD_BYTES:
+                nbytes -= ahead[0].stored.nbytes
+                yield ahead.popleft()
+        yield from ahead
+
+    def announcing_base(self) -> AbstractContextManager[Announce]:
+        """:meth:`Source.announcing` of the base, if there is one."""
+        return self.base.source.announcing() if self.base else nullcontext(lambda spans: None)
 
     @contextmanager
     def expect(self, chunks: Iterable[tuple[TensorRecipe, int]]) -> Iterator[None]:

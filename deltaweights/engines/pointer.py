@@ -23,12 +23,13 @@ from ..delta.target_recipe import TargetRecipe
 from ..errors import OutputError
 from ..manifest import MANIFEST_NAME
 from ..patch import check_apart, check_base, check_licenses, license_places, write_file, write_licenses
+from ..signing import SignatureRequirement
 from ..storage import (
     Location,
-    OutputFolder,
     Readable,
     Source,
-    local_path,
+    open_output,
+    open_source,
     sha256_of,
 )
 from ..workers import Meter, ProgressCallback, Workers
@@ -60,6 +61,7 @@ def serve_folder(
     base: Readable | None = None,
     keep_base: bool = False,
     force: bool = False,
+    require_signature: SignatureRequirement | None = None,
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> ServeReport:
@@ -71,25 +73,31 @@ def serve_folder(
 
     Args:
         delta: a folder or a Hub id; or several, oldest first, each made from the target of the one before.
-        out: the folder to write; new, empty, or written by this before.
+        out: the folder to write, or the URL of a place in a store, from which each machine copies it; new,
+            empty, or written by this before.
         base: a folder, a file or a Hub id; if None, the repository that the (first) manifest names, at its
             commit.
         keep_base: download the needed files of a base on the Hub into the local Hub cache, for engines that
             start often or have several ranks.
         force: write even if ``out`` holds other files. They stay, unless the target has a file of the same
             name.
+        require_signature: who must have signed the delta, as for :func:`deltaweights.apply_delta`. The folder
+            has the SHA-256 of its manifest, so that engines take the signed one and no other.
         threads: number of threads; if None, the number of usable cores, at most 8.
         progress: called with a phase, bytes done and total bytes.
 
     Raises:
         CheckpointError: base or delta cannot be found, read or downloaded.
         BaseMismatchError: the base is the wrong one; nothing was written.
+        SignatureError: the delta is not signed as required; nothing was written.
         DeltaError: the delta is incomplete or damaged.
         OutputError: ``out`` holds other files, or cannot be written to.
     """
-    folder = OutputFolder(out)
-    with open_recipe(delta, base) as target, Workers(threads) as workers:
+    folder = open_output(out)
+    opened = open_recipe(delta, base, require_signature=require_signature)
+    with opened as target, Workers(threads) as workers:
         workers.at_stop(target.cancel)
+        workers.at_stop(folder.cancel)
         pointer = _pointer_to(target, named_base=base is not None or is_pointer_folder(delta))
         check_apart(folder, target)
         check_licenses(target)
@@ -161,7 +169,7 @@ def read_pointer(folder: Location, *, base: Readable | None = None) -> Target:
     """Open the target that a pointer folder stands for.
 
     Args:
-        folder: what :func:`serve_folder` wrote.
+        folder: what :func:`serve_folder` wrote, here or in a store.
         base: where the base lies now, if it is not where the folder says.
 
     Raises:
@@ -172,12 +180,24 @@ def read_pointer(folder: Location, *, base: Readable | None = None) -> Target:
     return Target(open_pointed(folder, base=base))
 
 
-def open_pointed(folder: Location, *, base: Readable | None = None) -> TargetRecipe:
-    """:func:`read_pointer`, as the recipe that the rest of the package works with."""
-    sources, named = pointed(local_path(folder))
+def open_pointed(
+    folder: Location,
+    *,
+    base: Readable | None = None,
+    require_signature: SignatureRequirement | None = None,
+) -> TargetRecipe:
+    """:func:`read_pointer`, as the recipe that the rest of the package works with; of signed deltas only, if
+    ``require_signature`` is given, as for :func:`deltaweights.open_target`."""
     with ExitStack() as on_error:
+        with open_source(folder) as opened:
+            sources, named = pointed(opened)
         for source in sources:
             on_error.enter_context(source)
-        recipe = open_recipe(sources, named if base is None else base)
+        recipe = open_recipe(
+            sources,
+            named if base is None else base,
+            require_signature=require_signature,
+            into_memory=True,
+        )
         on_error.pop_all()
         return recipe

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 #: Keys of ``model_loader_extra_config`` that are ours, with the types of their values.
-_OUR_KEYS: dict[str, type] = {"base": str, "threads": int}
+_OUR_KEYS: dict[str, type] = {"base": str, "public_key": str, "threads": int}
 
 
 class DeltaModelLoader(DefaultModelLoader):  # type: ignore[misc]
@@ -32,7 +32,8 @@ class DeltaModelLoader(DefaultModelLoader):  # type: ignore[misc]
 
     Args:
         load_config: vLLM's. Keys of its ``model_loader_extra_config``: ``base``, where the base lies now, if
-            it is not where the folder says; ``threads``, how many.
+            it is not where the folder says; ``public_key``, the path of the key by which the delta must be
+            signed (those in the environment, DELTAWEIGHTS_PUBLIC_KEYS, come first); ``threads``, how many.
 
     Raises:
         ValueError: a key has a value of another type, or vLLM's own loader does not know it.
@@ -47,6 +48,7 @@ class DeltaModelLoader(DefaultModelLoader):  # type: ignore[misc]
                 raise ValueError(f"{key} in model_loader_extra_config is {value!r}")
         super().__init__(dataclasses.replace(load_config, model_loader_extra_config=extra))
         self._base: str | None = ours.get("base")
+        self._public_key: str | None = ours.get("public_key")
         self._threads: int | None = ours.get("threads")
 
     def download_model(self, model_config: ModelConfig) -> None:
@@ -60,6 +62,7 @@ class DeltaModelLoader(DefaultModelLoader):  # type: ignore[misc]
 
     def _open(self, folder: str) -> TargetRecipe:
         from .pointer import open_pointed
+        from .required_keys import required_keys
 
         if not os.path.isdir(folder):
             raise CheckpointError(
@@ -67,7 +70,7 @@ class DeltaModelLoader(DefaultModelLoader):  # type: ignore[misc]
                 "The load format deltaweights serves pointer folders.",
                 "Write one by serve_folder.",
             )
-        return open_pointed(folder, base=self._base)
+        return open_pointed(folder, base=self._base, require_signature=required_keys() or self._public_key)
 
     def _get_weights_iterator(self, source: DefaultModelLoader.Source) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a source that this rank needs, as vLLM's own loader gives them."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .. import codec
 from ..codec import is_convertible
 from ..dtypes import DTYPES
-from .sampling import Elements, ReadSample, same_values
+from .sampling import ReadSample, SampledElements, same_values
 
 #: Tensors of whose elements as much as this follows from their neighbors in the row and the column are made
 #: by a rule, not by training: masks, tables of positions. So many elements tell.
@@ -80,7 +80,7 @@ class SampledProducts:
     elements: int
 
 
-def is_telling(sample: Elements, width: int) -> bool:
+def is_telling(sample: SampledElements, width: int) -> bool:
     """Whether weights can be told by this sample: whether it looks trained or drawn, not made by a rule.
 
     Args:
@@ -150,12 +150,12 @@ def measure(sample: ReadSample, candidate: int) -> TensorMeasures | None:
     )
 
 
-def _exponents(sample: Elements) -> NDArray[np.uint32]:
+def _exponents(sample: SampledElements) -> NDArray[np.uint32]:
     """Sign and exponent of each element, as float32 has them."""
     return np.right_shift(sample.values.view(np.uint32), np.uint32(23))
 
 
-def _bits(model: Elements, other: Elements) -> tuple[float | None, float | None]:
+def _bits(model: SampledElements, other: SampledElements) -> tuple[float | None, float | None]:
     """What the codec takes for the sample, with and without the candidate's."""
     dtype, data = model.dtype, model.data[: codec.MAX_CHUNK]
     if not is_convertible(other.dtype, dtype):
@@ -177,12 +177,12 @@ def products_of(sample: ReadSample) -> SampledProducts:
     return SampledProducts(np.einsum("ik,jk->ij", matrix, matrix), rounding, count)
 
 
-def _precision(sample: Elements) -> int:
+def _precision(sample: SampledElements) -> int:
     """The bits of the mantissa; 0 for integers."""
     return DTYPES[sample.dtype].mantissa
 
 
-def _rounding(sample: Elements, mantissa: int) -> float:
+def _rounding(sample: SampledElements, mantissa: int) -> float:
     """The sum of the squared errors of rounding to so many bits, each even within half a unit in the last
     place."""
     _, exponents = np.frexp(sample.values)

@@ -37,7 +37,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Elements:
+class SampledElements:
     """Some elements of a tensor.
 
     Attributes:
@@ -56,8 +56,8 @@ class ReadSample:
     """A tensor's sample, and that of each candidate, in their order; None where one has no counterpart."""
 
     tensor: Tensor
-    model: Elements
-    candidates: tuple[Elements | None, ...]
+    model: SampledElements
+    candidates: tuple[SampledElements | None, ...]
 
 
 def counterparts_of(matches: Sequence[Match]) -> dict[Tensor, Counterpart]:
@@ -116,7 +116,7 @@ def _reached(sampled: SampledTensor, candidate: Candidate) -> Counterpart | None
     return counterpart if counterpart and sampled.runs[-1][1] <= counterpart.elements else None
 
 
-def _read_counterpart(sampled: SampledTensor, candidate: Candidate) -> Elements | None:
+def _read_counterpart(sampled: SampledTensor, candidate: Candidate) -> SampledElements | None:
     counterpart = _reached(sampled, candidate)
     return _read(counterpart.base, sampled.runs) if counterpart else None
 
@@ -126,7 +126,7 @@ def _span(tensor: Tensor, start: int, end: int) -> Span:
     return tensor.span(start * itemsize, end * itemsize)
 
 
-def _read(tensor: Base, runs: Sequence[tuple[int, int]]) -> Elements:
+def _read(tensor: Base, runs: Sequence[tuple[int, int]]) -> SampledElements:
     itemsize = DTYPES[tensor.dtype].bits // 8
     data = np.empty(sum(end - start for start, end in runs) * itemsize, np.uint8)
     done = 0
@@ -134,10 +134,10 @@ def _read(tensor: Base, runs: Sequence[tuple[int, int]]) -> Elements:
         length = (end - start) * itemsize
         tensor.read_into(start * itemsize, data[done : done + length])
         done += length
-    return Elements(tensor.dtype, data, numbers(data, tensor.dtype))
+    return SampledElements(tensor.dtype, data, numbers(data, tensor.dtype))
 
 
-def same_values(one: Elements, other: Elements) -> NDArray[np.bool_]:
+def same_values(one: SampledElements, other: SampledElements) -> NDArray[np.bool_]:
     """For each element, whether both are the same bits, in the coarser of the two dtypes."""
     if one.dtype != other.dtype and is_convertible(one.dtype, other.dtype):
         coarser = min(one.dtype, other.dtype, key=lambda dtype: DTYPES[dtype].mantissa)

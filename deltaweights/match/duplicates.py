@@ -7,14 +7,13 @@ then some more. Only tensors that agree in all of these are read whole.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import partial
 
 from .. import codec
 from ..checkpoint import Checkpoint, Tensor
 from ..payload import ChunkPlan
-from ..storage import Span
 from ..workers import Workers
 from .names import Match
 
@@ -59,8 +58,7 @@ def find_duplicates(
         groups = _split(groups, lambda match: glance(match.target))
     for parts in (_first, _spread) if sampled else (_first, _spread, _whole):
         if groups:
-            with target.source.expect(_spans(groups, parts)):
-                groups = _split(groups, partial(_digest, parts), workers if parts is _whole else None)
+            groups = _split_by_bytes(target, groups, parts, workers if parts is _whole else None)
     likes: dict[Tensor, Match] = {}
     for group in groups:
         costs = list(workers.map(partial(_cost, chunk_bytes, _SAMPLES if sampled else None), group))
@@ -75,16 +73,31 @@ def _is_renamed(match: Match) -> bool:
     return match.base is None or match.base.name != match.target.name
 
 
-def _split(groups: _Groups, key: Callable[[Match], Hashable], workers: Workers | None = None) -> _Groups:
+def _split(groups: _Groups, key: Callable[[Match], Hashable]) -> _Groups:
     """Split the groups by ``key`` of their members, and drop groups of one."""
     found: _Groups = []
     for group in groups:
         by_key: dict[Hashable, list[Match]] = {}
-        # Reading a few bytes is faster than handing them to another thread.
-        for match, value in zip(group, (workers.map if workers else map)(key, group), strict=True):
-            by_key.setdefault(value, []).append(match)
+        for match in group:
+            by_key.setdefault(key(match), []).append(match)
         found += (alike for alike in by_key.values() if len(alike) > 1)
     return found
+
+
+def _split_by_bytes(target: Checkpoint, groups: _Groups, parts: _Parts, workers: Workers | None) -> _Groups:
+    """Split the groups by some bytes of their members, which are read in the order of the files: over a
+    network, what is close together comes at once."""
+    places = {path: number for number, path in enumerate(target.shards)}
+    matches = sorted(
+        (match for group in groups for match in group),
+        key=lambda match: (places[match.target.path], match.target.info.start),
+    )
+    spans = (match.target.span(*part) for match in matches for part in parts(match.target.info.nbytes))
+    with target.source.expect(spans):
+        # Reading a few bytes is faster than handing them to another thread.
+        digests = (workers.map if workers else map)(partial(_digest, parts), matches)
+        found = {match.target: digest for match, digest in zip(matches, digests, strict=True)}
+    return _split(groups, lambda match: found[match.target])
 
 
 def _kind(match: Match) -> Hashable:
@@ -103,15 +116,6 @@ def _spread(nbytes: int) -> Sequence[tuple[int, int]]:
 
 def _whole(nbytes: int) -> Sequence[tuple[int, int]]:
     return [(start, min(start + _BLOCK_BYTES, nbytes)) for start in range(0, nbytes, _BLOCK_BYTES)]
-
-
-def _spans(groups: _Groups, parts: _Parts) -> Iterable[Span]:
-    return (
-        match.target.span(*part)
-        for group in groups
-        for match in group
-        for part in parts(match.target.info.nbytes)
-    )
 
 
 def _digest(parts: _Parts, match: Match) -> bytes:

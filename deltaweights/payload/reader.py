@@ -122,8 +122,19 @@ class StoredPayload:
 
     @property
     def table_span(self) -> Span:
-        """The span of the chunk records, and of the prediction before them."""
-        return self.stored.span(0, min(self._predicted + self._table_bytes, self.stored.info.nbytes))
+        """The span of the chunk records."""
+        nbytes = self.stored.info.nbytes
+        start = min(self._predicted, nbytes)
+        return self.stored.span(start, min(start + self._table_bytes, nbytes))
+
+    def spans(self, *, with_table: bool) -> list[Span]:
+        """The spans of the whole payload, in order; with or without the chunk records."""
+        nbytes = self.stored.info.nbytes
+        if with_table:
+            return [self.stored.span(0, nbytes)]
+        _, start, end = self.table_span
+        first = self.stored.span(0, 0).start
+        return [self.stored.span(0, start - first), self.stored.span(end - first, nbytes)]
 
     def data_span(self, index: int) -> Span:
         """The span of the data of chunk ``index``."""

@@ -1,6 +1,6 @@
 """Where bytes come from and go: folders, the Hub, output folders."""
 
-from .destination import Destination, SharedOutput, WritableFile
+from .destination import Destination, SharedOutput, UnlockedPlace, WritableFile
 from .file_names import spelling
 from .hub import HubSource, open_hub
 from .joined import join_output
@@ -17,13 +17,15 @@ from .local import (
 from .location import Location, Readable, open_output, open_source
 from .output import WORKSPACE, OutputFolder, PartialFile
 from .pinned import PinnedSource
-from .source import HubId, ReadableFile, Source, Span, file_blocks, sha256_of
+from .source import Announce, HubId, ReadableFile, Source, Span, file_blocks, sha256_of
 from .system import flush, flush_folder, is_same, is_within, lock
 from .traffic import Traffic
 from .traffic import total as total_traffic
+from .unlocked import open_unlocked, write_document
 
 __all__ = [
     "WORKSPACE",
+    "Announce",
     "Destination",
     "HubId",
     "HubSource",
@@ -39,6 +41,7 @@ __all__ = [
     "Source",
     "Span",
     "Traffic",
+    "UnlockedPlace",
     "WritableFile",
     "blocks_at",
     "file_blocks",
@@ -54,9 +57,11 @@ __all__ = [
     "open_hub",
     "open_output",
     "open_source",
+    "open_unlocked",
     "output_path",
     "sha256_of",
     "spelling",
     "store_url",
     "total_traffic",
+    "write_document",
 ]

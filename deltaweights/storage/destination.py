@@ -1,9 +1,10 @@
-"""Where files are written: the base classes of a folder and of a place in a store."""
+"""Where files are written: the base classes of a folder and of a place in a store, held by one run or by
+nobody."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -183,3 +184,57 @@ class Destination(ABC):
 
     def cancel(self) -> None:  # noqa: B027
         """End all writes that wait for a network, and all later ones. Can be called from any thread."""
+
+
+class UnlockedPlace(ABC):
+    """A place where several processes put files, each under names of its own. Nobody holds it: there is no
+    lock, and there are no notes for a next run.
+
+    Attributes:
+        where: its name in messages, without secrets.
+    """
+
+    where: str
+
+    @abstractmethod
+    def require_writable(self) -> None:
+        """Raise :class:`OutputError` where files are only read."""
+
+    @abstractmethod
+    def create(
+        self, path: str, *, size: int | None = None, sha256: str | None = None, over: str | None = None
+    ) -> WritableFile:
+        """A new file that :meth:`WritableFile.commit` will place at ``path``.
+
+        Args:
+            size, sha256: as for :meth:`Destination.create`.
+            over: the :meth:`mark` of the file that it replaces. A store refuses it where another file is, or
+                has come meanwhile; in a folder, it replaces any.
+
+        Raises:
+            OutputError: nothing can be written there.
+        """
+
+    @abstractmethod
+    def mark(self, path: str) -> str | None:
+        """A text that changes with the file at ``path``; None if there is none."""
+
+    @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the files that are there now, by path."""
+
+    @abstractmethod
+    def read(self, path: str) -> bytes:
+        """The bytes of a small file; none if it is not there."""
+
+    @abstractmethod
+    def remove(self, path: str) -> None:
+        """Remove the file at ``path``, if it is there."""
+
+    @abstractmethod
+    def is_at(self, source: Source) -> bool:
+        """Whether it is the place of ``source``."""
+
+    @abstractmethod
+    def end_uploads(self, is_left_over: Callable[[str], bool]) -> None:
+        """End what killed processes began to send to the paths that ``is_left_over`` is true of."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,12 @@ _LARGE_BYTES = 1 << 20
 _MOST_SECONDS, _LEAST_RATE = 600, 20_000
 
 Result = TypeVar("Result")
+
+
+def require_repo_id(repo_id: str) -> None:
+    """Raise :class:`OutputError` for what cannot be the name of a repository that somebody owns."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, re.ASCII):
+        raise OutputError(f"{repo_id!r} is not a Hub id", "", "Hub ids look like org/name.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ request for each waiting reader, who is about to take it.
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -100,6 +101,16 @@ class _Schedule:
     announced: list[Span]
     requests: list[_Request] = field(default_factory=list)
 
+    def add(self, runs: Iterable[_Run]) -> None:
+        """Announce more. What is next to the last run that has not begun shares its requests."""
+        for run in runs:
+            self.announced.append(Span(run.path, run.start, run.end))
+            last = self.runs[-1] if self.runs else None
+            if last and last.path == run.path and 0 <= run.start - last.end <= _GAP_BYTES:
+                last.spans += run.spans
+            else:
+                self.runs.append(run)
+
 
 class Window:
     """Serves the bytes from ``fetch`` to any number of readers.
@@ -134,13 +145,25 @@ class Window:
     def expect(self, spans: Iterable[Span]) -> Iterator[None]:
         """Announce that ``spans`` will be read within the block, each byte once, in about this order. Bytes
         announced in several blocks are fetched for each."""
-        runs = _merge(spans)
-        schedule = _Schedule(deque(runs), [Span(run.path, run.start, run.end) for run in runs])
+        with self.announcing() as announce:
+            announce(spans)
+            yield
+
+    @contextmanager
+    def announcing(self) -> Iterator[Callable[[Iterable[Span]], None]]:
+        """:meth:`expect` for spans that become known within the block: call what this gives with them."""
+        schedule = _Schedule(deque(), [])
+
+        def announce(spans: Iterable[Span]) -> None:
+            runs = _merge(spans)
+            with self._lock:
+                schedule.add(runs)
+                self._begin()
+
         with self._lock:
             self._schedules.append(schedule)
-            self._begin()
         try:
-            yield
+            yield announce
         except BaseException:
             with self._lock:
                 self._end_schedule(schedule, [])
@@ -220,10 +243,10 @@ class Window:
 
     def _pull(self, schedule: _Schedule, index: int, position: int, end: int) -> _Request:
         """Begin a request at ``position`` of a run immediately, out of turn. If there is no room, limit it to
-        the bytes that the reader wants, which frees it at once."""
+        the bytes that the reader wants, and some more: a request for each few bytes would cost more."""
         length = self._request_bytes
         if self.held + length > self._nbytes:
-            length = min(length, end - position)
+            length = min(length, max(end - position, self._longest // 8))
         *before, rest = schedule.runs[index].cut(position)
         wanted, *after = rest.cut(position + length)
         del schedule.runs[index]
@@ -368,7 +391,8 @@ class Window:
                 return self._spare.pop(index)
         while self._spare and self.held + sum(map(len, self._spare)) > self._nbytes:
             self._spare.pop()
-        return np.empty(nbytes, np.uint8)
+        # Memory of its own, which goes back to the system: freed in a heap, it would stay with the process.
+        return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
 
     def _give_back(self, request: _Request) -> None:
         buffer, request.buffer = request.buffer, None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .local import LocalFile
 from .read_ahead import Window, ranges_of
-from .source import HEAD_BYTES, ReadableFile, Source, Span, file_blocks
+from .source import HEAD_BYTES, Announce, ReadableFile, Source, Span, file_blocks
 
 
 class FetchedFile(ReadableFile):
@@ -59,9 +59,11 @@ class RemoteSource(Source):
         with self.expect([Span(path, 0, file.size)]):
             yield from self.compared(path, file_blocks(file))
 
-    def expect(self, spans: Iterable[Span]) -> AbstractContextManager[None]:
-        """Fetch these spans ahead of their readers, as far as memory allows."""
-        return self.window.expect(self._remote(spans))
+    @contextmanager
+    def announcing(self) -> Iterator[Announce]:
+        """Fetch spans ahead of their readers, as far as memory allows."""
+        with self.window.announcing() as announce:
+            yield lambda spans: announce(self._remote(spans))
 
     def ranges(self, spans: Iterable[Span]) -> list[Span]:
         """The ranges that come over the network for these spans."""

@@ -10,10 +10,10 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,6 +84,10 @@ class Span(NamedTuple):
     path: str
     start: int
     end: int
+
+
+#: Takes spans that will be read: see :meth:`Source.announcing`.
+Announce: TypeAlias = Callable[[Iterable[Span]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,10 +231,17 @@ class Source(ABC):
             yield block
         self.require_sha256(path, sha256.hexdigest())
 
-    def expect(self, spans: Iterable[Span]) -> AbstractContextManager[None]:
+    @contextmanager
+    def expect(self, spans: Iterable[Span]) -> Iterator[None]:
         """Announce that ``spans`` will be read within the block, each byte once, in about this order, so that
         remote bytes are fetched ahead. This only affects speed: any bytes may be read at any time."""
-        return nullcontext()
+        with self.announcing() as announce:
+            announce(spans)
+            yield
+
+    def announcing(self) -> AbstractContextManager[Announce]:
+        """:meth:`expect` for spans that become known within the block: call what this gives with them."""
+        return nullcontext(lambda spans: None)
 
     def ranges(self, spans: Iterable[Span]) -> list[Span]:
         """The ranges to fetch over a network for these spans, with neighbors and small gaps merged."""

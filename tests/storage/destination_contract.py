@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from deltaweights import OutputError
-from deltaweights.storage import Destination, join_output
+from deltaweights.storage import Destination, UnlockedPlace, join_output
 
 #: Empty, short, and as long as several parts of an upload, the last of them short.
 SIZES = (0, 1, (12 << 20) + 5)
@@ -54,6 +54,48 @@ def sample(nbytes: int, seed: int = 0) -> bytes:
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+class UnlockedContract:
+    """The laws of a place that nobody holds. Processes put files of their own there, whole or not at all."""
+
+    @pytest.mark.parametrize("size", SIZES)
+    @pytest.mark.parametrize("is_known", [True, False], ids=["known", "unknown"])
+    def test_a_committed_file_is_there(self, unlocked: UnlockedPlace, size: int, is_known: bool) -> None:
+        data = sample(size)
+        known = {"size": size, "sha256": sha256(data)} if is_known else {}
+        with unlocked.create("x.bin", **known) as file:  # type: ignore[arg-type]
+            file.write_blocks([data[: size // 2], data[size // 2 :]])
+            file.commit()
+        assert unlocked.sizes() == {"x.bin": size}
+        assert unlocked.read("x.bin") == data
+
+    def test_one_that_is_not_committed_never_was(self, unlocked: UnlockedPlace) -> None:
+        with unlocked.create("x") as file:
+            file.write_at(0, b"half")
+        assert unlocked.sizes() == {}
+        assert unlocked.read("x") == b""
+
+    def test_several_processes_put_files_there(self, unlocked: UnlockedPlace) -> None:
+        with unlocked.create("x") as one, unlocked.create("y") as other:
+            for file in (one, other):
+                file.write_at(0, b"data")
+                file.commit()
+        assert unlocked.sizes() == {"x": 4, "y": 4}
+
+    def test_a_file_is_replaced_and_removed(self, unlocked: UnlockedPlace) -> None:
+        marks = []
+        for data in (b"old", b"newer"):
+            marks.append(unlocked.mark("x"))
+            with unlocked.create("x", over=marks[-1]) as file:
+                file.write_at(0, data)
+                file.commit()
+        assert unlocked.read("x") == b"newer"
+        assert len({*marks, unlocked.mark("x")}) == 3
+        unlocked.remove("x")
+        unlocked.remove("x")
+        assert unlocked.sizes() == {}
+        assert unlocked.mark("x") is None
 
 
 class DestinationContract:

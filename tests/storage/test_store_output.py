@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from deltaweights import OutputError, apply_delta, compact_deltas, make_delta, plan_apply
+from deltaweights.bom import bom_of
+from deltaweights.cli.commands import app
 from deltaweights.errors import HubWriteError
-from deltaweights.storage import OutputFolder, open_output
+from deltaweights.storage import OutputFolder, UnlockedPlace, open_output, open_unlocked, write_document
 from deltaweights.storage.store import upload
 from deltaweights.storage.store.files import SpooledFile
 
 from ..checkpoints import contents
 from ..conftest import CHUNK_BYTES, Trio
 from ..s3_server import S3Server
-from .destination_contract import DestinationContract, Place, sample, sha256, write
+from .destination_contract import DestinationContract, Place, UnlockedContract, sample, sha256, write
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
@@ -62,6 +65,71 @@ class TestFolder(DestinationContract):
             (root / path).write_bytes(data)
 
         return Place(lambda: OutputFolder(root), found, put)
+
+
+class TestUnlockedFolder(UnlockedContract):
+    @pytest.fixture
+    def unlocked(self, tmp_path: Path) -> UnlockedPlace:
+        return open_unlocked(tmp_path / "out")
+
+
+class TestUnlockedMemory(UnlockedContract):
+    @pytest.fixture
+    def unlocked(self, memory: Any) -> UnlockedPlace:
+        return open_unlocked("memory://out")
+
+
+class TestUnlockedS3(UnlockedContract):
+    @pytest.fixture
+    def unlocked(self, s3: S3Server) -> UnlockedPlace:
+        return open_unlocked(_URL)
+
+    @pytest.mark.parametrize("is_new", [True, False])
+    def test_of_two_who_put_the_same_file_the_second_is_refused(
+        self, unlocked: UnlockedPlace, s3: S3Server, is_new: bool
+    ) -> None:
+        if not is_new:
+            s3.system.pipe_file("bucket/out/x", b"earlier")
+        mark = unlocked.mark("x")
+
+        def put_late() -> None:
+            with unlocked.create("x", over=mark) as file:
+                file.write_at(0, b"mine")
+                s3.system.pipe_file("bucket/out/x", b"the other's")
+                file.commit()
+
+        with pytest.raises(HubWriteError, match="is being written to by another run"):
+            put_late()
+        assert unlocked.read("x") == b"the other's"
+
+    def test_uploads_of_killed_processes_are_ended(self, unlocked: UnlockedPlace, s3: S3Server) -> None:
+        for key in ("out/x", "out/y", "other/x"):
+            s3.system.call_s3("create_multipart_upload", Bucket="bucket", Key=key)
+        unlocked.end_uploads(lambda path: path == "x")
+        left = {upload["Key"] for upload in s3.system.list_multipart_uploads("bucket")}
+        assert left == {"out/y", "other/x"}
+
+
+class TestDocuments:
+    """Single files, such as bills of materials."""
+
+    @pytest.mark.parametrize("place", ["bucket/a.json", "bucket/a/b.json"])
+    def test_it_is_written_and_replaced(self, s3: S3Server, place: str) -> None:
+        for data in (b"{}", b"[1]"):
+            write_document(f"s3://{place}", data)
+            assert s3.system.cat_file(place) == data
+        assert s3.system.find("bucket") == [place]
+
+    @pytest.mark.parametrize("url", ["s3://bucket", "s3://bucket/", "s3://bucket/folder/"])
+    def test_a_url_that_names_no_file_is_refused(self, s3: S3Server, url: str) -> None:
+        with pytest.raises(OutputError, match="names no file"):
+            write_document(url, b"{}")
+
+    def test_the_command_writes_there(self, s3: S3Server, trio: Trio) -> None:
+        pytest.importorskip("cyclonedx")
+        done = CliRunner().invoke(app, ["bom", str(trio.delta), "-o", "s3://bucket/bom.json"])
+        assert done.exit_code == 0, done.output
+        assert s3.system.cat_file("bucket/bom.json") == bom_of(trio.delta)
 
 
 class TestMemory(DestinationContract):

@@ -37,6 +37,8 @@ def write_cyclonedx(facts: Facts) -> str:
     base = _component(facts.base, ComponentType.MACHINE_LEARNING_MODEL)
     delta = _component(facts.delta, ComponentType.DATA)
     delta.description = f"What the target adds to the base, made by {facts.maker}"
+    if facts.attestation:
+        delta.external_references.add(_attestation(facts.attestation))
     link = XsUri.make_bom_link(facts.document, bom_ref=delta.bom_ref)
     target.pedigree = Pedigree(
         ancestors=[base],
@@ -55,6 +57,16 @@ def write_cyclonedx(facts: Facts) -> str:
     )
     bom.register_dependency(target, [delta])
     return JsonV1Dot7(bom).output_as_string(indent=2) + "\n"
+
+
+def _attestation(file: FileRecord) -> ExternalReference:
+    """Where the delta's provenance is, in the delta's folder."""
+    return ExternalReference(
+        type=ExternalReferenceType.ATTESTATION,
+        url=XsUri(file.path),
+        comment="SLSA provenance of the target, in a Sigstore bundle beside the delta's files",
+        hashes=[HashType(alg=HashAlgorithm.SHA_256, content=file.sha256)],
+    )
 
 
 def _component(part: BomPart, type: ComponentType) -> Component:

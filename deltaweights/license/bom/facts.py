@@ -13,7 +13,9 @@ from typing import Literal
 from ..._version import __version__
 from ...errors import DeltaError, DeltaWeightsError
 from ...manifest import MANIFEST_NAME, BaseRecord, DeltaLicense, FileRecord, License, Manifest, TargetRecord
-from ...storage import Source
+from ...signing import ATTESTATION_NAME
+from ...signing.bundle import MAX_BUNDLE_BYTES
+from ...storage import Source, sha256_of
 from ..rules import recognize, terms_of
 from ..table import Terms
 
@@ -90,7 +92,8 @@ class BomPart:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """All facts. ``document`` is the id of a document with this content, written by this version."""
+    """All facts. ``document`` is the id of a document with this content, written by this version;
+    ``attestation`` is the file of the delta's attestation, if it has one."""
 
     document: uuid.UUID
     created: datetime
@@ -98,6 +101,7 @@ class Facts:
     base: BomPart
     target: BomPart
     delta: BomPart
+    attestation: FileRecord | None = None
 
 
 def read_facts(source: Source, manifest: Manifest, created: datetime) -> Facts:
@@ -116,7 +120,9 @@ def read_facts(source: Source, manifest: Manifest, created: datetime) -> Facts:
     encoded = manifest.to_json()
     itself = FileRecord(MANIFEST_NAME, len(encoded), hashlib.sha256(encoded).hexdigest())
     own_notice = _read(tuple(file for file in manifest.files if file.path == more.notice), source)
+    attestation = _attestation(source)
     name = f"deltaweights:{__version__}:{manifest.checksum}:{created.isoformat()}"
+    name += f":{attestation.sha256}" if attestation else ""
     return Facts(
         document=uuid.uuid5(uuid.NAMESPACE_URL, name),
         created=created,
@@ -124,7 +130,18 @@ def read_facts(source: Source, manifest: Manifest, created: datetime) -> Facts:
         base=_model("base", manifest.base, base, base, _notice(base_texts)),
         target=_model("target", manifest.target, target, whole, _notice(target_texts), more.conflicts),
         delta=BomPart("delta", (itself, *manifest.files), concluded=whole, notice=_joined(own_notice)),
+        attestation=attestation,
     )
+
+
+def _attestation(source: Source) -> FileRecord | None:
+    """The attestation's file, whoever signed it."""
+    size = source.sizes.get(ATTESTATION_NAME)
+    if size is None:
+        return None
+    if size > MAX_BUNDLE_BYTES:
+        raise _damaged(source, f"{ATTESTATION_NAME} has more than {MAX_BUNDLE_BYTES} bytes")
+    return FileRecord(ATTESTATION_NAME, size, sha256_of(source.blocks(ATTESTATION_NAME)))
 
 
 def _count(manifest: Manifest) -> int:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from spdx_python_model import v3_0_1 as spdx
 
 from ..._version import __version__
+from ...manifest import FileRecord
 from ..table import Terms
 from .facts import BomPart, Facts, LicenseFacts
 
@@ -35,6 +36,16 @@ def write_spdx(facts: Facts) -> str:
     document.relate("target", spdx.RelationshipType.descendantOf, [base])
     document.relate("base", spdx.RelationshipType.patchedBy, [delta])
     return document.to_json(target)
+
+
+def _attestation(file: FileRecord) -> spdx.ExternalRef:
+    """Where the delta's provenance is, in the delta's folder."""
+    return spdx.ExternalRef(
+        externalRefType=spdx.ExternalRefType.buildMeta,
+        locator=[file.path],
+        contentType="application/vnd.dev.sigstore.bundle.v0.3+json",
+        comment=f"SLSA provenance of the target; SHA-256 {file.sha256}",
+    )
 
 
 class _Document:
@@ -94,6 +105,7 @@ class _Document:
             software_primaryPurpose=spdx.software_SoftwarePurpose.patch,
             software_sourceInfo=f"Made by {facts.maker}.",
             software_attributionText=[facts.delta.notice] if facts.delta.notice else None,
+            externalRef=[_attestation(facts.attestation)] if facts.attestation else None,
         )
         self._add_files(facts.delta)
         self._add_licenses(facts.delta)

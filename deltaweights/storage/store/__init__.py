@@ -2,5 +2,6 @@
 
 from .folder import JoinedPlace, StoreFolder
 from .source import StoreSource
+from .unlocked import UnlockedStore
 
-__all__ = ["JoinedPlace", "StoreFolder", "StoreSource"]
+__all__ = ["JoinedPlace", "StoreFolder", "StoreSource", "UnlockedStore"]

@@ -36,6 +36,9 @@ RUN_KEY = "deltaweights-run"
 #: Schemes that mean the same.
 _SAME_SCHEMES = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}
 
+#: In a URL of S3, before the id of a version.
+_VERSION = "?versionId="
+
 _QUESTIONS_AT_ONCE = 8
 
 _PIECE_BYTES = 1 << 20
@@ -107,6 +110,11 @@ class Store:
                 f"Write to a folder, then copy it: hf buckets sync FOLDER {self.where}",
             )
 
+    def require_nameable(self, path: str) -> None:
+        """Raise :class:`OutputError` where no new file can have that path."""
+        if self.is_s3 and _VERSION in path:  # it would be cut there
+            raise OutputError(f"{path} cannot be written to S3", f"It has {_VERSION} in it.", "Rename it.")
+
     def full_path(self, path: str) -> str:
         """The path in the file system of the file at the relative ``path``."""
         return f"{self.root.rstrip('/')}/{path}"
@@ -118,21 +126,33 @@ class Store:
             HubReadError: it cannot be listed, or there is nothing.
         """
         with reading(self.where):
-            infos = patiently(self._infos, attempts=3)
-            if len(infos) > _MOST_FILES:
-                raise Unserved(f"it has more than {_MOST_FILES:,} files")
-            files = dict(self._files(infos))
+            files = dict(self._files(patiently(self._infos, attempts=3)))
             if not files:
                 raise FileNotFoundError(self.where)
             return files
 
     def find(self) -> dict[str, PinnedFile]:
         """The files under the place by relative path, if it is no web server's; empty if there are none."""
-        root = self.root.rstrip("/") + "/"
-        with self.alone():
+        return dict(self._files(self._found()))
+
+    def pin_now(self, path: str) -> str | None:
+        """The pin of the file at the relative ``path``; None if there is none."""
+        with self.alone(), suppress(FileNotFoundError):
             self.system.invalidate_cache()
-            infos = self.system.find(self.root, detail=True)
-        return dict(self._files({name: info for name, info in infos.items() if name.startswith(root)}))
+            return pin_of(self.system.info(self.full_path(path)))
+        return None
+
+    def get(self, path: str) -> bytes:
+        """The bytes of a small file at the relative ``path``; none if it is not there."""
+        with self.alone(), suppress(FileNotFoundError):
+            data: bytes = self.system.cat_file(self.full_path(path))
+            return data
+        return b""
+
+    def remove(self, path: str) -> None:
+        """Remove the file at the relative ``path``, if it is there."""
+        with self.alone(), suppress(FileNotFoundError):
+            self.system.rm_file(self.full_path(path))
 
     def address(self, path: str = "") -> str:
         """A text that is the same for two URLs of the same file, or of the place."""
@@ -166,9 +186,11 @@ class Store:
 
     def uploads(self) -> Iterator[UnfinishedUpload]:
         """The uploads under the place that were begun and not ended, on S3."""
-        bucket, _, prefix = self.root.partition("/")
-        asked = {"Bucket": bucket, "Prefix": f"{prefix.rstrip('/')}/".lstrip("/")}
-        while asked and self.is_s3:
+        if not self.is_s3:
+            return
+        bucket, prefix, _ = self._key(self.root.rstrip("/") + "/")
+        asked = {"Bucket": bucket, "Prefix": prefix}
+        while True:
             answer = self.system.call_s3("list_multipart_uploads", **asked)
             for one in answer.get("Uploads") or []:
                 yield UnfinishedUpload(f"{bucket}/{one['Key']}", one["UploadId"])
@@ -179,7 +201,7 @@ class Store:
 
     def end_upload(self, upload: UnfinishedUpload) -> None:
         """End an upload, so that its parts take no space."""
-        bucket, _, key = upload.full_path.partition("/")
+        bucket, key, _ = self._key(upload.full_path)
         self.system.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload.id)
 
     def _infos(self) -> dict[str, Mapping[str, Any]]:
@@ -188,11 +210,38 @@ class Store:
             folder = self.root.partition("?")[0].rstrip("/") + "/"
             names = [name for name in self.system.find(folder) if "?" not in name]
             return self._asked(names[: _MOST_FILES + 1])
-        if not self.is_web:
-            found: dict[str, Mapping[str, Any]] = self.system.find(self.root, detail=True)
-            if found:
-                return found
-        return self._asked([self.root])
+        found = {} if self.is_web else self._found()
+        return found or self._asked([self.root])
+
+    def _found(self) -> dict[str, Mapping[str, Any]]:
+        """What lies under the place.
+
+        Raises:
+            Unserved: too much for a model, such as a whole bucket.
+        """
+        root, found = self._plain(self.root).rstrip("/") + "/", dict[str, Mapping[str, Any]]()
+        for page in self._pages(root):
+            found |= {name: info for name, info in page.items() if name.startswith(root)}
+            if len(found) > _MOST_FILES:
+                raise Unserved(f"it has more than {_MOST_FILES:,} files")
+        return found
+
+    def _pages(self, root: str) -> Iterator[Mapping[str, Mapping[str, Any]]]:
+        """The listing of S3, page by page: fsspec would hold all of a bucket. Of others, all at once."""
+        if not self.is_s3:
+            with self.alone():
+                self.system.invalidate_cache()
+                yield self.system.find(self.root, detail=True)
+            return
+        bucket, prefix, _ = self._key(root)
+        asked = {"Bucket": bucket, "Prefix": prefix}
+        while True:
+            answer = self.system.call_s3("list_objects_v2", **asked)
+            objects = answer.get("Contents") or []
+            yield {f"{bucket}/{one['Key']}": {**one, "size": one["Size"]} for one in objects}
+            if not answer.get("IsTruncated"):
+                return
+            asked["ContinuationToken"] = answer["NextContinuationToken"]
 
     def _asked(self, names: Iterable[str]) -> dict[str, Mapping[str, Any]]:
         """What the store says of each file. (Lists on web pages say only names.)"""
@@ -201,17 +250,27 @@ class Store:
             return dict(zip(names, threads.map(self.system.info, names), strict=True))
 
     def _files(self, infos: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, PinnedFile]]:
-        root = urlsplit(self.root)._replace(query="").geturl() if self.is_web else self.root
-        root = root.rstrip("/")
+        root = self._plain(self.root).rstrip("/")
         for name, info in sorted(infos.items()):
-            plain = name.partition("?")[0] if self.is_web else name
-            path = plain.removeprefix(root).lstrip("/") or plain.rpartition("/")[2]
+            plain = self._plain(name)
+            path = plain.removeprefix(root).removeprefix("/") or plain.rpartition("/")[2]
             if info.get("type", "file") != "file" or name.endswith("/"):
                 continue
             size = info.get("size")
             if not isinstance(size, int) or size < 0:
                 raise Unserved(f"the size of {path} is not said")
             yield unquote(path) if self.is_web else path, PinnedFile(name, size, pin_of(info))
+
+    def _plain(self, name: str) -> str:
+        """A file's name without what is no part of its path: a query, or the version on S3."""
+        if self.is_web:
+            return urlsplit(name)._replace(query="").geturl()
+        return name.partition(_VERSION)[0] if self.is_s3 and self.system.version_aware else name
+
+    def _key(self, full_path: str) -> tuple[str, str, str | None]:
+        """Bucket, key and version on S3."""
+        bucket, _, version = self.system.split_path(full_path)
+        return bucket, self._plain(full_path)[len(bucket) + 1 :], version
 
     def require_same(self, file: PinnedFile) -> None:
         """Raise :class:`ChangedMeanwhile` if the store has another version of the file now."""
@@ -248,8 +307,10 @@ class Store:
         """Bytes of a file on S3, piece by piece as they come, of the pinned version."""
         from fsspec.asyn import sync  # type: ignore[import-untyped]
 
-        bucket, _, key = file.full_path.partition("/")
+        bucket, key, version = self._key(file.full_path)
         asked = {"Range": f"bytes={start}-{end - 1}", "IfMatch": file.pin}
+        if version:
+            asked["VersionId"] = version
         body = self.system.call_s3("get_object", Bucket=bucket, Key=key, **asked)["Body"]
         try:
             while start < end:

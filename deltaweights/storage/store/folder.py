@@ -11,6 +11,7 @@ import threading
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import suppress
+from functools import partial
 
 from ...errors import OutputError
 from ..destination import Destination, SharedOutput, WritableFile
@@ -162,11 +163,7 @@ class StoreFolder(Destination):
             self._remove(path)
 
     def _remove(self, path: str) -> None:
-        def remove() -> None:
-            with self._store.alone(), suppress(FileNotFoundError):
-                self._store.system.rm_file(self._store.full_path(path))
-
-        patiently(remove, cancelled=self._cancelled)
+        patiently(partial(self._store.remove, path), cancelled=self._cancelled)
         self._files.pop(path, None)
 
     def foreign(self, expected: Collection[str]) -> list[str]:
@@ -218,13 +215,7 @@ class StoreFolder(Destination):
             return self._get(path)
 
     def _get(self, path: str) -> bytes:
-        def get() -> bytes:
-            with self._store.alone(), suppress(FileNotFoundError):
-                data: bytes = self._store.system.cat_file(self._store.full_path(path))
-                return data
-            return b""
-
-        return patiently(get, cancelled=self._cancelled)
+        return patiently(partial(self._store.get, path), cancelled=self._cancelled)
 
     def _put(self, path: str, data: bytes) -> None:
         full = self._store.full_path(path)

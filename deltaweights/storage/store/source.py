@@ -13,6 +13,7 @@ from concurrent.futures import CancelledError
 from contextlib import suppress
 from typing import Any
 
+from ...errors import CheckpointError
 from .. import hub_client
 from ..local import is_left_out
 from ..read_ahead import Window
@@ -48,9 +49,15 @@ class StoreSource(RemoteSource):
         self._url = url
         self.store = Store(url)
         self._files = self.store.listing()
-        sizes = {path: file.size for path, file in sorted(self._files.items()) if not is_left_out(path)}
-        left_out = tuple(sorted(set(self._files) - set(sizes)))
-        super().__init__(self.store.where, sizes, left_out=left_out)
+        where = self.store.where
+        odd = {path: _unnameable(where, path) for path in self._files if not _is_nameable(path)}
+        sizes = {
+            path: file.size
+            for path, file in sorted(self._files.items())
+            if not is_left_out(path) and path not in odd
+        }
+        left_out = tuple(sorted(set(self._files) - set(sizes) - set(odd)))
+        super().__init__(where, sizes, left_out=left_out, unreadable=odd)
         self.window = Window(self._fetch, nbytes=window_bytes, connections=_CONNECTIONS)
         self._is_single = len(sizes) == 1 and self.where.endswith(f"/{next(iter(sizes))}")
         self._opened: dict[str, FetchedFile] = {}
@@ -147,3 +154,16 @@ class StoreSource(RemoteSource):
         for handle in handles:
             with suppress(Exception):
                 handle.close()
+
+
+def _is_nameable(path: str) -> bool:
+    """Whether a file in a folder could have this path: keys of objects may be any text."""
+    return "\0" not in path and not {"", ".", ".."}.intersection(path.split("/"))
+
+
+def _unnameable(where: str, path: str) -> CheckpointError:
+    return CheckpointError(
+        f"An object in {where} has a name that no file can have",
+        f"It is {path[:200]!r}.",
+        "Rename it.",
+    )

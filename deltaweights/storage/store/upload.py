@@ -62,6 +62,7 @@ class Upload:
         self._full_path = store.full_path(path)
         self._partial = ""
         with writing(store.where, path):
+            store.require_nameable(path)
             self._file = self._open()
 
     def _open(self) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -161,10 +160,9 @@ class DeltaFolder:
                 )
 
     @property
-    def roots(self) -> list[Path]:
-        """The folders on this machine that hold this distributed checkpoint and those that it is based on."""
-        below = self._base.roots if isinstance(self._base, DeltaFolder) else []
-        return below + ([self.source.root.resolve()] if self.source.root else [])
+    def sources(self) -> list[Source]:
+        """The sources of this distributed checkpoint and of those that it is based on."""
+        return [self.source, *(self._base.sources if isinstance(self._base, DeltaFolder) else [])]
 
     def check_files(self) -> None:
         """Compare the SHA-256 of every file with the record.

@@ -43,16 +43,16 @@ from torch.futures import Future
 from ...checkpoint.oddities import tell
 from ...errors import CheckpointError, DeltaError, DeltaWeightsError, OutputError
 from ...match.names import Names, RenameRule, compile_rules
-from ...storage import Location, Readable, is_same, local_path, open_source, output_path
+from ...storage import Location, Readable, open_source, open_unlocked, store_url
 from ...workers import Workers
 from ..boxes import Box
 from ..tensors import first_line
 from .base import BaseTensors, candidates
 from .folder import DeltaFolder, StoredPart, open_base
 from .record import RECORD_NAME, CheckpointRecord, parse_record
-from .write import create_file, load_value, make_record, require_storable, write_items
+from .write import load_value, make_record, require_storable, write_items
 
-#: The files of all saves to a folder, complete or not.
+#: The files of all saves to a place, complete or not.
 _FILE_NAME = re.compile(r"delta-\d{5,}-[0-9a-f]{16}\.safetensors(\.partial)?", re.ASCII)
 
 
@@ -60,8 +60,8 @@ class DeltaStorageWriter(StorageWriter):
     """Writes a distributed checkpoint as deltas: pass it to ``dcp.save`` or ``dcp.async_save``.
 
     Args:
-        path: the folder to write, on a file system that all ranks share. An existing checkpoint there is
-            replaced, in one step, once the new one is complete.
+        path: the folder to write, on a file system that all ranks share, or the URL of a place in a store. An
+            existing checkpoint there is replaced, in one step, once the new one is complete.
         base: the base for the shards: a folder, a file or a Hub id of safetensors; an earlier distributed
             checkpoint (``DeltaStorageReader(path, base=…)``, or its path if its own base is on the Hub or it
             has none); or None, which codes every tensor alone.
@@ -75,7 +75,7 @@ class DeltaStorageWriter(StorageWriter):
 
     Errors reach the caller inside torch's ``CheckpointException``, whose ``failures`` holds each rank's
     error: :class:`CheckpointError` or :class:`DeltaError` if the base cannot be read, :class:`OutputError` if
-    the state cannot be saved or the folder cannot be written.
+    the state cannot be saved or the place cannot be written to, :class:`HubWriteError` if a store refuses it.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class DeltaStorageWriter(StorageWriter):
         self._rules = compile_rules(rename)
         self._threads = threads
         self._opened: BaseTensors | None = None
+        self._replaced: str | None = None  # which record is there before the save
 
     def __getstate__(self) -> dict[str, object]:
         """Without open files: ``async_save`` may hand the writer to another process."""
@@ -109,7 +110,7 @@ class DeltaStorageWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return "://" not in os.fspath(checkpoint_id)
+        return _is_place(checkpoint_id)
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(checkpoint_id=self.checkpoint_id)
@@ -120,10 +121,14 @@ class DeltaStorageWriter(StorageWriter):
                 "A distributed checkpoint needs use_collectives=True",
                 "Its record is made from the results of all ranks.",
             )
+        place = open_unlocked(self.checkpoint_id)
+        place.require_writable()
+        if is_coordinator:
+            self._replaced = place.mark(RECORD_NAME)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Find out now what would fail later."""
-        folder = output_path(self.checkpoint_id)
+        place = open_unlocked(self.checkpoint_id)
         for item in plan.items:
             require_storable(item)
         opener = _opener(self._base)
@@ -132,11 +137,9 @@ class DeltaStorageWriter(StorageWriter):
         if self._opened:
             with Workers(self._threads) as workers:
                 self._opened.require_undamaged(workers, *_share_of_machine())
-        if isinstance(self._opened, DeltaFolder) and any(
-            is_same(folder, root) for root in self._opened.roots
-        ):
+        if isinstance(self._opened, DeltaFolder) and any(map(place.is_at, self._opened.sources)):
             raise OutputError(
-                f"{folder} cannot be written",
+                f"{place.where} cannot be written to",
                 "It holds the base of the new checkpoint.",
                 "Choose another folder.",
             )
@@ -158,9 +161,9 @@ class DeltaStorageWriter(StorageWriter):
         results: list[WriteResult] = []
         if plan.items:
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-            folder = local_path(self.checkpoint_id)
+            place = open_unlocked(self.checkpoint_id)
             renamed = plan.storage_data or {}
-            results = write_items(plan.items, planner, folder, rank, self._opened, renamed, self._threads)
+            results = write_items(plan.items, planner, place, rank, self._opened, renamed, self._threads)
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -168,24 +171,28 @@ class DeltaStorageWriter(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the record, which completes the checkpoint. Then remove the files of an earlier one."""
         record = make_record(metadata, [result for one_rank in results for result in one_rank])
-        folder = local_path(self.checkpoint_id)
-        with create_file(folder, RECORD_NAME) as file:
-            data = record.to_json()
-            parse_record(data)  # checked as a reader would
+        data = record.to_json()
+        parse_record(data)  # checked as a reader would
+        place = open_unlocked(self.checkpoint_id)
+        with place.create(RECORD_NAME, over=self._replaced) as file:
             file.write_at(0, data)
             file.commit()
         mine = {file.path for file in record.files}
-        with suppress(OSError):  # the checkpoint is complete: files left over only take space
-            for path in folder.iterdir():
-                if _FILE_NAME.fullmatch(path.name) and path.name not in mine:
-                    path.unlink(missing_ok=True)
+
+        def is_left_over(path: str) -> bool:
+            return path not in mine and _FILE_NAME.fullmatch(path) is not None
+
+        with suppress(Exception):  # the checkpoint is complete: what is left over only takes space
+            for path in filter(is_left_over, place.sizes()):
+                place.remove(path)
+            place.end_uploads(is_left_over)
 
 
 class DeltaStorageReader(StorageReader):
     """Reads checkpoints of :class:`DeltaStorageWriter`: pass it to ``dcp.load``, on any number of ranks.
 
     Args:
-        path: the checkpoint: a folder or a Hub id.
+        path: the checkpoint: a folder, a Hub id or a URL.
         base: the base that the writer used, wherever it is now; for an earlier distributed checkpoint,
             ``DeltaStorageReader(path, base=…)``. If None, the Hub repository that the checkpoint names.
         threads: number of threads of each rank that decode.
@@ -249,7 +256,7 @@ class DeltaStorageReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return "://" not in os.fspath(checkpoint_id)
+        return _is_place(checkpoint_id)
 
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
         """torch's metadata, made from the record. An error is kept for :meth:`set_up_storage_reader`, since
@@ -320,6 +327,11 @@ class DeltaStorageReader(StorageReader):
         torch.save(value, clean)
         clean.seek(0)
         return clean
+
+
+def _is_place(checkpoint_id: str | os.PathLike[str]) -> bool:
+    """Whether it is a path, or the URL of a store: torch asks before it chooses who reads or writes there."""
+    return "://" not in os.fspath(checkpoint_id) or store_url(checkpoint_id) is not None
 
 
 def _share_of_machine() -> tuple[int, int]:

@@ -9,7 +9,6 @@ import zipfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from ..._version import __version__
 from ...errors import OutputError
 from ...manifest import FileRecord, Tool
 from ...payload import ChunkPlan, CodedChunk, PayloadFile, encode_row
-from ...storage import PartialFile
+from ...storage import UnlockedPlace
 from ...workers import Workers
 from ..boxes import Box, fill
 from ..tensors import first_line
@@ -78,21 +77,6 @@ class _Part:
     base: BasePart | None = None
 
 
-def create_file(folder: Path, name: str) -> PartialFile:
-    """Create a file in a folder, which is created if missing.
-
-    Raises:
-        OutputError: it cannot be created.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return PartialFile(name, folder / f"{name}.partial", folder / name)
-    except OSError as error:
-        raise OutputError(
-            f"Cannot write to {folder}", f"{error.strerror}.", "Choose another folder."
-        ) from error
-
-
 def require_storable(item: WriteItem) -> None:
     """Raise :class:`OutputError` if the item is a tensor without plain bytes."""
     properties = item.tensor_data and item.tensor_data.properties
@@ -107,7 +91,7 @@ def require_storable(item: WriteItem) -> None:
 def write_items(
     items: Sequence[WriteItem],
     planner: SavePlanner,
-    folder: Path,
+    place: UnlockedPlace,
     rank: int,
     base: BaseTensors | None,
     renamed: Mapping[str, str],
@@ -117,14 +101,14 @@ def write_items(
     that rename rules change.
 
     Raises:
-        OutputError: an item cannot be saved, or the folder cannot be written.
+        OutputError: an item cannot be saved, or the place cannot be written to.
         CheckpointError, DeltaError: the base cannot be read.
     """
     values = {item.index.fqn: _value(item, planner) for item in items if item.tensor_data is None}
     done: list[Item] = []
     # File names are unique per save, so an earlier checkpoint stays complete until this one is.
     name = f"delta-{rank:05d}-{secrets.token_hex(8)}.safetensors"
-    with Workers(threads) as workers, create_file(folder, name) as file:
+    with Workers(threads) as workers, place.create(name) as file:
         payloads = PayloadFile(file, _largest(items, values), _METADATA)
         for item in items:
             fqn = item.index.fqn

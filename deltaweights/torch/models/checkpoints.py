@@ -1,8 +1,8 @@
 """Saves a training run's checkpoints as deltas, in the background, each complete or not at all.
 
 A checkpoint is a folder ``step-00000400``, a delta against the base, or ``step-00000500-on-00000400``, a
-delta against the named checkpoint. Each gets its name by one rename, so a killed process loses at most the
-checkpoint that it was writing. What else training needs is in ``training-00000400``, which is there first.
+delta against the named checkpoint. A killed process loses at most the checkpoint that it was writing. What
+else training needs is in ``training-00000400``, which is there first.
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import re
-import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import overload
 from weakref import WeakSet
 
 import torch
@@ -30,41 +28,38 @@ from ...diff import make_delta
 from ...errors import CheckpointError, OutputError
 from ...match.names import RenameRule
 from ...payload import CHUNK_BYTES
-from ...storage import LocalSource, Location, Source, flush_folder, local_path, lock, open_source, output_path
+from ...storage import LocalSource, Location, Source, open_source
 from ...workers import ProgressCallback, result_of
 from ..tensors import copied, settle
 from .layout import Layout, lay_out
 from .load import load_into
 from .memory import MemorySource
-from .training_state import Snapshots, read, write
-
-_NAME = re.compile(r"step-(\d{8,})(?:-on-(\d{8,}))?", re.ASCII)
-_TRAINING = re.compile(r"training-(\d{8,})", re.ASCII)
-_PARTIAL, _PARTIAL_TRAINING, _TRASH, _LOCK = ".partial", ".partial-training", ".trash", ".lock"
-
+from .run_folder import open_run
+from .training_state import Snapshots, read
 
 _log = logging.getLogger("deltaweights")
 
 
-def list_checkpoints(folder: Location) -> dict[int, list[Path]]:
+@overload
+def list_checkpoints(folder: os.PathLike[str]) -> dict[int, list[Path]]: ...
+@overload
+def list_checkpoints(folder: Location) -> dict[int, list[Location]]: ...
+def list_checkpoints(folder: Location) -> Mapping[int, Sequence[Location]]:
     """List the checkpoints in ``folder`` by step: for each step its chain of deltas, the one against the base
     first. ``load_into``, ``apply_delta`` and ``verify_delta`` accept such a chain.
 
     A checkpoint with an incomplete chain is left out. Safe to call while another process trains.
+
+    Args:
+        folder: a folder, or the URL of a place in a store.
+
+    Returns:
+        For each step, paths; in a store, URLs.
+
+    Raises:
+        HubReadError: the store cannot be read.
     """
-    root = local_path(folder)
-    found = {}
-    for path in root.iterdir() if root.is_dir() else ():
-        if match := _NAME.fullmatch(path.name):
-            found[int(match[1])] = path, int(match[2]) if match[2] else None
-    chains: dict[int, list[Path]] = {}
-    for step in sorted(found):
-        path, parent = found[step]
-        if parent is None:
-            chains[step] = [path]
-        elif parent in chains:
-            chains[step] = [*chains[parent], path]
-    return chains
+    return open_run(folder).chains()
 
 
 @dataclass(frozen=True)
@@ -92,8 +87,8 @@ class DeltaCheckpointer:
     above 1, and one copy of ``training``.
 
     Args:
-        folder: where the checkpoints go; made if need be. One process at a time may write to it: of several
-            that train together, the first.
+        folder: where the checkpoints go, a folder or the URL of a place in a store; made if need be. One
+            process at a time may write to it: of several that train together, the first.
         base: what they are deltas against: a folder, one .safetensors file or a Hub id. It has to stay the
             same.
         anchor_every: every so many checkpoints, one is made against the base; those between, against the one
@@ -109,6 +104,7 @@ class DeltaCheckpointer:
 
     Raises:
         OutputError: ``folder`` cannot be written to, or another process writes to it.
+        HubWriteError: the store refuses it.
         ValueError: a number is out of range.
     """
 
@@ -135,7 +131,8 @@ class DeltaCheckpointer:
             raise ValueError(f"anchor_every is {anchor_every}, not between 1 and {MAX_DELTAS}")
         if keep is not None and keep < 1:
             raise ValueError(f"keep is {keep}, not at least 1")
-        self.folder = output_path(folder)
+        self._run = open_run(folder)
+        self.folder = self._run.location
         self.base = base
         self._anchor_every, self._keep, self._files = anchor_every, keep, files
         self._max_shard_size = max_shard_size
@@ -150,9 +147,8 @@ class DeltaCheckpointer:
             chunk_bytes=chunk_bytes,
             threads=threads,
         )
-        self._lock: IO[bytes] | None = None
         if _is_first():
-            self._hold()
+            self._run.require_writable()
         self._is_ours = resume or not self.steps
         self._thread = ThreadPoolExecutor(1, "deltaweights-checkpoint")
         self._job: Future[None] | None = None
@@ -175,7 +171,7 @@ class DeltaCheckpointer:
     @property
     def steps(self) -> list[int]:
         """The steps of the existing checkpoints, in order."""
-        return list(list_checkpoints(self.folder))
+        return list(self._run.chains())
 
     def save(
         self,
@@ -206,11 +202,11 @@ class DeltaCheckpointer:
                 raise ValueError(f"{name!r} in training is not a file name")
         self.wait()
         self.require_resumed()
-        self._hold()
+        self._run.hold()
         later = [other for other in self.steps if other >= step]
         if later:
             raise OutputError(
-                f"Checkpoint {step} cannot be written to {self.folder}",
+                f"Checkpoint {step} cannot be written to {self._run.where}",
                 f"It holds a checkpoint of step {later[-1]}.",
                 f"To drop the later checkpoints: discard_after({step - 1}).",
             )
@@ -238,8 +234,7 @@ class DeltaCheckpointer:
             self._snapshots.clear()
             self._training.clear()
             self._made = None
-            if self._lock:
-                self._lock.close()
+            self._run.release()
 
     def load_into(
         self,
@@ -295,17 +290,18 @@ class DeltaCheckpointer:
         return read(self.training_folder(step))
 
     def training_folder(self, step: int | None = None) -> Path:
-        """The folder of the files of :meth:`load_training`.
+        """The folder of the files of :meth:`load_training`. What lies in a store is copied to this machine,
+        where it stays until :meth:`close`.
 
         Raises:
-            CheckpointError: there is no such checkpoint, or nothing was saved beside it.
+            CheckpointError: there is no such checkpoint, nothing was saved beside it, or it is damaged.
         """
         step, _ = self._find(step)
-        folder = self.folder / f"training-{step:08d}"
-        if not folder.is_dir():
-            there = [other for other in self.steps if (self.folder / f"training-{other:08d}").is_dir()]
+        folder = self._run.training_folder(step)
+        if folder is None:
+            there = sorted(self._run.training_steps().intersection(self.steps))
             raise CheckpointError(
-                f"Checkpoint {step} in {self.folder} holds weights only",
+                f"Checkpoint {step} in {self._run.where} holds weights only",
                 "No state of an optimizer was saved with it, or it is kept only for later ones.",
                 f"Choose one of these steps: {', '.join(map(str, there))}; or begin anew with its weights: "
                 "load_into(model)."
@@ -314,18 +310,20 @@ class DeltaCheckpointer:
             )
         return folder
 
-    def _find(self, step: int | None) -> tuple[int, list[Path]]:
+    def _find(self, step: int | None) -> tuple[int, list[Location]]:
         """A checkpoint's step and chain."""
         self.wait()
-        chains = list_checkpoints(self.folder)
+        chains = self._run.chains()
         if not chains:
             raise CheckpointError(
-                f"{self.folder} holds no checkpoint", "None was finished.", "Save one first."
+                f"{self._run.where} holds no checkpoint", "None was finished.", "Save one first."
             )
         step = max(chains) if step is None else step
         if step not in chains:
             there = f"It has those of steps {', '.join(map(str, chains))}."
-            raise CheckpointError(f"{self.folder} has no checkpoint {step}", there, "Choose another step.")
+            raise CheckpointError(
+                f"{self._run.where} has no checkpoint {step}", there, "Choose another step."
+            )
         return step, chains[step]
 
     def resume(self) -> None:
@@ -340,7 +338,7 @@ class DeltaCheckpointer:
         """
         if not self._is_ours:
             raise OutputError(
-                f"{self.folder} holds checkpoints of another run",
+                f"{self._run.where} holds checkpoints of another run",
                 f"The last one is of step {self.steps[-1]}.",
                 "To go on from it: checkpointer.load_into(model), or DeltaCheckpointer(..., resume=True) if "
                 "its weights are loaded already. Else choose another folder.",
@@ -350,19 +348,12 @@ class DeltaCheckpointer:
         """Delete all checkpoints of later steps than ``step``, to resume training from there."""
         self.wait()
         self.resume()
-        self._hold()
+        self._run.hold()
         self._made = None
-        for other, chain in sorted(list_checkpoints(self.folder).items(), reverse=True):
+        for other, chain in sorted(self._run.chains().items(), reverse=True):
             if other > step:
-                self._remove(chain[-1])
-        self._prune_training(self.steps)
-
-    def _hold(self) -> None:
-        """Lock the folder, unless that is done."""
-        if self._lock is None:
-            self._lock = _lock(self.folder)
-            for name in (_PARTIAL, _PARTIAL_TRAINING, _TRASH):  # an earlier process was killed
-                shutil.rmtree(self.folder / name, ignore_errors=True)
+                self._run.remove(chain[-1])
+        self._run.prune_training(self.steps)
 
     def _copy(self, layout: Layout) -> Layout:
         """The layout with its tensors copied to this checkpointer's memory, which is reused."""
@@ -387,25 +378,15 @@ class DeltaCheckpointer:
 
     def _write(self, step: int, layout: Layout, training: Mapping[str, object] | None) -> None:
         """Write and publish one checkpoint, in the background."""
-        unfinished = self.folder / _PARTIAL_TRAINING
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if training is not None:
-            write(unfinished, training)
         made, self._made = self._made, None
         parent = made if made and made.depth + 1 < self._anchor_every else None
-        unfinished = self.folder / _PARTIAL
-        shutil.rmtree(unfinished, ignore_errors=True)
         before = self._source(parent.layout, parent.digests) if parent else self._open_base()
         with before, self._source(layout) as source:
             prints = {path: before.fingerprint(path) for path in before.sizes}
-            manifest = self._make_delta(before, source, unfinished)
+            make = partial(self._make_delta, before, source)
+            manifest = self._run.publish(step, parent.step if parent else None, make, training)
         if parent is None:
             self._known = {prints[file.path]: file.sha256 for file in manifest.base.files}
-        if training is not None:
-            self._prune_training(self.steps)  # what a run that was killed left at this step
-            _rename(self.folder / _PARTIAL_TRAINING, self.folder / f"training-{step:08d}")
-        suffix = f"-on-{parent.step:08d}" if parent else ""
-        _rename(unfinished, self.folder / f"step-{step:08d}{suffix}")
         digests = {file.path: file.sha256 for file in manifest.target.files}
         self._made = _Made(step, parent.depth + 1 if parent else 0, layout, digests)
         self._prune()
@@ -423,27 +404,13 @@ class DeltaCheckpointer:
         that no checkpoint loses one that it needs."""
         if self._keep is None:
             return
-        chains = list_checkpoints(self.folder)
-        self._prune_training(list(chains)[-self._keep :])
-        needed = {path for step in list(chains)[-self._keep :] for path in chains[step]}
+        chains = self._run.chains()
+        kept = list(chains)[-self._keep :]
+        self._run.prune_training(kept)
+        needed = {place for step in kept for place in chains[step]}
         for chain in reversed(chains.values()):
             if chain[-1] not in needed:
-                self._remove(chain[-1])
-
-    def _prune_training(self, steps: Sequence[int]) -> None:
-        """Delete what is beside all checkpoints but these. It goes before its checkpoint, and is no use to a
-        later one."""
-        for path in list(self.folder.iterdir()):
-            if (match := _TRAINING.fullmatch(path.name)) and int(match[1]) not in steps:
-                self._remove(path)
-
-    def _remove(self, path: Path) -> None:
-        """Delete a checkpoint. It is renamed first, so that a half-deleted one is never taken for a
-        checkpoint."""
-        trash = self.folder / _TRASH
-        shutil.rmtree(trash, ignore_errors=True)
-        _rename(path, trash)
-        shutil.rmtree(trash, ignore_errors=True)
+                self._run.remove(chain[-1])
 
 
 #: Those that nobody closed yet.
@@ -480,36 +447,3 @@ def _is_first() -> bool:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return os.environ.get("RANK", "0") == "0"
-
-
-def _lock(folder: Path) -> IO[bytes]:
-    """Create the folder, and lock it until the returned file is closed or the process ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / _LOCK, "wb")  # noqa: SIM115
-    except OSError as error:
-        raise OutputError(f"Cannot write to {folder}", f"{error.strerror}.") from error
-    try:
-        lock(file)
-    except BlockingIOError as error:
-        file.close()
-        raise OutputError(
-            f"{folder} is being written to by another process",
-            f"It holds {folder / _LOCK}.",
-            "Wait for it, or choose another folder.",
-        ) from error
-    except OSError as error:
-        file.close()
-        raise OutputError(
-            f"Cannot lock {folder}", f"{error.strerror}.", "Choose a folder on another file system."
-        ) from error
-    return file
-
-
-def _rename(old: Path, new: Path) -> None:
-    """Rename a folder within its parent, and flush the change to disk."""
-    try:
-        os.rename(old, new)
-        flush_folder(new.parent)
-    except OSError as error:
-        raise OutputError(f"Cannot rename {old} to {new.name}", f"{error.strerror}.") from error

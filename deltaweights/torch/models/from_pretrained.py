@@ -13,6 +13,7 @@ from torch import nn
 
 from ...delta.chain import Deltas
 from ...errors import CheckpointError
+from ...signing import SignatureRequirement
 from ...storage import Readable
 from ...workers import ProgressCallback
 from .load import load_state_dict, write_files
@@ -32,6 +33,7 @@ def from_pretrained(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     model_class: type[Any] | None = None,
+    require_signature: SignatureRequirement | None = None,
     threads: int | None = None,
     progress: ProgressCallback | None = None,
     **kwargs: object,
@@ -42,7 +44,7 @@ def from_pretrained(
     Memory: the model; and, where transformers fuses tensors, those that it is fusing once more.
 
     Args:
-        delta, base, threads, progress: as for :func:`load_state_dict`.
+        delta, base, require_signature, threads, progress: as for :func:`load_state_dict`.
         dtype: of floating-point tensors; None: the one that the config names, else as they are stored.
         device: where the model goes, if ``device_map`` does not say so.
         trust_remote_code: whether to run code that the target brings for its model.
@@ -55,6 +57,7 @@ def from_pretrained(
         CheckpointError: transformers 5 is not installed or lacks the class, the target has no config, or base
             or delta cannot be found or read.
         BaseMismatchError: the base is not the right one.
+        SignatureError: the delta is not signed as required; no code and no config of it was read.
         DeltaError: the delta is incomplete or damaged.
         OutputError: there is no room for small files in the temporary folder.
     """
@@ -66,7 +69,7 @@ def from_pretrained(
         ) from error
     former = kwargs.pop("torch_dtype", None)  # its name before transformers 5
     with tempfile.TemporaryDirectory(prefix="deltaweights-") as folder:
-        files = write_files(delta, folder, base)
+        files = write_files(delta, folder, base, require_signature=require_signature)
         if "config.json" not in files:
             raise CheckpointError(
                 "The target is no model of transformers",
@@ -79,7 +82,14 @@ def from_pretrained(
             options["device_map"] = {"": device}  # else the weights would pass through the CPU's memory
         kind = _class_of(config, folder, trust_remote_code, model_class)
         place = "cpu" if mapped else device
-        state = load_state_dict(delta, base, device=place, threads=threads, progress=progress)
+        state = load_state_dict(
+            delta,
+            base,
+            device=place,
+            require_signature=require_signature,
+            threads=threads,
+            progress=progress,
+        )
         model: PreTrainedModel = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype or former or "auto", **options
         )

@@ -20,6 +20,7 @@ from ...delta.chain import Deltas, links, open_recipe
 from ...delta.recipes import TensorRecipe
 from ...delta.target_recipe import TargetRecipe, check_digest
 from ...errors import CheckpointError
+from ...signing import SignatureRequirement
 from ...storage import Location, OutputFolder, Readable, output_path
 from ...workers import Lane, Meter, ProgressCallback, Workers, batches
 from ..tensors import byte_view, dtype_of, settle, torch_shape
@@ -49,6 +50,7 @@ def load_state_dict(
     dtype: torch.dtype | None = None,
     shards: str = "*",
     sha256: bool = False,
+    require_signature: SignatureRequirement | None = None,
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Tensor]:
@@ -70,14 +72,19 @@ def load_state_dict(
             takes about twice as long. Without it, every used chunk of base and target still has the XXH3-64
             checksum that the delta records. That finds any damage and any wrong base, but does not protect
             against a forged delta.
+        require_signature: who must have signed the delta, as for :func:`deltaweights.open_target`: its files
+            are compared by SHA-256 before any tensor is made. Who forges a base can only be found by the
+            target's SHA-256, so that ``sha256`` is set, too.
         threads: number of threads; if None, the number of usable cores, at most 8.
         progress: called with a phase ("load"), bytes done and total bytes.
 
     Raises:
         CheckpointError: base or delta cannot be found or read, or torch lacks a dtype.
         BaseMismatchError: the base is the wrong one.
+        SignatureError: the delta is not signed as required; nothing was loaded.
         DeltaError: the delta is incomplete or damaged.
     """
+    sha256 = sha256 or require_signature is not None
     tensors: dict[str, Tensor] = {}
 
     def take(recipe: TensorRecipe) -> Tensor:
@@ -92,7 +99,7 @@ def load_state_dict(
             raise CheckpointError(f"Tensor {name!r} cannot be loaded", f"{why}.") from error
         return tensors[name]
 
-    with open_recipe(delta, base) as target:
+    with open_recipe(delta, base, require_signature=require_signature, into_memory=True) as target:
         found = _tensors_by_shard(target, shards)
         links(target)[0].check_published()  # finds a wrong base on the Hub before it is fetched
         _fill(target, found, take, sha256, threads, _meter(target, found, progress))
@@ -108,6 +115,7 @@ def load_into(
     strict: bool = True,
     shards: str = "*",
     sha256: bool = False,
+    require_signature: SignatureRequirement | None = None,
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> LoadReport:
@@ -129,7 +137,7 @@ def load_into(
             ``device``; all others are overwritten in place.
         device: for what is on the meta device.
         strict: whether missing or unexpected names are an error. If not, a warning is logged that names them.
-        delta, base, shards, sha256, threads, progress: as for :func:`load_state_dict`.
+        delta, base, shards, sha256, require_signature, threads, progress: as for :func:`load_state_dict`.
 
     Returns:
         The missing and unexpected names, for ``strict=False``.
@@ -138,10 +146,12 @@ def load_into(
         CheckpointError: names or shapes do not fit, the model has tensors that cannot be written to (sharded,
             quantized) or buffers on the meta device that no checkpoint holds; the model is as before. Or base
             or delta cannot be found or read.
+        SignatureError: the delta is not signed as required; the model is as before.
         BaseMismatchError, DeltaError: as for :func:`load_state_dict`; some of the model's weights may be new
             ones by then, so do not go on with it.
     """
-    with open_recipe(delta, base) as target:
+    sha256 = sha256 or require_signature is not None
+    with open_recipe(delta, base, require_signature=require_signature, into_memory=True) as target:
         found = _tensors_by_shard(target, shards)
         state = _state_of(model)
         fit = fit_names(model, state, [name for shard in found.values() for name in shard])
@@ -155,19 +165,32 @@ def load_into(
     return report
 
 
-def write_files(delta: Deltas, out: Location, base: Readable | None = None) -> list[str]:
+def write_files(
+    delta: Deltas,
+    out: Location,
+    base: Readable | None = None,
+    *,
+    require_signature: SignatureRequirement | None = None,
+) -> list[str]:
     """Write the target's files that hold no weights (config, tokenizer, …) to the folder ``out``.
+
+    Args:
+        delta, base: as for :func:`load_state_dict`.
+        out: the folder.
+        require_signature: who must have signed the delta, as for :func:`deltaweights.apply_delta`.
 
     Returns:
         Their paths, sorted, without the shards' indexes, since no shards are written.
 
     Raises:
+        SignatureError: the delta is not signed as required; nothing was written.
         CheckpointError: base or delta cannot be found or read.
         DeltaError: the delta is incomplete or damaged.
         OutputError: ``out`` cannot be written to.
     """
     output_path(out)
-    with open_recipe(delta, base) as target, OutputFolder(out) as folder:
+    opened = open_recipe(delta, base, require_signature=require_signature)
+    with opened as target, OutputFolder(out) as folder:
         files = [
             file
             for file in target.manifest.target.files

@@ -183,6 +183,9 @@ def run(task: str, folder: Path) -> None:
         (folder / f"loaded-{dist.get_rank()}").touch()
         writer = DeltaStorageWriter(folder / "four", base=base)
         saver.save(sharded(3), storage_writer=writer, planner=Killed())
+    elif task == "store":  # 2 ranks
+        saver.save(sharded(1), storage_writer=DeltaStorageWriter("s3://bucket/one", base=base))
+        load(DeltaStorageReader("s3://bucket/one", base=base), 1)
 
 
 if __name__ == "__main__":

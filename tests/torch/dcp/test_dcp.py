@@ -670,5 +670,6 @@ def test_what_a_save_cannot_be_is_said(folder: Path, tmp_path: Path) -> None:
         saver.save(small(1), storage_writer=DeltaStorageWriter(tmp_path / "one"), use_collectives=False)
     with pytest.raises(DeltaWeightsError, match="rename rule"):
         DeltaStorageWriter(tmp_path / "one", rename=[("(", "")])
-    assert not DeltaStorageReader.validate_checkpoint_id("s3://bucket/one")
+    assert DeltaStorageReader.validate_checkpoint_id("s3://bucket/one")
+    assert not DeltaStorageReader.validate_checkpoint_id("file://one")
     assert DeltaStorageWriter.validate_checkpoint_id(tmp_path)

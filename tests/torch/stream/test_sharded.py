@@ -273,10 +273,14 @@ def test_one_flipped_byte_in_any_file_is_found_and_writes_nothing(stream: Path) 
 
 
 def test_a_version_that_comes_later_is_refused(stream: Path) -> None:
-    rewrite(stream, lambda record: record.update(format_version=3), version=3)
+    rewrite(stream, lambda record: None, version=4)
+    with pytest.raises(FormatVersionError, match="format version 4") as caught:
+        DeltaSubscriber(stream).newest()
+    assert "reads version 1 to 3" in caught.value.why
+    rewrite(stream, lambda record: record.update(format_version=3), version=2)
     with pytest.raises(FormatVersionError, match="format version 3") as caught:
         DeltaSubscriber(stream).newest()
-    assert "reads version 1 to 2" in caught.value.why
+    assert "reads version 1 to 2" in caught.value.why  # version 3 is that of signed heads
     older = _HEADS._replace(version=1)  # what reads format version 1 alone
     with pytest.raises(FormatVersionError, match="format version 2"):
         canonical.decode(
