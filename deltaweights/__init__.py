@@ -64,6 +64,10 @@ if TYPE_CHECKING:
     from .plan import plan_apply as plan_apply
     from .push import PushReport as PushReport
     from .push import push_delta as push_delta
+    from .report.making import report_delta as report_delta
+    from .report.results import DeltaReport as DeltaReport
+    from .report.results import MovedRow as MovedRow
+    from .report.results import MovedTable as MovedTable
     from .sign import SignReport as SignReport
     from .sign import sign_delta as sign_delta
     from .signing.signers import CertificateSigner as CertificateSigner

@@ -67,7 +67,7 @@ def main() -> None:
             "base": base,
             "first": first,
             "second": second,
-            "mixed": {name: (first[name] + second[name]) / 2 for name in base},
+            "mixed": {name: (first[name] + second[name]) * np.float32(0.5) for name in base},
             "stranger": draw(3, 0.02),
         }
         folders = {name: save(Path(place, name), model) for name, model in models.items()}

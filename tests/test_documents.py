@@ -43,7 +43,7 @@ from .conftest import MISSING, Trio
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 #: Read in this order: later ones go on with what earlier ones made.
-GUIDES = ("publish", "use", "platform", "trust", "reference/command-line")
+GUIDES = ("publish", "report", "use", "platform", "trust", "reference/command-line")
 GUIDES_FOR_TORCH = ("train", "serve", "disk-updates")
 #: All except those that tests/test_demo.py (with a smaller model) and tests/engines run.
 EXAMPLES = sorted(p for p in ROOT.glob("examples/*.py") if p.stem not in ("demo", "rl_with_vllm"))

@@ -36,7 +36,7 @@ PUBLIC: list[Any] = [
 #: For each folder, what stands in it, lowest rank first. Each may import from lower ranks only.
 RANKS: dict[str, tuple[str, ...]] = {
     "": (
-        "_exports _version dtypes errors recent words",
+        "_exports _version dtypes errors pages recent words",
         "metrics",
         "workers",
         "canonical entries",
@@ -44,12 +44,12 @@ RANKS: dict[str, tuple[str, ...]] = {
         "codec manifest storage",
         "checkpoint executors signing",
         "payload",
-        "license match",
+        "changes license match",
         "lineage",
         "card inputs",
         "delta",
         "bom compare diff inspect patch",
-        "compact estimate plan verify",
+        "compact estimate plan report verify",
         "batch push sign torch",
         "attest",
         "engines",
@@ -58,6 +58,7 @@ RANKS: dict[str, tuple[str, ...]] = {
     ),
     "batch": ("base_cache jobs results", "job", "running", "__init__"),
     "card": ("front_matter links", "writing", "__init__"),
+    "changes": ("grouping", "grid", "measures", "palette sentences", "picture", "__init__"),
     "checkpoint": ("header index other_formats", "checkpoint", "gathered oddities", "__init__"),
     "cli": (
         "layout machines options",
@@ -163,6 +164,15 @@ RANKS: dict[str, tuple[str, ...]] = {
         "__init__",
     ),
     "payload": ("chunks faults", "reader writer", "whole", "__init__"),
+    "report": (
+        "spectrum",
+        "movement tokens",
+        "maps reading",
+        "measures page",
+        "results",
+        "making",
+        "__init__",
+    ),
     "signing": (
         "bundle extra",
         "keys statement",

@@ -615,6 +615,58 @@ def inspect(
 
 
 @app.command(rich_help_panel=_LOOK)
+def report(
+    delta: Delta,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", metavar="BASE", help="Compare every weight with this base; else the manifest tells."
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The page to write, a path or URL; report.html by default, or none with --json or --svg.",
+        ),
+    ] = None,
+    svg: Annotated[
+        str | None, typer.Option("--svg", metavar="FILE", help="Write the heat map as a picture.")
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Show what a fine-tune changed: a page with a heat map of layers and modules, figures and words.
+
+    deltaweights report org/model-delta
+    deltaweights report delta --base ./base -o report.html
+    deltaweights report delta --json | jq .sentences
+    """
+    page = output or (None if as_json or svg else "report.html")
+    with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug) as work:
+        from ..report import report_delta
+        from ..storage import require_place, write_document
+
+        for file in filter(None, (page, svg)):
+            require_place(file)
+        with work.progress() as shown:
+            found = report_delta(delta, base=base, threads=threads, progress=shown)
+        written = {}
+        for place, document in ((page, found.html), (svg, found.svg)):
+            if place:
+                data = document()
+                write_document(place, data)
+                written[place] = len(data)
+    lines = rendering.report_lines(found.sentences, written)
+    work.report(found.to_dict(), lines, with_costs=True)
+
+
+@app.command(rich_help_panel=_LOOK)
 def bom(
     delta: Delta,
     format: Annotated[

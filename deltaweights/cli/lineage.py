@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..words import counted, listed
+from ..words import counted, listed, plain, size
 from .layout import Screen, screen_of, table
 from .options import Debug, Json, Quiet, Verbose
-from .rendering import elapsed, plain, size
+from .rendering import elapsed
 from .session import working
 from .usage import UsageError
 

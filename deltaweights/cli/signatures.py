@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..words import counted
+from ..words import counted, plain
 from .options import BaseOption, Debug, Json, Quiet, Threads, Verbose
-from .rendering import plain
 from .session import working
 from .usage import UsageError
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import DeltaWeightsError
-from ..words import counted
+from ..words import counted, plain, size
 from .options import Debug, Json, Quiet, Threads, Verbose
-from .rendering import plain, size, speed_line
+from .rendering import speed_line
 from .session import working
 from .signatures import SIGNER, Password, PublicKey, StreamName
 
