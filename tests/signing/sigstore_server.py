@@ -1,8 +1,7 @@
 """A small Sigstore on loopback: a certificate authority with its certificate log, and a log of signatures.
 
-It does for one signature what the real servers do, as sigstore's own client asks it to and checks it: RFC
-6962 for the certificate's timestamp, a tree of one entry, a signed checkpoint, a signed time. It believes every
-token.
+It does for one signature what the real servers do, as sigstore's own client asks for it: RFC 6962 for the
+certificate's timestamp, a tree of one entry, a signed checkpoint, a signed time. It believes every token.
 """
 
 from __future__ import annotations
