@@ -127,6 +127,10 @@ def test_guides_show_what_happens(tmp_path: Path) -> None:
         check_blocks(f"docs/{guide}.md", tmp_path)
 
 
+def test_the_guide_to_lineage_shows_what_happens(tmp_path: Path) -> None:
+    check_blocks("docs/lineage.md", tmp_path)
+
+
 @pytest.mark.skipif(bool(MISSING), reason="needs torch and transformers")
 def test_guides_for_torch_run(tmp_path: Path) -> None:
     write_pair(tmp_path)

@@ -17,6 +17,7 @@ from .._version import __version__
 from . import rendering
 from .batches import batch
 from .layout import screen_of
+from .lineage import compare
 from .machines import machines
 from .options import (
     MATCHING,
@@ -89,10 +90,11 @@ app = typer.Typer(
 
 #: The panels of the commands in the help.
 _PUBLISH, _USE, _LOOK, _STREAM = "To publish", "To use", "To look into a delta", "To stream"
-_MANY = "To do many"
+_MANY, _COME = "To do many", "To see where a model comes from"
 
 app.add_typer(stream, rich_help_panel=_STREAM)
 app.command("batch", rich_help_panel=_MANY)(batch)
+app.command("compare", rich_help_panel=_COME)(compare)
 app.command("sign", rich_help_panel=_PUBLISH)(sign)
 app.command("attest", rich_help_panel=_PUBLISH)(attest)
 
