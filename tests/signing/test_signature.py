@@ -40,6 +40,7 @@ from deltaweights.manifest import MANIFEST_NAME, Manifest
 from deltaweights.signing import SIGNATURE_NAME, signed_files
 from deltaweights.signing.bundle import MAX_BUNDLE_BYTES, read_bundle
 from deltaweights.storage import LocalSource
+from deltaweights.workers import Meter
 
 from ..checkpoints import bf16, contents, weights, write_safetensors
 from ..hub_server import HubServer
@@ -207,7 +208,7 @@ def test_every_flipped_bit_of_a_signed_delta_is_found(signed: Signed, copy: Path
             else:
                 (copy / path).write_bytes(changed)
                 with LocalSource(copy) as source, pytest.raises(DeltaError, match="not the file that was"):
-                    require_same_files(source, manifest)
+                    require_same_files(source, manifest, Meter(None, "", 0))
             if number % 97 == 0:
                 (copy / path).write_bytes(changed)
                 with pytest.raises(DeltaError):
@@ -498,6 +499,24 @@ def test_only_whole_deltas_are_signed(signed: Signed, copy: Path) -> None:
     with pytest.raises(SigningError, match="symbolic link"):
         sign_delta(copy, KeySigner(signed.keys.private))
     assert (copy / SIGNATURE_NAME).read_bytes() == before
+
+
+def test_progress_is_told_of_what_is_compared_first(signed: Signed, tmp_path: Path) -> None:
+    told: dict[str, tuple[int, int]] = {}
+
+    def progress(phase: str, done: int, total: int) -> None:
+        told[phase] = done, total
+
+    apply_delta(
+        signed.delta,
+        tmp_path / "out",
+        base=signed.base,
+        require_signature=signed.keys.public,
+        progress=progress,
+    )
+    done, total = told["check signed"]
+    with LocalSource(signed.delta) as source:
+        assert done == total == sum(one.size for one in read_manifest(source).files)
 
 
 def test_each_delta_of_a_chain_is_signed(signed: Signed, copy: Path, tmp_path: Path) -> None:
