@@ -265,8 +265,8 @@ def test_a_manifest_that_names_another_file_than_the_signed_one_is_refused(
         digests = dict(signed_files(source, signed.keys.public).digests)
     for wrong in ({SHARD: "0" * 64}, {}):
         chosen = {path: wrong.get(path, sha256) for path, sha256 in digests.items() if wrong or path != SHARD}
-        bundle = signing_by(KeySigner(signed.keys.private))(folder_statement("delta", chosen, ()))
-        (copy / SIGNATURE_NAME).write_bytes(bundle)
+        with signing_by(KeySigner(signed.keys.private)) as sign:
+            (copy / SIGNATURE_NAME).write_bytes(sign(folder_statement("delta", chosen, ())))
         refuses(copy, signed.base, signed.keys.public, tmp_path / "out", "is not of this delta")
 
 
@@ -649,8 +649,18 @@ def test_keys_in_tokens(signed: Signed, copy: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(SigningError, match="could not be made") as error:
         sign_delta(copy, Pkcs11Signer(uri.format("key", "9999")))
     assert "9999" not in str(error.value)
-    sign_delta(copy, Pkcs11Signer(uri.format("key", "1234")))
+    for _ in range(2):
+        sign_delta(copy, Pkcs11Signer(uri.format("key", "1234")))
     assert verify_delta(copy, require_signature=signed.keys.public).ok
+    authority = Authority(tmp_path / "ca")
+    certificate = authority.certificate_of(signed.keys.private, "token")
+    chained = Pkcs11Signer(uri.format("key", "1234"), certificate, (authority.root,))
+    sign_delta(copy, chained)
+    trusted = TrustedCertificates((authority.root,))
+    assert verify_delta(copy, require_signature=trusted).signed_by == ("certificate of CN=token",)
+    other, _ = authority.certificate("another")
+    with pytest.raises(SigningError, match="not the key's"):
+        sign_delta(copy, Pkcs11Signer(uri.format("key", "1234"), other, (authority.root,)))
     with pytest.raises(SigningError, match="URI is none") as error:
         sign_delta(copy, Pkcs11Signer("token?pin-value=1234"))
     assert "1234" not in f"{error.value}{Pkcs11Signer('pin-value=1234')}"
