@@ -163,8 +163,8 @@ def _required(paths: Sequence[KeyFile]) -> list[Path]:
 
 @contextmanager
 def signing_by(signer: Signer) -> Iterator[Callable[[Any], bytes]]:
-    """What signs statements of ``in_toto_attestation`` in the block: it gives a Sigstore bundle, as JSON. Keys
-    are read and servers are reached at its start, so that whoever cannot sign knows it before hashing files.
+    """What signs statements of ``in_toto_attestation`` in the block: it gives a Sigstore bundle, as JSON.
+    Keys are read and servers are reached at its start: whoever cannot sign knows it before files are hashed.
 
     Raises:
         SigningError: the signer cannot sign, or a library is missing. So does what signs.
