@@ -4,7 +4,7 @@
     python benchmarks/report.py --size 8 --rounds 5
 
 The manifest has the 963 tensors of Qwen2.5-72B, all changed. The pair is bf16, of square matrices; verify and
-report take turns, and the best of their rounds count. Fails where a figure of docs/benchmarks.md does not hold.
+report take turns, and the best of their rounds count. Fails where a figure does not hold.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pairs
 import qwen
-from children import MIB, deltaweights, finish, print_table, run_measured
+from children import MIB, Usage, deltaweights, finish, print_table, run_measured
 
 from deltaweights.changes import describe_changes, grid_of, manifest_measures
 from deltaweights.entries import BaseTensor, TensorEntry
@@ -110,7 +110,7 @@ def measure_pair(folder: Path, gib: float, hidden: int, rounds: int) -> Iterator
         "verify --base": deltaweights("verify", delta, "--base", pair.base, "-q"),
         "report --base": deltaweights("report", delta, "--base", pair.base, "-q", "-o", folder / "p.html"),
     }
-    best = {}
+    best: dict[str, Usage] = {}
     for _ in range(rounds):
         for name, command in commands.items():
             usage = run_measured(command)
