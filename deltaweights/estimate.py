@@ -15,6 +15,7 @@ import numpy as np
 
 from . import codec
 from ._version import __version__
+from .changes import PICTURE_NAME, delta_picture
 from .changes.grid import shared_elements
 from .checkpoint import Checkpoint, Shard
 from .delta.entry import entry_of, removed_entries
@@ -259,6 +260,8 @@ def _manifest(
     whole = rules.combine(base_record, target_record, conflicts, target.license.base_models)
     if whole:
         texts[rules.NOTICE_NAME] = rules.notice_text(base_record, target_record)
+    if picture := delta_picture(entries):
+        texts[PICTURE_NAME] = picture
     files += (FileRecord(path, len(text), _DIGEST) for path, text in texts.items())
     return Manifest(
         base=base_record,

@@ -38,13 +38,7 @@ def manifest_measures(entries: Sequence[TensorEntry]) -> list[Measure]:
     """
     payloads = sum(entry.payload_bytes for entry in entries)
     every = [
-        Measure(
-            "bits_per_weight",
-            "Bits a weight",
-            "How many bits each weight takes in the delta. One bit more is about twice the update.",
-            bits_per_weight,
-            few_digits,
-        ),
+        BITS,
         Measure(
             "changed_share",
             "Changed",
@@ -98,6 +92,16 @@ def one_digit(value: float) -> str:
 def in_percent(share: float) -> str:
     """A share from 0 to 1 as a number of percent, in few characters."""
     return one_digit(100 * share)
+
+
+#: The measure that every manifest has.
+BITS = Measure(
+    "bits_per_weight",
+    "Bits a weight",
+    "How many bits each weight takes in the delta. One bit more is about twice the update.",
+    bits_per_weight,
+    few_digits,
+)
 
 
 #: Shades of color, from little to much.

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ..entries import TensorEntry
 from ..pages import fill_in
 from ..words import plain, shortened
-from .grid import Grid, Stack
-from .measures import STEPS, Measure, most_of, step_of
+from .grid import Grid, Stack, grid_of
+from .measures import BITS, STEPS, Measure, most_of, step_of
 from .palette import DARK, LIGHT
+from .sentences import describe_changes
+
+#: The picture in a delta's folder.
+PICTURE_NAME = "changes.svg"
 
 #: What is drawn of a model, at most.
 _MOST_STACKS, _MOST_MODULES, _MOST_LAYERS = 4, 24, 256
@@ -84,6 +89,19 @@ def _ticks(count: int) -> Iterator[int]:
             yield index
     if (count - 1) % every:
         yield count - 1
+
+
+def delta_picture(entries: Sequence[TensorEntry]) -> bytes | None:
+    """The picture that a delta holds: bits a weight, by layers and modules. None for a model with fewer than
+    two layers, of which a picture says nothing.
+
+    Args:
+        entries: those of the delta's manifest.
+    """
+    grid = grid_of(entries)
+    if not any(stack.layers[1:] for stack in grid.stacks):
+        return None
+    return draw_changes(grid, BITS, describe_changes(entries, grid))
 
 
 def draw_changes(grid: Grid, measure: Measure, sentences: Sequence[str] = ()) -> bytes:

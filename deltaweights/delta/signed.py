@@ -59,7 +59,7 @@ def require_signatures(
         found: list[Source] = []
         for source, manifest in zip(sources, manifests, strict=True):
             if not source.is_remote:
-                _compare(source, manifest)
+                require_same_files(source, manifest)
             elif into_memory:
                 found.append(on_error.enter_context(_copied(source, manifest)))
                 continue
@@ -68,7 +68,7 @@ def require_signatures(
     return found
 
 
-def _compare(source: Source, manifest: Manifest) -> None:
+def require_same_files(source: Source, manifest: Manifest) -> None:
     """Raise :class:`DeltaError` where a file's SHA-256 is not the manifest's."""
 
     def compare(lane: Lane, record: FileRecord) -> None:

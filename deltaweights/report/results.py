@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ..changes import Grid, Measure, draw_changes
+from ..changes import BITS, Grid, Measure, draw_changes
 from ..inspect import DeltaSummary
 from .movement import Movement
 from .page import report_page
@@ -112,7 +112,8 @@ class DeltaReport:
 
     def svg(self) -> bytes:
         """The heat map as a picture: ‖Δ‖ / ‖W‖ with the base, else bits a weight."""
-        return draw_changes(self._grid, self._measures[0], self.sentences)
+        measure = self._measures[0] if self._measures else BITS
+        return draw_changes(self._grid, measure, self.sentences)
 
 
 def _movement_fields(moved: Movement) -> dict[str, object]:

@@ -203,3 +203,10 @@ def test_scalars_and_nothing_have_reports(tmp_path: Path) -> None:
     report = report_delta(tmp_path / "delta", base=tmp_path / "base")
     assert report.sentences[0] == "No weight moved."
     assert report.html()
+    for side in ("base", "target"):
+        write_safetensors(tmp_path / side / "model.safetensors", {"b": tensors["b"]})
+    make_delta(tmp_path / "base", tmp_path / "target", tmp_path / "empty")
+    for base in (None, tmp_path / "base"):
+        empty = report_delta(tmp_path / "empty", base=base)
+        assert empty.html()
+        assert empty.svg()

@@ -22,6 +22,7 @@ from deltaweights.cli.commands import app
 from ..checkpoints import bf16, contents, weights, write_safetensors
 from ..hub_server import HubServer
 from .keys import Authority, write_pair
+from .sigstore_server import ISSUER, SigstoreServer
 from .test_signature import Signed, copy, signed
 
 __all__ = ["copy", "signed"]  # fixtures
@@ -103,6 +104,21 @@ def test_certificates_and_passwords(copy: Path, tmp_path: Path) -> None:
     assert run("sign", copy, "--private-key", pair.private).exit_code == 1
     done = CliRunner().invoke(app, ["sign", str(copy), "--private-key", str(pair.private)], env=env)
     assert done.exit_code == 0, done.output
+
+
+def test_keyless(copy: Path, tmp_path: Path) -> None:
+    with SigstoreServer() as server:
+        config = server.write_trust(tmp_path / "trust.json")
+        token = {"DELTAWEIGHTS_IDENTITY_TOKEN": server.token("maker@example.org")}
+        command = [str(copy), "--sigstore", "--trust-config", str(config)]
+        for verb in ("sign", "attest"):
+            done = CliRunner().invoke(app, [verb, *command], env=token)
+            assert done.exit_code == 0, done.output
+    identity = ("--identity", "maker@example.org", "--trust-config", config)
+    done = run("verify", copy, "--signature", "--attestation", *identity, "--identity-provider", ISSUER)
+    assert "Signed by maker@example.org" in done.output
+    done = run("verify", copy, *identity, "--identity-provider", "https://other.test")
+    assert (done.exit_code, "OIDCIssuer does not match" in done.output) == (1, True), done.output
 
 
 @pytest.mark.parametrize(
