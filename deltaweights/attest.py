@@ -96,7 +96,7 @@ def attest_delta(
 
 def _rebuild(folder: Path, base: Readable, threads: int | None, progress: ProgressCallback | None) -> None:
     """Raise :class:`DeltaError` unless the delta in the folder and this base give the target."""
-    wrong = verify_delta(folder, base=base, threads=threads, progress=progress).problems
+    wrong = verify_delta(folder.absolute(), base=base, threads=threads, progress=progress).problems
     if wrong:
         raise DeltaError(
             f"{folder} and this base do not give the target",

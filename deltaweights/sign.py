@@ -93,7 +93,9 @@ def require_sound(folder: Path, threads: int | None, progress: ProgressCallback 
     Raises:
         DeltaError: it does not.
     """
-    report = verify_delta(folder, threads=threads, progress=progress)
+    with LocalSource(folder) as source:  # a path, though it may look like a Hub id
+        manifest = read_manifest(source)
+    report = verify_delta(folder.absolute(), threads=threads, progress=progress)
     if report.problems:
         first = report.problems[0]
         more = f", and {len(report.problems) - 1} more" if report.problems[1:] else ""
@@ -102,8 +104,7 @@ def require_sound(folder: Path, threads: int | None, progress: ProgressCallback 
             f"{first.path}: {first.kind}: {first.detail}{more}.",
             "Remove what is no part of the delta, or run the diff again.",
         )
-    with LocalSource(folder) as source:
-        return read_manifest(source)
+    return manifest
 
 
 def write_beside(folder: Path, name: str, content: bytes) -> None:

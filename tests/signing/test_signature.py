@@ -17,9 +17,11 @@ import pytest
 
 from deltaweights import (
     CertificateSigner,
+    CheckpointError,
     DeltaError,
     DeltaWeightsError,
     KeySigner,
+    OutputError,
     Pkcs11Signer,
     SignatureError,
     SigningError,
@@ -517,6 +519,21 @@ def test_progress_is_told_of_what_is_compared_first(signed: Signed, tmp_path: Pa
     done, total = told["check signed"]
     with LocalSource(signed.delta) as source:
         assert done == total == sum(one.size for one in read_manifest(source).files)
+
+
+def test_only_folders_are_signed(
+    signed: Signed, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that could be one of the Hub is a path."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="no file or folder org/none"):
+        sign_delta("org/none", KeySigner(signed.keys.private))
+    with pytest.raises(OutputError, match="is a URL"):
+        sign_delta("s3://bucket/delta", KeySigner(signed.keys.private))
+    (tmp_path / "org").mkdir()
+    shutil.move(copy, tmp_path / "org" / "delta")
+    sign_delta("org/delta", KeySigner(signed.keys.private))
+    assert verify_delta("org/delta", require_signature=signed.keys.public).ok
 
 
 def test_each_delta_of_a_chain_is_signed(signed: Signed, copy: Path, tmp_path: Path) -> None:
