@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from .batch.running import run_batch as run_batch
     from .bom import bom_of as bom_of
     from .compact import compact_deltas as compact_deltas
+    from .compare import ComparedCandidate as ComparedCandidate
+    from .compare import Comparison as Comparison
+    from .compare import UnavailableCandidate as UnavailableCandidate
+    from .compare import compare_models as compare_models
     from .delta.target import Target as Target
     from .delta.target import TensorSlice as TensorSlice
     from .delta.target import TensorView as TensorView
@@ -49,6 +53,9 @@ if TYPE_CHECKING:
     from .inspect import inspect_delta as inspect_delta
     from .inspect import license_of as license_of
     from .license.rules import LicenseReport as LicenseReport
+    from .lineage.directions import Growth as Growth
+    from .lineage.pairs import Agreement as Agreement
+    from .lineage.pairs import PairMeasures as PairMeasures
     from .manifest import Manifest as Manifest
     from .match.names import RenameRule as RenameRule
     from .patch import ApplyReport as ApplyReport
@@ -57,6 +64,13 @@ if TYPE_CHECKING:
     from .plan import plan_apply as plan_apply
     from .push import PushReport as PushReport
     from .push import push_delta as push_delta
+    from .report.making import report_delta as report_delta
+    from .report.results import DeltaReport as DeltaReport
+    from .report.results import MovedRow as MovedRow
+    from .report.results import MovedTable as MovedTable
+    from .report.side_by_side import ComparisonReport as ComparisonReport
+    from .report.side_by_side import PairReport as PairReport
+    from .report.side_by_side import report_side_by_side as report_side_by_side
     from .sign import SignReport as SignReport
     from .sign import sign_delta as sign_delta
     from .signing.signers import CertificateSigner as CertificateSigner

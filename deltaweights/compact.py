@@ -23,6 +23,7 @@ from .match.names import Match, find_named, match_pair
 from .metrics import timed_operation
 from .patch import check_base, check_licenses
 from .payload import CHUNK_BYTES
+from .signing import SignatureRequirement
 from .storage import Location, Readable, open_output
 from .workers import ProgressCallback, Workers
 
@@ -38,6 +39,7 @@ def compact_deltas(
     chunk_bytes: int = CHUNK_BYTES,
     effort: Effort = "default",
     force: bool = False,
+    require_signature: SignatureRequirement | None = None,
     threads: int | None = None,
     executor: Executor | None = None,
     progress: ProgressCallback | None = None,
@@ -52,6 +54,8 @@ def compact_deltas(
         delta: the folder to write, or the URL of a place in a store; new or empty, or an interrupted run's.
         base: the first delta's base; if None, the repository that its manifest names, at its commit.
         chunk_bytes, effort, force, threads, executor: as for :func:`make_delta`.
+        require_signature: who must have signed each of the deltas, as for :func:`apply_delta`. The new one is
+            not signed.
         progress: called with a phase, bytes done and total bytes: "check base" and "diff".
 
     Returns:
@@ -61,13 +65,16 @@ def compact_deltas(
     Raises:
         BaseMismatchError: a delta does not follow the one before it, or ``base`` is the wrong one.
         CheckpointError: the base cannot be found, read or downloaded.
+        SignatureError: a delta is not signed as required.
         DeltaError: a delta is incomplete or damaged.
         OutputError: the folder cannot be used, or its disk is full.
         ValueError: ``chunk_bytes`` is out of range.
     """
     check_chunk_bytes(chunk_bytes)
     open_output(delta)
-    with open_recipe(deltas, base) as target:
+    with open_recipe(
+        deltas, base, require_signature=require_signature, into_memory=True, progress=progress
+    ) as target:
         first = links(target)[0]
         old = first.base
         if old is None:

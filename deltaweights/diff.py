@@ -17,6 +17,7 @@ from typing import NamedTuple
 import msgspec
 
 from ._version import __version__
+from .changes import PICTURE_NAME
 from .checkpoint import Checkpoint, Tensor
 from .codec import Effort
 from .delta.digests import PassingDigest, digested_along, digested_apart, is_far, passing_shards
@@ -183,7 +184,7 @@ def write_delta(
         meter = Meter(progress, "diff", sum(new.source.sizes.values()))
         inputs = _inputs(old, new, chunk_bytes, effort, rename)
         writer = DeltaWriter(folder, new.source, inputs, workers, meter)
-        texts = [*base.license.texts, *target.license.texts, rules.NOTICE_NAME]
+        texts = [*base.license.texts, *target.license.texts, rules.NOTICE_NAME, PICTURE_NAME]
         folder.require_distinct([cards.CARD_NAME, MANIFEST_NAME, *texts, *writer.names(new.other_files)])
         _check_vacant(folder, force)
         matches = find_quantized(matches, old, new)
@@ -202,11 +203,13 @@ def write_delta(
         target_record = TargetRecord(
             target.repo_id, target.revision, target.license.license, target_files, new.source.left_out
         )
+        tensors = (*entries, *removed_entries(old, matches))
+        writer.write_picture(tensors)
         manifest = Manifest(
             base=base_record,
             target=target_record,
             license=writer.write_licenses(base_record, target_record, base.license, target.license),
-            tensors=(*entries, *removed_entries(old, matches)),
+            tensors=tensors,
             files=tuple(sorted(writer.files, key=lambda file: file.path)),
             tool=Tool("deltaweights", __version__),
             chunk_bytes=chunk_bytes,

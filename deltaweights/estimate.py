@@ -15,6 +15,8 @@ import numpy as np
 
 from . import codec
 from ._version import __version__
+from .changes import PICTURE_NAME, delta_picture
+from .changes.grid import shared_elements
 from .checkpoint import Checkpoint, Shard
 from .delta.entry import entry_of, removed_entries
 from .delta.sampling import (
@@ -28,7 +30,6 @@ from .delta.shards import shard_header, shard_metadata
 from .delta.writer import compression_level, most_compressed
 from .entries import STATUSES, Status, TensorEntry
 from .inputs import CheckpointFacts, facts_of, match_inputs, open_base, open_target
-from .inspect import shared_elements
 from .license import rules
 from .manifest import BaseRecord, FileRecord, Manifest, TargetFile, TargetRecord, Tool
 from .match.duplicates import find_duplicates
@@ -259,6 +260,8 @@ def _manifest(
     whole = rules.combine(base_record, target_record, conflicts, target.license.base_models)
     if whole:
         texts[rules.NOTICE_NAME] = rules.notice_text(base_record, target_record)
+    if picture := delta_picture(entries):
+        texts[PICTURE_NAME] = picture
     files += (FileRecord(path, len(text), _DIGEST) for path, text in texts.items())
     return Manifest(
         base=base_record,

@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields, replace
 
 import msgspec
 
-from . import codec
 from .adapters import MergedAdapter, merged_adapter
+from .changes.grid import shared_elements
 from .delta.opening import license_texts, read_manifest
 from .entries import STATUSES, Status, TensorEntry
 from .errors import DeltaError
@@ -194,11 +194,6 @@ def _stored_whole(manifest: Manifest) -> tuple[StoredFile, ...]:
 
 def _kind(path: str) -> str:
     return next((kind for pattern, kind in _KINDS if pattern.match(path.lower())), "other files")
-
-
-def shared_elements(entry: TensorEntry) -> int:
-    """How many of a tensor's elements have a base."""
-    return entry.shared_bytes // codec.element_bytes(entry.dtype, entry.shared_bytes)
 
 
 def _summary_of(entry: TensorEntry) -> TensorSummary:

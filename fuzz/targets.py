@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,7 +127,9 @@ def stream_seeds() -> Iterator[bytes]:
     tensors = (StreamTensor("a", "BF16", (4, 2), "0" * 64), StreamTensor("b", "BF16", (4, 2), "0" * 64, "a"))
     state = state_digest(tensors)
     yield write_json(StateRecord(1, 1, state, tensors, None, None, None, None, "0" * 16))
-    yield write_json(Head(StateReference(1, state, "1" * 64), 7))
+    head = Head(StateReference(1, state, "1" * 64), 7)
+    yield write_json(head)
+    yield write_json(replace(head, format_version=3, stream="run", keys=("2" * 64,), signatures=("00" * 64,)))
 
 
 def pointer(data: bytes) -> None:

@@ -3,7 +3,7 @@
     PYTHON packaging/smoke.py
 
 PYTHON is a virtual environment's with nothing but the wheel and what it needs. For each dtype a small pair is
-made, and `diff`, `apply` and `verify` run as commands; then `pip uninstall` must leave nothing behind.
+made, and `diff`, `apply`, `verify` and `report` run as commands; then `pip uninstall` must leave nothing.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def try_dtype(folder: Path, dtype: str) -> None:
     run(folder, "diff", "base", "target", "-o", "delta")
     run(folder, "apply", "delta", "--base", "base", "-o", "rebuilt")
     run(folder, "verify", "delta", "--base", "base", "--target", "rebuilt")
+    run(folder, "report", "delta", "--base", "base", "-o", "page.html", "--svg", "picture.svg")
     target, rebuilt = (folder / name / "model.safetensors" for name in ("target", "rebuilt"))
     if not filecmp.cmp(target, rebuilt, shallow=False):
         sys.exit(f"{dtype}: the rebuilt file differs")

@@ -43,7 +43,7 @@ from .conftest import MISSING, Trio
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 #: Read in this order: later ones go on with what earlier ones made.
-GUIDES = ("publish", "use", "platform", "trust", "reference/command-line")
+GUIDES = ("publish", "report", "use", "platform", "trust", "reference/command-line")
 GUIDES_FOR_TORCH = ("train", "serve", "disk-updates")
 #: All except those that tests/test_demo.py (with a smaller model) and tests/engines run.
 EXAMPLES = sorted(p for p in ROOT.glob("examples/*.py") if p.stem not in ("demo", "rl_with_vllm"))
@@ -100,6 +100,7 @@ def check_blocks(document: str, folder: Path) -> None:
                 assert code == (3 if refused else 1 if failed else 0), f"$ {command}\n{output}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_example_runs(path: Path, tmp_path: Path) -> None:
     for library in re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE):
@@ -127,6 +128,11 @@ def test_guides_show_what_happens(tmp_path: Path) -> None:
         check_blocks(f"docs/{guide}.md", tmp_path)
 
 
+def test_the_guide_to_lineage_shows_what_happens(tmp_path: Path) -> None:
+    check_blocks("docs/lineage.md", tmp_path)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason="needs torch and transformers")
 def test_guides_for_torch_run(tmp_path: Path) -> None:
     write_pair(tmp_path)

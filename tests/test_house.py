@@ -36,7 +36,7 @@ PUBLIC: list[Any] = [
 #: For each folder, what stands in it, lowest rank first. Each may import from lower ranks only.
 RANKS: dict[str, tuple[str, ...]] = {
     "": (
-        "_exports _version dtypes errors recent words",
+        "_exports _version dtypes errors pages recent words",
         "metrics",
         "workers",
         "canonical entries",
@@ -44,11 +44,12 @@ RANKS: dict[str, tuple[str, ...]] = {
         "codec manifest storage",
         "checkpoint executors signing",
         "payload",
-        "license match",
+        "changes license match",
+        "lineage",
         "card inputs",
         "delta",
-        "bom diff inspect patch",
-        "compact estimate plan verify",
+        "bom compare diff inspect patch",
+        "compact estimate plan report verify",
         "batch push sign torch",
         "attest",
         "engines",
@@ -57,6 +58,7 @@ RANKS: dict[str, tuple[str, ...]] = {
     ),
     "batch": ("base_cache jobs results", "job", "running", "__init__"),
     "card": ("front_matter links", "writing", "__init__"),
+    "changes": ("grouping", "grid", "measures", "palette sentences", "picture", "__init__"),
     "checkpoint": ("header index other_formats", "checkpoint", "gathered oddities", "__init__"),
     "cli": (
         "layout machines options",
@@ -65,7 +67,8 @@ RANKS: dict[str, tuple[str, ...]] = {
         "logs usage",
         "progress",
         "session",
-        "batches signatures weight_streams",
+        "batches lineage signatures",
+        "weight_streams",
         "commands",
         "__init__",
     ),
@@ -121,7 +124,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "__init__",
     ),
     "engines": (
-        "decoding disk_updates placement pointer verl",
+        "decoding disk_updates placement pointer required_keys verl",
         "host_mirror vllm_loader",
         "follower",
         "sglang vllm_transfer",
@@ -140,6 +143,15 @@ RANKS: dict[str, tuple[str, ...]] = {
     "executors": ("carrying kept", "executor", "ray_executor", "__init__"),
     "license": ("table", "rules", "bom cards", "__init__"),
     "license/bom": ("facts", "cyclonedx spdx", "__init__"),
+    "lineage": (
+        "choosing directions",
+        "documents sampling",
+        "measures structure",
+        "geometry scale",
+        "doubts pairs",
+        "verdicts",
+        "__init__",
+    ),
     "match": (
         "similarity",
         "vectors",
@@ -152,6 +164,16 @@ RANKS: dict[str, tuple[str, ...]] = {
         "__init__",
     ),
     "payload": ("chunks faults", "reader writer", "whole", "__init__"),
+    "report": (
+        "spectrum",
+        "movement tokens",
+        "maps overlaps reading",
+        "measures page",
+        "comparison_page results",
+        "making",
+        "side_by_side",
+        "__init__",
+    ),
     "signing": (
         "bundle extra",
         "keys statement",
@@ -183,7 +205,7 @@ RANKS: dict[str, tuple[str, ...]] = {
     ),
     "torch/stream": (
         "gpu_kernels records",
-        "gpu transport",
+        "gpu heads transport",
         "state",
         "cast payloads split",
         "pieces",

@@ -36,8 +36,8 @@ from deltaweights import (
 from deltaweights.card import address_card
 from deltaweights.checkpoint import TensorInfo, open_checkpoint
 from deltaweights.cli.commands import app
-from deltaweights.cli.rendering import size as size_text
 from deltaweights.manifest import FileRecord, Manifest
+from deltaweights.words import size as size_text
 
 from .checkpoints import Array, bf16, contents, weights, write_safetensors
 from .conftest import Trio

@@ -147,6 +147,7 @@ class _Run:
                 base=base or job.base,
                 keep_base=job.keep_base,
                 force=job.force,
+                require_signature=job.require_signature,
                 threads=self._settings.threads,
                 progress=self._progress(),
             )
@@ -207,6 +208,7 @@ class _Run:
             base=base or job.base,
             keep_base=job.keep_base,
             target=job.target,
+            require_signature=job.require_signature,
             threads=self._settings.threads,
             progress=self._progress(),
         )

@@ -56,6 +56,7 @@ class ApplyJob(_Base, frozen=True, kw_only=True, tag="apply"):
 
     Attributes:
         accept_license: licenses that were accepted, as for ``--accept-license``.
+        require_signature: paths of public keys, by one of which the delta must be signed.
     """
 
     delta: _Text | _Texts
@@ -64,15 +65,21 @@ class ApplyJob(_Base, frozen=True, kw_only=True, tag="apply"):
     keep_base: bool = False
     accept_license: _Texts = ()
     force: bool = False
+    require_signature: _Text | _Texts | None = None
 
 
 class VerifyJob(_Base, frozen=True, kw_only=True, tag="verify"):
-    """:func:`deltaweights.verify_delta`, with the arguments of that name."""
+    """:func:`deltaweights.verify_delta`, with the arguments of that name.
+
+    Attributes:
+        require_signature: paths of public keys, by one of which the delta must be signed.
+    """
 
     delta: _Text | _Texts
     base: _Text | None = None
     keep_base: bool = False
     target: _Text | None = None
+    require_signature: _Text | _Texts | None = None
 
 
 #: One job of a batch.
@@ -181,6 +188,10 @@ def _output_of(job: Job) -> str | None:
 def _absolute(job: Job) -> Job | BadLine:
     """The job with absolute paths, since it may run in a process with another working directory."""
     fields: dict[str, str | tuple[str, ...]] = {}
+    keys = getattr(job, "require_signature", None)
+    if keys is not None:
+        is_one = isinstance(keys, str)
+        fields["require_signature"] = os.path.abspath(keys) if is_one else tuple(map(os.path.abspath, keys))
     try:
         for name in ("base", "target", "delta", "out"):
             value = getattr(job, name, None)

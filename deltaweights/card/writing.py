@@ -6,7 +6,7 @@ import json
 import re
 from urllib.parse import quote
 
-from ..adapters import merged_adapter
+from ..changes import PICTURE_NAME, describe_changes, grid_of
 from ..license.cards import CARD_NAME, LICENSE_FILE, base_models_of, read_card
 from ..license.rules import displays, expression_of, terms_of
 from ..license.table import Terms
@@ -54,7 +54,7 @@ def write_card(manifest: Manifest, target: Source | None = None) -> bytes:
         head or ("" if text else _title(manifest)),
         *(f"**{line}**" for line in displays(manifest.base.license)),
         _what_it_is(manifest),
-        _adapter(manifest),
+        _changes(manifest),
         _how_to_use(manifest, _transformers_arguments(manifest, target)),
         _facts(manifest),
         _obligations(manifest),
@@ -239,10 +239,12 @@ def _transformers_arguments(manifest: Manifest, target: Source | None) -> str | 
     return ", trust_remote_code=True" if config.get("auto_map") else ""
 
 
-def _adapter(manifest: Manifest) -> str:
-    """What was merged into the model, as it seems."""
-    found = merged_adapter(manifest.tensors)
-    return f"It looks like a merged adapter of {_plain(str(found))}." if found else ""
+def _changes(manifest: Manifest) -> str:
+    """What the fine-tune changed, in words, and as the picture in the delta."""
+    said = " ".join(map(_plain, describe_changes(manifest.tensors, grid_of(manifest.tensors))))
+    if not any(file.path == PICTURE_NAME for file in manifest.files):
+        return said
+    return f"{said}\n\n![Bits a weight in the delta, by layer and module]({PICTURE_NAME})"
 
 
 def _facts(manifest: Manifest) -> str:

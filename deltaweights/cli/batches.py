@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..words import plain, size
 from .machines import machines
 from .options import AcceptLicense, Debug, Json, Quiet, Ray, Threads, Verbose, number_of_bytes
-from .rendering import elapsed, plain, size
+from .rendering import elapsed
 from .session import working
 from .streams import note
 

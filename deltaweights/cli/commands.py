@@ -17,6 +17,7 @@ from .._version import __version__
 from . import rendering
 from .batches import batch
 from .layout import screen_of
+from .lineage import compare
 from .machines import machines
 from .options import (
     MATCHING,
@@ -89,10 +90,11 @@ app = typer.Typer(
 
 #: The panels of the commands in the help.
 _PUBLISH, _USE, _LOOK, _STREAM = "To publish", "To use", "To look into a delta", "To stream"
-_MANY = "To do many"
+_MANY, _COME = "To do many", "To see where a model comes from"
 
 app.add_typer(stream, rich_help_panel=_STREAM)
 app.command("batch", rich_help_panel=_MANY)(batch)
+app.command("compare", rich_help_panel=_COME)(compare)
 app.command("sign", rich_help_panel=_PUBLISH)(sign)
 app.command("attest", rich_help_panel=_PUBLISH)(attest)
 
@@ -407,6 +409,13 @@ def compact(
     base: BaseOption = None,
     effort: EffortOption = EffortLevel.default,
     force: Force = False,
+    require_signature: RequireSignature = False,
+    public_key: PublicKey = None,
+    root_certificate: RootCertificate = None,
+    identity: Identity = None,
+    identity_provider: IdentityProvider = None,
+    trust_config: TrustConfig = None,
+    staging: Staging = False,
     threads: Threads = None,
     ray: Ray = None,
     as_json: Json = False,
@@ -418,6 +427,10 @@ def compact(
 
     deltaweights compact delta-1 delta-2 delta-3 -o one --base ./base
     """
+    signed_by = requirement_of(
+        public_key, root_certificate, identity, identity_provider, trust_config, staging,
+        is_required=require_signature,
+    )  # fmt: skip
     with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work:
         from ..compact import compact_deltas
 
@@ -428,6 +441,7 @@ def compact(
                 base=base,
                 effort=effort.value,
                 force=force,
+                require_signature=signed_by,
                 threads=threads,
                 executor=executor,
                 progress=shown,
@@ -452,6 +466,13 @@ def plan(
             "May be given several times.",
         ),
     ] = None,
+    require_signature: RequireSignature = False,
+    public_key: PublicKey = None,
+    root_certificate: RootCertificate = None,
+    identity: Identity = None,
+    identity_provider: IdentityProvider = None,
+    trust_config: TrustConfig = None,
+    staging: Staging = False,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -463,8 +484,12 @@ def plan(
     deltaweights plan org/model-delta
     deltaweights plan org/model-delta --base ./base -o model --bandwidth 250M
     """
+    signed_by = requirement_of(
+        public_key, root_certificate, identity, identity_provider, trust_config, staging,
+        is_required=require_signature,
+    )  # fmt: skip
     at_work = working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
-    _plan(at_work, delta, base, keep_base, output, bandwidth, threads)
+    _plan(at_work, delta, base, keep_base, output, bandwidth, threads, signed_by)
 
 
 def _plan(
@@ -587,6 +612,71 @@ def inspect(
     screen = screen_of(sys.stdout)
     lines = rendering.summary_lines(summary, screen, every_tensor=tensors, every_file=files)
     work.report(summary.to_dict(), lines)
+
+
+@app.command(rich_help_panel=_LOOK)
+def report(
+    deltas: Annotated[
+        list[str],
+        typer.Argument(metavar="DELTA...", help="The delta; or several of one base, to be compared."),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", metavar="BASE", help="Compare every weight with this base; else the manifest tells."
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The page to write, a path or URL; report.html by default, or none with --json or --svg.",
+        ),
+    ] = None,
+    svg: Annotated[
+        str | None, typer.Option("--svg", metavar="FILE", help="Write the heat map as a picture.")
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Show what a fine-tune changed: a page with a heat map of layers and modules, figures and words.
+
+    deltaweights report org/model-delta
+    deltaweights report delta --base ./base -o report.html
+    deltaweights report delta --json | jq .sentences
+    deltaweights report delta-1 delta-2 --base ./base
+    """
+    page = output or (None if as_json or svg else "report.html")
+    if svg and deltas[1:]:
+        raise typer.BadParameter("It takes one delta.", param_hint="--svg")
+    with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug) as work:
+        from ..report import ComparisonReport, DeltaReport, report_delta, report_side_by_side
+        from ..storage import require_place, write_document
+
+        for file in filter(None, (page, svg)):
+            require_place(file)
+        with work.progress() as shown:
+            found: DeltaReport | ComparisonReport
+            if deltas[1:]:
+                found = report_side_by_side(deltas, base=base, threads=threads, progress=shown)
+            else:
+                found = report_delta(deltas[0], base=base, threads=threads, progress=shown)
+        written = {}
+        if page:
+            written[page] = found.html()
+        if svg and isinstance(found, DeltaReport):
+            written[svg] = found.svg()
+        for place, document in written.items():
+            write_document(place, document)
+    lines = rendering.report_lines(
+        found.sentences, {place: len(document) for place, document in written.items()}
+    )
+    work.report(found.to_dict(), lines, with_costs=True)
 
 
 @app.command(rich_help_panel=_LOOK)

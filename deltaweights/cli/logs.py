@@ -10,7 +10,7 @@ from datetime import datetime
 
 import typer
 
-from .rendering import plain
+from ..words import plain
 from .streams import note
 
 #: The variable that says how much is logged, without an option on every command line.

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ..words import size
 from .logs import stamp
-from .rendering import byte_rate, duration, size, speed
+from .rendering import byte_rate, duration, speed
 from .streams import note
 
 if TYPE_CHECKING:

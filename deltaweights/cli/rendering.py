@@ -5,11 +5,10 @@ Every name that comes from a file is made harmless (:func:`plain`): none may con
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..words import counted
+from ..words import counted, plain, scaled, size
 from .layout import Screen, table
 
 if TYPE_CHECKING:
@@ -24,41 +23,18 @@ if TYPE_CHECKING:
     from ..verify import VerifyReport
 
 
-#: Controls, marks of direction, separators of lines, characters of no width.
-UNSEEN = re.compile(
-    "[\\x00-\\x1f\\x7f-\\x9f\\xad\\u061c\\u115f\\u1160\\u180e\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u206f\\u3164\\ufeff"
-    "\\ufff9-\\ufffb\\U000e0000-\\U000e007f]"
-)
-
 #: So many bytes of files that are stored whole are worth a line.
 _MUCH = 1_000_000
 
 
-def plain(text: str) -> str:
-    """The text without characters that control a terminal, turn its direction, or are not seen: these are
-    shown as ``\\x1b`` or ``\\u202e``."""
-    return UNSEEN.sub(lambda found: _escaped(ord(found[0])), text)
-
-
-def _escaped(code: int) -> str:
-    if code < 0x100:
-        return f"\\x{code:02x}"
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
-def size(nbytes: int) -> str:
-    """Bytes, as in ``4.2 MB``."""
-    return "1 byte" if nbytes == 1 else _scaled(nbytes, ("bytes", "KB", "MB", "GB", "TB"))
-
-
 def rate(bits: float) -> str:
     """Bits a second, as in ``100 Mbit/s``."""
-    return _scaled(bits, ("bit/s", "kbit/s", "Mbit/s", "Gbit/s", "Tbit/s"))
+    return scaled(bits, ("bit/s", "kbit/s", "Mbit/s", "Gbit/s", "Tbit/s"))
 
 
 def byte_rate(nbytes: float) -> str:
     """Bytes a second, as in ``1.4 GB/s``."""
-    return _scaled(nbytes, ("bytes/s", "KB/s", "MB/s", "GB/s", "TB/s"))
+    return scaled(nbytes, ("bytes/s", "KB/s", "MB/s", "GB/s", "TB/s"))
 
 
 def duration(seconds: float) -> str:
@@ -72,16 +48,6 @@ def duration(seconds: float) -> str:
 def elapsed(seconds: float) -> str:
     """Seconds that it took, as in ``3.2 s``, or as :func:`duration` says it."""
     return f"{max(seconds, 0.001):.2g} s" if seconds < 9.95 else duration(seconds)
-
-
-def _scaled(number: float, units: Sequence[str]) -> str:
-    """Three figures, in the unit (each a thousand of the one before) that suits them."""
-    *smaller, largest = units
-    for unit in smaller:
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == units[0] else f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} {largest}"
 
 
 def display_name(side: BaseRecord | TargetRecord | SideLicense, fallback: str) -> str:
@@ -311,6 +277,15 @@ def _shape(tensor: TensorSummary) -> str:
 def _size_line(summary: DeltaSummary) -> str:
     delta, target = size(summary.size.delta_bytes), size(summary.size.target_bytes)
     return f"{delta}, {summary.size.ratio:.2%} of the target's {target}"
+
+
+# report --------------------------------------------------------------------------------------------------
+
+
+def report_lines(sentences: Iterable[str], written: Mapping[str, int]) -> Iterator[str]:
+    """What a fine-tune changed, in words; and the files that were written, with their bytes."""
+    yield from (plain(f"- {text}") for text in sentences)
+    yield from (plain(f"{place}: {size(nbytes)} written") for place, nbytes in written.items())
 
 
 # diff --dry-run ------------------------------------------------------------------------------------------

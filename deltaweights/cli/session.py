@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..errors import DeltaWeightsError, LicenseNotAcceptedError
+from ..words import plain
 from .logs import level_of, logs_shown
 from .progress import Phases, progress
-from .rendering import license_panel, plain
+from .rendering import license_panel
 from .streams import note, report, show_error
 
 if TYPE_CHECKING:

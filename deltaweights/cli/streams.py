@@ -12,8 +12,8 @@ from contextlib import suppress
 
 import typer
 
+from ..words import UNSEEN, plain
 from .layout import fold, screen_of
-from .rendering import UNSEEN, plain
 
 #: The streams that were closed when the program began.
 _CLOSED: set[str] = set()

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import DeltaWeightsError
-from ..words import counted
+from ..words import counted, plain, size
 from .options import Debug, Json, Quiet, Threads, Verbose
-from .rendering import plain, size, speed_line
+from .rendering import speed_line
 from .session import working
+from .signatures import SIGNER, Password, PublicKey, StreamName
 
 if TYPE_CHECKING:
     from ..engines import ExportReport, ImportReport
@@ -84,6 +85,8 @@ def export(
             metavar="NAME", help="For stitch: write into DIR/NAME, and name the newest in DIR/latest."
         ),
     ] = None,
+    public_key: PublicKey = None,
+    stream_name: StreamName = None,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -117,6 +120,8 @@ def export(
                 step=step,
                 full_every=full_every,
                 run_id=run_id,
+                require_signature=public_key or None,
+                stream_name=stream_name,
                 threads=threads,
                 progress=shown,
             )
@@ -134,6 +139,17 @@ def import_(
     ],
     base: Annotated[str, typer.Option(metavar="CHECKPOINT", help="What the engines began with, version 0.")],
     public: Annotated[bool, typer.Option("--public", help="Make the repository on the Hub public.")] = False,
+    private_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--private-key",
+            metavar="PEM",
+            help="Sign the stream. May be given several times, while keys are changed.",
+            rich_help_panel=SIGNER,
+        ),
+    ] = None,
+    password: Password = None,
+    stream_name: StreamName = None,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -150,9 +166,19 @@ def import_(
     with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work:
         _require_torch()
         from ..engines import import_stream
+        from ..signing.signers import KeySigner
 
         with work.progress() as shown:
-            done = import_stream(directory, location, base, public=public, threads=threads, progress=shown)
+            done = import_stream(
+                directory,
+                location,
+                base,
+                public=public,
+                signer=[KeySigner(path, password) for path in private_key or ()] or None,
+                stream_name=stream_name,
+                threads=threads,
+                progress=shown,
+            )
     work.report(asdict(done), import_lines(location, done, work.seconds), with_costs=True)
 
 

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 import msgspec
 
 from ..card import write_card
+from ..changes import PICTURE_NAME, delta_picture
 from ..checkpoint import MAX_HEADER_BYTES, Shard
 from ..codec import RECORD, compress_blocks
 from ..entries import EntryRows, Kind, TensorEntry, from_rows, to_rows
@@ -214,6 +215,15 @@ class DeltaWriter:
             return None
         self._write_blocks(rules.NOTICE_NAME, [rules.notice_text(base, target)])
         return whole
+
+    def write_picture(self, entries: Sequence[TensorEntry]) -> None:
+        """Write the picture of what changed, if there is anything to see.
+
+        Args:
+            entries: the manifest's.
+        """
+        if picture := delta_picture(entries):
+            self._write_blocks(PICTURE_NAME, [picture])
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Write the model card and, last of all, the manifest, which completes the delta."""

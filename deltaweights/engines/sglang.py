@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import msgspec
 
 from ..errors import CheckpointError, DeltaWeightsError
+from .required_keys import required_keys
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -81,7 +82,7 @@ def read_pointer_folder(
     if not (os.path.isdir(folder) and is_pointer_folder(folder)):
         found: Iterator[tuple[str, Tensor]] = original(self, source, **options)
         return found
-    open_pointed(folder).close()  # what is wrong with it is said at once
+    open_pointed(folder, require_signature=required_keys()).close()  # what is wrong with it is said at once
     return ((source.prefix + name, tensor) for name, tensor in _decoded(folder))
 
 
@@ -91,7 +92,7 @@ def _decoded(folder: str) -> Iterator[tuple[str, Tensor]]:
     from .decoding import decoded, shards_to_load
     from .pointer import open_pointed
 
-    with open_pointed(folder) as target, Workers() as workers:
+    with open_pointed(folder, require_signature=required_keys()) as target, Workers() as workers:
         workers.at_stop(target.cancel)
         check_base(target, workers)  # before the first tensor, so that a wrong base is told in seconds
         yield from decoded(target, workers, shards=shards_to_load(target))
@@ -244,7 +245,9 @@ def _follow(model: nn.Module, request: _Request, key: str) -> Follower:
     from .host_mirror import HostMirror
 
     def subscribe(number: int) -> DeltaSubscriber:
-        return DeltaSubscriber(request.location, threads=request.threads, last_number=number)
+        return DeltaSubscriber(
+            request.location, threads=request.threads, last_number=number, require_signature=required_keys()
+        )
 
     layout = subscribe(0).newest().tensors
     mirror = HostMirror(layout, key=key, base=request.base, threads=request.threads)

@@ -16,6 +16,7 @@ from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegist
 from verl.workers.rollout.utils import ensure_async_iterator
 
 from ..errors import NotPublishedError
+from ..signing.signers import KeySigner
 from ..torch import DeltaPublisher, DeltaSubscriber
 
 #: Seconds between two looks at the stream: at first, and at most.
@@ -36,6 +37,8 @@ class DeltaCheckpointEngine(CheckpointEngine):  # type: ignore[misc,unused-ignor
         changed_only: give the rollout only the tensors that changed. Its engine has to keep its weights from
             step to step, asleep too.
         timeout: how long a rollout waits for the actor to publish, in seconds.
+        private_key: path of the private key that signs the stream; needed where the first actor runs.
+        public_key: path of the public key by which rollouts require it to be signed. None: it need not be.
         anchor_every, keep_anchors, threads: as for :class:`deltaweights.torch.DeltaPublisher`.
     """
 
@@ -49,6 +52,8 @@ class DeltaCheckpointEngine(CheckpointEngine):  # type: ignore[misc,unused-ignor
         timeout: float = 1800.0,
         anchor_every: int | None = 100,
         keep_anchors: int | None = 2,
+        private_key: str | None = None,
+        public_key: str | None = None,
         threads: int | None = None,
     ) -> None:
         self._is_master = is_master
@@ -56,9 +61,14 @@ class DeltaCheckpointEngine(CheckpointEngine):  # type: ignore[misc,unused-ignor
         self._changed_only = changed_only
         self._timeout = timeout
         self._open = partial(
-            DeltaPublisher, location, anchor_every=anchor_every, keep_anchors=keep_anchors, threads=threads
+            DeltaPublisher,
+            location,
+            anchor_every=anchor_every,
+            keep_anchors=keep_anchors,
+            signer=KeySigner(private_key) if private_key else None,
+            threads=threads,
         )
-        self._subscriber = DeltaSubscriber(location, threads=threads)
+        self._subscriber = DeltaSubscriber(location, threads=threads, require_signature=public_key)
         self._publisher: DeltaPublisher | None = None
         self._state: dict[str, torch.Tensor] = {}  # what was sent last, or received
         self._owed: set[str] = set()  # tensors that the rollout's engine does not have yet

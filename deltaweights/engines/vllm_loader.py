@@ -33,7 +33,7 @@ class DeltaModelLoader(DefaultModelLoader):  # type: ignore[misc]
     Args:
         load_config: vLLM's. Keys of its ``model_loader_extra_config``: ``base``, where the base lies now, if
             it is not where the folder says; ``public_key``, the path of the key by which the delta must be
-            signed; ``threads``, how many.
+            signed (those in the environment, DELTAWEIGHTS_PUBLIC_KEYS, come first); ``threads``, how many.
 
     Raises:
         ValueError: a key has a value of another type, or vLLM's own loader does not know it.
@@ -62,6 +62,7 @@ class DeltaModelLoader(DefaultModelLoader):  # type: ignore[misc]
 
     def _open(self, folder: str) -> TargetRecipe:
         from .pointer import open_pointed
+        from .required_keys import required_keys
 
         if not os.path.isdir(folder):
             raise CheckpointError(
@@ -69,7 +70,7 @@ class DeltaModelLoader(DefaultModelLoader):  # type: ignore[misc]
                 "The load format deltaweights serves pointer folders.",
                 "Write one by serve_folder.",
             )
-        return open_pointed(folder, base=self._base, require_signature=self._public_key)
+        return open_pointed(folder, base=self._base, require_signature=required_keys() or self._public_key)
 
     def _get_weights_iterator(self, source: DefaultModelLoader.Source) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a source that this rank needs, as vLLM's own loader gives them."""

@@ -33,6 +33,9 @@ class DeltaInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
         threads: how many each rank prepares with. One leaves the other cores to the engine.
         mirror: the folder for the mirror; None: shared memory.
         allow_rollback: take steps that were published earlier than the last one.
+        public_keys: paths of the public keys by one of which the stream's heads must be signed; None: no
+            signature is required. Those in the engine's environment, DELTAWEIGHTS_PUBLIC_KEYS, come first.
+        stream_name: the name that the publisher gave to the stream; None: any.
     """
 
     location: str
@@ -40,11 +43,18 @@ class DeltaInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
     threads: int = 1
     mirror: str | None = None
     allow_rollback: bool = False
+    public_keys: list[str] | None = None
+    stream_name: str | None = None
 
     def __post_init__(self) -> None:
-        texts = (self.location, self.base or "", self.mirror or "")
+        texts = (self.location, self.base or "", self.mirror or "", self.stream_name or "")
         if not self.location or not all(isinstance(text, str) for text in texts):
-            raise ValueError("location, base and mirror are texts, and location is not empty")
+            raise ValueError("location, base, mirror and stream_name are texts, and location is not empty")
+        keys = [] if self.public_keys is None else self.public_keys
+        if type(keys) is not list or not all(isinstance(key, str) and key for key in keys):
+            raise ValueError(f"public_keys is {keys!r}, not a list of paths")
+        if self.public_keys == []:
+            raise ValueError("public_keys is empty, so that nobody could have signed")
         if type(self.threads) is not int or not 1 <= self.threads <= 256:
             raise ValueError(f"threads is {self.threads!r}, not a number from 1 to 256")
         if type(self.allow_rollback) is not bool:
@@ -115,6 +125,7 @@ class DeltaTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         from ..torch import DeltaSubscriber
         from .follower import Follower
         from .host_mirror import HostMirror
+        from .required_keys import required_keys
 
         def subscribe(number: int) -> DeltaSubscriber:
             return DeltaSubscriber(
@@ -122,6 +133,8 @@ class DeltaTransferEngine(WeightTransferEngine):  # type: ignore[misc]
                 threads=init_info.threads,
                 allow_rollback=init_info.allow_rollback,
                 last_number=number,
+                require_signature=required_keys() or init_info.public_keys,
+                stream_name=init_info.stream_name,
             )
 
         layout = subscribe(0).newest().tensors

@@ -84,9 +84,7 @@ def recall_license(
     names = {path: path.partition("-")[2] for path in texts}
     licenses = {names[path]: text for path, text in texts.items() if LICENSE_FILE.fullmatch(names[path])}
     _, conflicts = resolve(side, stated, licenses)
-    return LicenseTexts(
-        stated, texts, conflicts, base_models_of(_card_fields(checkpoint.source).get("base_model"))
-    )
+    return LicenseTexts(stated, texts, conflicts, read_base_models(checkpoint.source))
 
 
 def _content(source: Source, path: str) -> bytes:
@@ -124,6 +122,11 @@ def _text(value: object) -> str | None:
     if len(texts) < len(values):
         return None  # nothing, or a nested value, which cannot be a license
     return " AND ".join(texts)[:_MAX_FIELD].encode("utf-8", "replace").decode() or None
+
+
+def read_base_models(source: Source) -> tuple[str, ...]:
+    """The Hub ids that a checkpoint's model card names as its ``base_model``."""
+    return base_models_of(_card_fields(source).get("base_model"))
 
 
 def base_models_of(value: object) -> tuple[str, ...]:

@@ -7,9 +7,9 @@ import hashlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,17 @@ from .similarity import find_similar
 
 _log = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 1 << 20
+
+class _Blocks(NamedTuple):
+    """Blocks that are compared to find two tensors equal: at most so many, each of so many bytes, with at
+    most so many candidates."""
+
+    most: int
+    nbytes: int
+    candidates: int | None = None
+
+
+_WHOLE_BLOCKS, _GLANCE_BLOCKS = _Blocks(64, 1 << 20), _Blocks(4, 4 << 10, 1024)
 
 #: The part of the target's weights without a base that is worth a word.
 _MUCH = 0.02
@@ -33,9 +43,6 @@ _MUCH = 0.02
 #: Bounds of the search for common prefixes: names with the same ending, and pairs of prefixes.
 _MAX_NAMES = 64
 _MAX_PAIRS = 64
-
-#: The number of 1 MiB blocks that are compared to find two tensors equal.
-_MAX_BLOCKS = 64
 
 #: A rename rule: a regular expression, searched in a target tensor's name, and its replacement (``re.sub``),
 #: which gives the base tensor's name.
@@ -110,27 +117,75 @@ def match_tensors(base: Checkpoint, target: Checkpoint, rename: Sequence[RenameR
         CheckpointError: a file of the base is broken that should hold a tensor of the target's.
     """
     names = Names(compile_rules(rename), (tensor.name for tensor in target.tensors))
-    whole = _match_whole(names, base, target)
+    found = _search(names, base, target)
+    for line in describe_parts(found.parts):
+        _log.info("%s", line)
+    tell(names.useless(lambda name: bool(base.named(name))))
+    if _is_much([*found.unfound, *found.unlike], target):
+        tell(advise(found.unfound, base, target, found.unlike))
+    for tensor in found.unfound if base.broken else ():
+        base.require_found(names.of_base(tensor.name), tensor.path)
+    return found.matches(target)
+
+
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """Bounds of a search for matches that is to stay cheap: what it does not find is not compared.
+
+    Attributes:
+        sampled: the target tensors that are compared by samples, over a network, too.
+        cost: what the search for parts of tensors may cost, in small reads. There is none over a network.
+    """
+
+    sampled: Collection[Tensor]
+    cost: float
+
+
+def glance_at_matches(base: Checkpoint, target: Checkpoint, glance: Glance) -> list[Match]:
+    """Like :func:`match_tensors`, but cheap, and without a word on what is odd."""
+    names = Names((), (tensor.name for tensor in target.tensors))
+    return _search(names, base, target, glance).matches(target)
+
+
+class _Found(NamedTuple):
+    """What was found for target tensors: a whole base tensor, or parts; nothing; or, by name only, one that
+    is unlike them."""
+
+    whole: dict[Tensor, Tensor]
+    parts: dict[Tensor, Gathered]
+    unfound: list[Tensor]
+    unlike: list[Tensor]
+
+    def matches(self, target: Checkpoint) -> list[Match]:
+        """A match for every tensor of the target."""
+        return [
+            match_pair(tensor, self.parts.get(tensor) or self.whole.get(tensor)) for tensor in target.tensors
+        ]
+
+
+def _search(names: Names, base: Checkpoint, target: Checkpoint, glance: Glance | None = None) -> _Found:
+    whole = _match_named(names, base, target)
+    lone = [tensor for tensor in target.tensors if tensor not in whole]
+    if glance:
+        chosen = set(glance.sampled)
+        lone = [tensor for tensor in lone if tensor in chosen]
+    whole |= _match_bytes(lone, base, target, _GLANCE_BLOCKS if glance else _WHOLE_BLOCKS)
     unmatched = [tensor for tensor in target.tensors if tensor not in whole]
     by_name = {  # a rule is the user's word
         tensor: other
         for tensor, other in whole.items()
         if tensor.info.numel == other.info.numel and names.of_base(tensor.name) == tensor.name
     }
-    similar = find_similar(by_name, unmatched, base, target)
+    similar = find_similar(by_name, unmatched, base, target, glance.sampled if glance else None)
     whole |= similar.found
-    wanted = [*(tensor for tensor in unmatched if tensor not in whole), *similar.doubtful]
-    parts = find_parts(wanted, base, target, set(whole.values()), HeldExtents())
+    wanted = [tensor for tensor in unmatched if tensor not in whole]
+    if glance:
+        parts = find_parts(wanted, base, target, set(whole.values()), HeldExtents(), glance.cost)
+    else:
+        wanted += similar.doubtful
+        parts = find_parts(wanted, base, target, set(whole.values()), HeldExtents())
     unfound = [tensor for tensor in unmatched if tensor not in whole and tensor not in parts]
-    for line in describe_parts(parts):
-        _log.info("%s", line)
-    tell(names.useless(lambda name: bool(base.named(name))))
-    unlike = [tensor for tensor in similar.doubtful if tensor not in parts]
-    if _is_much([*unfound, *unlike], target):
-        tell(advise(unfound, base, target, unlike))
-    for tensor in unfound if base.broken else ():
-        base.require_found(names.of_base(tensor.name), tensor.path)
-    return [match_pair(tensor, parts.get(tensor) or whole.get(tensor)) for tensor in target.tensors]
+    return _Found(whole, parts, unfound, [tensor for tensor in similar.doubtful if tensor not in parts])
 
 
 def _is_much(tensors: Iterable[Tensor], target: Checkpoint) -> bool:
@@ -138,9 +193,8 @@ def _is_much(tensors: Iterable[Tensor], target: Checkpoint) -> bool:
     return sum(tensor.nbytes for tensor in tensors) > _MUCH * sum(tensor.nbytes for tensor in target.tensors)
 
 
-def _match_whole(names: Names, base: Checkpoint, target: Checkpoint) -> dict[Tensor, Tensor]:
-    """The base tensor of each target tensor that has one by its name, by words that names share, or by equal
-    bytes."""
+def _match_named(names: Names, base: Checkpoint, target: Checkpoint) -> dict[Tensor, Tensor]:
+    """The base tensor of each target tensor that has one by its name or by words that names share."""
     found: dict[Tensor, Tensor] = {}
     for tensor in target.tensors:
         if candidate := find_named(base, names.of_base(tensor.name), tensor):
@@ -149,7 +203,7 @@ def _match_whole(names: Names, base: Checkpoint, target: Checkpoint) -> dict[Ten
         used = set(found.values())
         unmatched = [tensor for tensor in target.tensors if tensor not in found]
         found |= search(unmatched, [tensor for tensor in base.tensors if tensor not in used])
-    return found | _match_bytes([tensor for tensor in target.tensors if tensor not in found], base, target)
+    return found
 
 
 def find_named(base: Checkpoint, name: str, target: Tensor) -> Tensor | None:
@@ -328,11 +382,14 @@ def _suffixes(name: str) -> list[str]:
     return [".".join(parts[k:]) for k in range(min(len(parts), 8))]
 
 
-def _match_bytes(unmatched: Sequence[Tensor], base: Checkpoint, target: Checkpoint) -> dict[Tensor, Tensor]:
+def _match_bytes(
+    unmatched: Sequence[Tensor], base: Checkpoint, target: Checkpoint, blocks: _Blocks
+) -> dict[Tensor, Tensor]:
     """Match tensors that the base has bit for bit under another name (an untied output layer, say)."""
     unmatched = [tensor for tensor in unmatched if tensor.info.nbytes]
     kinds = {(tensor.info.dtype, tensor.info.shape) for tensor in unmatched}
     alike = [tensor for tensor in base.tensors if (tensor.info.dtype, tensor.info.shape) in kinds]
+    alike = alike[: blocks.candidates]
     by_start: dict[tuple[str, bytes], list[Tensor]] = {}
     with base.source.expect(tensor.span(0, _start_bytes(tensor)) for tensor in alike):
         for tensor in alike:
@@ -342,7 +399,8 @@ def _match_bytes(unmatched: Sequence[Tensor], base: Checkpoint, target: Checkpoi
         starts = [_start(tensor) for tensor in unmatched]
     for tensor, start in zip(unmatched, starts, strict=True):
         candidates = by_start.get(start, [])
-        if match := next((other for other in candidates if _equal(tensor, other, base, target)), None):
+        equal = (other for other in candidates if _equal(tensor, other, base, target, blocks))
+        if match := next(equal, None):
             found[tensor] = match
     return found
 
@@ -357,20 +415,20 @@ def _start(tensor: Tensor) -> tuple[str, bytes]:
     return f"{tensor.info.dtype}{tensor.info.shape}", hashlib.sha256(first.data).digest()
 
 
-def _equal(one: Tensor, other: Tensor, base: Checkpoint, target: Checkpoint) -> bool:
+def _equal(one: Tensor, other: Tensor, base: Checkpoint, target: Checkpoint, blocks: _Blocks) -> bool:
     """Whether a target tensor and a base tensor of the same size are equal, judged by some blocks spread over
     them (a wrong answer only makes the delta longer). Stops at the first difference."""
     nbytes = one.info.nbytes
     if nbytes != other.info.nbytes:
         return False
-    starts = range(0, nbytes, _BLOCK_BYTES * -(-nbytes // (_BLOCK_BYTES * _MAX_BLOCKS)))
-    ends = [min(start + _BLOCK_BYTES, nbytes) for start in starts]
-    blocks = list(zip(starts, ends, strict=True))
+    starts = range(0, nbytes, blocks.nbytes * -(-nbytes // (blocks.nbytes * blocks.most)))
+    ends = [min(start + blocks.nbytes, nbytes) for start in starts]
+    compared = list(zip(starts, ends, strict=True))
     with (
-        target.source.expect(one.span(start, end) for start, end in blocks),
-        base.source.expect(other.span(start, end) for start, end in blocks),
+        target.source.expect(one.span(start, end) for start, end in compared),
+        base.source.expect(other.span(start, end) for start, end in compared),
     ):
-        for start, end in blocks:
+        for start, end in compared:
             if not np.array_equal(_read(one, start, end), _read(other, start, end)):
                 return False
     return True

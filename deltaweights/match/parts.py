@@ -50,6 +50,7 @@ def find_parts(
     target: Checkpoint,
     used: Collection[Tensor],
     held: HeldExtents,
+    cost: float | None = None,
 ) -> dict[Tensor, Gathered]:
     """Elements of base tensors that resemble each wanted tensor, for those that any resemble.
 
@@ -60,6 +61,7 @@ def find_parts(
         wanted: target tensors.
         used: base tensors that others are compared with; they are taken last.
         held: for the results.
+        cost: what all searches may cost, in small reads; if None, as much as pays when a delta is made.
 
     Returns:
         As many elements as the tensor has, in its order, or its leading rows, by the first dimension, if
@@ -70,7 +72,9 @@ def find_parts(
     usable = [tensor for tensor in wanted if can_be_read(tensor)]
     quantized = {tensor.dtype for tensor in usable}.intersection(QUANTIZED)
     normalizes = bool(quantized.difference(tensor.dtype for tensor in base.tensors))
-    finder = _Finder(base, target, used, held, Samples(normalizes=normalizes))
+    finder = _Finder(
+        base, target, used, held, Samples(normalizes=normalizes), _MAX_COST if cost is None else cost
+    )
     # Biases come last: they follow their weights.
     for tensor in sorted(usable, key=lambda t: (_is_bias(t.name), -t.info.numel)):
         finder.look_for(tensor)
@@ -94,6 +98,7 @@ class _Finder:
         used: Collection[Tensor],
         held: HeldExtents,
         samples: Samples,
+        cost: float,
     ) -> None:
         self.found: dict[Tensor, Gathered] = {}
         self._base = base
@@ -106,7 +111,7 @@ class _Finder:
         self._failures: Counter[object] = Counter()
         self._apart: defaultdict[object, list[int]] = defaultdict(lambda: [1, 2, 0, 3])
         self._random = random.Random(0)  # noqa: S311
-        self._left: float = _MAX_COST
+        self._left = cost
         self._parts = 0
 
     def look_for(self, tensor: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +47,11 @@ class Similar(NamedTuple):
 
 
 def find_similar(
-    named: Mapping[Tensor, Tensor], unmatched: Sequence[Tensor], base: Checkpoint, target: Checkpoint
+    named: Mapping[Tensor, Tensor],
+    unmatched: Sequence[Tensor],
+    base: Checkpoint,
+    target: Checkpoint,
+    sampled: Collection[Tensor] | None = None,
 ) -> Similar:
     """Base tensors that resemble a target tensor which has none, or whose own by name does not resemble it.
 
@@ -56,11 +60,15 @@ def find_similar(
     Args:
         named: the base tensor of each target tensor that has one by name, of the same number of elements.
         unmatched: target tensors that have none.
+        sampled: the target tensors to be sampled, over a network, too; if None, all, but not over one.
     """
-    if base.source.is_remote or target.source.is_remote:
+    if sampled is None and (base.source.is_remote or target.source.is_remote):
         return Similar({}, [])
     checked = [tensor for tensor in named if _can_be_sampled(tensor)]
     lone = [tensor for tensor in unmatched if _can_be_sampled(tensor)]
+    if sampled is not None:
+        chosen = set(sampled)
+        checked, lone = ([tensor for tensor in some if tensor in chosen] for some in (checked, lone))
     if not checked and not lone:
         return Similar({}, [])
     samples = _Samples([*checked, *lone], target)

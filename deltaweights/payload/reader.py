@@ -246,12 +246,24 @@ class PayloadReader(StoredPayload):
         if not self.matches_base(index) and not self.matches_base(index):
             raise self._wrong_base(index)
 
-    def decode(self, first: int, end: int, out: NDArray[np.uint8]) -> None:
+    def read_base(self, first: int, end: int, out: NDArray[np.uint8]) -> None:
+        """Read the base's bytes for chunks ``first`` to ``end - 1``, in its own dtype, into ``out`` (uint8,
+        as long as :meth:`base_bounds` says)."""
+        assert self.base is not None
+        self.base.read_into(self.base_bounds(first, end)[0], out)
+
+    def decode(
+        self, first: int, end: int, out: NDArray[np.uint8], base: NDArray[np.uint8] | None = None
+    ) -> None:
         """Rebuild chunks ``first`` to ``end - 1``, one of :meth:`ChunkPlan.rows`, into ``out`` (uint8, their
         length).
 
         Bytes with a wrong checksum are read a second time before that is an error: a bit flipped on the way
         from the Hub must not end a run of hours.
+
+        Args:
+            base: what :meth:`read_base` read for the same chunks, so that it is not read once more. What is
+                read a second time is put there.
 
         Raises:
             BaseMismatchError: the base's bytes differ from those that the payload was made from.
@@ -266,18 +278,30 @@ class PayloadReader(StoredPayload):
             start, stop = self.plan.bounds(first, end)
             return whole[start - origin : stop - origin]
 
-        wrong = [k for run in runs for k in self._decode_run(run[0], run[-1] + 1, part(run[0], run[-1] + 1))]
+        def given(low: int, high: int) -> NDArray[np.uint8] | None:
+            if base is None or not self.needs_base(low):
+                return None
+            begin, (start, stop) = self.base_bounds(first, end)[0], self.base_bounds(low, high)
+            return base[start - begin : stop - begin]
+
+        wrong = []
+        for run in runs:
+            low, high = run[0], run[-1] + 1
+            wrong += self._decode_run(low, high, part(low, high), given(low, high))
         if wrong and whole is out:
             whole = out.copy()
         for index in wrong:
-            self._decode_anew(index, part(index, index + 1))
+            self._decode_anew(index, part(index, index + 1), given(index, index + 1))
         if whole is not out:
             out[:] = whole
 
-    def _decode_run(self, first: int, end: int, out: NDArray[np.uint8]) -> list[int]:
+    def _decode_run(
+        self, first: int, end: int, out: NDArray[np.uint8], base: NDArray[np.uint8] | None
+    ) -> list[int]:
         """:meth:`decode` for chunks that all need the base, or all do not. Returns the indices of those that
         come out wrong."""
-        base = self._read_base(first, end) if self.needs_base(first) else None
+        if base is None and self.needs_base(first):
+            base = self._read_base(first, end)
         data = self.read_data(first, end)
         origin, wrong = self.plan.span(first)[0], []
         for index in self._decode_at_once(first, end, data, base, out):
@@ -327,9 +351,11 @@ class PayloadReader(StoredPayload):
             return predictor.predict(base[start:stop], element)
         return codec.convert(base[start:stop], self.base.dtype, self.dtype)
 
-    def _decode_anew(self, index: int, out: NDArray[np.uint8]) -> None:
-        """Read and decode a chunk that came out wrong."""
+    def _decode_anew(self, index: int, out: NDArray[np.uint8], given: NDArray[np.uint8] | None) -> None:
+        """Read and decode a chunk that came out wrong; ``given`` gets the base's bytes."""
         base = self._read_base(index, index + 1) if self.needs_base(index) else None
+        if base is not None and given is not None:
+            given[:] = base
         try:
             converted = self._converted(index, base, self.plan.span(index)[0])
         except _WrongBase:

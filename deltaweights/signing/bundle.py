@@ -122,19 +122,19 @@ def read_bundle(data: bytes, where: str) -> SignatureBundle:
         material.tlogEntries or "timestampVerificationData" in raw["verificationMaterial"]
     ):
         raise damaged(where, "It has entries of a log that its kind does not have")
-    _bytes_in(envelope.signatures[0].sig, where)
+    bytes_in(envelope.signatures[0].sig, where)
     chain = material.x509CertificateChain
     return SignatureBundle(
         where,
         raw,
-        _bytes_in(envelope.payload, where),
+        bytes_in(envelope.payload, where),
         material.publicKey.hint if material.publicKey else None,
-        tuple(_bytes_in(one.rawBytes, where) for one in chain.certificates) if chain else (),
+        tuple(bytes_in(one.rawBytes, where) for one in chain.certificates) if chain else (),
         is_keyless,
     )
 
 
-def _bytes_in(text: str, where: str) -> bytes:
+def bytes_in(text: str, where: str) -> bytes:
     """The bytes of base64 text. Of the texts that decoders take for the same bytes, one counts."""
     try:
         data = base64.b64decode(text, validate=True)

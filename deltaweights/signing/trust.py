@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import SignatureError
-from .bundle import SignatureBundle
+from .bundle import SignatureBundle, bytes_in
 from .extra import failures_explained
 from .keys import KeyFile, key_id, load_public, read_pem, require_curve
 
@@ -188,9 +188,18 @@ def _require_same(found: tuple[str, bytes], bundle: SignatureBundle) -> None:
 
 
 def _require_nothing_more(signature: Any, bundle: SignatureBundle) -> None:
-    """The file has nothing that the library overlooked."""
+    """The file has nothing that the library overlooks: neither in its fields, nor in the text that the log
+    signed, of which the library reads the root's hash and looks for a signature."""
     if json.loads(signature.bundle.to_json()) != bundle.document:
         raise _refused(bundle, "It holds more than a signature")
+    for entry in bundle.document["verificationMaterial"]["tlogEntries"]:
+        proof = entry["inclusionProof"]
+        note, _, marks = proof["checkpoint"]["envelope"].partition("\n\n")
+        origin, size, *_ = note.split("\n")
+        _, name, mark = marks.partition("\n")[0].split(" ")
+        if (name, size) != (origin.partition(" ")[0], proof["treeSize"]):
+            raise _refused(bundle, "The log's checkpoint is of another log, or of another state of it")
+        bytes_in(mark, bundle.where)
 
 
 def _text_of(document: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from .source import Announce, HubId, ReadableFile, Source, Span, file_blocks, sh
 from .system import flush, flush_folder, is_same, is_within, lock
 from .traffic import Traffic
 from .traffic import total as total_traffic
-from .unlocked import open_unlocked, write_document
+from .unlocked import open_unlocked, require_place, write_document
 
 __all__ = [
     "WORKSPACE",
@@ -59,6 +59,7 @@ __all__ = [
     "open_source",
     "open_unlocked",
     "output_path",
+    "require_place",
     "sha256_of",
     "spelling",
     "store_url",

@@ -83,6 +83,15 @@ def open_unlocked(location: Location) -> UnlockedPlace:
     return UnlockedStore(url) if url else UnlockedFolder(location)
 
 
+def require_place(location: Location) -> None:
+    """Raise :class:`OutputError` where :func:`write_document` would find no folder for a path: better before
+    the work than after it."""
+    if store_url(location) is None and not (folder := output_path(location).absolute().parent).is_dir():
+        raise OutputError(
+            f"Cannot write {location}", f"There is no folder {folder}.", "Make it, or name another file."
+        )
+
+
 def write_document(location: Location, data: bytes) -> None:
     """Write a small file at a path or at the URL of an object in a store. What was there is replaced.
 

@@ -12,9 +12,10 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaweights import Manifest, compact_deltas, make_delta
+from deltaweights import Manifest, compact_deltas, make_delta, verify_delta
 from deltaweights.card import address_card, write_card
 from deltaweights.entries import BaseTensor, TensorEntry
+from deltaweights.inspect import load_manifest
 from deltaweights.license.table import KNOWN, LISTED
 from deltaweights.manifest import BaseRecord, FileRecord, License, TargetRecord, Tool
 
@@ -44,6 +45,39 @@ def test_a_target_that_states_no_license_shows_the_bases() -> None:
     fields = _fields(write_card(_with(target=License())))
     assert (fields["license"], fields["license_name"]) == ("other", "qwen")
     assert fields["license_link"] == "https://example.org/LICENSE"
+
+
+def test_the_page_shows_what_changed(trio: Trio) -> None:
+    text = ModelCard((trio.delta / "README.md").read_text()).text
+    assert "50% of the weights changed." in text
+    assert r"Weights of layers 0, 1 and 3 of model.layers changed most." in text
+    (picture,) = re.findall(r"!\[[^\]]+\]\((\S+)\)", text)
+    assert (trio.delta / picture).read_bytes().startswith(b"<svg")
+
+
+def test_the_picture_is_a_file_of_the_delta(trio: Trio, tmp_path: Path) -> None:
+    """Listed with its SHA-256, the same each time, and gone with the layers that it shows."""
+    manifest = load_manifest(trio.delta)
+    assert "changes.svg" in {file.path for file in manifest.files}
+    assert verify_delta(trio.delta).ok
+    again = make_delta(
+        trio.base, trio.target, tmp_path / "again", chunk_bytes=manifest.chunk_bytes, threads=1
+    )
+    assert again.files == manifest.files
+    for side in ("old", "new"):
+        write_safetensors(tmp_path / side / "m.safetensors", {"w": bf16(weights((8, 8), len(side)))})
+    plain = make_delta(tmp_path / "old", tmp_path / "new", tmp_path / "again", force=True)
+    assert "changes.svg" not in {file.path for file in plain.files}
+    assert not (tmp_path / "again" / "changes.svg").exists()
+    assert "changes.svg" not in (tmp_path / "again" / "README.md").read_text()
+
+
+@given(name=st.text(max_size=60) | st.text("<>`*[]()!|\\_#\n&", min_size=1, max_size=60))
+def test_names_of_tensors_are_no_markup(name: str) -> None:
+    entry = replace(EXAMPLE.tensors[0], name=name, status="added", base=None, shared_bytes=0, changed=0)
+    text = write_card(replace(EXAMPLE, tensors=(entry,))).decode()
+    (said,) = (line for line in text.splitlines() if "1 tensor is new" in line)
+    assert not re.search(r"[`*\[\]<>|_]", re.sub(r"\\.", "", said))
 
 
 def test_where_nothing_is_known_nothing_is_claimed() -> None:

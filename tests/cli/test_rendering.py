@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from deltaweights.cli.rendering import apply_lines, size
+from deltaweights.cli.rendering import apply_lines
 from deltaweights.patch import ApplyReport
+from deltaweights.words import size
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from deltaweights.cli.commands import app
 from ..checkpoints import bf16, contents, weights, write_safetensors
 from ..hub_server import HubServer
 from .keys import Authority, write_pair
+from .sigstore_server import ISSUER, SigstoreServer
 from .test_signature import Signed, copy, signed
 
 __all__ = ["copy", "signed"]  # fixtures
@@ -52,10 +53,27 @@ def test_sign_apply_verify(signed: Signed, copy: Path, tmp_path: Path) -> None:
         ("apply", copy, "-o", tmp_path / "no", "--base", signed.base, *other, "--dry-run"),
         ("serve-folder", copy, "-o", tmp_path / "no", "--base", signed.base, *other),
         ("verify", copy, *other),
+        ("plan", copy, "--base", signed.base, *other),
+        ("compact", copy, "-o", tmp_path / "no", "--base", signed.base, *other),
     ):
         done = run(*command)
         assert (done.exit_code, "not signed as it must be" in done.output) == (1, True), done.output
     assert run("verify", copy, *other, *key).exit_code == 0  # one of them suffices
+    assert not (tmp_path / "no").exists()
+
+
+def test_jobs_of_a_batch(signed: Signed, copy: Path, tmp_path: Path) -> None:
+    job = {"verb": "apply", "delta": str(copy), "base": str(signed.base)}
+    jobs = [
+        job | {"out": str(tmp_path / "yes"), "require_signature": str(signed.keys.public)},
+        job | {"out": str(tmp_path / "no"), "require_signature": [str(signed.others.public)]},
+        {"verb": "verify", "delta": str(copy), "require_signature": str(signed.others.public)},
+    ]
+    (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in jobs))
+    assert run("batch", tmp_path / "jobs.jsonl").exit_code == 1
+    results = (tmp_path / "jobs.results.jsonl").read_text().splitlines()
+    assert sorted("not signed as it must be" in line for line in results) == [False, True, True]
+    assert contents(tmp_path / "yes") == contents(signed.delta.parent / "tuned")
     assert not (tmp_path / "no").exists()
 
 
@@ -86,6 +104,21 @@ def test_certificates_and_passwords(copy: Path, tmp_path: Path) -> None:
     assert run("sign", copy, "--private-key", pair.private).exit_code == 1
     done = CliRunner().invoke(app, ["sign", str(copy), "--private-key", str(pair.private)], env=env)
     assert done.exit_code == 0, done.output
+
+
+def test_keyless(copy: Path, tmp_path: Path) -> None:
+    with SigstoreServer() as server:
+        config = server.write_trust(tmp_path / "trust.json")
+        token = {"DELTAWEIGHTS_IDENTITY_TOKEN": server.token("maker@example.org")}
+        command = [str(copy), "--sigstore", "--trust-config", str(config)]
+        for verb in ("sign", "attest"):
+            done = CliRunner().invoke(app, [verb, *command], env=token)
+            assert done.exit_code == 0, done.output
+    identity = ("--identity", "maker@example.org", "--trust-config", config)
+    done = run("verify", copy, "--signature", "--attestation", *identity, "--identity-provider", ISSUER)
+    assert "Signed by maker@example.org" in done.output
+    done = run("verify", copy, *identity, "--identity-provider", "https://other.test")
+    assert (done.exit_code, "OIDCIssuer does not match" in done.output) == (1, True), done.output
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,11 @@ import pytest
 
 from deltaweights import (
     CertificateSigner,
+    CheckpointError,
     DeltaError,
     DeltaWeightsError,
     KeySigner,
+    OutputError,
     Pkcs11Signer,
     SignatureError,
     SigningError,
@@ -34,14 +36,19 @@ from deltaweights import (
     sign_delta,
     verify_delta,
 )
+from deltaweights.delta.opening import read_manifest
+from deltaweights.delta.signed import require_same_files
+from deltaweights.manifest import MANIFEST_NAME, Manifest
 from deltaweights.signing import SIGNATURE_NAME, signed_files
 from deltaweights.signing.bundle import MAX_BUNDLE_BYTES, read_bundle
 from deltaweights.storage import LocalSource
+from deltaweights.workers import Meter
 
 from ..checkpoints import bf16, contents, weights, write_safetensors
 from ..hub_server import HubServer
 from ..s3_server import S3Server
 from .keys import Authority, KeyPair, write_pair
+from .sigstore_server import ISSUER, SigstoreServer
 
 SHARD = "delta-00001-of-00001.safetensors"
 
@@ -65,6 +72,12 @@ def signed(tmp_path_factory: pytest.TempPathFactory) -> Signed:
     keys, others = write_pair(folder, "signer"), write_pair(folder, "other")
     sign_delta(folder / "delta", KeySigner(keys.private))
     return Signed(folder / "base", folder / "delta", keys, others)
+
+
+@pytest.fixture
+def sigstore() -> Iterator[SigstoreServer]:
+    with SigstoreServer() as server:
+        yield server
 
 
 @pytest.fixture
@@ -180,19 +193,28 @@ def test_every_flipped_bit_of_a_statement_is_found(signed: Signed) -> None:
 
 
 def test_every_flipped_bit_of_a_signed_delta_is_found(signed: Signed, copy: Path, tmp_path: Path) -> None:
-    """By `verify` in every file, by what reads the target in all that it reads. Nothing is written."""
-    with LocalSource(signed.delta) as source:
-        says = signed_files(source, signed.keys.public)
-    files = {path for path in contents(copy) if path not in ("README.md", SIGNATURE_NAME)}
-    assert files <= set(says.digests)
+    """Each bit by the check that is made for its file; and, of each 97th, that all who read ask for it."""
     key = signed.keys.public
+    with LocalSource(signed.delta) as source:
+        says = signed_files(source, key)
+        manifest = read_manifest(source)
+    files = {path for path in contents(copy) if path not in ("README.md", SIGNATURE_NAME)}
+    own = {MANIFEST_NAME, *(one.path for one in manifest.files)}
+    assert files == set(says.digests) - {"README.md"} == own
     for path in sorted(files):
         data = (copy / path).read_bytes()
         for number, changed in enumerate(flips(data)):
-            (copy / path).write_bytes(changed)
-            with pytest.raises(DeltaError):
-                open_target(copy, signed.base, require_signature=key)
-            if number % 97 == 0:  # the same check comes first there
+            if path == MANIFEST_NAME:
+                with pytest.raises(DeltaError):
+                    says.require(Manifest.from_json(changed))
+            else:
+                (copy / path).write_bytes(changed)
+                with LocalSource(copy) as source, pytest.raises(DeltaError, match="not the file that was"):
+                    require_same_files(source, manifest, Meter(None, "", 0))
+            if number % 97 == 0:
+                (copy / path).write_bytes(changed)
+                with pytest.raises(DeltaError):
+                    open_target(copy, signed.base, require_signature=key)
                 with pytest.raises(DeltaError):
                     apply_delta(copy, tmp_path / "out", base=signed.base, require_signature=key)
         (copy / path).write_bytes(data)
@@ -245,8 +267,8 @@ def test_a_manifest_that_names_another_file_than_the_signed_one_is_refused(
         digests = dict(signed_files(source, signed.keys.public).digests)
     for wrong in ({SHARD: "0" * 64}, {}):
         chosen = {path: wrong.get(path, sha256) for path, sha256 in digests.items() if wrong or path != SHARD}
-        bundle = signing_by(KeySigner(signed.keys.private))(folder_statement("delta", chosen, ()))
-        (copy / SIGNATURE_NAME).write_bytes(bundle)
+        with signing_by(KeySigner(signed.keys.private)) as sign:
+            (copy / SIGNATURE_NAME).write_bytes(sign(folder_statement("delta", chosen, ())))
         refuses(copy, signed.base, signed.keys.public, tmp_path / "out", "is not of this delta")
 
 
@@ -481,6 +503,39 @@ def test_only_whole_deltas_are_signed(signed: Signed, copy: Path) -> None:
     assert (copy / SIGNATURE_NAME).read_bytes() == before
 
 
+def test_progress_is_told_of_what_is_compared_first(signed: Signed, tmp_path: Path) -> None:
+    told: dict[str, tuple[int, int]] = {}
+
+    def progress(phase: str, done: int, total: int) -> None:
+        told[phase] = done, total
+
+    apply_delta(
+        signed.delta,
+        tmp_path / "out",
+        base=signed.base,
+        require_signature=signed.keys.public,
+        progress=progress,
+    )
+    done, total = told["check signed"]
+    with LocalSource(signed.delta) as source:
+        assert done == total == sum(one.size for one in read_manifest(source).files)
+
+
+def test_only_folders_are_signed(
+    signed: Signed, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that could be one of the Hub is a path."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="no file or folder org/none"):
+        sign_delta("org/none", KeySigner(signed.keys.private))
+    with pytest.raises(OutputError, match="is a URL"):
+        sign_delta("s3://bucket/delta", KeySigner(signed.keys.private))
+    (tmp_path / "org").mkdir()
+    shutil.move(copy, tmp_path / "org" / "delta")
+    sign_delta("org/delta", KeySigner(signed.keys.private))
+    assert verify_delta("org/delta", require_signature=signed.keys.public).ok
+
+
 def test_each_delta_of_a_chain_is_signed(signed: Signed, copy: Path, tmp_path: Path) -> None:
     write_safetensors(tmp_path / "next" / "model.safetensors", {"w": bf16(weights((2, 3), 3))})
     make_delta(signed.delta.parent / "tuned", tmp_path / "next", tmp_path / "second")
@@ -536,6 +591,45 @@ def test_deltas_in_stores(s3: S3Server, signed: Signed, copy: Path, tmp_path: Pa
         open_target(url, signed.base, require_signature=key)
 
 
+def test_keyless_signatures(sigstore: SigstoreServer, signed: Signed, copy: Path, tmp_path: Path) -> None:
+    """Through a Sigstore on loopback: its servers are asked to sign, and its keys are checked with."""
+    config = sigstore.write_trust(tmp_path / "trust.json")
+    sign_delta(copy, SigstoreSigner(sigstore.token("maker@example.org"), trust_config=config))
+    trusted = TrustedIdentity("maker@example.org", ISSUER, trust_config=config)
+    assert verify_delta(copy, require_signature=trusted).signed_by == (f"maker@example.org, by {ISSUER}",)
+    apply_delta(copy, tmp_path / "out", base=signed.base, require_signature=trusted)
+    own = ("--identity", "maker@example.org", "--identity_provider", ISSUER, "--trust_config", config)
+    found = model_signing("verify", "sigstore", copy, *own, "--signature", copy / SIGNATURE_NAME)
+    assert "succeeded" in found.stdout, found
+    with SigstoreServer() as another:
+        elsewhere = another.write_trust(tmp_path / "other.json")
+    for wrong in (
+        TrustedIdentity("other@example.org", ISSUER, trust_config=config),
+        TrustedIdentity("maker@example.org", "https://other.test", trust_config=config),
+        TrustedIdentity("maker@example.org", ISSUER, trust_config=elsewhere),
+    ):
+        refuses(copy, signed.base, wrong, tmp_path / "out2", "not signed as it must be")
+    refuses(copy, signed.base, signed.keys.public, tmp_path / "out2", "no key alone")
+
+
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")  # where a bit of a certificate's flipped
+def test_flipped_bits_of_a_keyless_signature_are_found(
+    sigstore: SigstoreServer, copy: Path, tmp_path: Path
+) -> None:
+    """Every bit of the log's checkpoint, which is text; of the rest, which takes minutes, one in 41."""
+    config = sigstore.write_trust(tmp_path / "trust.json")
+    sign_delta(copy, SigstoreSigner(sigstore.token("maker@example.org"), trust_config=config))
+    trusted = TrustedIdentity("maker@example.org", ISSUER, trust_config=config)
+    data = (copy / SIGNATURE_NAME).read_bytes()
+    trusted.check(read_bundle(data, "model.sig"))
+    start = data.index(b'"checkpoint"')
+    end = data.index(b"}", start)
+    for place, changed in enumerate(flips(data)):
+        if start <= place // 8 < end or place % 41 == 0:
+            with pytest.raises(SignatureError):
+                trusted.check(read_bundle(changed, "model.sig"))
+
+
 def test_keyless_signing_says_that_it_cannot_reach_its_servers(copy: Path) -> None:
     """No test reaches the network: the library's own error becomes ours."""
     for signer in (SigstoreSigner(), SigstoreSigner(identity_token="x", staging=True)):  # noqa: S106
@@ -572,8 +666,18 @@ def test_keys_in_tokens(signed: Signed, copy: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(SigningError, match="could not be made") as error:
         sign_delta(copy, Pkcs11Signer(uri.format("key", "9999")))
     assert "9999" not in str(error.value)
-    sign_delta(copy, Pkcs11Signer(uri.format("key", "1234")))
+    for _ in range(2):
+        sign_delta(copy, Pkcs11Signer(uri.format("key", "1234")))
     assert verify_delta(copy, require_signature=signed.keys.public).ok
+    authority = Authority(tmp_path / "ca")
+    certificate = authority.certificate_of(signed.keys.private, "token")
+    chained = Pkcs11Signer(uri.format("key", "1234"), certificate, (authority.root,))
+    sign_delta(copy, chained)
+    trusted = TrustedCertificates((authority.root,))
+    assert verify_delta(copy, require_signature=trusted).signed_by == ("certificate of CN=token",)
+    other, _ = authority.certificate("another")
+    with pytest.raises(SigningError, match="not the key's"):
+        sign_delta(copy, Pkcs11Signer(uri.format("key", "1234"), other, (authority.root,)))
     with pytest.raises(SigningError, match="URI is none") as error:
         sign_delta(copy, Pkcs11Signer("token?pin-value=1234"))
     assert "1234" not in f"{error.value}{Pkcs11Signer('pin-value=1234')}"

@@ -12,6 +12,7 @@ from ...errors import CheckpointError
 from ...storage import Location
 from ...torch.stream.following.prepared import StreamState
 from ...torch.stream.following.subscriber import DeltaSubscriber
+from ...torch.stream.heads import StreamKeys
 from ...workers import ProgressCallback, Workers
 from .chain import DiskUpdateReport, Version, newest_version
 from .checksums import ChecksumFormat
@@ -50,6 +51,8 @@ def export_stream(
     step: int | None = None,
     full_every: int | None = None,
     run_id: str | None = None,
+    require_signature: StreamKeys | None = None,
+    stream_name: str | None = None,
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> ExportReport:
@@ -70,17 +73,22 @@ def export_stream(
         step: the step of the last state to write; the newest one if None.
         full_every: write each version that this number divides as a full checkpoint, with which late engines
             can begin; needs ``base``.
+        require_signature, stream_name: who must have signed the stream, and its name, as for
+            :class:`~deltaweights.torch.DeltaSubscriber`. What is written has no signatures.
         threads: number of threads; if None, the number of usable cores, at most 8.
         progress: called with the bytes of states that were written.
 
     Raises:
         CheckpointError: there is no stream, or no such step; or ``base`` cannot be read, or does not fit.
         BaseMismatchError: the stream has no anchor to begin with.
+        SignatureError: the stream is not signed as required.
         DeltaError: the stream is damaged.
         OutputError: the folder cannot be written to.
         ValueError: there is no such encoding or checksum.
     """
-    subscriber = DeltaSubscriber(location, threads=threads)
+    subscriber = DeltaSubscriber(
+        location, threads=threads, require_signature=require_signature, stream_name=stream_name
+    )
     states = subscriber.states()
     newest = newest_version(directory, run_id)
     chosen = _chosen(states, newest, from_step, step, location)

@@ -13,6 +13,7 @@ from ...checkpoint import open_checkpoint
 from ...errors import CheckpointError, DeltaError
 from ...storage import Location, local_path
 from ...torch.stream.following.subscriber import DeltaSubscriber
+from ...torch.stream.heads import StreamSigners
 from ...torch.stream.publishing.publisher import DeltaPublisher
 from ...torch.stream.transport import open_transport
 from ...torch.tensors import byte_view, code_of, stored_shape
@@ -49,6 +50,8 @@ def import_stream(
     anchor_every: int | None = 100,
     keep_anchors: int | None = 2,
     public: bool = False,
+    signer: StreamSigners | None = None,
+    stream_name: str | None = None,
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> ImportReport:
@@ -64,12 +67,14 @@ def import_stream(
         location: the stream: a folder, an fsspec URL, or a repository on the Hub (``hf://org/name``), created
             if missing.
         base: version 0, which the engines began with: a checkpoint, as a folder or a Hub id.
-        anchor_every, keep_anchors, public: as for :class:`~deltaweights.torch.DeltaPublisher`.
+        anchor_every, keep_anchors, public, signer, stream_name: as for
+            :class:`~deltaweights.torch.DeltaPublisher`.
         threads: number of threads; if None, the number of usable cores, at most 8.
         progress: called with the bytes of folders that were read.
 
     Raises:
         CheckpointError: a folder or ``base`` cannot be read, or they do not fit together.
+        SignatureError: the stream is there, and ``signer`` did not sign it.
         DeltaError: a version is damaged, made against other weights, or missing.
         BaseMismatchError: the stream cannot be followed from ``base``.
         OutputError: the stream cannot be written to.
@@ -80,11 +85,21 @@ def import_stream(
         state = load_tensors(model, workers)
     version = 0
     if open_transport(location).head() is not None:
-        version = DeltaSubscriber(location, threads=threads).sync(state).step
+        subscriber = DeltaSubscriber(
+            location, threads=threads, require_signature=signer, stream_name=stream_name
+        )
+        version = subscriber.sync(state).step
     if not (waiting := _waiting(folder, version)):
         return ImportReport((), version, 0, 0)
     with DeltaPublisher(
-        location, state, anchor_every=anchor_every, keep_anchors=keep_anchors, public=public, threads=threads
+        location,
+        state,
+        anchor_every=anchor_every,
+        keep_anchors=keep_anchors,
+        public=public,
+        signer=signer,
+        stream_name=stream_name,
+        threads=threads,
     ) as publisher:
         return _import(folder, waiting, version, state, publisher, threads, progress)
 

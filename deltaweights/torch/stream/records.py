@@ -26,8 +26,9 @@ from ..boxes import Box, fill
 
 HEAD_NAME = "head.json"
 
-#: The version of records without parts, and of those with parts.
-WHOLE_VERSION, PARTS_VERSION = 1, 2
+#: The version of records without parts, of those with parts, and of heads that are signed. (An unsigned head
+#: has its record's version.)
+WHOLE_VERSION, PARTS_VERSION, SIGNED_VERSION = 1, 2, 3
 
 #: Bytes of a tensor in a chunk, fixed so that a chunk can be followed through any number of updates. More
 #: than in a delta, since fixed costs per chunk dominate small updates, and chunks are not sampled here.
@@ -36,6 +37,10 @@ CHUNK_BYTES = 1 << 21
 #: Far above any real head or record (about 300 bytes per tensor).
 MAX_HEAD_BYTES = 1 << 12
 MAX_RECORD_BYTES = 1 << 26
+
+#: The most keys that sign a head; and the names of signed streams.
+MOST_KEYS = 8
+STREAM_NAME = re.compile(r"[A-Za-z0-9._:/-]{0,200}")
 
 #: Above the number of processes that publish one state together.
 MOST_FILES = 100_000
@@ -61,14 +66,21 @@ class StateReference:
         return record_name(self.number)
 
 
+_HexSignature: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{2}){8,160}\Z")]
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The newest state of a stream."""
+    """The newest state of a stream. Format version 3 has the stream's name, the ids of the keys that sign
+    it, and a signature by each of the JSON without ``signatures``."""
 
     newest: StateReference
     step: Size
     format: Literal["deltaweights-stream"] = "deltaweights-stream"
     format_version: int = WHOLE_VERSION
+    stream: str | UnsetType = UNSET
+    keys: tuple[Sha256, ...] | UnsetType = UNSET
+    signatures: tuple[_HexSignature, ...] | UnsetType = UNSET
 
 
 class StreamPart(NamedTuple):
@@ -210,9 +222,9 @@ def write_json(value: Head | StateRecord) -> bytes:
 
 
 _HEADS = canonical.Format(
-    "deltaweights-stream", PARTS_VERSION, "This weight stream", MAX_HEAD_BYTES, WHOLE_VERSION
+    "deltaweights-stream", SIGNED_VERSION, "This weight stream", MAX_HEAD_BYTES, WHOLE_VERSION
 )
-_RECORDS = _HEADS._replace(most_bytes=MAX_RECORD_BYTES)
+_RECORDS = _HEADS._replace(version=PARTS_VERSION, most_bytes=MAX_RECORD_BYTES)
 
 
 def read_head(data: bytes, where: str) -> Head:
@@ -225,7 +237,16 @@ def read_head(data: bytes, where: str) -> Head:
         FormatVersionError: this version of deltaweights does not know its format version.
         DeltaError: it is damaged.
     """
-    return canonical.decode(data, Head, _HEADS, partial(damaged, where))
+    head = canonical.decode(data, Head, _HEADS, partial(damaged, where))
+    signing = (head.stream, head.keys, head.signatures)
+    if any((one is not UNSET) != (head.format_version == SIGNED_VERSION) for one in signing):
+        raise damaged(where, "It does not have the fields of its format version")
+    keys = head.keys or ()
+    if not len(keys) == len(head.signatures or ()) <= MOST_KEYS or list(keys) != sorted(set(keys)):
+        raise damaged(where, "Its keys are too many, not sorted, or not one for each signature")
+    if not STREAM_NAME.fullmatch(head.stream or ""):
+        raise damaged(where, "Its stream has a name that it cannot have")
+    return head
 
 
 def read_record(data: bytes, reference: StateReference, where: str) -> StateRecord:

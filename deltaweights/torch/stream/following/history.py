@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TypeAlias
 
 from ....errors import CheckpointError, NotPublishedError
+from ..heads import HeadTrust
 from ..records import (
     MAX_RECORD_BYTES,
     Head,
@@ -26,10 +27,19 @@ Way: TypeAlias = list[tuple[StateRecord, Kind]]
 
 class History:
     """Reads heads and records of the stream at ``transport``. What is there may be removed meanwhile: then
-    :class:`Gone` is raised."""
+    :class:`Gone` is raised.
 
-    def __init__(self, transport: Transport) -> None:
+    Args:
+        trust: who must have signed the heads; None: nobody.
+        may_go_back: take signed heads that are earlier than the last one.
+    """
+
+    def __init__(
+        self, transport: Transport, trust: HeadTrust | None = None, *, may_go_back: bool = False
+    ) -> None:
         self._transport = transport
+        self._trust = trust
+        self._may_go_back = may_go_back
         #: The last head that :meth:`steps` walked back from, and each step's record.
         self._walked: tuple[StateReference, dict[int, StateReference]] | None = None
 
@@ -38,6 +48,7 @@ class History:
 
         Raises:
             NotPublishedError: there is none yet.
+            SignatureError: it is not signed as it must be.
             DeltaError: it is damaged.
         """
         data = self._transport.head()
@@ -47,7 +58,10 @@ class History:
                 "It has no head yet.",
                 "Check the location, or wait.",
             )
-        return read_head(data, self._transport.where)
+        head = read_head(data, self._transport.where)
+        if self._trust is not None:
+            self._trust.check(head, self._transport.where, may_go_back=self._may_go_back)
+        return head
 
     def read(self, reference: StateReference) -> StateRecord:
         """The record that ``reference`` names. Raises :class:`DeltaError` if it is damaged."""

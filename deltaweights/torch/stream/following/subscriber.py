@@ -12,6 +12,7 @@ from torch import Tensor
 from ....errors import BaseMismatchError, CheckpointError, DeltaError
 from ....storage import Location
 from ....workers import Workers
+from ..heads import HeadTrust, StreamKeys
 from ..payloads import StreamStep
 from ..pieces import Published
 from ..records import Head, StateRecord, StreamTensor, damaged
@@ -43,9 +44,16 @@ class DeltaSubscriber:
             an old head there, or began another stream, or asked for an earlier step.
         last_number: the :attr:`SyncReport.number` of the last state that was synced before, by a process that
             has ended: a subscriber keeps nothing on disk, so what it remembers ends with it. 0: none.
+        require_signature: who must have signed the stream's heads: the path of a public key (ECDSA or
+            Ed25519), a :class:`deltaweights.TrustedKey`, or several, of which one suffices, while keys are
+            changed. None: nobody. A head that they did not sign is refused, and so is one that is earlier
+            than another one that was seen, unless ``allow_rollback`` is set.
+        stream_name: the name that the publisher gave to the stream, where one key signs several. None: any,
+            but the same from the first head on.
 
     Raises:
-        ValueError: ``last_number`` is less than 0.
+        ValueError: ``last_number`` is less than 0, or no stream can have that name.
+        SigningError: a key cannot be read, or the extra ``sign`` is not installed.
     """
 
     def __init__(
@@ -55,11 +63,16 @@ class DeltaSubscriber:
         threads: int | None = None,
         allow_rollback: bool = False,
         last_number: int = 0,
+        require_signature: StreamKeys | None = None,
+        stream_name: str | None = None,
     ) -> None:
         if last_number < 0:
             raise ValueError(f"last_number is {last_number}, not at least 0")
         self._transport = open_transport(location)
-        self._history = History(self._transport)
+        trust = (
+            None if require_signature is None else HeadTrust.of(require_signature, stream_name, last_number)
+        )
+        self._history = History(self._transport, trust, may_go_back=allow_rollback)
         self._threads = threads
         self._tied: set[str] = set()  # names of the model alone, tied to such as the stream has
         self._allow_rollback = allow_rollback
@@ -163,6 +176,7 @@ class DeltaSubscriber:
             NotPublishedError: there is no stream yet, or ``step`` is not published yet. Wait, and call again.
             CheckpointError: the stream cannot be read, belongs to a different model, or has no such step, or
                 has it no more.
+            SignatureError: its head is not signed as required; nothing of its records was read.
             BaseMismatchError: the model is in no state of the stream, and there is no anchor.
             DeltaError: the stream is damaged, or this would go back to a state before the last one that was
                 synced.

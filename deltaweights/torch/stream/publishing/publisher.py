@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ....errors import DeltaError, DeltaWeightsError, OutputError
 from ....storage import Location
 from ....workers import Workers
+from ..heads import HeadSigner, StreamSigners, require_name
 from ..pieces import Offer, Pieces, Published, pieces_of
 from ..records import (
     MAX_RECORD_BYTES,
@@ -129,6 +130,12 @@ class DeltaPublisher:
             before the first other anchor.
         keep_anchors: number of anchors to keep; older files are removed. None keeps all.
         public: create a public repository on the Hub, or accept an existing one.
+        signer: the key that signs each head (ECDSA or Ed25519), or several, each of which does, while keys
+            are changed; with a process group, rank 0 reads them. None: heads are not signed. An existing
+            stream whose head none of these keys signed is not continued: it begins anew, with an anchor.
+        stream_name: the name that is signed, too, so that no other stream of these keys can take this one's
+            place: at most 200 letters, digits and ``.:/_-``. None: that of the stream that is continued, or a
+            random one.
         quick: save time rather than the last bytes where fewer than 2% of some weights changed. False: such
             updates of trained bf16 weights take a third fewer bytes, and longer to encode and to decode.
         threads: number of threads of each process; if None, the number of usable cores, at most 8. With a
@@ -136,7 +143,8 @@ class DeltaPublisher:
 
     Raises:
         OutputError: the stream cannot be written to, another publisher writes to it, or it belongs to a
-            different model; or another rank failed.
+            different model, or has another name; or another rank failed.
+        SigningError: a key cannot be read, or the extra ``sign`` is not installed.
         CheckpointError: ``base`` has tensors without bytes, or of a dtype that safetensors does not have; or
             parts that do not make up a tensor.
         DeltaError: the existing stream is damaged.
@@ -154,6 +162,8 @@ class DeltaPublisher:
         anchor_base: bool = True,
         keep_anchors: int | None = 2,
         public: bool = False,
+        signer: StreamSigners | None = None,
+        stream_name: str | None = None,
         quick: bool = True,
         threads: int | None = None,
     ) -> None:
@@ -163,6 +173,9 @@ class DeltaPublisher:
         self._keep_anchors = keep_anchors
         self._threads = self._ranks.share_of_cores() if threads is None else threads
         self._dtype = dtype
+        require_name(stream_name)
+        self._signing = (signer, stream_name)
+        self._signer: HeadSigner | None = None  # of rank 0
         with ExitStack() as opened:
             with self._ranks.together() as told:
                 _check_at_least(0, step=step)
@@ -236,6 +249,8 @@ class DeltaPublisher:
     def _begin(self, opened: ExitStack, offers: Sequence[Sequence[Offer]]) -> _Start:
         """On rank 0: take the stream, and decide who writes what."""
         self._division = plan(offers)
+        signer, name = self._signing
+        self._signer = None if signer is None else HeadSigner(signer, name)
         self._folder = opened.enter_context(self._transport.writing())
         self._head, self._newest = self._find_newest()
         self._names = set(self._transport.names())
@@ -280,7 +295,16 @@ class DeltaPublisher:
         data = self._transport.head()
         if data is None:
             return None, None
-        return data, self._read(read_head(data, self._transport.where).newest)
+        head = read_head(data, self._transport.where)
+        if self._signer is None and head.signatures:
+            raise OutputError(
+                f"The stream at {self._transport.where} is signed",
+                "Subscribers that know its keys would refuse the next state.",
+                "Pass its signer, or choose a different location.",
+            )
+        if self._signer is not None and not self._signer.vouches_for(head, self._transport.where):
+            return data, None
+        return data, self._read(head.newest)
 
     def _read(self, reference: StateReference) -> StateRecord:
         where = f"{reference.name} in {self._transport.where}"
@@ -403,7 +427,8 @@ class DeltaPublisher:
             anchors = anchors[-self._keep_anchors :]
         first = anchors[0].number if self._keep_anchors and len(anchors) == self._keep_anchors else 0
         removed = sorted(name for name in self._names if (number_of(name) or 0) < first)
-        head = write_json(Head(reference, record.step, format_version=record.format_version))
+        named = Head(reference, record.step, format_version=record.format_version)
+        head = write_json(named) if self._signer is None else self._signer.sign(named)
         payloads = record.files("update") | record.files("anchor")
         self._transport.publish(
             self._folder,

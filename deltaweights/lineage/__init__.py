@@ -1,0 +1,1 @@
+"""Which of several models another one descends from: samples, measures, and what they say together."""
