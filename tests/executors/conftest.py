@@ -10,7 +10,6 @@ import pytest
 
 from ..s3_server import S3Server
 
-
 #: What lets the nodes reach the S3 of the tests.
 _store_env: dict[str, str] = {}
 

@@ -3,7 +3,7 @@ and what they answer: that it is elsewhere, that somebody has to pay, that a tok
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +225,10 @@ def test_credentials_that_expire_are_named_wherever_that_is(s3: S3Server, status
     put(s3, "model/a.bin", b"data")
     with StoreSource(URL) as source:
         s3.fail("", status=status, times=None)
-        failures = [lambda: source.open("a.bin").read(0, 4), lambda: open_source(URL)]
+        failures: list[Callable[[], object]] = [
+            lambda: source.open("a.bin").read(0, 4),
+            lambda: open_source(URL),
+        ]
         for fail in failures:
             with pytest.raises(HubReadError) as caught:
                 fail()
