@@ -25,7 +25,7 @@ from .lineage.documents import (
 from .lineage.geometry import Geometry
 from .lineage.measures import SampledProducts, TensorMeasures, measure, products_of
 from .lineage.pairs import Agreement, PairMeasures, by_kind, by_layer, summarize_pair
-from .lineage.sampling import Candidate, counterparts_of, read_samples
+from .lineage.sampling import Candidate, counterparts_of, read_samples, without_pruned
 from .lineage.structure import ResizedTensor, compare_structures
 from .lineage.verdicts import Basis, Evidence, Judgement, Verdict, judge
 from .manifest import MANIFEST_NAME
@@ -250,8 +250,9 @@ class _Reader:
         measured: list[list[TensorMeasures]] = [[] for _ in candidates]
         products: list[SampledProducts] = []
         total = sum(one.nbytes for one in self._chosen)
-        for sample in read_samples(self._model, self._chosen, candidates):
-            self.sampled_bytes += sample.model.data.size
+        for read in read_samples(self._model, self._chosen, candidates):
+            self.sampled_bytes += read.model.data.size
+            sample = without_pruned(read)
             for found, one in zip(measured, measure(sample), strict=True):
                 if one:
                     found.append(one)
