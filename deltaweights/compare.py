@@ -171,7 +171,7 @@ def open_model(location: Readable) -> Checkpoint:
     """Open a model to be compared.
 
     Raises:
-        CheckpointError: it cannot be found or read, or is a delta.
+        CheckpointError: it cannot be found or read, or is a delta or an adapter.
     """
     source = open_source(location)
     if MANIFEST_NAME in source.sizes:
@@ -180,7 +180,15 @@ def open_model(location: Readable) -> Checkpoint:
             f"{source.where} is a delta, not a model", "", "Apply it first, and compare the result."
         )
     source.leave_out(is_clutter)
-    return Checkpoint(source, may_lack=True)
+    model = Checkpoint(source, may_lack=True)
+    if all(path.rpartition("/")[2].startswith("adapter_model") for path in model.shards):
+        source.close()
+        raise CheckpointError(
+            f"{source.where} is a PEFT adapter, not a whole model",
+            "Its weights are an update of a model.",
+            "Merge it into its base, and compare the result.",
+        )
+    return model
 
 
 def _name(location: Readable) -> str:
