@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from deltaweights import compare_models
+from deltaweights import compare_models, make_delta
 from deltaweights.cli.commands import app
 from deltaweights.errors import CheckpointError, DeltaWeightsError
 from deltaweights.storage import total_traffic
@@ -200,3 +200,27 @@ def test_the_command_line_shows_a_table_and_reasons(tmp_path: Path) -> None:
     }
     assert found["bytes_read"] > found["sampled_bytes"] > 0
     assert CliRunner().invoke(app, ["compare", tuned]).exit_code == 2
+
+
+def warned(caplog: pytest.LogCaptureFixture, base: Path | str, target: Path | str, delta: Path) -> list[str]:
+    """What ``diff`` warns of."""
+    caplog.clear()
+    make_delta(base, target, delta, force=True)
+    return [one.getMessage() for one in caplog.records if one.name == "deltaweights.inputs"]
+
+
+def test_diff_notices_a_swapped_base_by_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tuned = tune(BASE, 1, 5e-3)
+    places = [write_model(tmp_path / name, model) for name, model in (("one", BASE), ("two", tuned))]
+    assert warned(caplog, *places, tmp_path / "delta") == []
+    (line,) = warned(caplog, *reversed(places), tmp_path / "delta")
+    assert "have grown beyond the target's" in line
+    assert "Are the two swapped?" in line
+
+
+def test_diff_doubts_a_stranger_far_away(
+    shelf: HubServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert warned(caplog, "org/base", "org/tuned", tmp_path / "delta") == []
+    (line,) = warned(caplog, "org/stranger", "org/tuned", tmp_path / "delta")
+    assert "have nothing in common with the target's: is this the base" in line

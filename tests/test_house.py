@@ -148,7 +148,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "documents sampling",
         "measures structure",
         "geometry scale",
-        "pairs",
+        "doubts pairs",
         "verdicts",
         "__init__",
     ),
