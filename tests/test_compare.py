@@ -202,18 +202,18 @@ def test_the_command_line_shows_a_table_and_reasons(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["compare", tuned]).exit_code == 2
 
 
-def warned(caplog: pytest.LogCaptureFixture, base: Path | str, target: Path | str, delta: Path) -> list[str]:
-    """What ``diff`` warns of."""
+def warned(caplog: pytest.LogCaptureFixture, pair: tuple[Path | str, Path | str], delta: Path) -> list[str]:
+    """What ``diff`` warns of, for a base and a target."""
     caplog.clear()
-    make_delta(base, target, delta, force=True)
+    make_delta(pair[0], pair[1], delta, force=True)
     return [one.getMessage() for one in caplog.records if one.name == "deltaweights.inputs"]
 
 
 def test_diff_notices_a_swapped_base_by_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tuned = tune(BASE, 1, 5e-3)
-    places = [write_model(tmp_path / name, model) for name, model in (("one", BASE), ("two", tuned))]
-    assert warned(caplog, *places, tmp_path / "delta") == []
-    (line,) = warned(caplog, *reversed(places), tmp_path / "delta")
+    one, two = (write_model(tmp_path / name, model) for name, model in (("one", BASE), ("two", tuned)))
+    assert warned(caplog, (one, two), tmp_path / "delta") == []
+    (line,) = warned(caplog, (two, one), tmp_path / "delta")
     assert "have grown beyond the target's" in line
     assert "Are the two swapped?" in line
 
@@ -221,6 +221,6 @@ def test_diff_notices_a_swapped_base_by_weights(tmp_path: Path, caplog: pytest.L
 def test_diff_doubts_a_stranger_far_away(
     shelf: HubServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert warned(caplog, "org/base", "org/tuned", tmp_path / "delta") == []
-    (line,) = warned(caplog, "org/stranger", "org/tuned", tmp_path / "delta")
+    assert warned(caplog, ("org/base", "org/tuned"), tmp_path / "delta") == []
+    (line,) = warned(caplog, ("org/stranger", "org/tuned"), tmp_path / "delta")
     assert "have nothing in common with the target's: is this the base" in line

@@ -54,5 +54,5 @@ def doubts_by_weights(base: Checkpoint, target: Checkpoint, matches: Sequence[Ma
         )
     if found and all(map(is_alike, found)):
         growth = growth_of([(one.growth, one.growth_error) for one in found])
-        if growth and growth.odds["before"] > _LIKELY:
+        if growth and growth.odds()["before"] > _LIKELY:
             yield f"The base's weights have grown beyond the target's, as those of a fine-tune do. {_SWAPPED}"
