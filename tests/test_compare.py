@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from deltaweights import compare_models, make_delta
 from deltaweights.cli.commands import app
 from deltaweights.errors import CheckpointError, DeltaWeightsError
+from deltaweights.lineage import doubts
 from deltaweights.storage import total_traffic
 
 from .checkpoints import contents
@@ -219,8 +220,9 @@ def test_diff_notices_a_swapped_base_by_weights(tmp_path: Path, caplog: pytest.L
 
 
 def test_diff_doubts_a_stranger_far_away(
-    shelf: HubServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    shelf: HubServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(doubts, "FAR_PART", 0.1)  # a part of large models is enough
     assert warned(caplog, ("org/base", "org/tuned"), tmp_path / "delta") == []
     (line,) = warned(caplog, ("org/stranger", "org/tuned"), tmp_path / "delta")
     assert "have nothing in common with the target's: is this the base" in line

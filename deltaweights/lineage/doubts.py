@@ -13,8 +13,11 @@ from .measures import measure
 from .sampling import Candidate, counterparts_of, read_samples
 from .scale import is_alike, is_unlike
 
-#: Bytes of the target that are compared, and tensors: over a network, each is a request or two.
-_SAMPLE_BYTES, _MOST_TENSORS = 1 << 20, 64
+#: Bytes of the target that are compared, at most; of one that is far away, this part.
+_SAMPLE_BYTES, FAR_PART = 1 << 20, 1 / 2000
+
+#: Tensors that are compared, at most and at least, and the bytes of each, about: with fewer, nothing is said.
+_MOST_TENSORS, _LEAST_TENSORS, _TENSOR_BYTES = 64, 8, 4096
 
 #: How likely it has to be that the base came after the target, to be told.
 _LIKELY = 0.95
@@ -42,11 +45,16 @@ def doubts_by_cards(
 def doubts_by_weights(base: Checkpoint, target: Checkpoint, matches: Sequence[Match]) -> Iterator[str]:
     """What to say of a base whose weights have nothing in common with the target's (here only of one that is
     far away: of others, the search for matches says so), or have grown beyond them."""
-    chosen = choose([match.target for match in matches], _SAMPLE_BYTES, _MOST_TENSORS)
+    is_far, sample_bytes = base.source.is_remote or target.source.is_remote, _SAMPLE_BYTES
+    if is_far:
+        sample_bytes = min(sample_bytes, int(FAR_PART * sum(match.target.nbytes for match in matches)))
+    most = min(_MOST_TENSORS, sample_bytes // _TENSOR_BYTES)
+    if most < _LEAST_TENSORS:
+        return
+    chosen = choose([match.target for match in matches], sample_bytes, most)
     candidate = Candidate(base, counterparts_of(matches))
     samples = read_samples(target, chosen, [candidate])
-    found = [one for sample in samples if (one := measure(sample, 0, codes=False))]
-    is_far = base.source.is_remote or target.source.is_remote
+    found = [one for sample in samples for one in measure(sample, codes=False) if one]
     if found and is_far and all(map(is_unlike, found)):
         yield (
             "The base's weights have nothing in common with the target's: is this the base that it was "

@@ -104,16 +104,22 @@ class Geometry:
 
         return Branches(branch(0, 1, 2), branch(1, 0, 2), branch(2, 0, 1))
 
+    def detour(self, middle: int, one: int, other: int) -> float | None:
+        """How far the middle model lies off the way from one to another: the length of its own branch, as a
+        part of it and the shorter of theirs together; None if all have none."""
+        branches = self.branches(middle, one, other)
+        if branches is None:
+            return None
+        total = branches.first + min(branches.second, branches.third)
+        return branches.first / total if total > 0 else None
+
     def is_between(self, middle: int, one: int, other: int) -> bool | None:
         """Whether the way from one model to another leads past the middle one; None if it can hardly be
         told."""
-        branches = self.branches(middle, one, other)
-        if branches is None or self.is_mixture(middle, one, other):
+        if self.is_mixture(middle, one, other):
             return None
-        if min(branches.second, branches.third) <= 0:
-            return None if branches.first <= 0 else False
-        part = branches.first / (branches.first + min(branches.second, branches.third))
-        return None if _JUNCTION < part < _NO_JUNCTION else part <= _JUNCTION
+        detour = self.detour(middle, one, other)
+        return None if detour is None or _JUNCTION < detour < _NO_JUNCTION else detour <= _JUNCTION
 
     def is_mixture(self, middle: int, one: int, other: int) -> bool:
         """Whether two models lie on opposite sides of the middle one, as what was merged does of a merge.

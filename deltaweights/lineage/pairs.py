@@ -61,6 +61,7 @@ class PairMeasures:
         is_copy: whether all of the sample is the same, but for rounding to the coarser dtype, and for what
             was set to zero.
         zeroed, candidate_zeroed: the part of the weights that are zero in one of the two alone.
+        reordered: the part of the tensors that have the same elements in another order.
     """
 
     tensors: int
@@ -80,6 +81,7 @@ class PairMeasures:
     is_copy: bool
     zeroed: float
     candidate_zeroed: float
+    reordered: float
 
 
 def summarize_pair(tensors: Sequence[TensorMeasures], coverage: float) -> PairMeasures | None:
@@ -114,6 +116,7 @@ def summarize_pair(tensors: Sequence[TensorMeasures], coverage: float) -> PairMe
         is_copy=all(one.is_copy for one in tensors),
         zeroed=weighted(lambda one: one.zeroed),
         candidate_zeroed=weighted(lambda one: one.candidate_zeroed),
+        reordered=float(np.mean([one.is_reordered for one in tensors])),
     )
 
 

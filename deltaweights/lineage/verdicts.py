@@ -105,11 +105,16 @@ def _relation(evidence: Evidence) -> tuple[bool | None, str]:
     mean = f"{measures.cosine:.3f} ({measures.cosine_low:.3f} to {measures.cosine_high:.3f})"
     if measures.alike >= _RELATED:
         return True, f"The weights are of one origin: their cosine is {mean}, that of unrelated models 0."
-    if not measures.alike and measures.cosine_high < _UNRELATED and measures.cosine_low > -_UNRELATED:
+    is_low = measures.cosine_low > -_UNRELATED and measures.cosine_high < _UNRELATED
+    if is_low and not measures.alike and not measures.reordered:
         return False, f"The weights have nothing in common: their cosine is {mean}."
-    if measures.alike:
-        return None, f"Only {measures.alike:.0%} of the tensors are of one origin; the others differ."
-    return None, f"The weights are a little alike, which may have other reasons: their cosine is {mean}."
+    if measures.reordered:
+        why = f"{measures.reordered:.0%} of the tensors have the same weights in another order."
+    elif measures.alike:
+        why = f"Only {measures.alike:.0%} of the tensors are of one origin; the others differ."
+    else:
+        why = f"The weights are a little alike, which may have other reasons: their cosine is {mean}."
+    return None, why
 
 
 #: A verdict, what decided, and why.
@@ -178,7 +183,8 @@ class _Family:
         """Whether a candidate is the base of two others that were merged: of sums of updates, it is taken
         away."""
         added = [one for one, weight in self._merged.items() if weight > 0]
-        return any(
+        grown = [growth for one in added if (growth := self._geometry.growth(number, one))]
+        return not any(growth.order() == "after" for growth in grown) and any(
             self._geometry.is_between(number, one, other) for one in added for other in added if one < other
         )
 
@@ -311,21 +317,38 @@ class _Family:
         """Where the model lies between it and another candidate, as a merge does."""
         if self._order(number) == "after":
             return None
-        if not any(self._geometry.is_mixture(0, number, other) for other in self._others(number)):
+        if not any(
+            self._geometry.is_between(0, number, other) is not False for other in self._others(number)
+        ):
             return None
-        text = "The model lies between it and another candidate: it may be a merge that was changed."
+        text = "The model lies between it and another candidate, as the base of both or a kind of merge does."
         return "cannot tell", None, text
 
     def _between(self, number: int) -> _Placed | None:
         """Where it lies between the model and another candidate."""
-        if not any(self._geometry.is_between(number, 0, other) for other in self._others(number)):
+        others, between = self._others(number), self._geometry.is_between
+        if not any(between(number, 0, other) for other in others):
             return None
+        # Of two that seem to lie there and do not lie on one way, only one that is far nearer to it does.
+        own = self._detour(number)
+        for other in others:
+            if (
+                not between(number, 0, other)
+                and not between(other, 0, number)
+                and self._detour(other) < 2 * own
+            ):
+                return None
         odds = self._odds(number)
         after = _BETWEEN * odds["after"]
         if after / (after + odds["apart"] + odds["before"]) < _LIKELY:
             return None
         text = "It lies between the model and another candidate, as a base between its fine-tunes."
         return "fine-tune", "candidates", text
+
+    def _detour(self, number: int) -> float:
+        """How far a candidate lies off the way from the model to any other candidate, at least."""
+        found = (self._geometry.detour(number, 0, other) for other in self._others(number))
+        return min((one for one in found if one is not None), default=1.0)
 
     def _beside(self, number: int) -> _Placed | None:
         """Where neither it nor the model nor another candidate lies between the others."""
