@@ -27,8 +27,8 @@ _FLAT = 4
 #: rounding, and nearly all elements are equal in the coarser dtype (but for those that were rounded twice).
 _ROUNDED, _ROUNDED_ALIKE = 1.5, 0.85
 
-#: Fewer elements than this part are no sign of pruning.
-_FEW_ZEROED = 0.005
+#: How many more zeros, as a part of the elements, show that one of two was pruned since.
+_PRUNED = 0.04
 
 #: Elements of a quantized tensor that mostly have one scale.
 _SEGMENT = 32
@@ -54,10 +54,9 @@ class TensorMeasures:
         growth: how much larger the squared size of the model's elements is than that of the candidate's,
             measured by their squared distance; see :mod:`.directions`.
         growth_error: the standard deviation of that, if updates are independent of the weights.
-        is_copy: whether both are the same but for rounding to the coarser of their dtypes, and for elements
-            that were set to zero in one of them.
-        zeroed, candidate_zeroed: the part of the elements that are zero in one of the two alone; 0 if they
-            are few.
+        is_copy: whether both are the same but for rounding to the coarser of their dtypes.
+        zeroed, candidate_zeroed: the part of the elements that were set to zero in one of the two, beyond
+            the other's; these are left out of all else.
         is_reordered: whether both have the same elements in another order, which shows where all are read.
     """
 
@@ -161,8 +160,7 @@ def _measured(
         growth = float(gains.sum()) / distance
         growth_error = math.sqrt(_dot(gains, gains)) / distance
     same = same_values(model, other)
-    zeroed, candidate_zeroed = _zeroed(ours, theirs), _zeroed(theirs, ours)
-    kept = np.ones_like(same) if not zeroed and not candidate_zeroed else (ours == 0) == (theirs == 0)
+    more_zeros = 0.0 if is_scaled else model.pruned - other.pruned
     return TensorMeasures(
         name=name,
         elements=ours.size,
@@ -175,30 +173,16 @@ def _measured(
         distance=distance,
         growth=growth,
         growth_error=growth_error,
-        is_copy=_is_copy(model, other, same, kept, _dot(apart[kept], apart[kept])),
-        zeroed=zeroed,
-        candidate_zeroed=candidate_zeroed,
+        is_copy=_is_copy(model, other, float(same.mean()), distance),
+        zeroed=more_zeros if more_zeros > _PRUNED else 0.0,
+        candidate_zeroed=-more_zeros if more_zeros < -_PRUNED else 0.0,
         is_reordered=not same.all() and bool((np.sort(ours) == np.sort(theirs)).all()),
     )
 
 
-def _zeroed(ones: _Numbers, others: _Numbers) -> float:
-    """The part of the elements that are zero in the first alone; 0 if they are so few that rounding may have
-    made them."""
-    part = float(((ones == 0) & (others != 0)).mean())
-    return part if part > _FEW_ZEROED else 0.0
-
-
-def _is_copy(
-    model: SampledElements,
-    other: SampledElements,
-    same: NDArray[np.bool_],
-    kept: NDArray[np.bool_],
-    distance: float,
-) -> bool:
-    """Whether the elements that were kept are the same, but for rounding; ``distance`` is their squared
-    distance."""
-    equal = float(same[kept].mean()) if kept.any() else 0.0
+def _is_copy(model: SampledElements, other: SampledElements, equal: float, distance: float) -> bool:
+    """Whether both are the same but for rounding; ``equal``: the part that is equal in the coarser dtype;
+    ``distance``: their squared distance."""
     if equal == 1 or model.dtype == other.dtype:
         return equal == 1
     if model.dtype in QUANTIZED or other.dtype in QUANTIZED:

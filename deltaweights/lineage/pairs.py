@@ -60,7 +60,8 @@ class PairMeasures:
         growth: which of the two came first, as far as weights tell; see :class:`Growth`.
         is_copy: whether all of the sample is the same, but for rounding to the coarser dtype, and for what
             was set to zero.
-        zeroed, candidate_zeroed: the part of the weights that are zero in one of the two alone.
+        zeroed, candidate_zeroed: the part of the weights that were set to zero in one of the two, beyond the
+            other's.
         reordered: the part of the tensors that have the same elements in another order.
     """
 

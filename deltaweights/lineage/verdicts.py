@@ -268,7 +268,11 @@ class _Family:
         """Where the model has what the candidate lacks, or the other way round: it is not the candidate's
         base, but may be a sibling."""
         odds, structure = self._odds(number), self._evidence[number - 1].structure
-        if (before := structure.comes_before()) and self._order(number) != "apart":
+        measures = self._evidence[number - 1].measures
+        before = structure.comes_before()
+        if measures and measures.candidate_zeroed:
+            before = "its weights were pruned"
+        if before and self._order(number) != "apart":
             return "cannot tell", "structure", f"It is hardly the model's base: {before}."
         added = structure.comes_after()
         if not added:
