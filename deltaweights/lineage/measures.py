@@ -176,8 +176,13 @@ def _measured(
         is_copy=_is_copy(model, other, float(same.mean()), distance),
         zeroed=more_zeros if more_zeros > _PRUNED else 0.0,
         candidate_zeroed=-more_zeros if more_zeros < -_PRUNED else 0.0,
-        is_reordered=not same.all() and bool((np.sort(ours) == np.sort(theirs)).all()),
+        is_reordered=not same.all() and _are_reordered(ours, theirs),
     )
+
+
+def _are_reordered(ones: _Numbers, others: _Numbers) -> bool:
+    """Whether both have the same numbers in any order; the largest ones nearly always tell without a sort."""
+    return bool(ones.max() == others.max() and (np.sort(ones) == np.sort(others)).all())
 
 
 def _is_copy(model: SampledElements, other: SampledElements, equal: float, distance: float) -> bool:
