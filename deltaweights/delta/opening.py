@@ -10,7 +10,6 @@ from ..license.rules import MAX_TEXT_BYTES, text_records
 from ..manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from ..storage import Readable, Source, open_hub
 
-
 #: The manifests of open sources.
 _manifests: WeakKeyDictionary[Source, Manifest] = WeakKeyDictionary()
 

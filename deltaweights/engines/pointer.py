@@ -133,9 +133,7 @@ def _is_wanted(path: str, stored: str) -> bool:
 
 def _pointer_to(target: TargetRecipe, *, named_base: bool) -> Pointer:
     chain = links(target)
-    deltas = tuple(
-        PointedDelta(_origin_of(link.source), manifest_sha256(link.manifest)) for link in chain
-    )
+    deltas = tuple(PointedDelta(_origin_of(link.source), manifest_sha256(link.manifest)) for link in chain)
     first = chain[0].base
     return Pointer(deltas, _origin_of(first.source) if first and named_base else None)
 
