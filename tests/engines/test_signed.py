@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from deltaweights import DeltaError, KeySigner, SignatureError, make_delta, sign_delta
+from deltaweights import DeltaError, KeySigner, SignatureError, SigningError, make_delta, sign_delta
 from deltaweights.cli.commands import app
 from deltaweights.engines import serve_folder, sglang
 from deltaweights.engines.pointer import open_pointed
@@ -91,6 +91,10 @@ def test_pointer_folders(
     monkeypatch.setenv(KEYS_VARIABLE, str(others.public))
     with pytest.raises(SignatureError):
         next(sglang._decoded(str(served)))
+    for empty in ("", ":"):  # such as of another variable that is not set
+        monkeypatch.setenv(KEYS_VARIABLE, empty)
+        with pytest.raises(SigningError, match="names no key"):
+            next(sglang._decoded(str(served)))
     monkeypatch.setenv(KEYS_VARIABLE, f"{others.public}:{keys.public}")
     assert [name for name, _ in sglang._decoded(str(served))] == ["w"]
     shard = next((tmp_path / "delta").glob("*.safetensors"))
