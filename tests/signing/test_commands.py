@@ -80,7 +80,7 @@ def test_jobs_of_a_batch(signed: Signed, copy: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_pauses", "no_waiting")
-def test_jobs_copy_no_base_for_what_is_not_signed(
+def test_jobs_look_for_no_base_of_what_is_not_signed(
     hub: HubServer, signed: Signed, copy: Path, tmp_path: Path
 ) -> None:
     """The base is the one that a delta names: whoever wrote that."""
@@ -94,7 +94,7 @@ def test_jobs_copy_no_base_for_what_is_not_signed(
         jobs.write_text(json.dumps(job | {"require_signature": str(key)}) + "\n")
         done = run("batch", jobs, "--cache", tmp_path / "cache")
         assert (done.exit_code == 0) == is_right, done.output
-        assert bool(hub.weight_bytes("org/base")) == is_right
+        assert bool(hub.requests("org/base")) == is_right
 
 
 def test_attest(signed: Signed, copy: Path) -> None:
