@@ -5,13 +5,17 @@ UV := $(BIN)/uv
 INSTALL := $(UV) pip install --quiet --constraint constraints.txt --build-constraint constraints.txt
 export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: demo test test-random fuzz kernels test-levels test-matrix dist smoke check check-engines check-lock lock docs format bench clean
+.PHONY: demo test test-slow test-random fuzz kernels test-levels test-matrix dist smoke check check-engines check-lock lock docs format bench clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
 
+# All but the slow ones, which `make check` runs after them.
 test: kernels
-	$(BIN)/pytest -q -n auto --dist worksteal
+	$(BIN)/pytest -q -n auto --dist worksteal -m "not slow"
+
+test-slow: kernels
+	$(BIN)/pytest -q -n auto --dist worksteal -m slow
 
 # Examples that no run saw before: whatever fails prints the line that reproduces it.
 test-random: kernels
@@ -65,6 +69,7 @@ check: .venv/.dev
 	$(MAKE) check-engines
 	$(MAKE) docs
 	$(MAKE) test
+	$(MAKE) test-slow
 
 check-lock: $(UV)
 	$(BIN)/python .ci/check_lock.py

@@ -68,6 +68,9 @@ if TYPE_CHECKING:
     from .report.results import DeltaReport as DeltaReport
     from .report.results import MovedRow as MovedRow
     from .report.results import MovedTable as MovedTable
+    from .report.side_by_side import ComparisonReport as ComparisonReport
+    from .report.side_by_side import PairReport as PairReport
+    from .report.side_by_side import report_side_by_side as report_side_by_side
     from .sign import SignReport as SignReport
     from .sign import sign_delta as sign_delta
     from .signing.signers import CertificateSigner as CertificateSigner

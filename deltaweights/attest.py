@@ -87,31 +87,30 @@ def attest_delta(
         SigningError: there is no such key, it does not fit, or a library is missing.
     """
     folder = output_path(delta)
-    sign = signing_by(signer)
-    manifest = require_sound(folder, threads, progress)
-    if base is not None:
-        wrong = _differing(folder, base, threads, progress)
-        if wrong:
-            raise DeltaError(
-                f"{folder} and this base do not give the target",
-                f"{wrong[0].path}: {wrong[0].kind}: {wrong[0].detail}.",
-                "Run the diff again.",
-            )
-    document = provenance(manifest, is_rebuilt=base is not None)
-    _log.info("attesting %s: %d files of the target", folder, len(document["subject"]))
-    write_beside(folder, ATTESTATION_NAME, sign(as_statement(document)))
+    with signing_by(signer) as sign:
+        manifest = require_sound(folder, threads, progress)
+        if base is not None:
+            _rebuild(folder, base, threads, progress)
+        document = provenance(manifest, is_rebuilt=base is not None)
+        _log.info("attesting %s: %d files of the target", folder, len(document["subject"]))
+        write_beside(folder, ATTESTATION_NAME, sign(as_statement(document)))
     materials = len(document["predicate"]["buildDefinition"]["resolvedDependencies"])
     return AttestReport(str(folder / ATTESTATION_NAME), len(document["subject"]), materials, base is not None)
 
 
-def _differing(
-    folder: Path, base: Readable, threads: int | None, progress: ProgressCallback | None
-) -> Sequence[Problem]:
-    """Files of the target that delta and base do not give, or else files of the base that are not those that
-    the statement names."""
-    wrong = verify_delta(folder, base=base, threads=threads, progress=progress).problems
+def _rebuild(folder: Path, base: Readable, threads: int | None, progress: ProgressCallback | None) -> None:
+    """Raise :class:`DeltaError` unless the delta in the folder and this base give the target, and the base's
+    files are those that the statement names."""
+    wrong: Sequence[Problem] = verify_delta(
+        folder.absolute(), base=base, threads=threads, progress=progress
+    ).problems
+    if not wrong:
+        with open_recipe(folder.absolute(), base) as target, Workers(threads) as workers:
+            workers.at_stop(target.cancel)
+            wrong, _ = compare_materials(target, workers, None, progress)
     if wrong:
-        return wrong
-    with open_recipe(folder, base) as target, Workers(threads) as workers:
-        workers.at_stop(target.cancel)
-        return compare_materials(target, workers, None, progress)[0]
+        raise DeltaError(
+            f"{folder} and this base do not give the target",
+            f"{wrong[0].path}: {wrong[0].kind}: {wrong[0].detail}.",
+            "Run the diff again.",
+        )

@@ -72,7 +72,9 @@ def compact_deltas(
     """
     check_chunk_bytes(chunk_bytes)
     open_output(delta)
-    with open_recipe(deltas, base, require_signature=require_signature, into_memory=True) as target:
+    with open_recipe(
+        deltas, base, require_signature=require_signature, into_memory=True, progress=progress
+    ) as target:
         first = links(target)[0]
         old = first.base
         if old is None:

@@ -3,7 +3,7 @@ about the two."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +17,8 @@ from .checkpoint.oddities import (
     tell,
 )
 from .license import cards
+from .lineage.documents import names_of
+from .lineage.doubts import doubts_by_cards, doubts_by_weights
 from .manifest import FileRecord
 from .match.names import Match, RenameRule, match_tensors
 from .metrics import timed_stage
@@ -109,32 +111,22 @@ def match_inputs(
     rename: Sequence[RenameRule],
 ) -> list[Match]:
     """Match the tensors as :func:`match_tensors` does, and warn if the two look swapped or unrelated."""
-    _tell_of_swapped(old, new, base, target)
+    doubts = list(_doubts_by_cards(old, new, base, target))
+    tell(doubts)
     matches = match_tensors(old, new, rename)
     if matches and not any(match.base for match in matches):
         tell(oddities_of_unrelated(new))
+    elif not doubts:
+        tell(doubts_by_weights(old, new, matches))
     return matches
 
 
-def _tell_of_swapped(
+def _doubts_by_cards(
     old: Checkpoint, new: Checkpoint, base: CheckpointFacts, target: CheckpointFacts
-) -> None:
-    """Where the base's card names the target as *its* base, and the target's card does not say the like."""
-
-    def names_of(checkpoint: Checkpoint, facts: CheckpointFacts) -> set[str]:
-        ids = [facts.repo_id or "", checkpoint.source.hub_id.repo_id or ""]
-        root = checkpoint.source.root
-        return {name.casefold() for name in (*ids, *([root.resolve().name] if root else [])) if name}
-
-    def is_named(models: Sequence[str], names: set[str]) -> bool:
-        return any({m.casefold(), m.casefold().rpartition("/")[2]} & names for m in models)
-
-    if is_named(base.license.base_models, names_of(new, target)) and not is_named(
-        target.license.base_models, names_of(old, base)
-    ):
-        tell(
-            [
-                "The base's card names the target as its base. Are the two swapped? The base comes first, "
-                "then the fine-tune."
-            ]
-        )
+) -> Iterator[str]:
+    return doubts_by_cards(
+        base.license.base_models,
+        names_of(old, base.repo_id),
+        target.license.base_models,
+        names_of(new, target.repo_id),
+    )

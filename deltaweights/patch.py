@@ -98,8 +98,8 @@ def apply_delta(
         threads: number of threads; if None, the number of usable cores, at most 8.
         executor: rebuilds the shards elsewhere, one task each, such as a :class:`RayExecutor`. Its machines
             read delta and base, and write to ``out``.
-        progress: called with a phase, bytes done and total bytes: "check base", "download base",
-            "check files there" and "apply".
+        progress: called with a phase, bytes done and total bytes: "check signed", "check base", "download
+            base", "check files there" and "apply".
 
     Raises:
         CheckpointError: the base or the delta cannot be found, read or downloaded.
@@ -113,7 +113,7 @@ def apply_delta(
         refuse_keeping(keep_base)
     folder = open_output(out)
     with (
-        open_recipe(delta, base, require_signature=require_signature) as target,
+        open_recipe(delta, base, require_signature=require_signature, progress=progress) as target,
         Workers(threads) as workers,
     ):
         workers.at_stop(target.cancel)

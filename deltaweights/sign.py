@@ -71,19 +71,19 @@ def sign_delta(
     """
     folder = output_path(delta)
     _refuse_links(folder)
-    sign = signing_by(signer)
-    if repo_id is not None:
-        _address(folder, repo_id)
-    manifest = require_sound(folder, threads, progress)
-    with LocalSource(folder) as source:
-        digests = {MANIFEST_NAME: manifest_sha256(manifest)}
-        digests |= {record.path: record.sha256 for record in manifest.files}
-        if CARD_NAME in source.sizes:
-            digests[CARD_NAME] = sha256_of(source.blocks(CARD_NAME))
-        ignored = {*_NEVER_SIGNED, *(path.rstrip("/") for path in source.left_out), *_clutter(source)}
-    _log.info("signing %s: %d files", folder, len(digests))
-    statement = folder_statement(folder.absolute().name, digests, ignored)
-    write_beside(folder, SIGNATURE_NAME, sign(statement))
+    with signing_by(signer) as sign:
+        if repo_id is not None:
+            _address(folder, repo_id)
+        manifest = require_sound(folder, threads, progress)
+        with LocalSource(folder) as source:
+            digests = {MANIFEST_NAME: manifest_sha256(manifest)}
+            digests |= {record.path: record.sha256 for record in manifest.files}
+            if CARD_NAME in source.sizes:
+                digests[CARD_NAME] = sha256_of(source.blocks(CARD_NAME))
+            ignored = {*_NEVER_SIGNED, *(path.rstrip("/") for path in source.left_out), *_clutter(source)}
+        _log.info("signing %s: %d files", folder, len(digests))
+        statement = folder_statement(folder.absolute().name, digests, ignored)
+        write_beside(folder, SIGNATURE_NAME, sign(statement))
     return SignReport(str(folder / SIGNATURE_NAME), len(digests))
 
 
@@ -93,7 +93,9 @@ def require_sound(folder: Path, threads: int | None, progress: ProgressCallback 
     Raises:
         DeltaError: it does not.
     """
-    report = verify_delta(folder, threads=threads, progress=progress)
+    with LocalSource(folder) as source:  # a path, though it may look like a Hub id
+        manifest = read_manifest(source)
+    report = verify_delta(folder.absolute(), threads=threads, progress=progress)
     if report.problems:
         first = report.problems[0]
         more = f", and {len(report.problems) - 1} more" if report.problems[1:] else ""
@@ -102,8 +104,7 @@ def require_sound(folder: Path, threads: int | None, progress: ProgressCallback 
             f"{first.path}: {first.kind}: {first.detail}{more}.",
             "Remove what is no part of the delta, or run the diff again.",
         )
-    with LocalSource(folder) as source:
-        return read_manifest(source)
+    return manifest
 
 
 def write_beside(folder: Path, name: str, content: bytes) -> None:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from deltaweights import compare_models
+from deltaweights import compare_models, make_delta
 from deltaweights.cli.commands import app
 from deltaweights.errors import CheckpointError, DeltaWeightsError
+from deltaweights.lineage import doubts
 from deltaweights.storage import total_traffic
 
 from .checkpoints import contents
@@ -200,3 +201,28 @@ def test_the_command_line_shows_a_table_and_reasons(tmp_path: Path) -> None:
     }
     assert found["bytes_read"] > found["sampled_bytes"] > 0
     assert CliRunner().invoke(app, ["compare", tuned]).exit_code == 2
+
+
+def warned(caplog: pytest.LogCaptureFixture, pair: tuple[Path | str, Path | str], delta: Path) -> list[str]:
+    """What ``diff`` warns of, for a base and a target."""
+    caplog.clear()
+    make_delta(pair[0], pair[1], delta, force=True)
+    return [one.getMessage() for one in caplog.records if one.name == "deltaweights.inputs"]
+
+
+def test_diff_notices_a_swapped_base_by_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tuned = tune(BASE, 1, 5e-3)
+    one, two = (write_model(tmp_path / name, model) for name, model in (("one", BASE), ("two", tuned)))
+    assert warned(caplog, (one, two), tmp_path / "delta") == []
+    (line,) = warned(caplog, (two, one), tmp_path / "delta")
+    assert "have grown beyond the target's" in line
+    assert "Are the two swapped?" in line
+
+
+def test_diff_doubts_a_stranger_far_away(
+    shelf: HubServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doubts, "FAR_PART", 0.1)  # a part of large models is enough
+    assert warned(caplog, ("org/base", "org/tuned"), tmp_path / "delta") == []
+    (line,) = warned(caplog, ("org/stranger", "org/tuned"), tmp_path / "delta")
+    assert "have nothing in common with the target's: is this the base" in line

@@ -52,6 +52,7 @@ def own(trio: Trio, tmp_path: Path) -> Trio:
 # The delta
 
 
+@pytest.mark.slow
 def test_apply_with_any_flipped_bit_in_the_delta_fails_or_is_exact(own: Trio, tmp_path: Path) -> None:
     right, out = contents(own.target), tmp_path / "out"
     failed = 0

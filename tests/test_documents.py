@@ -100,6 +100,7 @@ def check_blocks(document: str, folder: Path) -> None:
                 assert code == (3 if refused else 1 if failed else 0), f"$ {command}\n{output}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_example_runs(path: Path, tmp_path: Path) -> None:
     for library in re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE):
@@ -131,6 +132,7 @@ def test_the_guide_to_lineage_shows_what_happens(tmp_path: Path) -> None:
     check_blocks("docs/lineage.md", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason="needs torch and transformers")
 def test_guides_for_torch_run(tmp_path: Path) -> None:
     write_pair(tmp_path)

@@ -148,7 +148,7 @@ RANKS: dict[str, tuple[str, ...]] = {
         "documents sampling",
         "measures structure",
         "geometry scale",
-        "pairs",
+        "doubts pairs",
         "verdicts",
         "__init__",
     ),
@@ -167,10 +167,11 @@ RANKS: dict[str, tuple[str, ...]] = {
     "report": (
         "spectrum",
         "movement tokens",
-        "maps reading",
+        "maps overlaps reading",
         "measures page",
-        "results",
+        "comparison_page results",
         "making",
+        "side_by_side",
         "__init__",
     ),
     "signing": (

@@ -166,6 +166,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_rehearsal_holds_and_notices_a_wrong_delta(tmp_path: Path) -> None:
     """Two runs: the second goes on with the delta of the first, of which one byte was changed."""
     done = run("--scale", SCALE, "--folder", str(tmp_path), "--keep")
@@ -195,6 +196,7 @@ def test_rehearsal_holds_and_notices_a_wrong_delta(tmp_path: Path) -> None:
     shutil.rmtree(folder)  # pytest would keep it for the next three runs
 
 
+@pytest.mark.slow
 def test_merged_adapters_are_rehearsed(tmp_path: Path) -> None:
     done = run("--scale", SCALE, "--rank", str(RANK), "--folder", str(tmp_path), "--keep")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -617,7 +617,10 @@ def inspect(
 
 @app.command(rich_help_panel=_LOOK)
 def report(
-    delta: Delta,
+    deltas: Annotated[
+        list[str],
+        typer.Argument(metavar="DELTA...", help="The delta; or several of one base, to be compared."),
+    ],
     base: Annotated[
         str | None,
         typer.Option(
@@ -647,23 +650,33 @@ def report(
     deltaweights report org/model-delta
     deltaweights report delta --base ./base -o report.html
     deltaweights report delta --json | jq .sentences
+    deltaweights report delta-1 delta-2 --base ./base
     """
     page = output or (None if as_json or svg else "report.html")
+    if svg and deltas[1:]:
+        raise typer.BadParameter("It takes one delta.", param_hint="--svg")
     with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug) as work:
-        from ..report import report_delta
+        from ..report import ComparisonReport, DeltaReport, report_delta, report_side_by_side
         from ..storage import require_place, write_document
 
         for file in filter(None, (page, svg)):
             require_place(file)
         with work.progress() as shown:
-            found = report_delta(delta, base=base, threads=threads, progress=shown)
+            found: DeltaReport | ComparisonReport
+            if deltas[1:]:
+                found = report_side_by_side(deltas, base=base, threads=threads, progress=shown)
+            else:
+                found = report_delta(deltas[0], base=base, threads=threads, progress=shown)
         written = {}
-        for place, document in ((page, found.html), (svg, found.svg)):
-            if place:
-                data = document()
-                write_document(place, data)
-                written[place] = len(data)
-    lines = rendering.report_lines(found.sentences, written)
+        if page:
+            written[page] = found.html()
+        if svg and isinstance(found, DeltaReport):
+            written[svg] = found.svg()
+        for place, document in written.items():
+            write_document(place, document)
+    lines = rendering.report_lines(
+        found.sentences, {place: len(document) for place, document in written.items()}
+    )
     work.report(found.to_dict(), lines, with_costs=True)
 
 

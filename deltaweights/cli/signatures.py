@@ -191,8 +191,8 @@ def signer_of(
 
     if sum((private_key is not None, pkcs11 is not None, sigstore)) > 1:
         raise UsageError("Name one signer: --private-key, --pkcs11 or --sigstore.")
-    if (certificate or certificate_chain) and private_key is None:
-        raise UsageError("--certificate goes with --private-key.")
+    if (certificate or certificate_chain) and private_key is None and pkcs11 is None:
+        raise UsageError("--certificate goes with --private-key or --pkcs11.")
     if certificate_chain and certificate is None:
         raise UsageError("--certificate-chain goes with --certificate.")
     if (ambient or staging or trust_config is not None) and not sigstore:
@@ -202,7 +202,7 @@ def signer_of(
     if private_key is not None:
         return KeySigner(private_key, password)
     if pkcs11 is not None:
-        return Pkcs11Signer(pkcs11)
+        return Pkcs11Signer(pkcs11, certificate, tuple(certificate_chain or ()))
     return SigstoreSigner(identity_token, ambient, trust_config, staging) if sigstore else None
 
 

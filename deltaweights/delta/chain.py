@@ -12,6 +12,7 @@ from ..manifest import FileRecord, Manifest
 from ..signing import SignatureRequirement
 from ..storage import Readable, Source, open_source
 from ..words import counted
+from ..workers import ProgressCallback
 from .opening import open_base, read_manifest, require_whole
 from .pointer import MAX_DELTAS, has_pointer, pointed
 from .rebuilt import RebuiltSource
@@ -28,6 +29,7 @@ def open_recipe(
     *,
     require_signature: SignatureRequirement | None = None,
     into_memory: bool = False,
+    progress: ProgressCallback | None = None,
 ) -> TargetRecipe:
     """Open a delta, or a chain of several, and its base.
 
@@ -38,6 +40,8 @@ def open_recipe(
             that the manifest names, at its commit.
         require_signature: who must have signed each of them; None: nobody.
         into_memory: the target will stay in memory, so that signed files are compared before they are used.
+        progress: called with a phase ("check signed", if a signature is required), bytes done and total
+            bytes.
 
     Returns:
         The recipe for the last delta's target. Closing it closes all its sources.
@@ -61,7 +65,9 @@ def open_recipe(
             require_whole(source, manifest)
         check_continuity(sources, manifests)
         if require_signature is not None:
-            sources = require_signatures(sources, manifests, require_signature, into_memory=into_memory)
+            sources = require_signatures(
+                sources, manifests, require_signature, into_memory=into_memory, progress=progress
+            )
             for source in sources:
                 on_error.callback(source.close)
         recipe = connect(sources, manifests, base)

@@ -15,7 +15,7 @@ from ..errors import DeltaError
 from ..manifest import MANIFEST_NAME, FileRecord, Manifest
 from ..signing import SignatureRequirement, require_signed
 from ..storage import LocalSource, OutputFolder, Source, sha256_of
-from ..workers import Lane, Workers
+from ..workers import Lane, Meter, ProgressCallback, Workers
 from .opening import read_manifest
 
 
@@ -50,6 +50,7 @@ def require_signatures(
     requirement: SignatureRequirement,
     *,
     into_memory: bool,
+    progress: ProgressCallback | None = None,
 ) -> list[Source]:
     """Check that each of several deltas is signed as it must be, and that its files are those that were.
 
@@ -57,6 +58,7 @@ def require_signatures(
         sources: the deltas; one that is copied is closed.
         manifests: theirs, as they were read.
         into_memory: the target will stay in memory, where no SHA-256 of its files is compared.
+        progress: called with a phase ("check signed"), bytes done and total bytes.
 
     Returns:
         The deltas to read from.
@@ -68,42 +70,50 @@ def require_signatures(
     """
     for source, manifest in zip(sources, manifests, strict=True):
         require_signed(source, manifest, requirement)
+    pairs = zip(sources, manifests, strict=True)
+    read = [manifest for source, manifest in pairs if into_memory or not source.is_remote]
+    meter = Meter(progress if read else None, "check signed", sum(map(_nbytes, read)))
     with ExitStack() as on_error:
         found: list[Source] = []
         for source, manifest in zip(sources, manifests, strict=True):
             if not source.is_remote:
-                require_same_files(source, manifest)
+                require_same_files(source, manifest, meter)
             elif into_memory:
-                found.append(on_error.enter_context(_copied(source, manifest)))
+                found.append(on_error.enter_context(_copied(source, manifest, meter)))
                 continue
             found.append(source)
         on_error.pop_all()
     return found
 
 
-def require_same_files(source: Source, manifest: Manifest) -> None:
+def _nbytes(manifest: Manifest) -> int:
+    return sum(record.size for record in manifest.files)
+
+
+def require_same_files(source: Source, manifest: Manifest, meter: Meter) -> None:
     """Raise :class:`DeltaError` where a file's SHA-256 is not the manifest's."""
 
     def compare(lane: Lane, record: FileRecord) -> None:
-        if sha256_of(lane.watch(source.blocks(record.path))) != record.sha256:
+        if sha256_of(lane.watch(source.blocks(record.path), meter)) != record.sha256:
             raise _other(source, record.path)
 
     with Workers() as workers:
         workers.each(compare, manifest.files)
 
 
-def _copied(source: Source, manifest: Manifest) -> Source:
+def _copied(source: Source, manifest: Manifest, meter: Meter) -> Source:
     """A copy of the files that the manifest lists, each with its SHA-256."""
     folder = tempfile.TemporaryDirectory(prefix="deltaweights-")
     try:
         with OutputFolder(folder.name) as output:
-            output.require_space(sum(record.size for record in manifest.files))
+            output.require_space(_nbytes(manifest))
             for record in manifest.files:
                 with output.create(record.path) as file:
                     file.write_blocks(source.blocks(record.path))
                     if file.digest() != (record.size, record.sha256):
                         raise _other(source, record.path)
                     file.commit()
+                meter.add(record.size)
             with output.create(MANIFEST_NAME) as file:
                 file.write_blocks([manifest.to_json()])
                 file.commit()

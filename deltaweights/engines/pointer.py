@@ -92,7 +92,7 @@ def serve_folder(
         OutputError: ``out`` holds other files, or cannot be written to.
     """
     folder = open_output(out)
-    opened = open_recipe(delta, base, require_signature=require_signature)
+    opened = open_recipe(delta, base, require_signature=require_signature, progress=progress)
     with opened as target, Workers(threads) as workers:
         workers.at_stop(target.cancel)
         workers.at_stop(folder.cancel)

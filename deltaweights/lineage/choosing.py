@@ -49,14 +49,17 @@ def tells(tensor: Tensor) -> bool:
     return is_number and len(wide) > 1 and tensor.info.numel >= _LEAST_ELEMENTS
 
 
-def choose(tensors: Sequence[Tensor], sample_bytes: int | None = None) -> list[SampledTensor]:
+def choose(
+    tensors: Sequence[Tensor], sample_bytes: int | None = None, most_tensors: int = _MOST_TENSORS
+) -> list[SampledTensor]:
     """A sample of all tensors that can tell anything, in their order; the same one every time.
 
     Args:
         sample_bytes: about how many bytes to read; if None, 0.6% of the tensors', but at most 24 MiB, and at
             least 512 KiB (1 MiB, if all have 32 MiB or less).
+        most_tensors: how many tensors to read.
     """
-    chosen = _spread([tensor for tensor in tensors if tells(tensor)])
+    chosen = _spread([tensor for tensor in tensors if tells(tensor)], most_tensors)
     if not chosen:
         return []
     if sample_bytes is None:
@@ -83,23 +86,23 @@ def _share(sizes: Sequence[tuple[int, int]], nbytes: int) -> int:
     return share
 
 
-def _spread(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """So many tensors that not too many are read, of all kinds and from all layers, in their order."""
-    if len(tensors) <= _MOST_TENSORS:
+def _spread(tensors: Sequence[Tensor], most: int) -> list[Tensor]:
+    """So many tensors at most, of all kinds and from all layers, in their order."""
+    if len(tensors) <= most:
         return list(tensors)
     kinds: dict[object, list[Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((fold(tensor.name), tensor.info.shape), []).append(tensor)
     chosen: set[Tensor] = set()
-    for count in _counts(kinds):
-        chosen.update(count)
+    for some in _shares(kinds, most):
+        chosen.update(some)
     return [tensor for tensor in tensors if tensor in chosen]
 
 
-def _counts(kinds: Mapping[object, Sequence[Tensor]]) -> list[list[Tensor]]:
+def _shares(kinds: Mapping[object, Sequence[Tensor]], most: int) -> list[list[Tensor]]:
     """Of each kind, tensors that lie evenly among its own; of many kinds, the largest."""
-    largest = sorted(kinds.values(), key=lambda some: -sum(tensor.nbytes for tensor in some))[:_MOST_TENSORS]
-    left, found = _MOST_TENSORS, []
+    largest = sorted(kinds.values(), key=lambda some: -sum(tensor.nbytes for tensor in some))[:most]
+    left, found = most, list[list[Tensor]]()
     for number, some in enumerate(sorted(largest, key=len)):
         count = min(len(some), left // (len(largest) - number))
         found.append([some[len(some) * k // count] for k in range(count)])

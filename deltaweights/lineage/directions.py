@@ -5,9 +5,10 @@ size of a fine-tune is that of its base and that of the update together. The *gr
 another is the difference of their squared sizes by their squared distance: 1 for a fine-tune beside its base,
 -1 for a base beside its fine-tune, and in between for two fine-tunes of one base, 0 if both moved as far.
 
-Weight decay, and gradients that point along the weights, move it off these values, in every tensor by another
-amount. So the median over tensors counts, with an error bar by a bootstrap, and what a range of values may
-mean was measured (benchmarks/lineage.py): fine-tunes have medians from 0.9 on, siblings up to 0.65.
+Weight decay, and gradients that point along the weights, move it off these values, in every tensor by
+another amount. So the median over tensors counts, with an error bar by a bootstrap. What a median may mean
+was measured (benchmarks/lineage.py): where tensors agree, the theory holds; where they do not, fine-tunes
+have medians about 1.45, and siblings about 0, but up to 1.
 """
 
 from __future__ import annotations
@@ -32,11 +33,22 @@ _LEAST_TENSORS = 4
 #: How much tensors of real updates disagree, beside the error of their samples.
 _SPREAD = 0.3
 
-#: Of a fine-tune's growth, the mean and the standard deviation; of siblings', the bound.
-_GROWN, _GROWN_DEVIATION, _APART = 1.2, 0.4, 0.85
+#: Tensors agree where their spread is below the first number, or they scatter hardly more than the errors of
+#: their samples explain.
+_EVEN, _SCATTER = 0.12, 1.5
+
+#: The growth of a fine-tune and its standard deviation, and the bound of siblings', where tensors agree.
+_GROWN, _GROWN_DEVIATION, _APART = 1.0, 0.15, 0.85
+
+#: The same where they do not agree, and the standard deviation of siblings'.
+_GROWN_UNEVENLY, _UNEVEN_DEVIATION, _APART_DEVIATION = 1.45, 0.35, 0.6
 
 #: How likely each order is before anything was read: candidates are named since they may be the base.
-PRIORS: dict[Order, float] = {"after": 0.6, "apart": 0.3, "before": 0.1}
+PRIORS: dict[Order, float] = {"after": 0.5, "apart": 0.4, "before": 0.1}
+
+#: By how much it becomes more or less likely where the model's config is the newer one, or the older one.
+_NEWER: dict[Order, float] = {"after": 1.0, "apart": 0.5, "before": 0.1}
+_OLDER: dict[Order, float] = {"after": 0.1, "apart": 0.5, "before": 1.0}
 
 #: How likely an order has to be, to be told: with a standard error below :data:`_SHARP`, and with a larger
 #: one.
@@ -50,33 +62,51 @@ _Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """The growth of a model beside another: the median over tensors, and its standard error."""
+    """The growth of a model beside another: the median over tensors, and its standard error.
+
+    Attributes:
+        value: the median.
+        error: its standard error.
+        spread: the standard deviation of tensors, beside the errors of their samples.
+        is_even: whether tensors agree, as far as their samples tell.
+    """
 
     value: float
     error: float
+    spread: float
+    is_even: bool
 
-    @property
-    def odds(self) -> dict[Order, float]:
-        """How likely each order is, given the growth; 1 together."""
-        wide = math.hypot(_GROWN_DEVIATION, self.error)
-        value = max(-_GROWN, min(_GROWN, self.value))  # beyond, it is not less likely
-        densities = {
-            "after": _normal((value - _GROWN) / wide) / wide,
-            "apart": (_below((_APART - value) / self.error) - _below((-_APART - value) / self.error))
-            / (2 * _APART),
-            "before": _normal((value + _GROWN) / wide) / wide,
-        }
-        found: dict[Order, float] = {}
-        orders: tuple[Order, ...] = ("after", "apart", "before")
-        for order in orders:
-            found[order] = PRIORS[order] * densities[order]
+    def odds(self, is_newer: bool | None = None) -> dict[Order, float]:
+        """How likely each order is, given the growth; 1 together.
+
+        Args:
+            is_newer: whether documents say that the model is the newer one of the two.
+        """
+        priors = prior_odds(is_newer)
+        found = {order: priors[order] * density for order, density in self._densities().items()}
         total = sum(found.values())
         return {order: one / total for order, one in found.items()}
 
-    @property
-    def order(self) -> Order | None:
+    def _densities(self) -> dict[Order, float]:
+        mean, deviation = (_GROWN, _GROWN_DEVIATION) if self.is_even else (_GROWN_UNEVENLY, _UNEVEN_DEVIATION)
+        value = max(-mean, min(mean, self.value))  # beyond, it is not less likely
+        wide = math.hypot(deviation, self.error)
+        if self.is_even:
+            bounds = (_below((bound - value) / self.error) for bound in (-_APART, _APART))
+            low, high = bounds
+            apart = (high - low) / (2 * _APART)
+        else:
+            apart_wide = math.hypot(_APART_DEVIATION, self.error)
+            apart = _normal(value / apart_wide) / apart_wide
+        return {
+            "after": _normal((value - mean) / wide) / wide,
+            "apart": apart,
+            "before": _normal((value + mean) / wide) / wide,
+        }
+
+    def order(self, is_newer: bool | None = None) -> Order | None:
         """The order that is likely enough to be told; None if none is."""
-        odds = self.odds
+        odds = self.odds(is_newer)
         likely = max(odds, key=lambda order: odds[order])
         return likely if odds[likely] > (_LIKELY if self.error < _SHARP else _MORE_LIKELY) else None
 
@@ -84,7 +114,17 @@ class Growth:
     def is_silent(self) -> bool:
         """Whether the error is so large that the growth says nothing, unless that it is hardly a
         fine-tune's."""
-        return self.error > _SILENT and self.odds["apart"] < _HARDLY
+        return self.error > _SILENT and self.odds()["apart"] < _HARDLY
+
+
+def prior_odds(is_newer: bool | None = None) -> dict[Order, float]:
+    """How likely each order is before any weights were read."""
+    found = {
+        order: odds * (1 if is_newer is None else (_NEWER if is_newer else _OLDER)[order])
+        for order, odds in PRIORS.items()
+    }
+    total = sum(found.values())
+    return {order: one / total for order, one in found.items()}
 
 
 def _normal(value: float) -> float:
@@ -106,7 +146,12 @@ def growth_of(tensors: Sequence[tuple[float, float]]) -> Growth | None:
     value = float(_medians(values[None], weights[None])[0])
     chosen = np.random.default_rng(0).integers(len(values), size=(_RESAMPLED, len(values)))
     error = float(np.std(_medians(values[chosen], weights[chosen])))
-    return Growth(value, max(error, float((1 / errors**2).sum()) ** -0.5))
+    typical = float(np.median(errors))
+    # 1.4826: of a normal distribution, the standard deviation by the median of absolute deviations.
+    scatter = 1.4826 * float(np.median(np.abs(values - value)))
+    spread = math.sqrt(max(0.0, scatter**2 - typical**2))
+    least = 1 / math.sqrt(float((1 / errors**2).sum()))
+    return Growth(value, max(error, least), spread, spread < _EVEN or scatter < _SCATTER * typical)
 
 
 def _medians(values: _Numbers, weights: _Numbers) -> _Numbers:

@@ -70,9 +70,12 @@ class Documents:
         """Whether this model says that it was made from the other one."""
         return is_named(self.bases, other.names)
 
-    def is_newer_than(self, other: Documents) -> bool:
-        """Whether its config was written by a later version of the library than the other's."""
-        return bool(other.version) and self.version > other.version
+    def is_newer_than(self, other: Documents) -> bool | None:
+        """Whether its config was written by a later version of the library than the other's; None if that
+        is not known, or the version is the same."""
+        if not self.version or not other.version or self.version == other.version:
+            return None
+        return self.version > other.version
 
     def shares_base(self, other: Documents) -> bool:
         """Whether both say that they were made from the same model."""

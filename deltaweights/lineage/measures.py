@@ -117,8 +117,12 @@ def _cosine(ones: _Numbers, others: _Numbers) -> float:
     return _dot(ones, others) / sizes if sizes > 0 else 0.0
 
 
-def measure(sample: ReadSample, candidate: int) -> TensorMeasures | None:
-    """What the sample says of the candidate of that number; None if it says nothing."""
+def measure(sample: ReadSample, candidate: int, *, codes: bool = True) -> TensorMeasures | None:
+    """What the sample says of the candidate of that number; None if it says nothing.
+
+    Args:
+        codes: whether the sample is also encoded, to tell how many bits a weight takes.
+    """
     model, other = sample.model, sample.candidates[candidate]
     width = sample.tensor.info.shape[-1]
     if other is None or not (is_telling(model, width) and is_telling(other, width)):
@@ -130,7 +134,7 @@ def measure(sample: ReadSample, candidate: int) -> TensorMeasures | None:
     if distance > 0:
         growth = float(gains.sum()) / distance
         growth_error = math.sqrt(_dot(gains, gains)) / distance
-    bits, alone = _bits(model, other)
+    bits, alone = _bits(model, other) if codes else (None, None)
     equal = float(same_values(model, other).mean())
     rounding = _rounding(model, min(_precision(model), _precision(other)))
     is_rounded = model.dtype != other.dtype and equal > _ROUNDED_ALIKE and distance < _ROUNDED * rounding

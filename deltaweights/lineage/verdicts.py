@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from .directions import PRIORS, Growth, Order
+from .directions import PRIORS, Growth, Order, prior_odds
 from .documents import Documents
 from .geometry import Combination, Geometry
 from .pairs import PairMeasures
@@ -32,9 +32,11 @@ _COVERED, _RELATED = 0.3, 0.6
 #: The mean cosine of unrelated models, at most, with its error bar.
 _UNRELATED = 0.1
 
-#: How likely each order is where the other candidates' places are known: of a candidate between the model and
-#: another one, that it is the base; of one behind a candidate, that it is a sibling, not the base's own base.
-_BETWEEN, _BEHIND, _LIKELY = 6.0, 4.0, 0.75
+#: Where the other candidates' places are known: by how much it is more likely that a candidate between the
+#: model and another one is the base; how likely each order of a candidate and the one behind it is; and how
+#: likely an answer has to be, to be given.
+_BETWEEN, _LIKELY = 6.0, 0.75
+_BEHIND: dict[Order, float] = {"after": 0.3, "before": 0.5, "apart": 0.2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +181,18 @@ class _Family:
         measures = self._evidence[number - 1].measures
         return measures.growth if measures else None
 
+    def _is_newer(self, number: int) -> bool | None:
+        return self._model.is_newer_than(self._evidence[number - 1].documents)
+
+    def _odds(self, number: int) -> dict[Order, float]:
+        """How likely each order is, by growth and configs."""
+        growth, is_newer = self._growth(number), self._is_newer(number)
+        return growth.odds(is_newer) if growth else prior_odds(is_newer)
+
+    def _order(self, number: int) -> Order | None:
+        growth = self._growth(number)
+        return growth.order(self._is_newer(number)) if growth else None
+
     def _placed(self, number: int) -> _Placed:
         """The verdict on a related candidate that is no part of a merge: the first one that is given."""
         rules = (
@@ -219,12 +233,16 @@ class _Family:
         hiding = next(others, None)
         if hiding is None:
             return None
-        odds = _odds(self._geometry.growth(hiding, number))
-        after, before = odds["after"] / PRIORS["after"], _BEHIND * odds["before"] / PRIORS["before"]
-        if after / (after + before) > _LIKELY:
+        growth = self._geometry.growth(hiding, number)
+        odds = growth.odds() if growth else PRIORS
+        after, before, apart = (
+            _BEHIND[order] * odds[order] / PRIORS[order] for order in ("after", "before", "apart")
+        )
+        ancestor = after / (after + before + apart)
+        if ancestor > _LIKELY:
             text = "Another candidate lies between it and the model, and has grown beyond it."
             return "fine-tune", "candidates", text
-        if before / (after + before) > _LIKELY:
+        if 1 - ancestor > _LIKELY:
             text = "Another candidate lies between it and the model, as a base between its fine-tunes."
             return "sibling", "candidates", text
         text = "Another candidate lies between it and the model: it is a sibling, or the base's own base."
@@ -242,7 +260,7 @@ class _Family:
         """Where it lies between the model and another candidate."""
         if not any(self._geometry.is_between(number, 0, other) for other in self._others(number)):
             return None
-        odds = _odds(self._growth(number))
+        odds = self._odds(number)
         after = _BETWEEN * odds["after"]
         if after / (after + odds["apart"] + odds["before"]) < _LIKELY:
             return None
@@ -251,8 +269,8 @@ class _Family:
 
     def _beside(self, number: int) -> _Placed | None:
         """Where neither it nor the model nor another candidate lies between the others."""
-        between, growth = self._geometry.is_between, self._growth(number)
-        if growth and growth.order == "after":
+        between = self._geometry.is_between
+        if self._order(number) == "after":
             return None
         for other in self._others(number):
             ways = ((0, number, other), (number, 0, other), (other, 0, number))
@@ -263,8 +281,7 @@ class _Family:
 
     def _alone(self, number: int) -> _Placed:
         """By the two models alone."""
-        growth = self._growth(number)
-        order = growth.order if growth else None
+        growth, order = self._growth(number), self._order(number)
         if order == "after":
             text = "Its weights have grown beyond the candidate's, as those of a fine-tune do."
             return "fine-tune", "weights", text
@@ -288,7 +305,7 @@ class _Family:
         """Whether a fine-tune is the best guess: where the model's config is the newer one. Not where the
         model names its base, and this is none of those named; nor where it lies between candidates, is a copy
         of one, or a merge of some."""
-        if not self._model.is_newer_than(self._evidence[number - 1].documents):
+        if not self._is_newer(number):
             return False
         others, between = self._others(number), self._geometry.is_between
         has_copy = any(self._is_copy(one) for group in self._groups for one in group)
@@ -297,8 +314,3 @@ class _Family:
         )
         is_middle = is_middle or any(between(0, number, one) is not False for one in others)
         return not (self._model.bases or self._merged or has_copy or is_middle)
-
-
-def _odds(growth: Growth | None) -> dict[Order, float]:
-    """How likely each order is."""
-    return growth.odds if growth else PRIORS

@@ -2,5 +2,14 @@
 
 from .making import report_delta
 from .results import DeltaReport, MovedRow, MovedTable
+from .side_by_side import ComparisonReport, PairReport, report_side_by_side
 
-__all__ = ["DeltaReport", "MovedRow", "MovedTable", "report_delta"]
+__all__ = [
+    "ComparisonReport",
+    "DeltaReport",
+    "MovedRow",
+    "MovedTable",
+    "PairReport",
+    "report_delta",
+    "report_side_by_side",
+]

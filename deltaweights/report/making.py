@@ -24,7 +24,8 @@ from ..delta.chain import open_recipe
 from ..delta.opening import license_texts, read_manifest
 from ..delta.target_recipe import TargetRecipe
 from ..entries import TensorEntry
-from ..inspect import DeltaSummary, summarize
+from ..inspect import summarize
+from ..manifest import Manifest
 from ..metrics import timed_operation
 from ..patch import check_base
 from ..storage import Readable, Source, open_source
@@ -75,30 +76,27 @@ def report_delta(
         DeltaError: with ``base``, the delta is incomplete or damaged.
     """
     with open_source(delta) as source:
-        manifest = read_manifest(source)
-        summary = summarize(manifest, license_texts(source, manifest))
-        grid = grid_of(manifest.tensors)
-        if base is None:
-            return DeltaReport(
-                delta=source.where,
-                summary=summary,
-                sentences=tuple(describe_changes(manifest.tensors, grid)),
-                tables=(),
-                has_base=False,
-                _grid=grid,
-                _measures=tuple(manifest_measures(manifest.tensors)),
-                _moves=None,
-            )
-        return _with_base(source, base, summary, grid, threads, progress)
+        told = report_manifest(source, read_manifest(source))
+        return told if base is None else _with_base(source, base, told, threads, progress)
+
+
+def report_manifest(source: Source, manifest: Manifest) -> DeltaReport:
+    """:func:`report_delta` of an open delta without its base."""
+    grid = grid_of(manifest.tensors)
+    return DeltaReport(
+        delta=source.where,
+        summary=summarize(manifest, license_texts(source, manifest)),
+        sentences=tuple(describe_changes(manifest.tensors, grid)),
+        tables=(),
+        has_base=False,
+        _grid=grid,
+        _measures=tuple(manifest_measures(manifest.tensors)),
+        _moves=None,
+    )
 
 
 def _with_base(
-    source: Source,
-    base: Readable,
-    summary: DeltaSummary,
-    grid: Grid,
-    threads: int | None,
-    progress: ProgressCallback | None,
+    source: Source, base: Readable, told: DeltaReport, threads: int | None, progress: ProgressCallback | None
 ) -> DeltaReport:
     with open_recipe(source, base) as target, Workers(threads) as workers:
         workers.at_stop(target.cancel)
@@ -106,11 +104,11 @@ def _with_base(
         moves = measure_moves(target, workers, progress)
         _log.info("measured %d tensors of %s", len(moves.tensors), source.where)
         tables = tuple(_tables(target, moves))
-        manifest = target.manifest
+        manifest, grid = target.manifest, grid_of(target.manifest.tensors)
     others = [one for one in manifest_measures(manifest.tensors) if one.key != "changed_share"]
     return DeltaReport(
         delta=source.where,
-        summary=summary,
+        summary=told.summary,
         sentences=tuple(_sentences(manifest.tensors, grid, moves, tables)),
         tables=tables,
         has_base=True,

@@ -35,10 +35,10 @@ TensorKey = tuple[str, str]
 #: gets many rows at once.
 _ROWS_AT_ONCE, _MOST_AT_ONCE = 64, 4 << 20
 
-#: The share of a large matrix's rows that tell its spectrum, in batches from all over it. They are enough for
+#: One batch in so many tells the spectrum of a large matrix, chosen from all over it. They are enough for
 #: directions that hold much; and of noise, fewer rows seem to hold a bit more in a direction, and a sketch a
 #: bit less.
-_SHARE, _FEW_BATCHES = 3, 6
+_SKETCHED, _FEW_BATCHES = 4, 6
 
 #: Tables with more rows get no figures for each row.
 _MOST_ROWS = 1 << 22
@@ -261,7 +261,7 @@ def _sample(batches: int) -> frozenset[int]:
     """The numbers of the batches that are sketched: all, if they are few."""
     if batches < _FEW_BATCHES:
         return frozenset(range(batches))
-    chosen = random.Random(batches).sample(range(batches), -(-batches // _SHARE))  # noqa: S311
+    chosen = random.Random(batches).sample(range(batches), -(-batches // _SKETCHED))  # noqa: S311
     return frozenset(chosen)
 
 

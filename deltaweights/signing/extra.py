@@ -34,10 +34,11 @@ def failures_explained(what: str, fix: str, kind: type[DeltaWeightsError] = Sign
     except DeltaWeightsError:
         raise
     except Exception as error:  # of any type: they are several libraries, given untrusted input
-        raise kind(what, f"{_in_words(error)}.", fix) from error
+        raise kind(what, _in_words(error), fix) from error
 
 
 def _in_words(error: Exception) -> str:
-    """The first line of what an error says, or its name if that is nothing."""
-    said = next(iter(str(error).strip().splitlines()), "")[:500].rstrip(".")
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    """The first line of what an error says, with its name, as a sentence."""
+    said = next(iter(str(error).strip().splitlines()), "")[:500]
+    told = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    return told if told.endswith((".", "?", "!")) else f"{told}."

@@ -5,7 +5,8 @@ OpenSSF's model-signing makes the signatures, each a Sigstore bundle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias
 
 from ..errors import SigningError
 from .extra import failures_explained
-from .keys import KeyFile, load_private, require_curve
+from .keys import KeyFile, load_private, read_pem, require_curve
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +68,13 @@ class Pkcs11Signer:
 
     Attributes:
         uri: the key's PKCS #11 URI (RFC 7512), with ``module-path`` or ``module-name``. May hold a PIN.
+        certificate: the PEM file of the key's certificate, if it has one.
+        chain: as for :class:`CertificateSigner`.
     """
 
     uri: str = field(repr=False)
+    certificate: KeyFile | None = None
+    chain: Sequence[KeyFile] = ()
 
     def configure(self, config: Any) -> None:
         """Let model-signing sign so."""
@@ -85,6 +90,29 @@ class Pkcs11Signer:
                 f"{error.__cause__}.",
                 "Install it: pip install PyKCS11.",
             ) from error
+        if self.certificate is not None:
+            try:
+                self._certify(config._signer, self.certificate)
+            except BaseException:
+                _log_out(config._signer)
+                raise
+
+    def _certify(self, signer: Any, certificate: KeyFile) -> None:
+        """Let the signature say so by a certificate: the library's own class for that (1.1.1) fails when it
+        writes the certificates down."""
+        from cryptography.x509 import load_pem_x509_certificate, load_pem_x509_certificates
+        from model_signing._signing.sign_certificate import Signer
+
+        own = load_pem_x509_certificate(read_pem(certificate))
+        if own.public_key() != signer.public_key():
+            raise SigningError(
+                "The certificate is not the key's", f"{certificate} has another key.", "Pass the key's own."
+            )
+        _required(self.chain)
+        others = load_pem_x509_certificates(b"\n".join(read_pem(path) for path in self.chain))
+        facts: Any = SimpleNamespace(_signing_certificate=own, _trust_chain=others)
+        material = Signer._get_verification_material(facts)
+        signer._get_verification_material = lambda: material
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,19 +161,23 @@ def _required(paths: Sequence[KeyFile]) -> list[Path]:
     return [Path(path).expanduser() for path in paths]
 
 
-def signing_by(signer: Signer) -> Callable[[Any], bytes]:
-    """What signs in-toto statements, each of ``in_toto_attestation``: it gives a Sigstore bundle, as JSON.
-    Keys are read and servers are reached now, so that whoever cannot sign knows it before hashing files.
+@contextmanager
+def signing_by(signer: Signer) -> Iterator[Callable[[Any], bytes]]:
+    """What signs statements of ``in_toto_attestation`` in the block: it gives a Sigstore bundle, as JSON.
+    Keys are read and servers are reached at its start: whoever cannot sign knows it before files are hashed.
 
     Raises:
-        SigningError: the signer cannot sign, or a library is missing. So does what is returned.
+        SigningError: the signer cannot sign, or a library is missing. So does what signs.
     """
     with failures_explained(_WHAT, _FIX):
         from model_signing import signing
 
         config: Any = signing.Config()  # type: ignore[no-untyped-call]
         signer.configure(config)
-    return partial(_sign, config)
+    try:
+        yield partial(_sign, config)
+    finally:
+        _log_out(config._signer)
 
 
 def _sign(config: Any, statement: Any) -> bytes:
@@ -153,3 +185,13 @@ def _sign(config: Any, statement: Any) -> bytes:
         # Its own way takes what it hashed itself, and signs what is in this attribute.
         bundle: str = config._signer.sign(SimpleNamespace(statement=statement)).bundle.to_json()
     return bundle.encode()
+
+
+def _log_out(signer: Any) -> None:
+    """End the session with a token, if there is one. A process can have one only, and the library would leave
+    its end to the garbage collection."""
+    session, signer.session = getattr(signer, "session", None), None
+    if session is not None:
+        with failures_explained(_WHAT, _FIX):
+            session.logout()
+            session.closeSession()

@@ -16,6 +16,7 @@ READERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
 def test_a_reader_of_this_project_does_right(reader: list[str]) -> None:
     outcomes = list(kit.run([sys.executable, *reader], threads=2))

@@ -347,6 +347,7 @@ print(tracemalloc.get_traced_memory()[1])
 """
 
 
+@pytest.mark.slow
 def test_memory_grows_neither_with_the_shards_nor_with_the_chain(tmp_path: Path) -> None:
     def peak(name: str, megabytes: int, steps: int) -> int:
         folder = tmp_path / name

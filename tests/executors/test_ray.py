@@ -25,6 +25,7 @@ from .conftest import add_node
 
 pytest.importorskip("ray")
 pytestmark = [
+    pytest.mark.slow,
     # Ray leaves processes and sockets to the end of the process.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

@@ -210,3 +210,13 @@ def test_scalars_and_nothing_have_reports(tmp_path: Path) -> None:
         empty = report_delta(tmp_path / "empty", base=base)
         assert empty.html()
         assert empty.svg()
+
+
+def test_batches_that_are_sketched_are_all_over_a_matrix() -> None:
+    assert reading._sample(5) == frozenset(range(5))
+    for batches in (6, 7, 100, 1001):
+        chosen = reading._sample(batches)
+        assert chosen == reading._sample(batches)
+        assert len(chosen) == -(-batches // 4)
+        assert chosen <= set(range(batches))
+    assert max(reading._sample(1001)) - min(reading._sample(1001)) > 900

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
     PublicFormat,
+    load_pem_private_key,
 )
 from cryptography.x509.oid import NameOID
 
@@ -63,7 +64,21 @@ class Authority:
         purpose: x509.ObjectIdentifier | None = None,
     ) -> tuple[Path, Path]:
         """A certificate, and its private key: PEM files."""
-        key = ec.generate_private_key(ec.SECP256R1())
+        private = write_pair(self._folder, name).private
+        return self.certificate_of(private, name, days_ago, days_left, for_signing, purpose), private
+
+    def certificate_of(
+        self,
+        private: Path,
+        name: str,
+        days_ago: int = 1,
+        days_left: int = 1,
+        for_signing: bool = True,
+        purpose: x509.ObjectIdentifier | None = None,
+    ) -> Path:
+        """A certificate of a key that is there."""
+        key = load_pem_private_key(private.read_bytes(), None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
         now = datetime.now(timezone.utc)
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         begin, end = now - timedelta(days=days_ago), now + timedelta(days=days_left)
@@ -85,7 +100,7 @@ class Authority:
         built = built.add_extension(others, critical=False)
         place = self._folder / f"{name}.crt"
         place.write_bytes(built.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM))
-        return place, write_pair(self._folder, name, key).private
+        return place
 
     def _builder(
         self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, begin: datetime, end: datetime

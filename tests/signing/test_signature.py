@@ -19,9 +19,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from deltaweights import (
     CertificateSigner,
+    CheckpointError,
     DeltaError,
     DeltaWeightsError,
     KeySigner,
+    OutputError,
     Pkcs11Signer,
     SignatureError,
     SigningError,
@@ -44,6 +46,7 @@ from deltaweights.manifest import MANIFEST_NAME, Manifest
 from deltaweights.signing import SIGNATURE_NAME, require_signed, signed_files
 from deltaweights.signing.bundle import MAX_BUNDLE_BYTES, SignatureBundle, read_bundle
 from deltaweights.storage import LocalSource, open_source
+from deltaweights.workers import Meter
 
 from ..checkpoints import bf16, contents, weights, write_safetensors
 from ..conftest import Trio
@@ -212,7 +215,7 @@ def test_every_flipped_bit_of_a_signed_delta_is_found(signed: Signed, copy: Path
             else:
                 (copy / path).write_bytes(changed)
                 with LocalSource(copy) as source, pytest.raises(DeltaError, match="not the file that was"):
-                    require_same_files(source, manifest)
+                    require_same_files(source, manifest, Meter(None, "", 0))
             if number % 97 == 0:
                 (copy / path).write_bytes(changed)
                 with pytest.raises(DeltaError):
@@ -269,8 +272,8 @@ def test_a_manifest_that_names_another_file_than_the_signed_one_is_refused(
         digests = dict(signed_files(source, signed.keys.public).digests)
     for wrong in ({SHARD: "0" * 64}, {}):
         chosen = {path: wrong.get(path, sha256) for path, sha256 in digests.items() if wrong or path != SHARD}
-        bundle = signing_by(KeySigner(signed.keys.private))(folder_statement("delta", chosen, ()))
-        (copy / SIGNATURE_NAME).write_bytes(bundle)
+        with signing_by(KeySigner(signed.keys.private)) as sign:
+            (copy / SIGNATURE_NAME).write_bytes(sign(folder_statement("delta", chosen, ())))
         refuses(copy, signed.base, signed.keys.public, tmp_path / "out", "is not of this delta")
 
 
@@ -571,6 +574,39 @@ def test_only_whole_deltas_are_signed(signed: Signed, copy: Path) -> None:
     assert (copy / SIGNATURE_NAME).read_bytes() == before
 
 
+def test_progress_is_told_of_what_is_compared_first(signed: Signed, tmp_path: Path) -> None:
+    told: dict[str, tuple[int, int]] = {}
+
+    def progress(phase: str, done: int, total: int) -> None:
+        told[phase] = done, total
+
+    apply_delta(
+        signed.delta,
+        tmp_path / "out",
+        base=signed.base,
+        require_signature=signed.keys.public,
+        progress=progress,
+    )
+    done, total = told["check signed"]
+    with LocalSource(signed.delta) as source:
+        assert done == total == sum(one.size for one in read_manifest(source).files)
+
+
+def test_only_folders_are_signed(
+    signed: Signed, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that could be one of the Hub is a path."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="no file or folder org/none"):
+        sign_delta("org/none", KeySigner(signed.keys.private))
+    with pytest.raises(OutputError, match="is a URL"):
+        sign_delta("s3://bucket/delta", KeySigner(signed.keys.private))
+    (tmp_path / "org").mkdir()
+    shutil.move(copy, tmp_path / "org" / "delta")
+    sign_delta("org/delta", KeySigner(signed.keys.private))
+    assert verify_delta("org/delta", require_signature=signed.keys.public).ok
+
+
 def test_each_delta_of_a_chain_is_signed(signed: Signed, copy: Path, tmp_path: Path) -> None:
     write_safetensors(tmp_path / "next" / "model.safetensors", {"w": bf16(weights((2, 3), 3))})
     make_delta(signed.delta.parent / "tuned", tmp_path / "next", tmp_path / "second")
@@ -701,8 +737,18 @@ def test_keys_in_tokens(signed: Signed, copy: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(SigningError, match="could not be made") as error:
         sign_delta(copy, Pkcs11Signer(uri.format("key", "9999")))
     assert "9999" not in str(error.value)
-    sign_delta(copy, Pkcs11Signer(uri.format("key", "1234")))
+    for _ in range(2):
+        sign_delta(copy, Pkcs11Signer(uri.format("key", "1234")))
     assert verify_delta(copy, require_signature=signed.keys.public).ok
+    authority = Authority(tmp_path / "ca")
+    certificate = authority.certificate_of(signed.keys.private, "token")
+    chained = Pkcs11Signer(uri.format("key", "1234"), certificate, (authority.root,))
+    sign_delta(copy, chained)
+    trusted = TrustedCertificates((authority.root,))
+    assert verify_delta(copy, require_signature=trusted).signed_by == ("certificate of CN=token",)
+    other, _ = authority.certificate("another")
+    with pytest.raises(SigningError, match="not the key's"):
+        sign_delta(copy, Pkcs11Signer(uri.format("key", "1234"), other, (authority.root,)))
     with pytest.raises(SigningError, match="URI is none") as error:
         sign_delta(copy, Pkcs11Signer("token?pin-value=1234"))
     assert "1234" not in f"{error.value}{Pkcs11Signer('pin-value=1234')}"

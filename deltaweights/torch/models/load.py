@@ -76,7 +76,7 @@ def load_state_dict(
             are compared by SHA-256 before any tensor is made. Who forges a base can only be found by the
             target's SHA-256, so that ``sha256`` is set, too.
         threads: number of threads; if None, the number of usable cores, at most 8.
-        progress: called with a phase ("load"), bytes done and total bytes.
+        progress: called with a phase ("check signed", "load"), bytes done and total bytes.
 
     Raises:
         CheckpointError: base or delta cannot be found or read, or torch lacks a dtype.
@@ -99,7 +99,9 @@ def load_state_dict(
             raise CheckpointError(f"Tensor {name!r} cannot be loaded", f"{why}.") from error
         return tensors[name]
 
-    with open_recipe(delta, base, require_signature=require_signature, into_memory=True) as target:
+    with open_recipe(
+        delta, base, require_signature=require_signature, into_memory=True, progress=progress
+    ) as target:
         found = _tensors_by_shard(target, shards)
         links(target)[0].check_published()  # finds a wrong base on the Hub before it is fetched
         _fill(target, found, take, sha256, threads, _meter(target, found, progress))
@@ -151,7 +153,9 @@ def load_into(
             ones by then, so do not go on with it.
     """
     sha256 = sha256 or require_signature is not None
-    with open_recipe(delta, base, require_signature=require_signature, into_memory=True) as target:
+    with open_recipe(
+        delta, base, require_signature=require_signature, into_memory=True, progress=progress
+    ) as target:
         found = _tensors_by_shard(target, shards)
         state = _state_of(model)
         fit = fit_names(model, state, [name for shard in found.values() for name in shard])

@@ -124,6 +124,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_saved_on_two_ranks_loaded_on_four_and_one_and_back(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -136,6 +136,7 @@ def whole_run(qwen2: Trio, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tr
     return trainer, recorder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "stop", "resumed"), [(2, 4, 2), (2, 5, 4), (3, 7, 6), (1, 4, 3)])
 def test_resuming_is_as_if_it_had_never_stopped(
     qwen2: Trio, tmp_path: Path, whole_run: tuple[Trainer, Recorder], every: int, stop: int, resumed: int
@@ -202,6 +203,7 @@ def test_resuming_before_the_last_checkpoint_is_an_error(qwen2: Trio, tmp_path: 
         assert checkpointer.steps == [6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["go_on", "fsdp"])
 def test_two_processes(qwen2: Trio, tmp_path: Path, task: str) -> None:
     """Under DDP, training goes on as if it had never stopped, each process with its own dropout; the first

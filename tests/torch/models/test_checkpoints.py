@@ -309,6 +309,7 @@ checkpointer.save(5, {f"w{k}": torch.randn(128, 128, generator=generator) for k 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise ZeroDivisionError"])
 def test_a_script_that_does_not_close_loses_nothing(tmp_path: Path, folder: Path, end: str) -> None:
     from safetensors.torch import save_file
@@ -321,6 +322,7 @@ def test_a_script_that_does_not_close_loses_nothing(tmp_path: Path, folder: Path
     assert raw_state(loaded) == raw_state(state_of(5))
 
 
+@pytest.mark.slow
 def test_what_a_script_loses_at_its_end_is_told(tmp_path: Path, folder: Path) -> None:
     command = [sys.executable, "-c", _ENDS, str(folder), str(tmp_path / "nowhere")]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -440,6 +442,7 @@ def moments(folder: Path) -> Iterator[bool]:
     raise AssertionError("no checkpoint was written in a minute")
 
 
+@pytest.mark.slow
 def test_a_kill_loses_one_checkpoint_at_most(tmp_path: Path, folder: Path) -> None:
     """A real process, killed twice in the middle of a save; the second goes on from what the first left."""
     from safetensors.torch import save_file

@@ -47,17 +47,20 @@ def run(ranks: int, tasks: str, folder: Path) -> list[tuple[int, str]]:
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
+@pytest.mark.slow
 def test_two_ranks_publish_what_they_have_and_followers_are_equal(tmp_path: Path) -> None:
     """FSDP2, tensor parallelism, parts of all kinds, an engine that is sharded too, and failures."""
     for code, output in run(2, "fsdp,parts,tensor_parallel,engine,failures", tmp_path):
         assert code == 0, output
 
 
+@pytest.mark.slow
 def test_four_ranks_with_replicas_and_two_kinds_of_parallelism(tmp_path: Path) -> None:
     for code, output in run(4, "parts,tensor_parallel", tmp_path):
         assert code == 0, output
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_publishes_nothing_and_the_next_trainers_go_on(tmp_path: Path) -> None:
     (code, output), (killed, _) = run(2, "kill", tmp_path)
     assert (code, killed) == (0, -9), output
