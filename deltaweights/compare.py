@@ -252,8 +252,8 @@ class _Reader:
         total = sum(one.nbytes for one in self._chosen)
         for sample in read_samples(self._model, self._chosen, candidates):
             self.sampled_bytes += sample.model.data.size
-            for number, found in enumerate(measured):
-                if one := measure(sample, number):
+            for found, one in zip(measured, measure(sample), strict=True):
+                if one:
                     found.append(one)
             products.append(products_of(sample))
             if self._progress:

@@ -20,6 +20,7 @@ class Measure:
         value: the figure of some tensors; None where there is none.
         shown: the figure as text, in few characters.
         is_percent: whether that text is a number of percent.
+        scale: measures that name the same scale are drawn with the same shades; None: this one has its own.
     """
 
     key: str
@@ -28,6 +29,7 @@ class Measure:
     value: Callable[[Sequence[TensorEntry]], float | None]
     shown: Callable[[float], str]
     is_percent: bool = False
+    scale: str | None = None
 
 
 def manifest_measures(entries: Sequence[TensorEntry]) -> list[Measure]:

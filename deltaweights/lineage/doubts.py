@@ -54,7 +54,7 @@ def doubts_by_weights(base: Checkpoint, target: Checkpoint, matches: Sequence[Ma
     chosen = choose([match.target for match in matches], sample_bytes, most)
     candidate = Candidate(base, counterparts_of(matches))
     samples = read_samples(target, chosen, [candidate])
-    found = [one for sample in samples if (one := measure(sample, 0, codes=False))]
+    found = [one for sample in samples for one in measure(sample, codes=False) if one]
     if found and is_far and all(map(is_unlike, found)):
         yield (
             "The base's weights have nothing in common with the target's: is this the base that it was "

@@ -100,14 +100,20 @@ class Geometry:
 
         return Branches(branch(0, 1, 2), branch(1, 0, 2), branch(2, 0, 1))
 
+    def detour(self, middle: int, one: int, other: int) -> float | None:
+        """How far the middle model lies off the way from one to another: the length of its own branch, as a
+        part of it and the shorter of theirs together; None if all have none."""
+        branches = self.branches(middle, one, other)
+        if branches is None:
+            return None
+        total = branches.first + min(branches.second, branches.third)
+        return branches.first / total if total > 0 else None
+
     def is_between(self, middle: int, one: int, other: int) -> bool | None:
         """Whether the way from one model to another leads past the middle one; None if it can hardly be
         told."""
-        branches = self.branches(middle, one, other)
-        if branches is None or min(branches.second, branches.third) <= 0:
-            return None if branches is None or branches.first <= 0 else False
-        part = branches.first / (branches.first + min(branches.second, branches.third))
-        return None if _JUNCTION < part < _NO_JUNCTION else part <= _JUNCTION
+        detour = self.detour(middle, one, other)
+        return None if detour is None or _JUNCTION < detour < _NO_JUNCTION else detour <= _JUNCTION
 
     def distinct(self, numbers: Sequence[int]) -> list[list[int]]:
         """The candidates in groups that are one model each, but for rounding far below their distance from

@@ -42,7 +42,7 @@ class TensorMeasures:
         equal: the part of the elements that are equal in the coarser of both dtypes.
         exponents: the part whose signs and exponents are equal.
         bits, bits_alone: bits for each weight that the codec takes with the candidate as the base, and with
-            none; None for quantized tensors.
+            none; None where dtypes rule that out.
         size, distance: the squared size of the model's elements, and their squared distance from the
             candidate's.
         growth: how much larger the squared size of the model's elements is than that of the candidate's,
@@ -117,16 +117,26 @@ def _cosine(ones: _Numbers, others: _Numbers) -> float:
     return _dot(ones, others) / sizes if sizes > 0 else 0.0
 
 
-def measure(sample: ReadSample, candidate: int, *, codes: bool = True) -> TensorMeasures | None:
-    """What the sample says of the candidate of that number; None if it says nothing.
+def measure(sample: ReadSample, *, codes: bool = True) -> list[TensorMeasures | None]:
+    """What the sample says of each candidate; None where it says nothing.
 
     Args:
         codes: whether the sample is also encoded, to tell how many bits a weight takes.
     """
-    model, other = sample.model, sample.candidates[candidate]
-    width = sample.tensor.info.shape[-1]
-    if other is None or not (is_telling(model, width) and is_telling(other, width)):
-        return None
+    width, model = sample.tensor.info.shape[-1], sample.model
+    if not is_telling(model, width):
+        return [None for _ in sample.candidates]
+    alone = _bits(model, None) if codes else None
+    return [
+        _measured(sample.tensor.name, model, other, alone) if other and is_telling(other, width) else None
+        for other in sample.candidates
+    ]
+
+
+def _measured(
+    name: str, model: SampledElements, other: SampledElements, alone: float | None
+) -> TensorMeasures:
+    """A tensor beside its counterpart; ``alone``: what the codec takes without a base, if that matters."""
     ours, theirs = model.values.astype(np.float64), other.values.astype(np.float64)
     apart = ours - theirs
     distance, gains = _dot(apart, apart), apart * (ours + theirs)
@@ -134,17 +144,16 @@ def measure(sample: ReadSample, candidate: int, *, codes: bool = True) -> Tensor
     if distance > 0:
         growth = float(gains.sum()) / distance
         growth_error = math.sqrt(_dot(gains, gains)) / distance
-    bits, alone = _bits(model, other) if codes else (None, None)
     equal = float(same_values(model, other).mean())
     rounding = _rounding(model, min(_precision(model), _precision(other)))
     is_rounded = model.dtype != other.dtype and equal > _ROUNDED_ALIKE and distance < _ROUNDED * rounding
     return TensorMeasures(
-        name=sample.tensor.name,
+        name=name,
         elements=ours.size,
         cosine=_cosine(ours, theirs),
         equal=equal,
         exponents=float((_exponents(model) == _exponents(other)).mean()),
-        bits=bits,
+        bits=None if alone is None else _bits(model, other),
         bits_alone=alone,
         size=_dot(ours, ours),
         distance=distance,
@@ -159,16 +168,14 @@ def _exponents(sample: SampledElements) -> NDArray[np.uint32]:
     return np.right_shift(sample.values.view(np.uint32), np.uint32(23))
 
 
-def _bits(model: SampledElements, other: SampledElements) -> tuple[float | None, float | None]:
-    """What the codec takes for the sample, with and without the candidate's."""
+def _bits(model: SampledElements, other: SampledElements | None) -> float | None:
+    """What the codec takes for a weight, with the other's as the base or with none; None where the one cannot
+    be converted to the other."""
     dtype, data = model.dtype, model.data[: codec.MAX_CHUNK]
-    if not is_convertible(other.dtype, dtype):
-        return None, None
-    base = codec.convert(other.data, other.dtype, dtype)[: data.size]
-    count = data.size // (DTYPES[dtype].bits // 8)
-    found = (codec.encode_chunk(one, data, dtype)[1] for one in (base, None))
-    with_base, alone = (8 * len(encoded) / count for encoded in found)
-    return with_base, alone
+    if other and not is_convertible(other.dtype, dtype):
+        return None
+    base = codec.convert(other.data, other.dtype, dtype)[: data.size] if other else None
+    return 8 * len(codec.encode_chunk(base, data, dtype)[1]) / (data.size // (DTYPES[dtype].bits // 8))
 
 
 def products_of(sample: ReadSample) -> SampledProducts:

@@ -258,14 +258,29 @@ class _Family:
 
     def _between(self, number: int) -> _Placed | None:
         """Where it lies between the model and another candidate."""
-        if not any(self._geometry.is_between(number, 0, other) for other in self._others(number)):
+        others, between = self._others(number), self._geometry.is_between
+        if not any(between(number, 0, other) for other in others):
             return None
+        # Of two that seem to lie there and do not lie on one way, only one that is far nearer to it does.
+        own = self._detour(number)
+        for other in others:
+            if (
+                not between(number, 0, other)
+                and not between(other, 0, number)
+                and self._detour(other) < 2 * own
+            ):
+                return None
         odds = self._odds(number)
         after = _BETWEEN * odds["after"]
         if after / (after + odds["apart"] + odds["before"]) < _LIKELY:
             return None
         text = "It lies between the model and another candidate, as a base between its fine-tunes."
         return "fine-tune", "candidates", text
+
+    def _detour(self, number: int) -> float:
+        """How far a candidate lies off the way from the model to any other candidate, at least."""
+        found = (self._geometry.detour(number, 0, other) for other in self._others(number))
+        return min((one for one in found if one is not None), default=1.0)
 
     def _beside(self, number: int) -> _Placed | None:
         """Where neither it nor the model nor another candidate lies between the others."""

@@ -60,8 +60,13 @@ def heat_maps(grid: Grid, measures: Sequence[Measure]) -> HeatMaps:
     """The tables of all measures."""
     maps = HeatMaps()
     stacks = [_cut(stack, maps) for stack in _that_fit(grid, maps)]
-    for measure in measures:
-        most = most_of(grid, measure)
+    own = [most_of(grid, measure) for measure in measures]
+    scales: dict[str, float] = {}
+    for measure, most in zip(measures, own, strict=True):
+        if measure.scale:
+            scales[measure.scale] = max(most, scales.get(measure.scale, 0.0))
+    for measure, largest in zip(measures, own, strict=True):
+        most = scales[measure.scale] if measure.scale else largest
         tables = [_table(stack, measure, most) for stack in stacks]
         if grid.outside:
             tables.append(_outside(grid.outside, measure, most))

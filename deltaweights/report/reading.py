@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import codec
-from ..changes.grouping import place_tensors
+from ..changes.grouping import TensorPlace, place_tensors
 from ..codec.low_rank.blas import one_blas_thread
 from ..delta.recipes import ShardRecipe, TensorRecipe
 from ..delta.target_recipe import TargetRecipe
@@ -39,6 +39,9 @@ _ROWS_AT_ONCE, _MOST_AT_ONCE = 64, 4 << 20
 #: directions that hold much; and of noise, fewer rows seem to hold a bit more in a direction, and a sketch a
 #: bit less.
 _SKETCHED, _FEW_BATCHES = 4, 6
+
+#: Of tensors that are one module of a layer, such as its experts, so many tell the spectrum.
+_MOST_ALIKE = 8
 
 #: Tables with more rows get no figures for each row.
 _MOST_ROWS = 1 << 22
@@ -77,6 +80,7 @@ def measure_moves(target: TargetRecipe, workers: Workers, progress: ProgressCall
     for entry in entries:
         assert entry.file is not None
         by_file.setdefault(entry.file, {})[entry.name] = entry
+    sketched = _sketched(entries, places)
     moves, meter = Moves({}, {}), Meter(progress, "measure", sum(entry.shared_bytes for entry in entries))
 
     def walk(lane: Lane, file: str) -> None:
@@ -85,7 +89,7 @@ def measure_moves(target: TargetRecipe, workers: Workers, progress: ProgressCall
             for name, entry in by_file[file].items()
             if len(entry.shape) == 2 and places[name].part in _TOKEN_PARTS and places[name].layer is None
         }
-        for key, tensor in _walk(target.shard(file), by_file[file], tables, lane, meter):
+        for key, tensor in _walk(target.shard(file), by_file[file], tables, sketched, lane, meter):
             moves.tensors[key] = tensor.found
             if tensor.rows:
                 moves.rows[key] = tensor.rows
@@ -93,6 +97,14 @@ def measure_moves(target: TargetRecipe, workers: Workers, progress: ProgressCall
     with one_blas_thread:
         workers.each(walk, sorted(by_file))
     return moves
+
+
+def _sketched(entries: Iterable[TensorEntry], places: Mapping[str, TensorPlace]) -> set[str]:
+    """The names of tensors whose spectrum is measured: all but most of a layer's experts, and the like."""
+    alike: dict[TensorPlace, list[str]] = {}
+    for entry in entries:
+        alike.setdefault(places[entry.name], []).append(entry.name)
+    return {name for names in alike.values() for name in names[:: -(-len(names) // _MOST_ALIKE)]}
 
 
 def _is_measured(entry: TensorEntry) -> bool:
@@ -134,7 +146,14 @@ class _Measured:
     """A tensor whose rows of chunks are measured by several threads, and added up in order."""
 
     def __init__(
-        self, recipe: TensorRecipe, entry: TensorEntry, scratch: _Scratch, buffers: Buffers, *, is_table: bool
+        self,
+        recipe: TensorRecipe,
+        entry: TensorEntry,
+        scratch: _Scratch,
+        buffers: Buffers,
+        *,
+        is_table: bool,
+        is_sketched: bool,
     ) -> None:
         self.recipe = recipe
         self.is_same = _is_same(recipe, entry)
@@ -146,7 +165,13 @@ class _Measured:
         self._row_bytes = self._itemsize * max(1, self._columns)
         height = entry.shared_bytes // self._row_bytes
         self._sketch: Sketch | None = None
-        if not self.is_same and height > 1 and 1 < self._columns <= MAX_COLUMNS and entry.dtype != "F64":
+        if (
+            is_sketched
+            and not self.is_same
+            and height > 1
+            and 1 < self._columns <= MAX_COLUMNS
+            and entry.dtype != "F64"
+        ):
             self._sketch = Sketch(self._columns)
         self._sampled = _sample(1)
         if is_table and self._columns == entry.shape[-1] and 0 < height <= _MOST_ROWS:
@@ -272,7 +297,12 @@ def _columns(shape: Sequence[int]) -> int:
 
 
 def _walk(
-    shard: ShardRecipe, entries: dict[str, TensorEntry], tables: set[str], lane: Lane, meter: Meter
+    shard: ShardRecipe,
+    entries: dict[str, TensorEntry],
+    tables: set[str],
+    sketched: set[str],
+    lane: Lane,
+    meter: Meter,
 ) -> Iterator[tuple[TensorKey, _Measured]]:
     """Measure those tensors of a shard that have ``entries``, in their order."""
     recipes = [recipe for name, recipe in shard.tensors.items() if name in entries]
@@ -285,7 +315,9 @@ def _walk(
     def jobs() -> Iterator[tuple[_Measured, int, int, int, bool]]:
         for recipe in recipes:
             name = recipe.info.name
-            tensor = _Measured(recipe, entries[name], scratch, buffers, is_table=name in tables)
+            tensor = _Measured(
+                recipe, entries[name], scratch, buffers, is_table=name in tables, is_sketched=name in sketched
+            )
             rows = tensor.rows_of_chunks(at_once)
             for number, row in enumerate(rows):
                 yield tensor, *row, number, row == rows[-1]

@@ -233,29 +233,28 @@ def _sentences(labels: Sequence[str], pairs: Sequence[PairReport]) -> Iterator[s
         both = f"{labels[pair.first]} and {labels[pair.second]}"
         if pair.same_weights is not None:
             share = percent(pair.same_weights)
-            if pair.same_weights:
-                yield f"{both}: of the weights that either moved, both moved {share}."
-            else:
+            if not pair.same_weights:
                 yield f"{both} moved no weight in common."
                 continue
+            how = "" if pair.cosine is None else f" {_direction(pair.cosine)}"
+            yield f"{both}: of the weights that either moved, both moved {share}.{how}"
         elif pair.same_tensors is not None:
             share = percent(pair.same_tensors)
             yield f"{both}: of the weights in tensors that either changed, {share} are in tensors of both."
         else:
             yield f"{both}: neither changed a weight."
-        if pair.cosine is not None:
-            how = (
-                "point the same way"
-                if pair.cosine >= _ALIKE
-                else "point opposite ways"
-                if pair.cosine <= -_ALIKE
-                else "are nearly at right angles"
-                if abs(pair.cosine) < _APART
-                else "are partly alike"
-                if pair.cosine > 0
-                else "are partly opposed"
-            )
-            yield f"Their updates {how}: cosine {_signed(pair.cosine)}."
+
+
+def _direction(cosine: float) -> str:
+    if cosine >= _ALIKE:
+        how = "point the same way"
+    elif cosine <= -_ALIKE:
+        how = "point opposite ways"
+    elif abs(cosine) < _APART:
+        how = "are nearly at right angles"
+    else:
+        how = "are partly alike" if cosine > 0 else "are partly opposed"
+    return f"Their updates {how}: cosine {_signed(cosine)}."
 
 
 def _signed(value: float) -> str:
@@ -274,7 +273,12 @@ def _measures(
     for number, (label, own) in enumerate(zip(labels, entries, strict=True)):
         if compared is None:
             yield Measure(
-                f"bits_per_weight_{number}", label, f"{label}: {BITS.meaning}", _of_delta(own), one_digit
+                f"bits_per_weight_{number}",
+                label,
+                f"{label}: {BITS.meaning}",
+                _of_delta(own),
+                one_digit,
+                scale="deltas",
             )
         else:
             yield Measure(
@@ -284,6 +288,7 @@ def _measures(
                 _relative(number, compared),
                 in_percent,
                 is_percent=True,
+                scale="deltas",
             )
     for i, j in combinations(range(len(labels)), 2) if compared is not None else ():
         assert compared is not None

@@ -65,7 +65,10 @@ class Family:
         return {Path(one.name).name: one.verdict for one in found.candidates}
 
 
-@pytest.fixture(scope="module", params=[(32, 2), (64, 3)], ids=["32 wide", "64 wide"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param((32, 2), id="32 wide"), pytest.param((64, 3), id="64 wide", marks=pytest.mark.slow)],
+)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     return Family(tmp_path_factory.mktemp("family"), *request.param)
 

@@ -220,3 +220,20 @@ def test_batches_that_are_sketched_are_all_over_a_matrix() -> None:
         assert len(chosen) == -(-batches // 4)
         assert chosen <= set(range(batches))
     assert max(reading._sample(1001)) - min(reading._sample(1001)) > 900
+
+
+def test_of_many_experts_some_tell_the_spectrum(tmp_path: Path) -> None:
+    """The module has one still, and every expert all other figures."""
+    base = {
+        f"model.layers.{n}.mlp.experts.{k}.up_proj.weight": weights((32, 48), 100 * n + k)
+        for n in range(2)
+        for k in range(20)
+    }
+    report = report_of(tmp_path, lambda name, values: moved(values), base=base, convert=f32)
+    found: Any = report.to_dict()
+    movements = [tensor["movement"] for tensor in found["tensors"]]
+    assert len(movements) == 40
+    assert all(one["norm"] > 0 for one in movements)
+    assert 2 <= sum("share_8" in one for one in movements) <= 16
+    assert [one["module"] for one in found["layers"]] == ["mlp.experts.*.up_proj"] * 2
+    assert all(0 < one["share_8"] < 1 for one in found["layers"])

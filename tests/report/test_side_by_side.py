@@ -146,7 +146,7 @@ def test_the_command_prints_words_and_writes_a_page(folder: Path, tmp_path: Path
     with started() as browser:
         shown = Shown(browser.new_page(viewport={"width": 360, "height": 800}), page.as_uri())
         assert shown.page.title() == "2 fine-tunes of one base, side by side"
-        assert shown.texts(".said li")[1].startswith("Their updates point opposite ways: cosine -1")
+        assert shown.texts(".said li")[0].endswith("Their updates point opposite ways: cosine -1.")
         rows = shown.texts("table.list tbody tr")
         assert re.split(r"\t", rows[-1])[0] == "attention and back"
         labels = [text.strip() for text in shown.texts("fieldset label")]
@@ -164,6 +164,18 @@ def test_the_command_prints_words_and_writes_a_page(folder: Path, tmp_path: Path
         assert shown.messages == []
     refused = CliRunner().invoke(app, ["report", *deltas, "--svg", str(tmp_path / "x.svg")])
     assert refused.exit_code == 2
+
+
+def test_shades_of_fine_tunes_can_be_compared(folder: Path, tmp_path: Path) -> None:
+    """The one that moved twice as far is darker."""
+    report = report_side_by_side(
+        [folder / "attention", folder / "attention_and_further"], base=folder / "base"
+    )
+    first, second = (
+        set(re.findall(r'<td class="s(\d)">(?!0<)', part))
+        for part in report.html().decode().split('<div class="v v')[1:3]
+    )
+    assert max(first) < min(second)
 
 
 @given(st.lists(st.tuples(st.floats(-5, 5, width=32), st.floats(-5, 5, width=32)), min_size=1, max_size=20))
