@@ -25,7 +25,7 @@ from .lineage.documents import (
 from .lineage.geometry import Geometry
 from .lineage.measures import SampledProducts, TensorMeasures, measure, products_of
 from .lineage.pairs import Agreement, PairMeasures, by_kind, by_layer, summarize_pair
-from .lineage.sampling import Candidate, counterparts_of, read_samples
+from .lineage.sampling import Candidate, counterparts_of, read_samples, without_pruned
 from .lineage.structure import ResizedTensor, compare_structures
 from .lineage.verdicts import Basis, Evidence, Judgement, Verdict, judge
 from .manifest import MANIFEST_NAME
@@ -171,7 +171,7 @@ def open_model(location: Readable) -> Checkpoint:
     """Open a model to be compared.
 
     Raises:
-        CheckpointError: it cannot be found or read, or is a delta.
+        CheckpointError: it cannot be found or read, or is a delta or an adapter.
     """
     source = open_source(location)
     if MANIFEST_NAME in source.sizes:
@@ -180,7 +180,15 @@ def open_model(location: Readable) -> Checkpoint:
             f"{source.where} is a delta, not a model", "", "Apply it first, and compare the result."
         )
     source.leave_out(is_clutter)
-    return Checkpoint(source, may_lack=True)
+    model = Checkpoint(source, may_lack=True)
+    if all(path.rpartition("/")[2].startswith("adapter_model") for path in model.shards):
+        source.close()
+        raise CheckpointError(
+            f"{source.where} is a PEFT adapter, not a whole model",
+            "Its weights are an update of a model.",
+            "Merge it into its base, and compare the result.",
+        )
+    return model
 
 
 def _name(location: Readable) -> str:
@@ -250,8 +258,9 @@ class _Reader:
         measured: list[list[TensorMeasures]] = [[] for _ in candidates]
         products: list[SampledProducts] = []
         total = sum(one.nbytes for one in self._chosen)
-        for sample in read_samples(self._model, self._chosen, candidates):
-            self.sampled_bytes += sample.model.data.size
+        for read in read_samples(self._model, self._chosen, candidates):
+            self.sampled_bytes += read.model.data.size
+            sample = without_pruned(read)
             for found, one in zip(measured, measure(sample), strict=True):
                 if one:
                     found.append(one)

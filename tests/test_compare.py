@@ -174,7 +174,11 @@ def test_what_is_read_is_about_one_percent(tmp_path: Path) -> None:
     assert read < 0.015 * 2 * found.model_bytes
 
 
-def test_deltas_and_too_many_candidates_are_refused(trio: Trio) -> None:
+def test_deltas_adapters_and_too_many_candidates_are_refused(trio: Trio, tmp_path: Path) -> None:
+    (shard,) = write_model(tmp_path / "adapter", BASE).glob("*.safetensors")
+    shard.rename(shard.with_name("adapter_model.safetensors"))
+    with pytest.raises(CheckpointError, match="is a PEFT adapter, not a whole model"):
+        compare_models(tmp_path / "adapter", [trio.base])
     with pytest.raises(CheckpointError, match="is a delta, not a model"):
         compare_models(trio.target, [trio.delta])
     with pytest.raises(ValueError, match="33 candidates"):

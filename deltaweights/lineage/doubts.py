@@ -10,7 +10,7 @@ from .choosing import choose
 from .directions import growth_of
 from .documents import is_named
 from .measures import measure
-from .sampling import Candidate, counterparts_of, read_samples
+from .sampling import Candidate, counterparts_of, read_samples, without_pruned
 from .scale import is_alike, is_unlike
 
 #: Bytes of the target that are compared, at most; of one that is far away, this part.
@@ -54,7 +54,7 @@ def doubts_by_weights(base: Checkpoint, target: Checkpoint, matches: Sequence[Ma
     chosen = choose([match.target for match in matches], sample_bytes, most)
     candidate = Candidate(base, counterparts_of(matches))
     samples = read_samples(target, chosen, [candidate])
-    found = [one for sample in samples for one in measure(sample, codes=False) if one]
+    found = [one for sample in samples for one in measure(without_pruned(sample), codes=False) if one]
     if found and is_far and all(map(is_unlike, found)):
         yield (
             "The base's weights have nothing in common with the target's: is this the base that it was "

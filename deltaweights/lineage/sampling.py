@@ -18,6 +18,9 @@ from ..match.vectors import can_be_read, numbers
 from ..storage import Span
 from .choosing import SampledTensor
 
+#: The part of zeros from which on a tensor counts as pruned, and the elements that have to be left.
+_PRUNED, _LEAST_KEPT = 0.05, 64
+
 
 @dataclass(frozen=True, slots=True)
 class Counterpart:
@@ -135,6 +138,25 @@ def _read(tensor: Base, runs: Sequence[tuple[int, int]]) -> SampledElements:
         tensor.read_into(start * itemsize, data[done : done + length])
         done += length
     return SampledElements(tensor.dtype, data, numbers(data, tensor.dtype))
+
+
+def without_pruned(sample: ReadSample) -> ReadSample:
+    """The sample without elements that were pruned: zeros, where a side has very many. They say nothing of
+    what they were before."""
+    sides = [one for one in (sample.model, *sample.candidates) if one]
+    zeros = [one.values == 0 for one in sides]
+    pruned = [zero for zero in zeros if zero.mean() > _PRUNED]
+    kept = ~np.any(pruned, axis=0) if pruned else None
+    if kept is None or np.count_nonzero(kept) < _LEAST_KEPT:
+        return sample
+    others = tuple(_taken(one, kept) if one else None for one in sample.candidates)
+    return ReadSample(sample.tensor, _taken(sample.model, kept), others)
+
+
+def _taken(side: SampledElements, kept: NDArray[np.bool_]) -> SampledElements:
+    """Some of the elements."""
+    rows = side.data.reshape(kept.size, -1)
+    return SampledElements(side.dtype, np.ascontiguousarray(rows[kept]).reshape(-1), side.values[kept])
 
 
 def same_values(one: SampledElements, other: SampledElements) -> NDArray[np.bool_]:

@@ -11,7 +11,7 @@ import pytest
 
 from deltaweights.compare import Comparison, compare_models
 
-from ..checkpoints import Array, bf16, f32
+from ..checkpoints import Array, bf16, f32, write_safetensors
 from .families import (
     Weights,
     draw_model,
@@ -116,6 +116,27 @@ def test_pruned_and_permuted_layers_are_found(family: Family) -> None:
     assert family.compare(turned, "base", "stranger") == {"base": "fine-tune", "stranger": "unrelated"}
 
 
+def test_weights_set_to_zero_do_not_hide_where_the_others_come_from(family: Family) -> None:
+    rng = np.random.default_rng(0)
+    model = {n: v * (rng.random(v.shape) < 0.5) if v.ndim > 1 else v for n, v in family["a"].items()}
+    assert family.compare(model, "a", "stranger") == {"a": "fine-tune", "stranger": "unrelated"}
+    assert family.compare(model, "base", "b") == {"base": "fine-tune", "b": "sibling"}
+
+
+def test_quantized_copies_are_found(family: Family) -> None:
+    """Each row by a scale of its own, as INT8; norms and the like stay."""
+    arrays: dict[str, Array] = {}
+    for name, value in family["a"].items():
+        if value.ndim == 2:
+            scale = np.abs(value).max(axis=1, keepdims=True) / 127
+            arrays[name] = Array("I8", value.shape, np.rint(value / scale).astype("i1").tobytes())
+            arrays[f"{name}_scale"] = f32(scale)
+        else:
+            arrays[name] = bf16(value)
+    write_safetensors(family.folder / "int8" / "model.safetensors", arrays)
+    assert family.compare("int8", "base", "stranger") == {"base": "fine-tune", "stranger": "unrelated"}
+
+
 def test_a_merged_adapter_is_a_fine_tune(family: Family) -> None:
     model = merge_adapter(family["base"], 5)
     assert family.compare(model, "base", "b") == {"base": "fine-tune", "b": "sibling"}
@@ -196,8 +217,6 @@ def test_nothing_to_compare_is_no_answer(family: Family) -> None:
         for name, value in family["a"].items()
         if value.ndim == 2
     }
-    from ..checkpoints import write_safetensors
-
     write_safetensors(family.folder / "packed" / "model.safetensors", packed)
     assert family.compare("a", "packed") == {"packed": "cannot tell"}
 
