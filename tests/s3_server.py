@@ -18,7 +18,10 @@ from typing import Any
 BUCKET = "bucket"
 
 #: What S3 says with a status.
-_CODES = {403: "ExpiredToken", 412: "PreconditionFailed", 500: "InternalError", 503: "SlowDown"}
+_CODES = {
+    301: "PermanentRedirect", 400: "ExpiredToken", 403: "AccessDenied", 412: "PreconditionFailed",
+    500: "InternalError", 503: "SlowDown",
+}  # fmt: skip
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Request:
     method: str
     path: str
     query: str
+    payer: str = ""
     status: str = ""
     nbytes: int = 0
 
@@ -42,6 +46,8 @@ class Fault:
     query: str = ""
     status: int | None = None
     cut_after: int | None = None
+    #: Only for requests that do not say that who asks will pay.
+    unpaid: bool = False
     #: The connection ends instead of an answer.
     drop: bool = False
     #: Called before such a request is answered.
@@ -53,6 +59,7 @@ class Fault:
             and request.path.endswith(self.path)
             and self.method in (None, request.method)
             and self.query in request.query
+            and not (self.unpaid and request.payer == "requester")
         )
 
 
@@ -125,7 +132,12 @@ class S3Server:
         return sum(r.nbytes for r in self.log if r.method == "GET" and r.path.endswith(path))
 
     def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        request = Request(environ["REQUEST_METHOD"], environ["PATH_INFO"], environ.get("QUERY_STRING", ""))
+        request = Request(
+            environ["REQUEST_METHOD"],
+            environ["PATH_INFO"],
+            environ.get("QUERY_STRING", ""),
+            environ.get("HTTP_X_AMZ_REQUEST_PAYER", ""),
+        )
         self.log.append(request)
         fault = next((fault for fault in self._faults if fault.is_for(request)), None)
         if fault and fault.times:

@@ -19,12 +19,14 @@ class WebServer:
         url: of the root.
         log: method, path with query, and status of each request.
         ranges: whether it serves ranges.
+        moved: where files are now, by path: a request is sent on to there.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.log: list[tuple[str, str, int]] = []
         self.ranges = True
+        self.moved: dict[str, str] = {}
         ours = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -52,8 +54,11 @@ class WebServer:
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         """Answer one request."""
-        path = self.root / unquote(urlsplit(handler.path).path).lstrip("/")
-        status, body, headers = self._of(path, dict(handler.headers))
+        name = unquote(urlsplit(handler.path).path).lstrip("/")
+        if name in self.moved:
+            status, body, headers = 302, b"", {"Location": self.moved[name]}
+        else:
+            status, body, headers = self._of(self.root / name, dict(handler.headers))
         self.log.append((handler.command, handler.path, status))
         handler.send_response(status)
         for name, value in ({"Content-Length": str(len(body))} | headers).items():

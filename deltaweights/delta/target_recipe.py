@@ -27,7 +27,7 @@ _PREDICTORS_BYTES = 64 << 20
 
 #: How many bytes of payloads may lie between the tensor that is decoded and the chunk records that are read:
 #: fewer than are fetched ahead, and enough to fetch the base ahead, too.
-_AHEAD_BYTES = 8 << 20
+_AHEAD_BYTES = 4 << 20
 
 
 class TargetRecipe:
@@ -46,6 +46,8 @@ class TargetRecipe:
         for entry in manifest.tensors:
             if entry.file is not None:
                 self._entries[entry.file][entry.name] = entry
+        if base and base.source.is_remote and 2 * manifest.delta_bytes < manifest.target_bytes:
+            source.hold_less()
         self._predictors = Recent[codec.Predictor](_PREDICTORS_BYTES)
         self._bases = find_bases(manifest, base, self.faults, HeldExtents())
 

@@ -94,9 +94,8 @@ def _decoded_shard(
             one.decode(first, end)
         return pieces
 
-    target.read_tables(recipes)  # proves that the payloads exist before memory is taken
-    with target.expect((recipe, index) for recipe in recipes for index in range(recipe.plan.count)):
-        pieces = (piece for recipe in recipes for piece in _Decoded(recipe).pieces(workers.batch_bytes))
+    with target.decoding(recipes) as ready:  # chunk records first: they prove that a payload exists
+        pieces = (piece for recipe in ready for piece in _Decoded(recipe).pieces(workers.batch_bytes))
         for done in workers.map(decode, batches(pieces, workers.batch_bytes, _nbytes)):
             for one, _, end in done:
                 if end == one.recipe.plan.count:

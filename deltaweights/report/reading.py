@@ -200,6 +200,7 @@ class _Measured:
         assert recipe.base is not None
         base = self._scratch.take("base", high - low)
         recipe.read_base(first, end, base)
+        self._check_base(first, end, base)
         if self.is_same:
             return _Part(measure_base(base, dtype), stop - start)
         target = self._scratch.take("target", stop - start)
@@ -213,6 +214,21 @@ class _Measured:
             origin = start // self._itemsize
             self._cut(part, origin, moves if floats is None else floats, moves, is_sketched=bool(is_sketched))
         return part
+
+    def _check_base(self, first: int, end: int, base: NDArray[np.uint8]) -> None:
+        """Compare the chunks of the base that no decoding compares with the delta's checksums.
+
+        Raises:
+            BaseMismatchError: one differs, also when it is read again.
+        """
+        recipe, origin = self.recipe, self.recipe.base_bounds(first, end)[0]
+        for index in range(first, end):
+            if self.is_same or not recipe.needs_base(index):
+                low, high = recipe.base_bounds(index, index + 1)
+                chunk = base[low - origin : high - origin]
+                if not recipe.is_from(index, chunk):
+                    recipe.require_base(index)
+                    recipe.read_base(index, index + 1, chunk)
 
     def _cut(self, part: _Part, origin: int, floats: Floats, moves: Floats, *, is_sketched: bool) -> None:
         """Measure whole rows, and keep the ends of others."""

@@ -1,12 +1,12 @@
 """Fetches bytes of remote files ahead of their readers, over several connections, in bounded memory.
 
 A reader announces the spans that it will read, in order (:meth:`Window.expect`). Adjacent spans are merged
-and cut into requests, which run ahead as far as the window has room. A request's memory is freed once its
-last announced byte is read. Unannounced bytes are fetched when they are read.
+and cut into requests, which run ahead as far as the window has room. A request's memory is freed as it is
+read, from its start. Unannounced bytes are fetched when they are read.
 
 No reader waits for ever: a request with a waiting reader begins even if the window is full of other readers'
 bytes, and a request that has begun depends only on its connection. The window can overflow by at most one
-request for each waiting reader, who is about to take it.
+request for each waiting reader, who is about to take it, and one besides.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .source import Span
+from .system import give_pages_back, pages
 
 #: The most bytes fetched and not yet read, for each source: a base and a delta together hold twice as much.
 WINDOW_BYTES = 80 << 20
@@ -70,16 +71,32 @@ class _Request:
         self.start, self.end = run.start, run.end
         self.unread = run.spans  # announced, and not yet claimed by a reader
         self.arrived = threading.Condition(lock)
-        self.buffer: NDArray[np.uint8] | None = None  # from its begin until it is dropped
+        self.memory: mmap.mmap | None = None  # from its begin until it is dropped
+        self.buffer: NDArray[np.uint8] | None = None  # the same
+        self.released = 0  # bytes of it that are read, and were freed
         self.filled = 0  # bytes
         self.awaited = self.end  # the nearest byte that a reader waits for
         self.error: BaseException | None = None
         self.users = 0  # threads that fill or read the buffer
+        self.readers = 0  # those of them that read it
         self.is_dropped = False
 
     @property
     def nbytes(self) -> int:
         return self.end - self.start
+
+    @property
+    def held(self) -> int:
+        """Its bytes in memory, or on their way there."""
+        return self.nbytes - self.released if self.memory else 0
+
+    def release(self) -> int:
+        """Free what was read at its start. Returns the bytes."""
+        assert self.memory
+        read = min(start for start, _ in self.unread) - self.start
+        before, self.released = self.released, max(self.released, read // mmap.PAGESIZE * mmap.PAGESIZE)
+        give_pages_back(self.memory, before, self.released)
+        return self.released - before
 
     def claim(self, position: int, limit: int) -> int:
         """Claim the unread bytes from ``position`` up to ``limit`` for one reader. Returns their end."""
@@ -100,6 +117,11 @@ class _Schedule:
     runs: deque[_Run]
     announced: list[Span]
     requests: list[_Request] = field(default_factory=list)
+
+    @property
+    def held(self) -> int:
+        """The bytes in memory, or on their way there."""
+        return sum(request.held for request in self.requests)
 
     def add(self, runs: Iterable[_Run]) -> None:
         """Announce more. What is next to the last run that has not begun shares its requests."""
@@ -138,7 +160,6 @@ class Window:
         self._urgent: deque[_Request] = deque()  # wanted now, and waiting for a connection
         self._running: set[_Request] = set()
         self._ended = threading.Condition(self._lock)  # notified when a connection ends
-        self._spare: list[NDArray[np.uint8]] = []  # for reuse: fresh memory costs page faults
         self._is_cancelled = False
 
     @contextmanager
@@ -184,10 +205,11 @@ class Window:
                 request = self._find(path, position, end) or self._ask(path, position, end)
                 stop = request.claim(position, end)
                 request.users += 1
+                request.readers += 1
                 try:
                     is_there = self._wait(request, stop)
                 except BaseException:
-                    self._leave(request)
+                    self._leave(request, is_reader=True)
                     raise
             if is_there:
                 assert request.buffer is not None
@@ -195,7 +217,12 @@ class Window:
                 out[position - offset : stop - offset] = source
                 position = stop
             with self._lock:
-                self._leave(request)
+                self._leave(request, is_reader=True)
+
+    def halve(self) -> None:
+        """Take half the memory from now on."""
+        with self._lock:
+            self._nbytes //= 2
 
     def cancel(self) -> None:
         """End all waiting and later reads, and all connections at their next byte."""
@@ -205,7 +232,6 @@ class Window:
             for request in (*self._urgent, *self._running, *begun):
                 request.arrived.notify_all()
             self._urgent.clear()
-            self._spare.clear()
 
     def close(self) -> None:
         """:meth:`cancel`, and wait briefly for the connections. A stalled one ends by itself later."""
@@ -242,11 +268,13 @@ class Window:
         return None
 
     def _pull(self, schedule: _Schedule, index: int, position: int, end: int) -> _Request:
-        """Begin a request at ``position`` of a run immediately, out of turn. If there is no room, limit it to
-        the bytes that the reader wants, and some more: a request for each few bytes would cost more."""
+        """Begin a request at ``position`` of a run immediately, out of turn. If there is no room, and this is
+        not the first one, limit it to the bytes that the reader wants, and some more: a request for each few
+        bytes would cost more."""
         length = self._request_bytes
-        if self.held + length > self._nbytes:
-            length = min(length, max(end - position, self._longest // 8))
+        if self.held + length > self._nbytes and schedule.held:
+            more = min(self._longest // 4, self._nbytes + self._longest - self.held)
+            length = min(length, max(end - position, more))
         *before, rest = schedule.runs[index].cut(position)
         wanted, *after = rest.cut(position + length)
         del schedule.runs[index]
@@ -270,9 +298,9 @@ class Window:
 
     @property
     def _request_bytes(self) -> int:
-        """The length of a request, shorter if many readers share the window, so that each has room for
-        two."""
-        share = self._nbytes // (2 * max(1, len(self._schedules)))
+        """The length of a request, shorter if many readers share the window, so that each has room for two,
+        one of them half read."""
+        share = 4 * self._nbytes // (5 * max(1, len(self._schedules)))
         return max(self._longest // 8, min(self._longest, share))
 
     def _begin(self) -> None:
@@ -293,7 +321,7 @@ class Window:
         if request is None and not self._is_cancelled:
             request = self._read_ahead()
         if request:
-            request.buffer = self._take(request.nbytes)
+            self._take(request)
             request.users += 1
             self._running.add(request)
         return request
@@ -302,7 +330,7 @@ class Window:
         waiting = [schedule for schedule in self._schedules if schedule.runs]
         if not waiting:
             return None
-        schedule = min(waiting, key=lambda schedule: sum(r.nbytes for r in schedule.requests))
+        schedule = min(waiting, key=lambda schedule: schedule.held)
         first, *rest = schedule.runs[0].cut(schedule.runs[0].start + self._request_bytes)
         if self.held + first.end - first.start > self._nbytes:
             return None
@@ -364,10 +392,17 @@ class Window:
             raise CancelledError
         return True
 
-    def _leave(self, request: _Request) -> None:
-        """Note that a thread no longer uses the request. The last one frees its memory."""
+    def _leave(self, request: _Request, *, is_reader: bool = False) -> None:
+        """Note that a thread no longer uses the request. The last reader frees what was read, and the last
+        user all of it."""
         request.users -= 1
-        if request.users or (request.unread and not request.is_dropped):
+        request.readers -= is_reader
+        if request.unread and not request.is_dropped:
+            if request.memory and not request.readers:
+                self.held -= request.release()
+                self._begin()
+            return
+        if request.users:
             return
         request.is_dropped = True
         for schedule in self._schedules:
@@ -383,23 +418,15 @@ class Window:
         if not request.users:
             self._give_back(request)
 
-    def _take(self, nbytes: int) -> NDArray[np.uint8]:
-        self.held += nbytes
+    def _take(self, request: _Request) -> None:
+        self.held += request.nbytes
         self.peak = max(self.peak, self.held)
-        for index, buffer in enumerate(self._spare):
-            if len(buffer) == nbytes:
-                return self._spare.pop(index)
-        while self._spare and self.held + sum(map(len, self._spare)) > self._nbytes:
-            self._spare.pop()
-        # Memory of its own, which goes back to the system: freed in a heap, it would stay with the process.
-        return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+        request.memory = pages(request.nbytes)
+        request.buffer = np.frombuffer(request.memory, np.uint8)
 
     def _give_back(self, request: _Request) -> None:
-        buffer, request.buffer = request.buffer, None
-        if buffer is None:
-            return
-        self.held -= len(buffer)
-        self._spare = [spare for spare in (*self._spare, buffer) if len(spare) == self._request_bytes]
+        self.held -= request.held
+        request.memory = request.buffer = None
 
 
 def _heir(path: str, spans: Sequence[tuple[int, int]], schedules: Sequence[_Schedule]) -> _Schedule | None:

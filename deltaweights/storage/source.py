@@ -243,6 +243,10 @@ class Source(ABC):
         """:meth:`expect` for spans that become known within the block: call what this gives with them."""
         return nullcontext(lambda spans: None)
 
+    def hold_less(self) -> None:  # noqa: B027
+        """Take half the memory for bytes fetched ahead: more bytes of another source are read along with
+        them."""
+
     def ranges(self, spans: Iterable[Span]) -> list[Span]:
         """The ranges to fetch over a network for these spans, with neighbors and small gaps merged."""
         return []

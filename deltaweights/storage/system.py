@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -117,3 +118,20 @@ def is_within(path: Path, folder: Path) -> bool:
     """Whether ``path``, which need not exist, is the folder or inside it, however the two are spelled."""
     path = path.resolve()
     return any(is_same(place, folder) for place in (path, *path.parents))
+
+
+def pages(nbytes: int) -> mmap.mmap:
+    """Memory that goes back to the system when the last reference to it is gone. (What is freed in a heap may
+    stay with the process.)"""
+    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def give_pages_back(memory: mmap.mmap, start: int, end: int) -> None:
+    """Give some of the pages back now, where the system takes them. Nobody may read them any more.
+
+    Args:
+        memory: what :func:`pages` returned.
+        start, end: a range of bytes; multiples of ``mmap.PAGESIZE``.
+    """
+    if end > start and hasattr(mmap, "MADV_DONTNEED"):
+        memory.madvise(mmap.MADV_DONTNEED, start, end - start)

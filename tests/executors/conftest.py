@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 
+from ..s3_server import S3Server
+
+#: What lets the nodes reach the S3 of the tests.
+_store_env: dict[str, str] = {}
+
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Any]:
-    """A ``ray.cluster_utils.Cluster``."""
+def cluster(_s3_server: S3Server) -> Iterator[Any]:
+    """A ``ray.cluster_utils.Cluster``. Its nodes reach the S3 of the tests."""
     ray = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -21,6 +26,7 @@ def cluster() -> Iterator[Any]:
 
         for is_last in (False, False, True):  # a node gives up if its helpers are not there after 15 seconds
             found = Cluster()
+            _store_env.update(_s3_server.env)
             try:
                 found.add_node(num_cpus=0, include_dashboard=False, node_ip_address="127.0.0.1")
                 for _ in range(2):
@@ -37,4 +43,5 @@ def cluster() -> Iterator[Any]:
 
 def add_node(cluster: Any) -> Any:
     """Another node of one core."""
-    return cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1", env_vars=dict(os.environ))
+    env = os.environ | _store_env
+    return cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1", env_vars=env)

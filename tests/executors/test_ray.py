@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from deltaweights import ExecutorError, RayExecutor, apply_delta, make_delta
+from deltaweights import ApplyJob, ExecutorError, RayExecutor, apply_delta, make_delta, run_batch
 from deltaweights.errors import HubReadError
 
-from ..checkpoints import bf16, digests, weights, write_safetensors
+from ..checkpoints import bf16, contents, digests, weights, write_safetensors
 from ..conftest import Trio
+from ..s3_server import S3Server
 from . import jobs
 from .conftest import add_node
 
@@ -135,6 +136,46 @@ def test_clusters_that_cannot_be_used_are_errors_of_ours(monkeypatch: pytest.Mon
 def test_apply_writes_what_one_process_writes(ray: RayExecutor, trio: Trio, tmp_path: Path) -> None:
     apply_delta(trio.delta, tmp_path / "out", base=trio.base, executor=ray)
     assert digests(tmp_path / "out") == digests(trio.target)
+
+
+@pytest.fixture
+def there(s3: S3Server, large: Trio) -> str:
+    """The work in a store."""
+    for side in ("base", "target", "delta"):
+        s3.system.put(str(getattr(large, side)), f"bucket/{side}", recursive=True)
+    s3.log.clear()
+    return "s3://bucket"
+
+
+def _stored(s3: S3Server, place: str) -> dict[str, bytes]:
+    return {path.removeprefix(f"{place}/"): s3.system.cat_file(path) for path in s3.system.find(place)}
+
+
+def test_from_a_store_to_a_store(ray: RayExecutor, there: str, s3: S3Server, large: Trio) -> None:
+    """By tasks that read and write there; nothing but the results is left."""
+    base, out = f"{there}/base", f"{there}/out"
+    make_delta(base, f"{there}/target", f"{out}/delta", executor=ray)
+    assert _stored(s3, "bucket/out/delta") == contents(large.delta)
+    report = apply_delta(f"{there}/delta", f"{out}/model", base=base, executor=ray)
+    assert len(report.rebuilt) == _SHARDS + 1
+    assert _stored(s3, "bucket/out/model") == contents(large.target)
+    assert not s3.system.list_multipart_uploads("bucket")
+
+
+def test_a_base_in_a_store_is_fetched_once_for_the_nodes_of_a_machine(
+    ray: RayExecutor, there: str, s3: S3Server, large: Trio, tmp_path: Path
+) -> None:
+    jobs = [
+        ApplyJob(delta=f"{there}/delta", base=f"{there}/base", out=f"{there}/out-{number}")
+        for number in range(3)
+    ]
+    results = list(run_batch(jobs, executor=ray, cache=tmp_path / "cache"))
+    assert [one.error for one in results] == [None] * 3
+    sizes = {path.name: path.stat().st_size for path in large.base.iterdir()}
+    fetched = [request for request in s3.log if request.method == "GET" and "/base/" in request.path]
+    assert sum(request.nbytes for request in fetched) == sum(sizes.values())
+    for number in range(3):
+        assert _stored(s3, f"bucket/out-{number}") == contents(large.target)
 
 
 def _has_shards(folder: Path, least: int) -> bool:

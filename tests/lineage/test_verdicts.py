@@ -11,7 +11,7 @@ import pytest
 
 from deltaweights.compare import Comparison, compare_models
 
-from ..checkpoints import Array, bf16, f32, write_safetensors
+from ..checkpoints import Array, bf16, f32, random_array, write_safetensors
 from .families import (
     Weights,
     draw_model,
@@ -237,3 +237,16 @@ def test_small_updates_give_no_false_answer(tmp_path: Path, std: float, seed: in
     assert verdicts("a", "b")[0] in ("sibling", "cannot tell")
     assert verdicts("a", "base")[0] in ("fine-tune", "cannot tell")
     assert verdicts("base", "a") == ["cannot tell"]
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8"])
+def test_any_bits_are_compared(tmp_path: Path, dtype: str) -> None:
+    """NaNs, infinities, the largest and the smallest numbers: without a warning, and without a relation."""
+    for number, name in enumerate(("one", "other")):
+        arrays = {f"layers.{k}.w": random_array(dtype, (48, 64), 10 * number + k) for k in range(5)}
+        arrays["zero.w"] = Array(dtype, (48, 64), bytes(len(arrays["layers.0.w"].data)))
+        write_safetensors(tmp_path / name / "model.safetensors", arrays)
+    (found,) = compare_models(tmp_path / "one", [tmp_path / "other"]).candidates
+    assert found.verdict in ("unrelated", "cannot tell")
+    (same,) = compare_models(tmp_path / "one", [tmp_path / "one"]).candidates
+    assert same.verdict in ("fine-tune", "cannot tell")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from deltaweights import BaseMismatchError, DeltaReport, make_delta, report_delta, verify_delta
 from deltaweights.codec.low_rank.blas import one_blas_thread
-from deltaweights.report import reading
+from deltaweights.report import making, reading
 from deltaweights.storage import total_traffic
 
 from ..checkpoints import bf16, f32, weights, write_safetensors
@@ -145,6 +145,25 @@ def test_without_the_base_the_manifest_tells(trio: Trio) -> None:
 def test_a_wrong_base_is_refused(trio: Trio) -> None:
     with pytest.raises(BaseMismatchError):
         report_delta(trio.delta, base=trio.target)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_every_chunk_of_the_base_is_checked(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those of tensors that did not change, and if the sample that is checked first misses them."""
+
+    def update(tensor: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        return moved(values) if "mlp" in tensor else values
+
+    report_of(tmp_path, update)
+    old = llama()
+    old[name].flat[1] += 1
+    arrays = {tensor: bf16(values) for tensor, values in old.items()}
+    write_safetensors(tmp_path / "base" / "model.safetensors", arrays)
+    monkeypatch.setattr(making, "check_base", lambda *_, **__: None)
+    with pytest.raises(BaseMismatchError):
+        report_delta(tmp_path / "delta", base=tmp_path / "base")
 
 
 def test_a_delta_on_the_hub_is_read_once(shelf: Any) -> None:

@@ -15,8 +15,9 @@ from .errors import is_conflict, writing
 
 _log = logging.getLogger(__name__)
 
-#: An upload has at most so many parts (S3's limit), and each but the last has at least so many bytes.
-_MOST_PARTS, _PART_BYTES = 10_000, 8 << 20
+#: An upload has at most so many parts (S3's limit), and each but the last has at least so many bytes. A part
+#: is in memory about three times while it is sent.
+_MOST_PARTS, _PART_BYTES = 10_000, 6 << 20
 _ALIGNMENT = 1 << 18  # of parts, as Google Cloud Storage asks for
 
 
@@ -58,6 +59,7 @@ class Upload:
         self._cancelled = cancelled
         self._settled = settled
         self._is_over = False
+        self._sent = 0  # bytes, or about to be
         self._metadata = {SHA256_KEY: sha256, RUN_KEY: run}
         self._full_path = store.full_path(path)
         self._partial = ""
@@ -93,13 +95,17 @@ class Upload:
 
     def write(self, data: bytes | memoryview) -> None:
         """Append ``data``."""
+        view, size = memoryview(data).cast("B"), part_bytes(self._nbytes)
         with writing(self._store.where, self._path), self._store.alone():
-            try:
-                self._file.write(data)
-            except Exception as error:
-                if not self._store.has_uploads:
-                    raise
-                self._retry(self._flush, error)
+            while view:  # up to the end of a part at a time: what is over it would be sent with it
+                here, view = view[: size - self._sent % size], view[size - self._sent % size :]
+                try:
+                    self._file.write(here)
+                except Exception as error:
+                    if not self._store.has_uploads:
+                        raise
+                    self._retry(self._flush, error)
+                self._sent += len(here)
         count(written=len(data))
 
     def finish(self) -> None:
