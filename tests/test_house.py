@@ -112,8 +112,8 @@ RANKS: dict[str, tuple[str, ...]] = {
         "__init__",
     ),
     "delta": (
-        "digests entry opening pointer shards signed faults",
-        "bases encoding",
+        "digests entry opening shards faults",
+        "bases encoding pointer signed",
         "recipes",
         "target_recipe",
         "rebuilt",
