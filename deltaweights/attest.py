@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .delta.chain import open_recipe
 from .delta.opening import read_manifest
 from .errors import DeltaError
 from .metrics import timed_operation
@@ -14,8 +16,8 @@ from .sign import require_sound, write_beside
 from .signing import ATTESTATION_NAME, Signer, signing_by
 from .signing.attestation import as_statement, provenance
 from .storage import Location, Readable, open_source, output_path
-from .verify import verify_delta
-from .workers import ProgressCallback
+from .verify import Problem, compare_materials, verify_delta
+from .workers import ProgressCallback, Workers
 
 _log = logging.getLogger(__name__)
 
@@ -70,10 +72,12 @@ def attest_delta(
     Args:
         delta: the folder. Its files are compared with its manifest first.
         signer: as for :func:`sign_delta`.
-        base: if given, the target is rebuilt from it in memory first, and the SHA-256 of every file compared;
-            the statement says that this was done. Else it says what the delta's manifest says.
+        base: if given, the target is rebuilt from it in memory first, and the SHA-256 of every file compared,
+            also of the base's own; the statement says that this was done. Else it says what the delta's
+            manifest says.
         threads: number of threads; if None, the number of usable cores, at most 8.
-        progress: called with a phase ("verify delta", "check base", "rebuild"), bytes done and total bytes.
+        progress: called with a phase ("verify delta", "check base", "rebuild", "verify base"), bytes done and
+            total bytes.
 
     Raises:
         CheckpointError: there is no such folder or base.
@@ -95,8 +99,15 @@ def attest_delta(
 
 
 def _rebuild(folder: Path, base: Readable, threads: int | None, progress: ProgressCallback | None) -> None:
-    """Raise :class:`DeltaError` unless the delta in the folder and this base give the target."""
-    wrong = verify_delta(folder.absolute(), base=base, threads=threads, progress=progress).problems
+    """Raise :class:`DeltaError` unless the delta in the folder and this base give the target, and the base's
+    files are those that the statement names."""
+    wrong: Sequence[Problem] = verify_delta(
+        folder.absolute(), base=base, threads=threads, progress=progress
+    ).problems
+    if not wrong:
+        with open_recipe(folder.absolute(), base) as target, Workers(threads) as workers:
+            workers.at_stop(target.cancel)
+            wrong, _ = compare_materials(target, workers, None, progress)
     if wrong:
         raise DeltaError(
             f"{folder} and this base do not give the target",

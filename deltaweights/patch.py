@@ -23,7 +23,7 @@ from .delta.target_recipe import TargetRecipe, check_digest
 from .errors import CheckpointError, DeltaError, ExecutorError, OutputError
 from .executors import Executor, kept, workers_of
 from .license.rules import landing_place, text_records
-from .manifest import Manifest, TargetFile
+from .manifest import FileRecord, Manifest, TargetFile
 from .metrics import timed_operation, timed_stage
 from .signing import SignatureRequirement
 from .storage import (
@@ -403,19 +403,21 @@ def write_file(target: TargetRecipe, file: TargetFile, folder: Destination, lane
 
 def write_licenses(target: TargetRecipe, folder: Destination) -> None:
     """Write license texts and notices of all deltas beside the target."""
-    for source, path, place in license_places(target):
-        with folder.create(place) as output:
-            output.write_blocks(source.blocks(path))
+    for source, record, place in license_places(target):
+        with folder.create(place, size=record.size, sha256=record.sha256) as output:
+            output.write_blocks(source.blocks(record.path))
+            if output.digest() != (record.size, record.sha256):
+                raise _damaged(record.path)
             output.commit()
 
 
-def license_places(target: TargetRecipe) -> Iterator[tuple[Source, str, str]]:
-    """Every license text and notice: its delta, its path there, and its place in the output."""
+def license_places(target: TargetRecipe) -> Iterator[tuple[Source, FileRecord, str]]:
+    """Every license text and notice: its delta, its record there, and its place in the output."""
     for link in links(target):
         for record in text_records(link.manifest):
             is_whole_name = link is target or record.path.startswith("licenses/")
             path = record.path if is_whole_name else f"{record.sha256[:16]}-{record.path}"
-            yield link.source, record.path, landing_place(path)
+            yield link.source, record, landing_place(path)
 
 
 def rebuild_shard(recipe: ShardRecipe, lane: Lane, meter: Meter, sink: Sink | None = None) -> str:

@@ -27,7 +27,8 @@ from .license.cards import CARD_NAME, LICENSE_FILE
 from .license.rules import describe, recognize, terms_of, text_records
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from .metrics import timed_operation
-from .signing import SIGNATURE_NAME, UNSIGNED_NAMES, SignedFiles, open_bundle
+from .signing import ATTESTATION_NAME, SIGNATURE_NAME, UNSIGNED_NAMES, SignedFiles, open_bundle
+from .signing.attestation import states_rebuilt
 from .signing.statement import signed_digests
 from .storage import HubSource, LocalSource, Location, Source, open_output, open_source, sha256_of, store_url
 from .storage.hub_client import Downloader, Repository
@@ -105,7 +106,7 @@ def push_delta(
         DiskSpaceError: the temporary folder has no room for a delta from a store.
         DeltaError: the delta is incomplete or damaged, names another base than it was made from, holds
             copies of files of its base, or lacks the text of its base's license; or there are conflicts.
-        SignatureError: its signature is of another delta.
+        SignatureError: its signature or its attestation is of another delta.
         OutputError: the repository cannot be written to as asked, or a file was changed meanwhile.
     """
     _check_place(repo_id, revision, create_pr)
@@ -278,7 +279,7 @@ def _signatures(source: Source, manifest: Manifest) -> dict[str, bytes]:
     """The signature and the attestation, if there are any. Who signed is not asked, but what.
 
     Raises:
-        SignatureError: a signature is of another delta, or of another page.
+        SignatureError: signature or attestation is of another delta, or the signature of another page.
     """
     there = sorted(UNSIGNED_NAMES & source.sizes.keys())
     bundles = {name: open_bundle(source, name) for name in there}
@@ -289,6 +290,8 @@ def _signatures(source: Source, manifest: Manifest) -> dict[str, bytes]:
             raise SignatureError(
                 f"{bundle.where} is not of this delta's page", f"{CARD_NAME} was changed.", "Sign it again."
             )
+    if (bundle := bundles.get(ATTESTATION_NAME)) is not None:
+        states_rebuilt(bundle, source, manifest)
     return {name: b"".join(source.blocks(name)) for name in there}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from .delta.chain import Deltas, check_continuity, connect, listed
+from .delta.chain import Deltas, check_continuity, connect, files_of_base, links, listed
 from .delta.opening import read_manifest
 from .delta.pinned import PinnedTarget
 from .delta.target_recipe import TargetRecipe
@@ -37,9 +37,9 @@ _UNLISTED = frozenset({MANIFEST_NAME, CARD_NAME, _HUBS_OWN, *UNSIGNED_NAMES})
 class Problem:
     """One file that contradicts the manifest. ``place`` is one of: the delta's own files, the checkpoint
     given as target, the target as rebuilt from base and delta, the target as its own repository publishes
-    it."""
+    it, the base that it was attested to come from."""
 
-    place: Literal["delta", "target", "rebuilt", "published"]
+    place: Literal["delta", "target", "rebuilt", "published", "base"]
     path: str
     kind: Literal["missing", "extra", "different"]
     detail: str
@@ -101,11 +101,12 @@ def verify_delta(
         require_signature: who must have signed the delta, as for :func:`apply_delta`. Every file is compared
             with what was signed, also those that the manifest does not list, such as its page.
         require_attestation: who must have attested the delta, likewise. The statement is made again from the
-            manifest, and compared; with ``base``, so is the target.
+            manifest, and compared; with ``base``, so are the target, each one between several deltas, and the
+            SHA-256 of the base's files that the target can depend on.
         threads: number of threads; if None, the number of usable cores, at most 8.
         executor: reads and rebuilds elsewhere, one task a file, such as a :class:`RayExecutor`.
         progress: called with a phase, bytes done and total bytes: "verify delta", "verify target", "check
-            base", "download base", "rebuild".
+            base", "download base", "rebuild", "verify base".
 
     For a delta or target on the Hub, the published SHA-256 of a file is compared if there is one; only the
     other files are read.
@@ -149,6 +150,9 @@ def verify_delta(
                 if are_whole:
                     check_base(view, workers, keep=keep_base, progress=progress)
                 problems += _compare_rebuilt(view, workers, executor, progress)
+                if attested:
+                    others, count = compare_materials(view, workers, executor, progress)
+                    problems, checked = problems + others, checked + count
                 if view.is_remote:
                     target_repo = _compare_published(manifest, problems)
             checked += len(manifest.target.files)
@@ -208,7 +212,7 @@ def _count_published(source: Source, records: Iterable[FileRecord | TargetFile])
 
 @timed_stage("compare files")
 def _compare(
-    place: Literal["delta", "target"],
+    place: Literal["delta", "target", "base"],
     source: Source,
     records: Iterable[FileRecord | TargetFile],
     workers: Workers,
@@ -272,6 +276,28 @@ def _digest(pinned: PinnedSource, threads: int, path: str) -> str:
     """The task of a file that is there."""
     with kept(pinned, pinned.open) as source, workers_of(threads, source.cancel) as workers:
         return sha256_of(workers.watch(source.blocks(path)))
+
+
+def compare_materials(
+    target: TargetRecipe, workers: Workers, executor: Executor | None, progress: ProgressCallback | None
+) -> tuple[list[Problem], int]:
+    """Compare what a target is made from with the SHA-256 that its attestation states: the files of the base,
+    and the targets between several deltas. A rebuilt target proves neither: the checks of a chunk are no
+    cryptographic ones, and say nothing of the file that a chunk is in. Returns, too, how many files were
+    compared."""
+    chain = links(target)
+    first = chain[0]
+    problems, checked = list[Problem](), 0
+    if first.base is not None:
+        records = files_of_base(first.manifest)
+        found = _compare("base", first.base.source, records, workers, executor, progress)
+        problems += [one for one in found if one.kind != "extra"]
+        checked += len(records)
+    for link in chain[:-1]:
+        found = _compare_rebuilt(link, workers, executor, progress)
+        problems += [replace(one, path=link.source.name(one.path)) for one in found]
+        checked += len(link.manifest.target.files)
+    return problems, checked
 
 
 @timed_stage("rebuild in memory")

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from ..delta.opening import license_texts, read_manifest
+from ..delta.signed import check_signers
 from ..diff import make_delta
 from ..errors import DeltaWeightsError, OutputError
 from ..license.rules import not_accepted, unaccepted
@@ -104,8 +105,9 @@ class _Run:
             base: Source | None = None
             try:
                 with ExitStack() as opened:
-                    base = self._open_base(opened)
-                    return self._verb(opened, base)
+                    deltas = self._open_deltas(opened)
+                    base = self._open_base(opened, deltas)
+                    return self._verb(opened, deltas, base)
             except Exception:
                 if is_last or not (isinstance(base, CachedSource) and base.remove_damaged()):
                     raise
@@ -114,25 +116,31 @@ class _Run:
     def _progress(self) -> ProgressCallback:
         return lambda *_: self._check()
 
-    def _open_base(self, opened: ExitStack) -> Source | None:
+    def _open_deltas(self, opened: ExitStack) -> list[Source]:
+        """The deltas that the job reads, signed as it says: what others wrote names no base to be copied."""
+        if isinstance(self._job, DiffJob):
+            return []
+        sources = [opened.enter_context(open_source(one)) for one in _listed(self._job.delta)]
+        check_signers(sources, self._job.require_signature)
+        return sources
+
+    def _open_base(self, opened: ExitStack, deltas: Sequence[Source]) -> Source | None:
         """The base as copies, where there are to be such; None: the verb opens it as ever."""
         if self._settings.cache is None:
             return None
         location = self._job.base
         if location is None and isinstance(self._job, ApplyJob):
-            with open_source(_listed(self._job.delta)[0]) as first:
-                named = read_manifest(first).base
+            named = read_manifest(deltas[0]).base
             location = f"hf://{named.repo_id}@{named.revision or 'main'}" if named.repo_id else None
         if location is None:
             return None
         cache = BaseCache(Path(self._settings.cache), self._settings.cache_bytes, self._check)
         return opened.enter_context(cache.open(location))
 
-    def _verb(self, opened: ExitStack, base: Source | None) -> dict[str, Any]:
+    def _verb(self, opened: ExitStack, sources: Sequence[Source], base: Source | None) -> dict[str, Any]:
         job = self._job
         if isinstance(job, DiffJob):
             return self._diff(opened, job, base)
-        sources = [opened.enter_context(open_source(one)) for one in _listed(job.delta)]
         manifests = [read_manifest(source) for source in sources]
         sizes = {
             "target_bytes": manifests[-1].target_bytes,
@@ -187,7 +195,7 @@ class _Run:
                 manifest = read_manifest(source)
             found = verify_delta(
                 job.delta,
-                base=self._open_base(opened) or job.base,
+                base=self._open_base(opened, ()) or job.base,
                 target=job.target,
                 threads=self._settings.threads,
                 progress=self._progress(),

@@ -53,7 +53,6 @@ from .signatures import (
     Staging,
     TrustConfig,
     attest,
-    check_signatures,
     requirement_of,
     sign,
 )
@@ -320,12 +319,13 @@ def apply(
         working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work,
         ExitStack() as opened,
     ):
+        from ..delta.signed import check_signers
         from ..patch import apply_delta
         from ..storage import open_source
 
         # Opened once: what is accepted is what is applied, though a branch on the Hub may move meanwhile.
         sources = [opened.enter_context(open_source(delta)) for delta in deltas]
-        check_signatures(sources, signed_by)
+        check_signers(sources, signed_by)
         may_ask = not (quiet or as_json)
         settle_license(deltas, sources, accept_license or [], quiet=quiet, may_ask=may_ask)
         executor = opened.enter_context(machines(ray, threads))
@@ -380,12 +380,13 @@ def serve_folder(
         working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work,
         ExitStack() as opened,
     ):
+        from ..delta.signed import check_signers
         from ..engines import pointer
         from ..storage import open_source
 
         # Opened once, as for `apply`.
         sources = [opened.enter_context(open_source(delta)) for delta in deltas]
-        check_signatures(sources, signed_by)
+        check_signers(sources, signed_by)
         may_ask = not (quiet or as_json)
         settle_license(deltas, sources, accept_license or [], quiet=quiet, may_ask=may_ask)
         shown = opened.enter_context(work.progress())

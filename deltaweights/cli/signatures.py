@@ -16,7 +16,6 @@ from .usage import UsageError
 if TYPE_CHECKING:
     from ..signing.signers import Signer
     from ..signing.trust import SignatureRequirement, Trusted
-    from ..storage import Source
 
 #: The panels of these options.
 SIGNED, SIGNER = "Who must have signed", "Who signs"
@@ -152,30 +151,23 @@ def requirement_of(
     """Who must have signed, as the options say; None: they say nothing. Naming somebody is requiring it.
 
     Raises:
-        UsageError: a signature is required and nobody named, or an identity without who vouches for it.
+        UsageError: a signature is required and nobody named, an identity without who vouches for it, or
+            which Sigstore without an identity.
     """
     from ..signing.trust import TrustedCertificates, TrustedIdentity, TrustedKey
 
     found: list[Trusted] = [TrustedKey(path) for path in public_key or ()]
     if root_certificate:
         found.append(TrustedCertificates(tuple(root_certificate)))
-    if (identity is None) != (identity_provider is None):
-        raise UsageError("--identity and --identity-provider go together.")
-    if identity is not None and identity_provider is not None:
+    if bool(identity) != bool(identity_provider) or "" in (identity, identity_provider):
+        raise UsageError("--identity and --identity-provider go together, and neither is empty.")
+    if (trust_config is not None or staging) and not identity:
+        raise UsageError("--trust-config and --staging go with --identity.")
+    if identity and identity_provider:
         found.append(TrustedIdentity(identity, identity_provider, trust_config, staging))
     if not found and is_required:
         raise UsageError("Name who must have signed: --public-key, --root-certificate or --identity.")
     return found or None
-
-
-def check_signatures(sources: Sequence[Source], requirement: SignatureRequirement | None) -> None:
-    """Refuse deltas that are not signed as required, before anything of them is shown or asked."""
-    if requirement is not None:
-        from ..delta.opening import read_manifest
-        from ..signing import require_signed
-
-        for source in sources:
-            require_signed(source, read_manifest(source), requirement)
 
 
 def signer_of(
@@ -193,7 +185,7 @@ def signer_of(
     """Who signs, as the options say; None: they say nothing.
 
     Raises:
-        UsageError: they name several, or a certificate without its key.
+        UsageError: they name several, a certificate without its key, or what another kind of signer needs.
     """
     from ..signing.signers import CertificateSigner, KeySigner, Pkcs11Signer, SigstoreSigner
 
@@ -203,6 +195,8 @@ def signer_of(
         raise UsageError("--certificate goes with --private-key or --pkcs11.")
     if certificate_chain and certificate is None:
         raise UsageError("--certificate-chain goes with --certificate.")
+    if (ambient or staging or trust_config is not None) and not sigstore:
+        raise UsageError("--ambient, --trust-config and --staging go with --sigstore.")
     if private_key is not None and certificate is not None:
         return CertificateSigner(private_key, certificate, tuple(certificate_chain or ()))
     if private_key is not None:

@@ -16,6 +16,7 @@ from .options import Debug, Json, Quiet, Threads, Verbose
 from .rendering import speed_line
 from .session import working
 from .signatures import SIGNER, Password, PublicKey, StreamName
+from .usage import UsageError
 
 if TYPE_CHECKING:
     from ..engines import ExportReport, ImportReport
@@ -100,6 +101,8 @@ def export(
     deltaweights stream export s3://bucket/run-7 -o updates
     deltaweights stream export runs/7/stream -o updates --base ./base --full-every 100
     """
+    if stream_name is not None and not public_key:
+        raise UsageError("--stream-name goes with --public-key.")
     with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work:
         _require_torch()
         from ..engines import export_stream
@@ -163,6 +166,8 @@ def import_(
     deltaweights stream import updates runs/7/stream --base ./base
     deltaweights stream import updates s3://bucket/run-7 --base org/base
     """
+    if stream_name is not None and not private_key:
+        raise UsageError("--stream-name goes with --private-key.")
     with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work:
         _require_torch()
         from ..engines import import_stream

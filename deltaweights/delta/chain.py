@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import TypeAlias
 
 from ..errors import BaseMismatchError, DeltaError
-from ..manifest import Manifest
+from ..manifest import FileRecord, Manifest
 from ..signing import SignatureRequirement
 from ..storage import Readable, Source, open_source
 from ..words import counted
@@ -118,16 +118,17 @@ def check_continuity(sources: Sequence[Source], manifests: Sequence[Manifest]) -
         _check_follows(sources[k - 1], manifests[k - 1], sources[k], manifests[k])
 
 
+def files_of_base(manifest: Manifest) -> list[FileRecord]:
+    """The files of the base that the target can depend on: its shards, and what is taken from it whole."""
+    taken = {file.source for file in manifest.target.files if file.stored == "base"}
+    return [one for one in manifest.base.files if one.path.endswith(".safetensors") or one.path in taken]
+
+
 def _check_follows(earlier: Source, made: Manifest, later: Source, manifest: Manifest) -> None:
     """Raise :class:`BaseMismatchError` unless the base of one delta is the target of the one before, by the
     SHA-256 of every shard and every file taken from it."""
     there = {file.path: file.sha256 for file in made.target.files}
-    taken = {file.source for file in manifest.target.files if file.stored == "base"}
-    asked = {
-        file.path: file.sha256
-        for file in manifest.base.files
-        if file.path.endswith(".safetensors") or file.path in taken
-    }
+    asked = {file.path: file.sha256 for file in files_of_base(manifest)}
     wrong = sorted(path for path, sha256 in asked.items() if there.get(path) != sha256)
     if not wrong:
         return

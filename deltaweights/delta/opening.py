@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, DeltaError, HubReadError, ManifestError
 from ..license.rules import MAX_TEXT_BYTES, text_records
 from ..manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from ..storage import Readable, Source, open_hub
 
+#: The manifests of open sources.
+_manifests: WeakKeyDictionary[Source, Manifest] = WeakKeyDictionary()
+
 
 def read_manifest(source: Source) -> Manifest:
-    """Read and check the manifest of the delta at ``source``.
+    """Read and check the manifest of the delta at ``source``. Of one open source it is read once: a server
+    cannot show one to who checks its signature or its license, and another one to who applies it.
 
     Raises:
         ManifestError: there is none, or it is damaged.
     """
+    if (known := _manifests.get(source)) is not None:
+        return known
     size = source.sizes.get(MANIFEST_NAME)
     if size is None:
         raise ManifestError(
@@ -28,7 +36,8 @@ def read_manifest(source: Source) -> Manifest:
             f"It has {size} bytes, more than a manifest may have.",
             "Get the delta again.",
         )
-    return Manifest.from_json(source.open(MANIFEST_NAME).read(0, size))
+    _manifests[source] = found = Manifest.from_json(source.open(MANIFEST_NAME).read(0, size))
+    return found
 
 
 def license_texts(source: Source, manifest: Manifest) -> dict[str, bytes]:

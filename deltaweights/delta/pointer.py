@@ -18,8 +18,10 @@ import msgspec
 
 from .. import canonical
 from ..errors import CheckpointError, DeltaError
-from ..manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Sha256
-from ..storage import Location, Source, open_source, sha256_of, store_url
+from ..manifest import Sha256
+from ..signing import manifest_sha256
+from ..storage import Location, Source, open_source, store_url
+from .opening import read_manifest
 
 #: Somewhat below the limit of Python's stack, since each delta adds a few calls to the reading of a chunk.
 MAX_DELTAS = 100
@@ -103,7 +105,7 @@ def pointed(folder: Source) -> tuple[list[Source], str | None]:
 
     Raises:
         CheckpointError: the folder is no pointer folder, or a delta cannot be found.
-        DeltaError: its document is damaged, or the delta is another one by now.
+        DeltaError: its document is damaged, or the delta is another one by now, or damaged.
     """
     pointer = _read(folder)
     with ExitStack() as on_error:
@@ -115,9 +117,7 @@ def pointed(folder: Source) -> tuple[list[Source], str | None]:
 
 
 def _check_manifest(pointed: PointedDelta, source: Source, folder: str) -> None:
-    if source.sizes.get(MANIFEST_NAME, 0) > MAX_MANIFEST_BYTES:
-        return  # refused when it is read
-    found = sha256_of(source.blocks(MANIFEST_NAME)) if MANIFEST_NAME in source.sizes else "missing"
+    found = manifest_sha256(read_manifest(source))
     if found != pointed.manifest:
         raise DeltaError(
             f"The delta at {source.where} is not the one that {folder} was written for",

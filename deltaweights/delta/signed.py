@@ -16,6 +16,7 @@ from ..manifest import MANIFEST_NAME, FileRecord, Manifest
 from ..signing import SignatureRequirement, require_signed
 from ..storage import LocalSource, OutputFolder, Source, sha256_of
 from ..workers import Lane, Meter, ProgressCallback, Workers
+from .opening import read_manifest
 
 
 class _CopiedSource(LocalSource):
@@ -29,6 +30,18 @@ class _CopiedSource(LocalSource):
     def close(self) -> None:
         super().close()
         self._temporary.cleanup()
+
+
+def check_signers(sources: Sequence[Source], requirement: SignatureRequirement | None) -> None:
+    """Refuse deltas that are not signed as required, before anything of them is shown, asked or looked for.
+
+    Raises:
+        SignatureError: one is not signed so.
+        DeltaError: a manifest is damaged.
+    """
+    if requirement is not None:
+        for source in sources:
+            require_signed(source, read_manifest(source), requirement)
 
 
 def require_signatures(

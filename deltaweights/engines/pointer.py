@@ -21,16 +21,14 @@ from ..delta.pointer import (
 from ..delta.target import Target
 from ..delta.target_recipe import TargetRecipe
 from ..errors import OutputError
-from ..manifest import MANIFEST_NAME
 from ..patch import check_apart, check_base, check_licenses, license_places, write_file, write_licenses
-from ..signing import SignatureRequirement
+from ..signing import SignatureRequirement, manifest_sha256
 from ..storage import (
     Location,
     Readable,
     Source,
     open_output,
     open_source,
-    sha256_of,
 )
 from ..workers import Meter, ProgressCallback, Workers
 
@@ -135,9 +133,7 @@ def _is_wanted(path: str, stored: str) -> bool:
 
 def _pointer_to(target: TargetRecipe, *, named_base: bool) -> Pointer:
     chain = links(target)
-    deltas = tuple(
-        PointedDelta(_origin_of(link.source), sha256_of(link.source.blocks(MANIFEST_NAME))) for link in chain
-    )
+    deltas = tuple(PointedDelta(_origin_of(link.source), manifest_sha256(link.manifest)) for link in chain)
     first = chain[0].base
     return Pointer(deltas, _origin_of(first.source) if first and named_base else None)
 

@@ -34,14 +34,19 @@ _LEAST_TENSORS = 4
 _SPREAD = 0.3
 
 #: Tensors agree where their spread is below the first number, or they scatter hardly more than the errors of
-#: their samples explain.
-_EVEN, _SCATTER = 0.12, 1.5
+#: their samples explain; and none is further from the median than so many of its own errors: it may be one
+#: that only the other model moved.
+_EVEN, _SCATTER, _OUTLIER = 0.12, 1.5, 4.0
 
 #: The growth of a fine-tune and its standard deviation, and the bound of siblings', where tensors agree.
-_GROWN, _GROWN_DEVIATION, _APART = 1.0, 0.15, 0.85
+_GROWN, _GROWN_DEVIATION, _APART = 1.0, 0.06, 0.95
 
 #: The same where they do not agree, and the standard deviation of siblings'.
 _GROWN_UNEVENLY, _UNEVEN_DEVIATION, _APART_DEVIATION = 1.45, 0.35, 0.6
+
+#: How likely any other growth is, in each order: weights that were scaled, or that decayed more than they
+#: were trained, may have whatever growth.
+_ANY = 0.01
 
 #: How likely each order is before anything was read: candidates are named since they may be the base.
 PRIORS: dict[Order, float] = {"after": 0.5, "apart": 0.4, "before": 0.1}
@@ -89,8 +94,7 @@ class Growth:
 
     def _densities(self) -> dict[Order, float]:
         mean, deviation = (_GROWN, _GROWN_DEVIATION) if self.is_even else (_GROWN_UNEVENLY, _UNEVEN_DEVIATION)
-        value = max(-mean, min(mean, self.value))  # beyond, it is not less likely
-        wide = math.hypot(deviation, self.error)
+        value, wide = self.value, math.hypot(deviation, self.error)
         if self.is_even:
             bounds = (_below((bound - value) / self.error) for bound in (-_APART, _APART))
             low, high = bounds
@@ -99,9 +103,9 @@ class Growth:
             apart_wide = math.hypot(_APART_DEVIATION, self.error)
             apart = _normal(value / apart_wide) / apart_wide
         return {
-            "after": _normal((value - mean) / wide) / wide,
-            "apart": apart,
-            "before": _normal((value + mean) / wide) / wide,
+            "after": _normal((value - mean) / wide) / wide + _ANY,
+            "apart": apart + _ANY,
+            "before": _normal((value + mean) / wide) / wide + _ANY,
         }
 
     def order(self, is_newer: bool | None = None) -> Order | None:
@@ -151,7 +155,9 @@ def growth_of(tensors: Sequence[tuple[float, float]]) -> Growth | None:
     scatter = 1.4826 * float(np.median(np.abs(values - value)))
     spread = math.sqrt(max(0.0, scatter**2 - typical**2))
     least = 1 / math.sqrt(float((1 / errors**2).sum()))
-    return Growth(value, max(error, least), spread, spread < _EVEN or scatter < _SCATTER * typical)
+    is_even = spread < _EVEN or scatter < _SCATTER * typical
+    is_even = is_even and bool((np.abs(values - value) < _OUTLIER * np.hypot(errors, _EVEN)).all())
+    return Growth(value, max(error, least), spread, is_even)
 
 
 def _medians(values: _Numbers, weights: _Numbers) -> _Numbers:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from .directions import Growth, growth_of
 from .measures import SampledProducts
+from .scale import ALIKE
 
 _Numbers = NDArray[np.float64]
 
@@ -24,6 +25,9 @@ _Numbers = NDArray[np.float64]
 #: together; it is not if it is more than the other. Updates of real fine-tunes have cosines up to 0.3, and
 #: branches of the same length are halves.
 _JUNCTION, _NO_JUNCTION = 0.33, 0.42
+
+#: Two models lie on opposite sides of a third one if the cosine of the angle there is below minus this.
+_OPPOSITE = 0.33
 
 #: Two candidates are one if they are no further apart than so many times the error of rounding.
 _SAME = 4.0
@@ -112,8 +116,21 @@ class Geometry:
     def is_between(self, middle: int, one: int, other: int) -> bool | None:
         """Whether the way from one model to another leads past the middle one; None if it can hardly be
         told."""
+        if self.is_mixture(middle, one, other):
+            return None
         detour = self.detour(middle, one, other)
         return None if detour is None or _JUNCTION < detour < _NO_JUNCTION else detour <= _JUNCTION
+
+    def is_mixture(self, middle: int, one: int, other: int) -> bool:
+        """Whether two models lie on opposite sides of the middle one, as what was merged does of a merge.
+        Fine-tunes of a base lie at right angles, or rather on the same side of it."""
+        products, _ = self._of([middle, one, other])
+        p = products.sum(axis=0)
+        if not len(products):
+            return False
+        sides = [p[0, 0] + p[n, n] - 2 * p[0, n] for n in (1, 2)]
+        angle = p[1, 2] - p[0, 1] - p[0, 2] + p[0, 0]
+        return bool(angle < -_OPPOSITE * np.sqrt(max(0.0, sides[0] * sides[1])))
 
     def distinct(self, numbers: Sequence[int]) -> list[list[int]]:
         """The candidates in groups that are one model each, but for rounding far below their distance from
@@ -128,6 +145,8 @@ class Geometry:
         return groups
 
     def _are_same(self, one: int, other: int) -> bool:
+        if not len(self._of([one, other])[0]):
+            return False
         apart = self.squared_distance(one, other)
         near = min(self.squared_distance(0, one), self.squared_distance(0, other))
         return apart <= min(_SAME * float(self._rounding.sum()), _NEAR * near) or apart <= _EXACT
@@ -163,7 +182,8 @@ class Geometry:
         p, elements = products[is_whole], self._elements[is_whole]
         sizes, others = p[:, 0, 0], p[:, 1, 1]
         apart = np.maximum(sizes + others - 2 * p[:, 0, 1], 0)
-        used = apart > _EXACT
+        is_alike = p[:, 0, 1] > ALIKE * np.sqrt(sizes * others)
+        used = (apart > _EXACT) & is_alike
         middle = (sizes + others) / 2
         errors = 2 * np.sqrt(middle[used] / (apart[used] * elements[used]))
         values = (sizes - others)[used] / apart[used]

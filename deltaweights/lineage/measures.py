@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import codec
-from ..codec import is_convertible
+from ..codec import QUANTIZED, is_convertible
 from ..dtypes import DTYPES
 from .sampling import ReadSample, SampledElements, same_values
 
@@ -26,6 +26,12 @@ _FLAT = 4
 #: A copy in another dtype differs by rounding alone: its squared distance is at most so many times that of
 #: rounding, and nearly all elements are equal in the coarser dtype (but for those that were rounded twice).
 _ROUNDED, _ROUNDED_ALIKE = 1.5, 0.85
+
+#: How many more zeros, as a part of the elements, show that one of two was pruned since.
+_PRUNED = 0.04
+
+#: Elements of a quantized tensor that mostly have one scale.
+_SEGMENT = 32
 
 _Numbers = NDArray[np.float64]
 
@@ -49,6 +55,9 @@ class TensorMeasures:
             measured by their squared distance; see :mod:`.directions`.
         growth_error: the standard deviation of that, if updates are independent of the weights.
         is_copy: whether both are the same but for rounding to the coarser of their dtypes.
+        zeroed, candidate_zeroed: the part of the elements that were set to zero in one of the two, beyond
+            the other's; these are left out of all else.
+        is_reordered: whether both have the same elements in another order, which shows where all are read.
     """
 
     name: str
@@ -63,6 +72,9 @@ class TensorMeasures:
     growth: float
     growth_error: float
     is_copy: bool
+    zeroed: float
+    candidate_zeroed: float
+    is_reordered: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,20 +150,22 @@ def _measured(
 ) -> TensorMeasures:
     """A tensor beside its counterpart; ``alone``: what the codec takes without a base, if that matters."""
     ours, theirs = model.values.astype(np.float64), other.values.astype(np.float64)
+    is_scaled = model.dtype in QUANTIZED or other.dtype in QUANTIZED
+    if is_scaled:
+        theirs *= _dot(ours, theirs) / _dot(theirs, theirs)
     apart = ours - theirs
     distance, gains = _dot(apart, apart), apart * (ours + theirs)
     growth = growth_error = 0.0
-    if distance > 0:
+    if distance > 0 and not is_scaled:
         growth = float(gains.sum()) / distance
         growth_error = math.sqrt(_dot(gains, gains)) / distance
-    equal = float(same_values(model, other).mean())
-    rounding = _rounding(model, min(_precision(model), _precision(other)))
-    is_rounded = model.dtype != other.dtype and equal > _ROUNDED_ALIKE and distance < _ROUNDED * rounding
+    same = same_values(model, other)
+    more_zeros = 0.0 if is_scaled else model.pruned - other.pruned
     return TensorMeasures(
         name=name,
         elements=ours.size,
         cosine=_cosine(ours, theirs),
-        equal=equal,
+        equal=float(same.mean()),
         exponents=float((_exponents(model) == _exponents(other)).mean()),
         bits=None if alone is None else _bits(model, other),
         bits_alone=alone,
@@ -159,8 +173,48 @@ def _measured(
         distance=distance,
         growth=growth,
         growth_error=growth_error,
-        is_copy=equal == 1 or is_rounded,
+        is_copy=_is_copy(model, other, float(same.mean()), distance),
+        zeroed=more_zeros if more_zeros > _PRUNED else 0.0,
+        candidate_zeroed=-more_zeros if more_zeros < -_PRUNED else 0.0,
+        is_reordered=not same.all() and _are_reordered(ours, theirs),
     )
+
+
+def _are_reordered(ones: _Numbers, others: _Numbers) -> bool:
+    """Whether both have the same numbers in any order; the largest ones nearly always tell without a sort."""
+    return bool(ones.max() == others.max() and (np.sort(ones) == np.sort(others)).all())
+
+
+def _is_copy(model: SampledElements, other: SampledElements, equal: float, distance: float) -> bool:
+    """Whether both are the same but for rounding; ``equal``: the part that is equal in the coarser dtype;
+    ``distance``: their squared distance."""
+    if equal == 1 or model.dtype == other.dtype:
+        return equal == 1
+    if model.dtype in QUANTIZED or other.dtype in QUANTIZED:
+        return _is_quantized_copy(*((other, model) if model.dtype in QUANTIZED else (model, other)))
+    rounding = _rounding(model, min(_precision(model), _precision(other)))
+    return equal > _ROUNDED_ALIKE and distance < _ROUNDED * rounding
+
+
+def _is_quantized_copy(plain: SampledElements, quantized: SampledElements) -> bool:
+    """Whether the second is the first but for rounding, by short segments, most of which have one scale."""
+    count = quantized.values.size // _SEGMENT
+    if plain.dtype in QUANTIZED or not count:
+        return False
+    ours, theirs = (
+        one.values[: count * _SEGMENT].astype(np.float64).reshape(count, _SEGMENT)
+        for one in (plain, quantized)
+    )
+    sizes, products = (np.einsum("ij,ij->i", theirs, one) for one in (theirs, ours))
+    used = (sizes > 0) & (products > 0)
+    if 2 * int(used.sum()) < count:
+        return False
+    apart = ours[used] * (sizes[used] / products[used])[:, None] - theirs[used]
+    units = np.ones_like(apart)
+    if mantissa := _precision(quantized):
+        units = np.ldexp(1.0, np.frexp(theirs[used])[1] - 1 - mantissa)
+    rounding = (units**2).sum(axis=1) / 12
+    return float(np.median((apart**2).sum(axis=1) / rounding)) < _ROUNDED
 
 
 def _exponents(sample: SampledElements) -> NDArray[np.uint32]:
@@ -183,7 +237,10 @@ def products_of(sample: ReadSample) -> SampledProducts:
     count = sample.model.values.size
     missing = np.full(count, np.nan)
     rows = [sample.model, *sample.candidates]
-    matrix = np.stack([missing if one is None else one.values.astype(np.float64) for one in rows])
+    # Quantized ones have scales that are not known: their places are not, either.
+    matrix = np.stack(
+        [missing if one is None or one.dtype in QUANTIZED else one.values.astype(np.float64) for one in rows]
+    )
     rounding = _rounding(sample.model, min(_precision(one) for one in rows if one))
     return SampledProducts(np.einsum("ik,jk->ij", matrix, matrix), rounding, count)
 

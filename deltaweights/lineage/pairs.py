@@ -58,7 +58,11 @@ class PairMeasures:
         bits_alone: what it takes without a base.
         distance: the size of the difference by the size of the model's weights.
         growth: which of the two came first, as far as weights tell; see :class:`Growth`.
-        is_copy: whether all of the sample is the same, but for rounding to the coarser dtype.
+        is_copy: whether all of the sample is the same, but for rounding to the coarser dtype, and for what
+            was set to zero.
+        zeroed, candidate_zeroed: the part of the weights that were set to zero in one of the two, beyond the
+            other's.
+        reordered: the part of the tensors that have the same elements in another order.
     """
 
     tensors: int
@@ -76,6 +80,9 @@ class PairMeasures:
     distance: float
     growth: Growth | None
     is_copy: bool
+    zeroed: float
+    candidate_zeroed: float
+    reordered: float
 
 
 def summarize_pair(tensors: Sequence[TensorMeasures], coverage: float) -> PairMeasures | None:
@@ -106,8 +113,11 @@ def summarize_pair(tensors: Sequence[TensorMeasures], coverage: float) -> PairMe
         bits_per_weight=_mean(one.bits for one in coded),
         bits_alone=_mean(one.bits_alone for one in coded),
         distance=float(np.sqrt(distance / size)) if size > 0 else 0.0,
-        growth=growth_of([(one.growth, one.growth_error) for one in tensors]),
+        growth=growth_of([(one.growth, one.growth_error) for one in tensors if is_alike(one)]),
         is_copy=all(one.is_copy for one in tensors),
+        zeroed=weighted(lambda one: one.zeroed),
+        candidate_zeroed=weighted(lambda one: one.candidate_zeroed),
+        reordered=float(np.mean([one.is_reordered for one in tensors])),
     )
 
 

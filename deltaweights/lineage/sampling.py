@@ -47,11 +47,13 @@ class SampledElements:
         dtype: their dtype's safetensors code.
         data: their bytes (uint8).
         values: the same as numbers (float32); what is not finite counts as 0.
+        pruned: the part of zeros in what was read, if these were left out since.
     """
 
     dtype: str
     data: NDArray[np.uint8]
     values: NDArray[np.float32]
+    pruned: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,8 @@ def without_pruned(sample: ReadSample) -> ReadSample:
 def _taken(side: SampledElements, kept: NDArray[np.bool_]) -> SampledElements:
     """Some of the elements."""
     rows = side.data.reshape(kept.size, -1)
-    return SampledElements(side.dtype, np.ascontiguousarray(rows[kept]).reshape(-1), side.values[kept])
+    data = np.ascontiguousarray(rows[kept]).reshape(-1)
+    return SampledElements(side.dtype, data, side.values[kept], float((side.values == 0).mean()))
 
 
 def same_values(one: SampledElements, other: SampledElements) -> NDArray[np.bool_]:

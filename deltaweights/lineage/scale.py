@@ -10,7 +10,7 @@ from .measures import TensorMeasures
 _BEYOND_CHANCE = 6.0
 
 #: Cosines of tensors of common origin, at least, and of ones that have nothing in common, at most.
-_ALIKE, _UNLIKE = 0.3, 0.1
+ALIKE, _UNLIKE = 0.3, 0.1
 
 
 def chance(elements: int) -> float:
@@ -20,7 +20,7 @@ def chance(elements: int) -> float:
 
 def is_alike(tensor: TensorMeasures) -> bool:
     """Whether the tensor and its counterpart are of common origin beyond doubt."""
-    return tensor.cosine > max(_ALIKE, _BEYOND_CHANCE * chance(tensor.elements))
+    return tensor.cosine > max(ALIKE, _BEYOND_CHANCE * chance(tensor.elements))
 
 
 def is_unlike(tensor: TensorMeasures) -> bool:

@@ -33,6 +33,7 @@ class Structure:
         resized: tensors with another number of rows.
         layers, candidate_layers: how many layers each has.
         is_quantized: whether matrices of the model are quantized, and the candidate's are not.
+        is_candidate_quantized: the other way round.
     """
 
     coverage: float
@@ -40,15 +41,29 @@ class Structure:
     layers: int
     candidate_layers: int
     is_quantized: bool
+    is_candidate_quantized: bool
 
     def comes_after(self) -> str | None:
         """Why the model, if it is related, came after the candidate; None if nothing says so."""
         if self.is_quantized:
             return "it is quantized, and the candidate is not"
-        if any(one.rows > one.candidate_rows for one in self.resized):
+        if any(one.rows > one.candidate_rows and not layer_of(one.name) for one in self.resized):
             return "its vocabulary has the candidate's rows and more"
         if 0 < self.layers < self.candidate_layers:
             return "its layers are some of the candidate's"
+        if any(one.rows < one.candidate_rows and layer_of(one.name) for one in self.resized):
+            return "its layers are narrower"
+        return None
+
+    def comes_before(self) -> str | None:
+        """Why the candidate, if it is related, was hardly what the model was made from; None if nothing says
+        so."""
+        if self.is_candidate_quantized:
+            return "it is quantized, and the model is not"
+        if 0 < self.candidate_layers < self.layers:
+            return "its layers are some of the model's"
+        if any(one.rows > one.candidate_rows and layer_of(one.name) for one in self.resized):
+            return "its layers are narrower"
         return None
 
 
@@ -64,13 +79,15 @@ def compare_structures(
         for tensor, other in found
         if isinstance(other.base, Tensor) and tensor.info.shape[:1] != other.base.info.shape[:1]
     ]
-    made = [t for t, other in found if t.dtype in QUANTIZED and other.base.dtype not in QUANTIZED]
+    quantized = [(t, t.dtype in QUANTIZED, other.base.dtype in QUANTIZED) for t, other in found]
     return Structure(
         coverage=sum(other.elements for _, other in found) / total if total else 0.0,
         resized=tuple(resized[:_MOST_RESIZED]),
         layers=_layers(model),
         candidate_layers=_layers(candidate),
-        is_quantized=2 * sum(t.info.numel for t in made) > total,
+        is_quantized=2 * sum(t.info.numel for t, ours, theirs in quantized if ours > theirs) > total,
+        is_candidate_quantized=2 * sum(t.info.numel for t, ours, theirs in quantized if ours < theirs)
+        > total,
     )
 
 

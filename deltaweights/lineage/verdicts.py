@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from ..match.candidates import layer_of
 from .directions import PRIORS, Growth, Order, prior_odds
 from .documents import Documents
 from .geometry import Combination, Geometry
@@ -32,10 +33,13 @@ _COVERED, _RELATED = 0.3, 0.6
 #: The mean cosine of unrelated models, at most, with its error bar.
 _UNRELATED = 0.1
 
+#: A weight below this is no error: the candidate is taken away from the others.
+_NEGATIVE = -0.05
+
 #: Where the other candidates' places are known: by how much it is more likely that a candidate between the
-#: model and another one is the base; how likely each order of a candidate and the one behind it is; and how
-#: likely an answer has to be, to be given.
-_BETWEEN, _LIKELY = 6.0, 0.75
+#: model and another one is the base, and that one beside both is a sibling; how likely each order of a
+#: candidate and the one behind it is; and how likely an answer has to be, to be given.
+_BETWEEN, _BESIDE, _LIKELY = 6.0, 6.0, 0.75
 _BEHIND: dict[Order, float] = {"after": 0.3, "before": 0.5, "apart": 0.2}
 
 
@@ -101,11 +105,16 @@ def _relation(evidence: Evidence) -> tuple[bool | None, str]:
     mean = f"{measures.cosine:.3f} ({measures.cosine_low:.3f} to {measures.cosine_high:.3f})"
     if measures.alike >= _RELATED:
         return True, f"The weights are of one origin: their cosine is {mean}, that of unrelated models 0."
-    if not measures.alike and measures.cosine_high < _UNRELATED and measures.cosine_low > -_UNRELATED:
+    is_low = measures.cosine_low > -_UNRELATED and measures.cosine_high < _UNRELATED
+    if is_low and not measures.alike and not measures.reordered:
         return False, f"The weights have nothing in common: their cosine is {mean}."
-    if measures.alike:
-        return None, f"Only {measures.alike:.0%} of the tensors are of one origin; the others differ."
-    return None, f"The weights are a little alike, which may have other reasons: their cosine is {mean}."
+    if measures.reordered:
+        why = f"{measures.reordered:.0%} of the tensors have the same weights in another order."
+    elif measures.alike:
+        why = f"Only {measures.alike:.0%} of the tensors are of one origin; the others differ."
+    else:
+        why = f"The weights are a little alike, which may have other reasons: their cosine is {mean}."
+    return None, why
 
 
 #: A verdict, what decided, and why.
@@ -134,10 +143,16 @@ class _Family:
         self._groups = groups
         self._combination = combination
         self._merged = dict(combination.weights) if combination else {}
+        self._is_merge = all(
+            weight >= _NEGATIVE or self._is_base(one) for one, weight in self._merged.items()
+        )
 
     def judge(self, number: int, why: str) -> Judgement:
         """The judgement on a related candidate; ``why`` it is related."""
         group = self._group(number)
+        if self._combination and group[0] in self._merged and not self._is_merge:
+            text = "It, the model and others lie on one line: which of them is a mix of the others is open."
+            return Judgement("cannot tell", True, None, (why, text))
         if self._combination and group[0] in self._merged:
             weight = self._merged[group[0]]
             text = (
@@ -163,6 +178,15 @@ class _Family:
                 )
                 return Judgement("cannot tell", True, None, (own.reasons[0], text))
         return own
+
+    def _is_base(self, number: int) -> bool:
+        """Whether a candidate is the base of two others that were merged: of sums of updates, it is taken
+        away."""
+        added = [one for one, weight in self._merged.items() if weight > 0]
+        grown = [growth for one in added if (growth := self._geometry.growth(number, one))]
+        return not any(growth.order() == "after" for growth in grown) and any(
+            self._geometry.is_between(number, one, other) for one in added for other in added if one < other
+        )
 
     def _group(self, number: int) -> Sequence[int]:
         return next(one for one in self._groups if number in one)
@@ -200,6 +224,7 @@ class _Family:
             self._by_documents,
             self._behind,
             self._under_merge,
+            self._mixed,
             self._by_structure,
             self._between,
             self._beside,
@@ -207,8 +232,24 @@ class _Family:
         return next(filter(None, (rule(number) for rule in rules)), None) or self._alone(number)
 
     def _as_copy(self, number: int) -> _Placed | None:
-        if not self._is_copy(number):
+        measures, structure = self._evidence[number - 1].measures, self._evidence[number - 1].structure
+        if not measures or not measures.is_copy:
             return None
+        if before := structure.comes_before():
+            text = (
+                f"What both have is the same, but for rounding; the candidate may be made from it: {before}."
+            )
+            return "cannot tell", "structure", text
+        if any(one.rows < one.candidate_rows for one in structure.resized if not layer_of(one.name)):
+            text = (
+                "What both have is the same; the candidate's vocabulary has more rows, or the model's fewer."
+            )
+            return "cannot tell", "structure", text
+        if measures.candidate_zeroed:
+            text = "It is a copy of the model, but for weights that are zero: it was pruned."
+            return "cannot tell", "weights", text
+        if measures.zeroed:
+            return "fine-tune", "weights", "The model is a copy of it, but for weights that were set to zero."
         return "fine-tune", "weights", "All of the sample is the same, but for rounding: it is a copy."
 
     def _by_documents(self, number: int) -> _Placed | None:
@@ -224,8 +265,24 @@ class _Family:
         return None
 
     def _by_structure(self, number: int) -> _Placed | None:
-        added = self._evidence[number - 1].structure.comes_after()
-        return ("fine-tune", "structure", f"The model came after it: {added}.") if added else None
+        """Where the model has what the candidate lacks, or the other way round: it is not the candidate's
+        base, but may be a sibling."""
+        odds, structure = self._odds(number), self._evidence[number - 1].structure
+        measures = self._evidence[number - 1].measures
+        before = structure.comes_before()
+        if measures and measures.candidate_zeroed:
+            before = "its weights were pruned"
+        if before and self._order(number) != "apart":
+            return "cannot tell", "structure", f"It is hardly the model's base: {before}."
+        added = structure.comes_after()
+        if not added:
+            return None
+        likely = {order: odds[order] / (odds["after"] + odds["apart"]) for order in odds}
+        if likely["after"] > _LIKELY:
+            return "fine-tune", "structure", f"The model came after it: {added}."
+        if likely["apart"] > _LIKELY:
+            return "sibling", "weights", "Neither has grown beyond the other, as two fine-tunes of one base."
+        return None
 
     def _behind(self, number: int) -> _Placed | None:
         """Where another candidate hides it from the model: a sibling, unless the other one came after it."""
@@ -238,6 +295,10 @@ class _Family:
         after, before, apart = (
             _BEHIND[order] * odds[order] / PRIORS[order] for order in ("after", "before", "apart")
         )
+        own = self._odds(hiding)
+        if own["before"] > own["after"]:
+            text = "Another candidate, which lies between it and the model, rather came from the model."
+            return "cannot tell", None, text
         ancestor = after / (after + before + apart)
         if ancestor > _LIKELY:
             text = "Another candidate lies between it and the model, and has grown beyond it."
@@ -255,6 +316,17 @@ class _Family:
             return None
         text = "The models that were merged have it in their middle: they are fine-tunes of it."
         return "fine-tune", "candidates", text
+
+    def _mixed(self, number: int) -> _Placed | None:
+        """Where the model lies between it and another candidate, as a merge does."""
+        if self._order(number) == "after":
+            return None
+        if not any(
+            self._geometry.is_between(0, number, other) is not False for other in self._others(number)
+        ):
+            return None
+        text = "The model lies between it and another candidate, as the base of both or a kind of merge does."
+        return "cannot tell", None, text
 
     def _between(self, number: int) -> _Placed | None:
         """Where it lies between the model and another candidate."""
@@ -284,8 +356,9 @@ class _Family:
 
     def _beside(self, number: int) -> _Placed | None:
         """Where neither it nor the model nor another candidate lies between the others."""
-        between = self._geometry.is_between
-        if self._order(number) == "after":
+        between, odds = self._geometry.is_between, self._odds(number)
+        apart = _BESIDE * odds["apart"]
+        if apart / (apart + odds["after"] + odds["before"]) < _LIKELY:
             return None
         for other in self._others(number):
             ways = ((0, number, other), (number, 0, other), (other, 0, number))

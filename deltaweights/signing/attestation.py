@@ -15,7 +15,7 @@ from urllib.parse import quote
 from ..errors import SignatureError
 from ..manifest import MANIFEST_NAME, BaseRecord, FileRecord, Manifest, TargetFile, TargetRecord
 from ..storage import Source
-from .bundle import damaged
+from .bundle import SignatureBundle, damaged
 from .extra import signing_libraries
 from .signature import ATTESTATION_NAME, manifest_sha256, open_bundle
 from .trust import SignatureRequirement, check_signer
@@ -101,13 +101,23 @@ def require_attested(source: Source, manifest: Manifest, requirement: SignatureR
     """
     bundle = open_bundle(source, ATTESTATION_NAME)
     by = check_signer(bundle, requirement)
+    return Attested(by, states_rebuilt(bundle, source, manifest))
+
+
+def states_rebuilt(bundle: SignatureBundle, source: Source, manifest: Manifest) -> bool:
+    """Whether the attestation of the delta at ``source`` says that its target was rebuilt. Who signed it is
+    not asked.
+
+    Raises:
+        SignatureError: it is of another delta than the one with this manifest.
+    """
     try:
         found = json.loads(bundle.payload)
     except (ValueError, RecursionError) as error:
         raise damaged(bundle.where, f"What it signs is no JSON: {error}") from error
     for is_rebuilt in (True, False):
         if found == provenance(manifest, is_rebuilt=is_rebuilt):
-            return Attested(by, is_rebuilt)
+            return is_rebuilt
     raise SignatureError(
         f"{bundle.where} is not of this delta",
         f"It states something else than that {source.where} and its base give the target.",

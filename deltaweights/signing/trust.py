@@ -60,9 +60,16 @@ class TrustedCertificates:
 
     Attributes:
         roots: PEM files of the roots' certificates, and of any between them and the signer's.
+
+    Raises:
+        ValueError: ``roots`` is empty, or a path instead of several.
     """
 
     roots: Sequence[KeyFile]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.roots, (str, os.PathLike)) or not self.roots:
+            raise ValueError(f"roots is {self.roots!r}, not a sequence of paths")
 
     def check(self, bundle: SignatureBundle) -> str:
         """Who signed, in words.
@@ -92,12 +99,28 @@ def _valid_now(bundle: SignatureBundle, pem: bytes) -> Certificate:
     for one in load_pem_x509_certificates(pem):
         store.add_cert(crypto.X509.from_cryptography(one))
     given = [load_der_x509_certificate(one) for one in bundle.certificates]
+    _require_purpose(given[0], bundle)
     leaf, *others = [crypto.X509.from_cryptography(one) for one in given]
     chain = crypto.X509StoreContext(store, leaf, others).get_verified_chain()
     used = {one.to_cryptography() for one in chain}
     if not set(given) <= used:
         raise _refused(bundle, "It has a certificate that has nothing to do with the signer's")
     return given[0]
+
+
+def _require_purpose(leaf: Certificate, bundle: SignatureBundle) -> None:
+    """Refuse a certificate that is for something else, such as a web server, though its key may make
+    signatures: where purposes are named, code signing has to be one (RFC 5280, section 4.2.1.12). The
+    library does not ask for that."""
+    from cryptography.x509 import ExtendedKeyUsage, ExtensionNotFound
+    from cryptography.x509.oid import ExtendedKeyUsageOID
+
+    try:
+        purposes = leaf.extensions.get_extension_for_class(ExtendedKeyUsage).value
+    except ExtensionNotFound:
+        return
+    if {ExtendedKeyUsageOID.CODE_SIGNING, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}.isdisjoint(purposes):
+        raise _refused(bundle, "Its certificate is not for signing code or models")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +133,19 @@ class TrustedIdentity:
         trust_config: a file with the servers and keys of another Sigstore than the public one. Without it,
             the public one's keys are fetched.
         staging: use the keys of Sigstore's servers for tests.
+
+    Raises:
+        ValueError: identity or provider is empty.
     """
 
     identity: str
     provider: str
     trust_config: KeyFile | None = None
     staging: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.identity or not self.provider:  # the library takes any provider for an empty one
+            raise ValueError(f"An identity and its provider are needed, not {(self.identity, self.provider)}")
 
     def check(self, bundle: SignatureBundle) -> str:
         """Who signed, in words.

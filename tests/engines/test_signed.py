@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from deltaweights import DeltaError, KeySigner, SignatureError, make_delta, sign_delta
+from deltaweights import DeltaError, KeySigner, SignatureError, SigningError, make_delta, sign_delta
 from deltaweights.cli.commands import app
 from deltaweights.engines import serve_folder, sglang
 from deltaweights.engines.pointer import open_pointed
@@ -51,7 +51,7 @@ def test_bridges_sign_what_they_write_and_check_what_they_read(
     shutil.move(tmp_path / "later", last)
     done = run(*importing, "--private-key", others.private)
     assert (done.exit_code, "not signed as it must be" in done.output) == (1, True), done.output
-    assert run(*importing).exit_code == 1  # it would end the signatures
+    assert run(*importing[:-2]).exit_code == 1  # it would end the signatures
     assert run(*importing, "--private-key", keys.private, "--private-key", others.private).exit_code == 0
     state = base_state()
     step = DeltaSubscriber(stream, require_signature=others.public, stream_name="run").sync(state).step
@@ -91,6 +91,10 @@ def test_pointer_folders(
     monkeypatch.setenv(KEYS_VARIABLE, str(others.public))
     with pytest.raises(SignatureError):
         next(sglang._decoded(str(served)))
+    for empty in ("", ":"):  # such as of another variable that is not set
+        monkeypatch.setenv(KEYS_VARIABLE, empty)
+        with pytest.raises(SigningError, match="names no key"):
+            next(sglang._decoded(str(served)))
     monkeypatch.setenv(KEYS_VARIABLE, f"{others.public}:{keys.public}")
     assert [name for name, _ in sglang._decoded(str(served))] == ["w"]
     shard = next((tmp_path / "delta").glob("*.safetensors"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from deltaweights.compare import Comparison, compare_models
 
@@ -134,7 +135,8 @@ def test_quantized_copies_are_found(family: Family) -> None:
         else:
             arrays[name] = bf16(value)
     write_safetensors(family.folder / "int8" / "model.safetensors", arrays)
-    assert family.compare("int8", "base", "stranger") == {"base": "fine-tune", "stranger": "unrelated"}
+    assert family.compare("int8", "a", "stranger") == {"a": "fine-tune", "stranger": "unrelated"}
+    assert family.compare("int8", "base") == {"base": "cannot tell"}  # a sibling would look the same
 
 
 def test_a_merged_adapter_is_a_fine_tune(family: Family) -> None:
@@ -237,6 +239,119 @@ def test_small_updates_give_no_false_answer(tmp_path: Path, std: float, seed: in
     assert verdicts("a", "b")[0] in ("sibling", "cannot tell")
     assert verdicts("a", "base")[0] in ("fine-tune", "cannot tell")
     assert verdicts("base", "a") == ["cannot tell"]
+
+
+def test_siblings_stay_siblings_when_they_grow_or_lose_layers(family: Family) -> None:
+    grown = dict(family["b"])
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        grown[name] = np.concatenate([grown[name], draw_model(8, family.hidden)[name][:10]])
+    pruned = rename_layers(family["b"], lambda layer: 0 if layer == 0 else None)
+    for model in (grown, pruned):
+        assert family.compare(model, "a")["a"] in ("sibling", "cannot tell")
+
+
+def test_a_base_is_not_made_from_what_was_cut_from_it_or_added_to_it(family: Family) -> None:
+    base, hidden = family["base"], family.hidden
+    small = {name: np.where(np.abs(v) < 0.01, 0, v) if v.ndim == 2 else v for name, v in base.items()}
+    narrow = {
+        name: value[: 2 * hidden]
+        if "gate" in name or "up_proj" in name
+        else value[:, : 2 * hidden]
+        if "down_proj" in name
+        else value
+        for name, value in base.items()
+    }
+    grown = dict(base)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        grown[name] = np.concatenate([base[name], base[name][:10]])
+    shallow = rename_layers(base, lambda layer: 0 if layer == 0 else None)
+    for number, made in enumerate((small, narrow, grown, shallow)):
+        name = f"made {number}"
+        write_model(family.folder / name, made)
+        assert family.compare("base", name) == {name: "cannot tell"}
+        assert family.compare(made, "base") == {"base": "fine-tune"}
+
+
+def _int8(values: NDArray[np.float32]) -> Array:
+    """The values as integers, with a scale for each row that is left out."""
+    if values.ndim < 2:
+        return f32(values)
+    scaled = values / np.abs(values).max(axis=1, keepdims=True) * 127
+    return Array("I8", values.shape, np.rint(scaled).astype("i1").tobytes())
+
+
+def test_a_quantized_model_is_told_as_a_copy_or_not_at_all(family: Family) -> None:
+    write_model(family.folder / "integers", family["base"], _int8)
+    assert family.compare("integers", "base") == {"base": "fine-tune"}
+    assert family.compare("integers", "a", "b") == {"a": "cannot tell", "b": "cannot tell"}
+    assert family.compare("integers", "stranger") == {"stranger": "unrelated"}
+    assert family.compare("base", "integers") == {"integers": "cannot tell"}
+    assert family.compare("a", "integers", "base") == {"integers": "cannot tell", "base": "fine-tune"}
+
+
+def test_what_went_into_a_merge_is_no_merge(family: Family) -> None:
+    write_model(family.folder / "merged", mix([(0.5, family["a"]), (0.5, family["b"])]), f32)
+    assert set(family.compare(family["a"], "merged", "b", dtype=f32).values()) == {"cannot tell"}
+    write_model(family.folder / "summed", _summed(family, 1.0), f32)
+    assert "merge" not in family.compare(family["base"], "a", "b", "summed", dtype=f32).values()
+
+
+def _summed(family: Family, part: float) -> Weights:
+    """The base, and a part of both updates."""
+    return mix([(1 - 2 * part, family["base"]), (part, family["a"]), (part, family["b"])])
+
+
+def test_merges_that_are_no_combinations_are_no_siblings(family: Family) -> None:
+    drawn = np.random.default_rng(3)
+    base = family["base"]
+
+    def dropped(name: str) -> NDArray[np.float32]:
+        """The base and a random half of each update, as DARE takes them."""
+        value = base[name]
+        kept = ((family[one][name] - value) * (drawn.random(value.shape) < 0.5) for one in ("a", "b"))
+        return (value + sum(kept)).astype(np.float32)
+
+    for model in ({name: dropped(name) for name in base}, _summed(family, 0.8)):
+        found = family.compare(model, "a", "b", dtype=f32)
+        assert "sibling" not in found.values()
+
+
+def test_a_model_whose_candidates_came_from_it_is_neither_their_fine_tune_nor_sibling(family: Family) -> None:
+    assert set(family.compare("base", "a", "aa").values()) == {"cannot tell"}
+    for factor in (0.5, 0.9, 0.99):
+        scaled = {name: value * np.float32(factor) for name, value in family["base"].items()}
+        write_model(family.folder / "scaled", scaled)
+        assert family.compare("base", "scaled") == {"scaled": "cannot tell"}
+
+
+def test_weights_in_another_order_are_not_unrelated(family: Family) -> None:
+    drawn = np.random.default_rng(4)
+    turned = {
+        name: drawn.permutation(value) if value.ndim == 2 else value for name, value in family["base"].items()
+    }
+    assert family.compare(turned, "base") == {"base": "cannot tell"}
+    inner = drawn.permutation(3 * family.hidden)
+    same = {
+        name: value[inner]
+        if "gate" in name or "up_proj" in name
+        else value[:, inner]
+        if "down_proj" in name
+        else value
+        for name, value in family["a"].items()
+    }
+    assert family.compare(same, "base")["base"] in ("fine-tune", "cannot tell")
+    assert family.compare(same, "b")["b"] in ("sibling", "cannot tell")
+
+
+def test_parts_that_only_the_other_one_moved_make_no_fine_tune(family: Family) -> None:
+    """One trained all but the head, the other one the head alone."""
+    base, a, b = family["base"], family["a"], family["b"]
+    write_model(family.folder / "head", base | {"lm_head.weight": b["lm_head.weight"]})
+    model = a | {"lm_head.weight": base["lm_head.weight"]}
+    assert family.compare(model, "head")["head"] in ("sibling", "cannot tell")
+    write_model(family.folder / "weak", tune(base, 12, 1e-3))
+    strong = tune(base, 11, 3e-3)
+    assert family.compare(strong, "weak")["weak"] in ("sibling", "cannot tell")
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8"])

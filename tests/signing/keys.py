@@ -55,14 +55,26 @@ class Authority:
         self.root.write_bytes(built.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM))
 
     def certificate(
-        self, name: str, *, days_ago: int = 1, days_left: int = 1, for_signing: bool = True
+        self,
+        name: str,
+        *,
+        days_ago: int = 1,
+        days_left: int = 1,
+        for_signing: bool = True,
+        purpose: x509.ObjectIdentifier | None = None,
     ) -> tuple[Path, Path]:
         """A certificate, and its private key: PEM files."""
         private = write_pair(self._folder, name).private
-        return self.certificate_of(private, name, days_ago, days_left, for_signing), private
+        return self.certificate_of(private, name, days_ago, days_left, for_signing, purpose), private
 
     def certificate_of(
-        self, private: Path, name: str, days_ago: int = 1, days_left: int = 1, for_signing: bool = True
+        self,
+        private: Path,
+        name: str,
+        days_ago: int = 1,
+        days_left: int = 1,
+        for_signing: bool = True,
+        purpose: x509.ObjectIdentifier | None = None,
     ) -> Path:
         """A certificate of a key that is there."""
         key = load_pem_private_key(private.read_bytes(), None)
@@ -81,8 +93,9 @@ class Authority:
             encipher_only=False,
             decipher_only=False,
         )
-        purpose = x509.oid.ExtendedKeyUsageOID
-        others = x509.ExtendedKeyUsage([purpose.CODE_SIGNING if for_signing else purpose.SERVER_AUTH])
+        purposes = x509.oid.ExtendedKeyUsageOID
+        usual = purposes.CODE_SIGNING if for_signing else purposes.SERVER_AUTH
+        others = x509.ExtendedKeyUsage([purpose or usual])
         built = self._builder(subject, key, begin, end).add_extension(usage, critical=True)
         built = built.add_extension(others, critical=False)
         place = self._folder / f"{name}.crt"

@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +185,53 @@ def test_bills_of_materials_point_to_it(format: Any, delta: Path, keys: KeyPair)
     document = bom_of(delta, format)
     assert ATTESTATION_NAME.encode() in document
     assert sha256((delta / ATTESTATION_NAME).read_bytes()).encode() in document
+
+
+def with_metadata(folder: Path, shard: str, text: str = "x") -> None:
+    """Let a shard have the same tensors in another file."""
+    data = (folder / shard).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps({"__metadata__": {"of": text}, **json.loads(data[8:start])}).encode()
+    header += b" " * (-len(header) % 8)
+    (folder / shard).write_bytes(len(header).to_bytes(8, "little") + header + data[start:])
+
+
+def test_a_base_of_the_same_tensors_is_not_the_one_that_is_attested(
+    trio: Trio, delta: Path, keys: KeyPair, tmp_path: Path
+) -> None:
+    """The target can be rebuilt from it. But the statement has the SHA-256 of the base's files."""
+    base = Path(shutil.copytree(trio.base, tmp_path / "base"))
+    shard = next(base.glob("*.safetensors")).name
+    with_metadata(base, shard)
+    assert verify_delta(delta, base=base).ok
+    with pytest.raises(DeltaError, match=rf"do not give the target\n{shard}: different"):
+        attest_delta(delta, KeySigner(keys.private), base=base)
+    assert not (delta / ATTESTATION_NAME).exists()
+    attest_delta(delta, KeySigner(keys.private))
+    found = verify_delta(delta, base=base, require_attestation=keys.public)
+    assert [(one.place, one.path, one.kind) for one in found.problems] == [("base", shard, "different")]
+
+
+def test_the_targets_between_attested_deltas_are_rebuilt(tmp_path: Path, keys: KeyPair) -> None:
+    """The first delta says that it gives something else than it does, and the second one goes on from there.
+    Only the last target would be as attested."""
+    names = ("base", "one", "two")
+    for seed, name in enumerate(names):
+        write_safetensors(tmp_path / name / "model.safetensors", {"w": bf16(weights((2, 3), seed))})
+    other = Path(shutil.copytree(tmp_path / "one", tmp_path / "other"))
+    with_metadata(tmp_path / "one", "model.safetensors")
+    with_metadata(other, "model.safetensors", "y")
+    make_delta(tmp_path / "base", tmp_path / "one", tmp_path / "1")
+    make_delta(other, tmp_path / "two", tmp_path / "2")
+    place = tmp_path / "1" / "deltaweights.json"
+    manifest = Manifest.from_json(place.read_bytes())
+    (file,) = manifest.target.files
+    data = (other / "model.safetensors").read_bytes()
+    lie = replace(file, sha256=sha256(data))
+    place.write_bytes(replace(manifest, target=replace(manifest.target, files=(lie,))).to_json())
+    for folder in ("1", "2"):
+        attest_delta(tmp_path / folder, KeySigner(keys.private))
+    chain, base = [tmp_path / "1", tmp_path / "2"], tmp_path / "base"
+    assert verify_delta(chain, base=base).ok
+    found = verify_delta(chain, base=base, require_attestation=keys.public)
+    assert [(one.place, one.kind) for one in found.problems] == [("rebuilt", "different")]

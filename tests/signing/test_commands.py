@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from deltaweights import (
     verify_delta,
 )
 from deltaweights.cli.commands import app
+from deltaweights.signing import ATTESTATION_NAME
 
 from ..checkpoints import bf16, contents, weights, write_safetensors
 from ..hub_server import HubServer
@@ -77,6 +79,24 @@ def test_jobs_of_a_batch(signed: Signed, copy: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.usefixtures("no_pauses", "no_waiting")
+def test_jobs_look_for_no_base_of_what_is_not_signed(
+    hub: HubServer, signed: Signed, copy: Path, tmp_path: Path
+) -> None:
+    """The base is the one that a delta names: whoever wrote that."""
+    commit = hub.add_repo("org/base", contents(signed.base))
+    tuned = signed.delta.parent / "tuned"
+    make_delta(signed.base, tuned, tmp_path / "d", base_repo="org/base", base_revision=commit)
+    sign_delta(tmp_path / "d", KeySigner(signed.keys.private))
+    job = {"verb": "apply", "delta": str(tmp_path / "d"), "out": str(tmp_path / "out")}
+    for key, is_right in ((signed.others.public, False), (signed.keys.public, True)):
+        jobs = tmp_path / f"{is_right}.jsonl"
+        jobs.write_text(json.dumps(job | {"require_signature": str(key)}) + "\n")
+        done = run("batch", jobs, "--cache", tmp_path / "cache")
+        assert (done.exit_code == 0) == is_right, done.output
+        assert bool(hub.requests("org/base")) == is_right
+
+
 def test_attest(signed: Signed, copy: Path) -> None:
     statement = json.loads(run("attest", copy).stdout)
     assert statement["predicateType"] == "https://slsa.dev/provenance/v1"
@@ -133,6 +153,14 @@ def test_keyless(copy: Path, tmp_path: Path) -> None:
         ("apply", "delta", "-o", "out", "--identity", "a@b.c"),
         ("verify", "delta", "--signature"),
         ("verify", "delta", "--attestation", "--identity-provider", "https://b.c"),
+        ("verify", "delta", "--identity", "a@b.c", "--identity-provider", ""),
+        ("apply", "delta", "-o", "out", "--identity", "", "--identity-provider", ""),
+        ("apply", "delta", "-o", "out", "--trust-config", "t"),
+        ("verify", "delta", "--public-key", "k", "--staging"),
+        ("sign", "delta", "--private-key", "k", "--ambient"),
+        ("sign", "delta", "--private-key", "k", "--trust-config", "t"),
+        ("stream", "export", "s", "-o", "out", "--stream-name", "run"),
+        ("stream", "import", "d", "s", "--base", "b", "--stream-name", "run"),
     ],
 )
 def test_wrong_usage(args: tuple[str, ...]) -> None:
@@ -170,6 +198,17 @@ class TestPush:
         (copy / "model.sig").write_text("rubbish")
         with pytest.raises(SignatureError, match="damaged"):
             push_delta(copy, "org/delta")
+        assert "org/delta" not in hub.repos
+
+    def test_an_attestation_of_something_else(
+        self, hub: HubServer, signed: Signed, copy: Path, tmp_path: Path
+    ) -> None:
+        write_safetensors(tmp_path / "later" / "model.safetensors", {"w": bf16(weights((2, 3), 5))})
+        make_delta(signed.base, tmp_path / "later", tmp_path / "new")
+        assert run("attest", copy, "--private-key", signed.keys.private).exit_code == 0
+        shutil.copy(copy / ATTESTATION_NAME, tmp_path / "new")
+        with pytest.raises(SignatureError, match="not of this delta"):
+            push_delta(tmp_path / "new", "org/delta")
         assert "org/delta" not in hub.repos
 
     def test_an_earlier_deltas_signature_goes_away(

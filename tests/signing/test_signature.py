@@ -10,10 +10,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from deltaweights import (
     CertificateSigner,
@@ -37,14 +39,17 @@ from deltaweights import (
     verify_delta,
 )
 from deltaweights.delta.opening import read_manifest
-from deltaweights.delta.signed import require_same_files
+from deltaweights.delta.pointer import POINTER_NAME, parse_pointer
+from deltaweights.delta.signed import check_signers, require_same_files
+from deltaweights.engines import serve_folder
 from deltaweights.manifest import MANIFEST_NAME, Manifest
-from deltaweights.signing import SIGNATURE_NAME, signed_files
-from deltaweights.signing.bundle import MAX_BUNDLE_BYTES, read_bundle
-from deltaweights.storage import LocalSource
+from deltaweights.signing import SIGNATURE_NAME, require_signed, signed_files
+from deltaweights.signing.bundle import MAX_BUNDLE_BYTES, SignatureBundle, read_bundle
+from deltaweights.storage import LocalSource, open_source
 from deltaweights.workers import Meter
 
 from ..checkpoints import bf16, contents, weights, write_safetensors
+from ..conftest import Trio
 from ..hub_server import HubServer
 from ..s3_server import S3Server
 from .keys import Authority, KeyPair, write_pair
@@ -272,6 +277,66 @@ def test_a_manifest_that_names_another_file_than_the_signed_one_is_refused(
         refuses(copy, signed.base, signed.keys.public, tmp_path / "out", "is not of this delta")
 
 
+class ThenSwapped(NamedTuple):
+    """Trusts a key, and swaps a file as soon as it has been asked, as a server could."""
+
+    key: Path
+    place: Path
+    content: bytes
+
+    def check(self, bundle: SignatureBundle) -> str:
+        by = TrustedKey(self.key).check(bundle)
+        self.place.write_bytes(self.content)
+        return by
+
+
+def other_manifest(folder: Path) -> bytes:
+    """Another one, of the same files."""
+    manifest = Manifest.from_json((folder / MANIFEST_NAME).read_bytes())
+    return replace(manifest, tool=replace(manifest.tool, version="9")).to_json()
+
+
+def test_the_manifest_whose_signature_was_checked_is_the_one_that_is_used(
+    signed: Signed, copy: Path, tmp_path: Path
+) -> None:
+    place, right = copy / MANIFEST_NAME, (copy / MANIFEST_NAME).read_bytes()
+    other = other_manifest(copy)
+    with open_source(copy) as source:
+        check_signers([source], [ThenSwapped(signed.keys.public, place, other)])  # type: ignore[list-item]
+        assert read_manifest(source).to_json() == right
+        require_signed(source, read_manifest(source), signed.keys.public)
+    place.write_bytes(right)
+    swapping: Any = [ThenSwapped(signed.keys.public, place, other)]
+    serve_folder(copy, tmp_path / "model", base=signed.base, require_signature=swapping)
+    assert place.read_bytes() == other
+    pointer = parse_pointer((tmp_path / "model" / POINTER_NAME).read_bytes(), "")
+    assert pointer.deltas[0].manifest == hashlib.sha256(right).hexdigest()
+
+
+def test_license_texts_are_compared_as_they_are_written(trio: Trio, tmp_path: Path) -> None:
+    """Not only before, when a server may have given others."""
+    delta = Path(shutil.copytree(trio.delta, tmp_path / "delta"))
+    text = next(delta.glob("licenses/*"))
+
+    def swap(phase: str, *_: int) -> None:
+        if phase == "apply":
+            text.write_bytes(text.read_bytes()[:-1] + b"!")
+
+    with pytest.raises(DeltaError, match=rf"{text.name} in the delta is damaged"):
+        apply_delta(delta, tmp_path / "out", base=trio.base, progress=swap)
+    assert not list((tmp_path / "out").rglob(text.name))
+
+
+def test_requirements_that_would_require_less_cannot_be_made() -> None:
+    """The library takes every provider for an empty one, and the system's roots for none."""
+    for identity, provider in (("a@b.c", ""), ("", "https://b.c")):
+        with pytest.raises(ValueError, match="identity"):
+            TrustedIdentity(identity, provider)
+    for roots in ((), "root.pem"):
+        with pytest.raises(ValueError, match="roots"):
+            TrustedCertificates(roots)
+
+
 def envelope(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], bytes]:
     def changed(document: dict[str, Any]) -> bytes:
         change(document)
@@ -396,12 +461,18 @@ def test_certificates(signed: Signed, copy: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "facts", [{"days_ago": 20, "days_left": -1}, {"days_ago": -1, "days_left": 20}, {"for_signing": False}]
+    "facts",
+    [
+        {"days_ago": 20, "days_left": -1},
+        {"days_ago": -1, "days_left": 20},
+        {"for_signing": False},
+        {"purpose": ExtendedKeyUsageOID.SERVER_AUTH},
+    ],
 )
 def test_certificates_that_do_not_hold_are_refused(
     facts: dict[str, Any], signed: Signed, copy: Path, tmp_path: Path
 ) -> None:
-    """Expired, not valid yet, not for signing."""
+    """Expired, not valid yet, not for signing, for the signatures of a web server."""
     authority = Authority(tmp_path / "ca")
     certificate, key = authority.certificate("maker", **facts)
     sign_delta(copy, CertificateSigner(key, certificate, (authority.root,)))

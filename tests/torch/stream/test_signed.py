@@ -273,6 +273,10 @@ def test_names_and_keys_that_cannot_be(keys: KeyPair, tmp_path: Path) -> None:
         DeltaPublisher(tmp_path / "s", Net(), signer=KeySigner(keys.private), stream_name="a b")
     with pytest.raises(ValueError, match="stream_name"):
         DeltaSubscriber(tmp_path / "s", require_signature=keys.public, stream_name="a" * 201)
+    with pytest.raises(ValueError, match="without require_signature"):
+        DeltaSubscriber(tmp_path / "s", stream_name="run")  # a name that nobody signed proves nothing
+    with pytest.raises(SigningError, match="needs a signer"):
+        DeltaPublisher(tmp_path / "s", Net(), stream_name="run")
     with pytest.raises(SigningError, match="0 keys"):
         DeltaPublisher(tmp_path / "s", Net(), signer=[])
     with pytest.raises(SigningError, match="Cannot read"):

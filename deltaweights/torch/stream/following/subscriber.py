@@ -52,7 +52,8 @@ class DeltaSubscriber:
             but the same from the first head on.
 
     Raises:
-        ValueError: ``last_number`` is less than 0, or no stream can have that name.
+        ValueError: ``last_number`` is less than 0, no stream can have that name, or there is a name and no
+            signature is required.
         SigningError: a key cannot be read, or the extra ``sign`` is not installed.
     """
 
@@ -68,6 +69,8 @@ class DeltaSubscriber:
     ) -> None:
         if last_number < 0:
             raise ValueError(f"last_number is {last_number}, not at least 0")
+        if stream_name is not None and require_signature is None:  # anybody can give a stream any name
+            raise ValueError("stream_name is given without require_signature")
         self._transport = open_transport(location)
         trust = (
             None if require_signature is None else HeadTrust.of(require_signature, stream_name, last_number)

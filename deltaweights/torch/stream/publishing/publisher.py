@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 import torch.distributed as dist
 
-from ....errors import DeltaError, DeltaWeightsError, OutputError
+from ....errors import DeltaError, DeltaWeightsError, OutputError, SigningError
 from ....storage import Location
 from ....workers import Workers
 from ..heads import HeadSigner, StreamSigners, require_name
@@ -250,6 +250,8 @@ class DeltaPublisher:
         """On rank 0: take the stream, and decide who writes what."""
         self._division = plan(offers)
         signer, name = self._signing
+        if name is not None and signer is None:
+            raise SigningError("The stream's name needs a signer", "It is signed.", "Pass its signer.")
         self._signer = None if signer is None else HeadSigner(signer, name)
         self._folder = opened.enter_context(self._transport.writing())
         self._head, self._newest = self._find_newest()
