@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 #: Less than for the Hub: the packages of stores take memory themselves, and outside of S3 a range arrives
 #: whole before it is put into the window.
-_WINDOW_BYTES, _CONNECTIONS = 30 << 20, 4
+_WINDOW_BYTES, _CONNECTIONS = 28 << 20, 4
 
 #: Where requests cannot name a version, it is looked up before the first range of a file, at its end, and
 #: after each so many.
