@@ -115,6 +115,7 @@ def test_readme_shows_what_happens(tmp_path: Path) -> None:
     check_blocks("README.md", tmp_path)
 
 
+@pytest.mark.slow
 def test_guides_show_what_happens(tmp_path: Path) -> None:
     write_pair(tmp_path)
     shutil.copytree(tmp_path / "base", tmp_path / "other")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Annotated
 
@@ -305,15 +306,15 @@ def apply(
     deltaweights apply ./delta -o model --base ./base
     deltaweights apply org/model-delta -o model --require-signature --public-key maker.pem
     """
-    signed_by = requirement_of(
-        public_key, root_certificate, identity, identity_provider, trust_config, staging,
+    required = partial(
+        requirement_of, public_key, root_certificate, identity, identity_provider, trust_config, staging,
         is_required=require_signature,
     )  # fmt: skip
     if dry_run:
         if len(deltas) > 1:
             raise typer.BadParameter("It takes one delta.", param_hint="--dry-run")
         at_work = working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
-        _plan(at_work, deltas[0], base, keep_base, output, None, threads, signed_by)
+        _plan(at_work, deltas[0], base, keep_base, output, None, threads, required)
         return
     with (
         working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work,
@@ -323,6 +324,7 @@ def apply(
         from ..patch import apply_delta
         from ..storage import open_source
 
+        signed_by = required()
         # Opened once: what is accepted is what is applied, though a branch on the Hub may move meanwhile.
         sources = [opened.enter_context(open_source(delta)) for delta in deltas]
         check_signers(sources, signed_by)
@@ -372,10 +374,6 @@ def serve_folder(
     deltaweights serve-folder org/model-delta -o model
     vllm serve model --load-format deltaweights
     """
-    signed_by = requirement_of(
-        public_key, root_certificate, identity, identity_provider, trust_config, staging,
-        is_required=require_signature,
-    )  # fmt: skip
     with (
         working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work,
         ExitStack() as opened,
@@ -384,6 +382,10 @@ def serve_folder(
         from ..engines import pointer
         from ..storage import open_source
 
+        signed_by = requirement_of(
+            public_key, root_certificate, identity, identity_provider, trust_config, staging,
+            is_required=require_signature,
+        )  # fmt: skip
         # Opened once, as for `apply`.
         sources = [opened.enter_context(open_source(delta)) for delta in deltas]
         check_signers(sources, signed_by)
@@ -428,13 +430,13 @@ def compact(
 
     deltaweights compact delta-1 delta-2 delta-3 -o one --base ./base
     """
-    signed_by = requirement_of(
-        public_key, root_certificate, identity, identity_provider, trust_config, staging,
-        is_required=require_signature,
-    )  # fmt: skip
     with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug, resumes=True) as work:
         from ..compact import compact_deltas
 
+        signed_by = requirement_of(
+            public_key, root_certificate, identity, identity_provider, trust_config, staging,
+            is_required=require_signature,
+        )  # fmt: skip
         with machines(ray, threads) as executor, work.progress() as shown:
             manifest = compact_deltas(
                 deltas,
@@ -485,12 +487,12 @@ def plan(
     deltaweights plan org/model-delta
     deltaweights plan org/model-delta --base ./base -o model --bandwidth 250M
     """
-    signed_by = requirement_of(
-        public_key, root_certificate, identity, identity_provider, trust_config, staging,
+    required = partial(
+        requirement_of, public_key, root_certificate, identity, identity_provider, trust_config, staging,
         is_required=require_signature,
     )  # fmt: skip
     at_work = working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
-    _plan(at_work, delta, base, keep_base, output, bandwidth, threads, signed_by)
+    _plan(at_work, delta, base, keep_base, output, bandwidth, threads, required)
 
 
 def _plan(
@@ -501,7 +503,7 @@ def _plan(
     output: str | None,
     bandwidth: list[str] | None,
     threads: int | None,
-    require_signature: SignatureRequirement | None = None,
+    required: Callable[[], SignatureRequirement | None],
 ) -> None:
     """``plan`` and ``apply --dry-run``."""
     rates = [bits(text) for text in bandwidth or ("100M", "1G", "10G")]
@@ -514,7 +516,7 @@ def _plan(
             keep_base=keep_base,
             out=output,
             bandwidth=rates,
-            require_signature=require_signature,
+            require_signature=required(),
             threads=threads,
         )
     if found.mismatch is not None:
@@ -566,13 +568,13 @@ def verify(
     deltaweights verify delta --signature --public-key maker.pem
     deltaweights verify delta --attestation --base ./base --public-key maker.pem
     """
-    trusted = requirement_of(
-        public_key, root_certificate, identity, identity_provider, trust_config, staging,
-        is_required=signature or attestation,
-    )  # fmt: skip
     with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug) as work:
         from ..verify import verify_delta
 
+        trusted = requirement_of(
+            public_key, root_certificate, identity, identity_provider, trust_config, staging,
+            is_required=signature or attestation,
+        )  # fmt: skip
         with machines(ray, threads) as executor, work.progress() as shown:
             found = verify_delta(
                 deltas,

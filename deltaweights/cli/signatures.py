@@ -234,15 +234,15 @@ def sign(
     deltaweights sign delta --private-key key.pem --repo your-name/model-delta
     deltaweights sign delta --sigstore
     """
-    signer = signer_of(
-        private_key, password, certificate, certificate_chain, pkcs11, sigstore, identity_token, ambient,
-        trust_config, staging,
-    )  # fmt: skip
-    if signer is None:
-        raise UsageError("Name who signs: --private-key, --pkcs11 or --sigstore.")
     with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug) as work:
         from ..sign import sign_delta
 
+        signer = signer_of(
+            private_key, password, certificate, certificate_chain, pkcs11, sigstore, identity_token, ambient,
+            trust_config, staging,
+        )  # fmt: skip
+        if signer is None:
+            raise UsageError("Name who signs: --private-key, --pkcs11 or --sigstore.")
         with work.progress() as shown:
             done = sign_delta(delta, signer, repo_id=repo, threads=threads, progress=shown)
     lines = [plain(f"{done.signature} signs {counted(done.files, 'file')}")]
@@ -275,15 +275,15 @@ def attest(
     deltaweights attest delta --base ./base --private-key key.pem
     deltaweights attest delta > statement.json
     """
-    signer = signer_of(
-        private_key, password, certificate, certificate_chain, pkcs11, sigstore, identity_token, ambient,
-        trust_config, staging,
-    )  # fmt: skip
-    if signer is None and base is not None:
-        raise UsageError("Name who signs: --private-key, --pkcs11 or --sigstore.")
     with working(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug) as work:
         from ..attest import attest_delta, statement_of
 
+        signer = signer_of(
+            private_key, password, certificate, certificate_chain, pkcs11, sigstore, identity_token, ambient,
+            trust_config, staging,
+        )  # fmt: skip
+        if signer is None and base is not None:
+            raise UsageError("Name who signs: --private-key, --pkcs11 or --sigstore.")
         if signer is None:
             typer.echo(statement_of(delta), nl=False)
             return

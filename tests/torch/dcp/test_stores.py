@@ -101,6 +101,7 @@ def test_of_two_saves_to_one_place_the_second_is_refused(s3: S3Server, is_first:
     assert_equal(found, small(2))
 
 
+@pytest.mark.slow
 def test_ranks_write_their_own_files_there(s3: S3Server, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
     code, output = torchrun(2, "tests.torch.dcp.ranks", "store", tmp_path)
