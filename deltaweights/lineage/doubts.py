@@ -13,11 +13,13 @@ from .measures import measure
 from .sampling import Candidate, counterparts_of, read_samples, without_pruned
 from .scale import is_alike, is_unlike
 
-#: Bytes of the target that are compared, at most; of one that is far away, this part.
-_SAMPLE_BYTES, FAR_PART = 1 << 20, 1 / 2000
+#: Bytes of the target that are compared, at most; of one that is far away, this part, and no more than these,
+#: since each tensor is a request to either side.
+_SAMPLE_BYTES, FAR_PART, _FAR_BYTES = 1 << 20, 1 / 2000, 16 << 10
 
-#: Tensors that are compared, at most and at least, and the bytes of each, about: with fewer, nothing is said.
-_MOST_TENSORS, _LEAST_TENSORS, _TENSOR_BYTES = 64, 8, 4096
+#: Tensors that are compared, at most and at least (with fewer, nothing is said), and the bytes of each, at
+#: least.
+_MOST_TENSORS, _LEAST_TENSORS, _TENSOR_BYTES = 64, 8, 2048
 
 #: How likely it has to be that the base came after the target, to be told.
 _LIKELY = 0.95
@@ -47,7 +49,8 @@ def doubts_by_weights(base: Checkpoint, target: Checkpoint, matches: Sequence[Ma
     far away: of others, the search for matches says so), or have grown beyond them."""
     is_far, sample_bytes = base.source.is_remote or target.source.is_remote, _SAMPLE_BYTES
     if is_far:
-        sample_bytes = min(sample_bytes, int(FAR_PART * sum(match.target.nbytes for match in matches)))
+        nbytes = sum(match.target.nbytes for match in matches)
+        sample_bytes = min(_FAR_BYTES, int(FAR_PART * nbytes))
     most = min(_MOST_TENSORS, sample_bytes // _TENSOR_BYTES)
     if most < _LEAST_TENSORS:
         return
