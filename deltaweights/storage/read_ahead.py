@@ -273,7 +273,7 @@ class Window:
         bytes would cost more."""
         length = self._request_bytes
         if self.held + length > self._nbytes and schedule.held:
-            more = min(self._longest // 4, self._nbytes + self._longest - self.held)
+            more = min(self._longest // 2, self._nbytes + self._longest - self.held)
             length = min(length, max(end - position, more))
         *before, rest = schedule.runs[index].cut(position)
         wanted, *after = rest.cut(position + length)
