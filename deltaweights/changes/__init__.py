@@ -1,7 +1,7 @@
 """What a fine-tune changed, as a manifest tells it: by layers and modules, in words, in a picture."""
 
 from .grid import Grid, Module, Stack, Tally, grid_of, is_same, tally
-from .measures import BITS, Measure, few_digits, manifest_measures, most_of, step_of
+from .measures import BITS, Measure, few_digits, figures_of, manifest_measures, most_of, step_of
 from .picture import PICTURE_NAME, delta_picture, draw_changes
 from .sentences import (
     adapter_sentences,
@@ -24,6 +24,7 @@ __all__ = [
     "describe_changes",
     "draw_changes",
     "few_digits",
+    "figures_of",
     "grid_of",
     "is_same",
     "manifest_measures",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..entries import TensorEntry
-from .grid import Grid, tally
+from .grid import Grid, Module, Stack, tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,3 +123,15 @@ def most_of(grid: Grid, measure: Measure) -> float:
     """The largest figure of any cell."""
     values = (measure.value(own) for stack in grid.every for own in stack.cells.values())
     return max((value for value in values if value is not None), default=0.0)
+
+
+def figures_of(
+    grid: Grid, measures: Sequence[Measure]
+) -> Iterator[tuple[Stack, Module, int | None, dict[str, float]]]:
+    """Each cell that has tensors: its stack, module and layer, and the figures that it has, by their keys."""
+    for stack in grid.every:
+        for module in stack.modules:
+            for layer in stack.layers:
+                if own := stack.cells.get((layer, module.name)):
+                    values = ((one.key, one.value(own)) for one in measures)
+                    yield stack, module, layer, {key: value for key, value in values if value is not None}

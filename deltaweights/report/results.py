@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ..changes import BITS, Grid, Measure, draw_changes
+from ..changes import BITS, Grid, Measure, draw_changes, figures_of
 from ..inspect import DeltaSummary
 from .movement import Movement
 from .page import report_page
@@ -93,18 +93,9 @@ class DeltaReport:
 
     def _layers(self) -> Iterator[dict[str, object]]:
         """The figures of each module of each layer."""
-        for stack in self._grid.every:
-            for module in stack.modules:
-                for layer in stack.layers:
-                    if own := stack.cells.get((layer, module.name)):
-                        values = ((one.key, one.value(own)) for one in self._measures)
-                        place = {
-                            "stack": stack.name,
-                            "layer": layer,
-                            "module": module.name,
-                            "part": module.part,
-                        }
-                        yield place | {key: value for key, value in values if value is not None}
+        for stack, module, layer, figures in figures_of(self._grid, self._measures):
+            place = {"stack": stack.name, "layer": layer, "module": module.name, "part": module.part}
+            yield {**place, **figures}
 
     def html(self) -> bytes:
         """One page that has it all: UTF-8, with no script, and nothing to load."""

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from ..changes import BITS, Grid, Measure, grid_of, is_same
+from ..changes import BITS, Grid, Measure, figures_of, grid_of, is_same
 from ..changes.measures import few_digits, in_percent, one_digit
 from ..delta.chain import connect
 from ..delta.opening import read_manifest, require_whole
@@ -92,13 +92,8 @@ class ComparisonReport:
         }
 
     def _layers(self) -> Iterator[dict[str, object]]:
-        for stack in self._grid.every:
-            for module in stack.modules:
-                for layer in stack.layers:
-                    if own := stack.cells.get((layer, module.name)):
-                        values = ((one.key, one.value(own)) for one in self._measures)
-                        figures = {key: value for key, value in values if value is not None}
-                        yield {"stack": stack.name, "layer": layer, "module": module.name, **figures}
+        for stack, module, layer, figures in figures_of(self._grid, self._measures):
+            yield {"stack": stack.name, "layer": layer, "module": module.name, **figures}
 
     def html(self) -> bytes:
         """One page that has it all: UTF-8, with no script, and nothing to load."""
